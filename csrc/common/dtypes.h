@@ -1,0 +1,45 @@
+// The four floating-point types of the package, and the type that each one is accumulated in.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace ehrseq {
+
+using torch::headeronly::ScalarType;
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+// Sums run in float32 for 16-bit and 32-bit inputs, in float64 for float64.
+template <typename scalar_t>
+using accumulator_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls body(TypeTag<scalar_t>{}) for the C++ type behind `dtype`.
+template <typename Body>
+void dispatch_floating(ScalarType dtype, const char* operation, Body&& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(TypeTag<float>{});
+    case ScalarType::Double:
+      return body(TypeTag<double>{});
+    case ScalarType::BFloat16:
+      return body(TypeTag<BFloat16>{});
+    case ScalarType::Half:
+      return body(TypeTag<Half>{});
+    default:
+      throw std::invalid_argument(std::string(operation) +
+                                  ": expected float32, float64, bfloat16 or float16");
+  }
+}
+
+}  // namespace ehrseq

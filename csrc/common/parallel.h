@@ -1,0 +1,35 @@
+// Threads through the stable ABI. An exception cannot leave a torch worker thread with its type, so
+// the first one (by position, not by time: the message must not depend on the schedule) is kept and
+// thrown again on the calling thread.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <exception>
+#include <limits>
+#include <mutex>
+
+namespace ehrseq {
+
+template <typename Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  std::exception_ptr first_error;
+  int64_t first_error_at = std::numeric_limits<int64_t>::max();
+  std::mutex guard;
+  auto kept = [&](int64_t from, int64_t to) {
+    try {
+      body(from, to);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard);
+      if (from < first_error_at) {
+        first_error_at = from;
+        first_error = std::current_exception();
+      }
+    }
+  };
+  torch::stable::parallel_for(begin, end, grain, kept);
+  if (first_error) std::rethrow_exception(first_error);
+}
+
+}  // namespace ehrseq

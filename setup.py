@@ -1,0 +1,119 @@
+"""Compiled parts of ehrseq_fast. Everything else about the package stands in pyproject.toml.
+
+``_C``         CPU kernels, on LibTorch's stable ABI: one build serves every torch >= 2.10.
+``_batching``  host-side packing of ragged records, an ordinary pybind11 module.
+
+Environment: ``EHRSEQ_FAST_CPP=1`` makes a missing compiler fatal, ``EHRSEQ_FAST_CPP=0`` leaves the
+compiled parts out; ``MAX_JOBS`` bounds the compilers that run at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+WANTED = os.environ.get("EHRSEQ_FAST_CPP", "")
+STABLE_ABI_2_10 = "0x020a000000000000"
+
+
+def sources(*folders: str) -> list[str]:
+    found = [path for folder in folders for path in sorted((ROOT / "csrc" / folder).glob("*.cpp"))]
+    return [str(path.relative_to(ROOT)) for path in found]
+
+
+def find_compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
+
+
+def why_no_compiled_parts() -> str | None:
+    if WANTED == "0":
+        return "EHRSEQ_FAST_CPP=0 was set when the package was built"
+    if find_compiler() is None:
+        return "no C++ compiler (c++ or g++) was found when the package was built"
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "no torch was importable when the package was built"
+    return None
+
+
+def compiled_parts() -> dict[str, Any]:
+    import pybind11
+    import torch
+    from setuptools import Extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    stable = [
+        f"-DTORCH_TARGET_VERSION={STABLE_ABI_2_10}",
+        "-DTORCH_STABLE_ONLY",
+        "-Icsrc",
+    ]
+
+    class BuildCompiled(BuildExtension):
+        """Builds, and leaves a record of how beside the package for ``ehrseq_fast info``."""
+
+        def build_extensions(self) -> None:
+            super().build_extensions()
+            compiler = find_compiler() or "c++"
+            version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+            write_record(self, compiler=version.stdout.partition("\n")[0], torch=torch.__version__)
+
+    return {
+        "ext_modules": [
+            CppExtension(
+                "ehrseq_fast._C",
+                sources("visit_pool", "survival_nll", "packed_lstm"),
+                extra_compile_args=[*flags, *stable],
+                extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
+                py_limited_api=True,
+            ),
+            Extension(
+                "ehrseq_fast._batching",
+                sources("batching"),
+                include_dirs=[pybind11.get_include(), "csrc"],
+                extra_compile_args=flags,
+                language="c++",
+            ),
+        ],
+        "cmdclass": {"build_ext": BuildCompiled.with_options(use_ninja=True)},
+    }
+
+
+def write_record(command: Any, **record: str) -> None:
+    base = ROOT if getattr(command, "inplace", False) else Path(command.build_lib)
+    path = base / "ehrseq_fast" / "_build_record.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def without_compiled_parts(reason: str) -> dict[str, Any]:
+    if WANTED == "1":
+        raise SystemExit(f"EHRSEQ_FAST_CPP=1 asks for the compiled kernels, but {reason}.")
+    from setuptools.command.build_py import build_py
+
+    class BuildPlain(build_py):
+        def run(self) -> None:
+            super().run()
+            print(
+                f"\nehrseq_fast: installing without compiled kernels, because {reason}. The package "
+                "works, on its plain PyTorch reference, and gives the same numbers at PyTorch's "
+                "speed. For the fast kernels install a C++ compiler (Debian or Ubuntu: apt-get "
+                "install g++) and run the same pip command again; `python -m ehrseq_fast info` "
+                "tells what is in use.\n"
+            )
+            self.inplace = self.editable_mode
+            write_record(self, skipped=reason)
+
+    return {"cmdclass": {"build_py": BuildPlain}}
+
+
+reason = why_no_compiled_parts()
+setup(**(compiled_parts() if reason is None else without_compiled_parts(reason)))
