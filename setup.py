@@ -54,14 +54,14 @@ def compiled_parts() -> dict[str, Any]:
     stable = [
         f"-DTORCH_TARGET_VERSION={STABLE_ABI_2_10}",
         "-DTORCH_STABLE_ONLY",
-        "-Icsrc",
     ]
+    include = str(ROOT.resolve() / "csrc")
 
     class BuildCompiled(BuildExtension):
         """Builds, and leaves a record of how beside the package for ``ehrseq_fast info``."""
 
-        def build_extensions(self) -> None:
-            super().build_extensions()
+        def run(self) -> None:
+            super().run()
             compiler = find_compiler() or "c++"
             version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
             write_record(self, compiler=version.stdout.partition("\n")[0], torch=torch.__version__)
@@ -71,6 +71,7 @@ def compiled_parts() -> dict[str, Any]:
             CppExtension(
                 "ehrseq_fast._C",
                 sources("visit_pool", "survival_nll", "packed_lstm"),
+                include_dirs=[include],
                 extra_compile_args=[*flags, *stable],
                 extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
                 py_limited_api=True,
@@ -78,7 +79,7 @@ def compiled_parts() -> dict[str, Any]:
             Extension(
                 "ehrseq_fast._batching",
                 sources("batching"),
-                include_dirs=[pybind11.get_include(), "csrc"],
+                include_dirs=[pybind11.get_include(), include],
                 extra_compile_args=flags,
                 language="c++",
             ),
