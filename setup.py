@@ -32,6 +32,13 @@ def find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
 
 
+def is_gcc() -> bool:
+    version = subprocess.run(
+        [find_compiler() or "c++", "--version"], capture_output=True, text=True
+    )
+    return "Free Software Foundation" in version.stdout
+
+
 def why_no_compiled_parts() -> str | None:
     if WANTED == "0":
         return "EHRSEQ_FAST_CPP=0 was set when the package was built"
@@ -51,6 +58,8 @@ def compiled_parts() -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    # GCC would trade the register accumulators of segments.h for scalar code
+    flags += ["-fno-loop-unroll-and-jam"] if is_gcc() else []
     stable = [
         f"-DTORCH_TARGET_VERSION={STABLE_ABI_2_10}",
         "-DTORCH_STABLE_ONLY",

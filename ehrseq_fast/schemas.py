@@ -25,7 +25,7 @@ SCHEMAS = (
     "visit_pool_backward_sparse(Tensor grad, Tensor codes, Tensor weight, Tensor? visit_mask,"
     " Tensor? arg_max, int mode, int padding_idx) -> (Tensor code_ids, Tensor rows)",
     "masked_pool(Tensor embeddings, Tensor? mask, int mode) -> (Tensor pooled, Tensor arg_max)",
-    "masked_pool_backward(Tensor grad, Tensor embeddings, Tensor? mask, Tensor? arg_max, int mode)"
+    "masked_pool_backward(Tensor grad, Tensor? mask, Tensor? arg_max, SymInt n_slots, int mode)"
     " -> Tensor",
     # survival_nll: the forward kernel also writes the gradient, where one is needed.
     "survival_nll(Tensor hazards, Tensor event_times, Tensor event_indicators,"
