@@ -34,7 +34,7 @@ def find_compiler() -> str | None:
 
 def is_gcc() -> bool:
     version = subprocess.run(
-        [find_compiler() or "c++", "--version"], capture_output=True, text=True
+        [find_compiler() or "c++", "--version"], check=False, capture_output=True, text=True
     )
     return "Free Software Foundation" in version.stdout
 
@@ -72,7 +72,9 @@ def compiled_parts() -> dict[str, Any]:
         def run(self) -> None:
             super().run()
             compiler = find_compiler() or "c++"
-            version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+            version = subprocess.run(
+                [compiler, "--version"], check=False, capture_output=True, text=True
+            )
             write_record(self, compiler=version.stdout.partition("\n")[0], torch=torch.__version__)
 
     return {
@@ -113,7 +115,8 @@ def without_compiled_parts(reason: str) -> dict[str, Any]:
         def run(self) -> None:
             super().run()
             print(
-                f"\nehrseq_fast: installing without compiled kernels, because {reason}. The package "
+                f"\nehrseq_fast: installing without compiled kernels, because {reason}. The "
+                "package "
                 "works, on its plain PyTorch reference, and gives the same numbers at PyTorch's "
                 "speed. For the fast kernels install a C++ compiler (Debian or Ubuntu: apt-get "
                 "install g++) and run the same pip command again; `python -m ehrseq_fast info` "

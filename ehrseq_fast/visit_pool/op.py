@@ -43,13 +43,14 @@ def visit_mean_pool(
     .. math:: \sum_c m_c W_{code_c} \,/\, \max(\sum_c m_c, 1)
 
     for ``mode="mean"``; ``"sum"`` leaves the division out and ``"max"`` takes the element-wise
-    maximum over the codes whose mask is not zero. This is ``embedding``, mask, ``sum`` and divide of
-    the usual EHR models (Choi et al., RETAIN, 2016, eq. 1, as a mean) in one pass over the real codes.
+    maximum over the codes whose mask is not zero. This is the ``embedding``, mask, ``sum`` and
+    divide of the usual EHR models (the visit embedding of Choi et al., RETAIN, 2016, as a mean) in
+    one pass over the real codes.
 
-    A visit with no real code gives zeros in every mode. A padded slot is never read: it may hold any
-    number. A code that a visit holds twice counts twice. A fractional mask is a weight. Sums run in
-    float32 for 16-bit and 32-bit tables and in float64 for float64; results and gradients are the
-    same bits on every run and for any number of threads.
+    A visit with no real code gives zeros in every mode. A padded slot is never read: it may hold
+    any number. A code that a visit holds twice counts twice. A fractional mask is a weight. Sums
+    run in float32 for 16-bit and 32-bit tables and in float64 for float64; results and gradients
+    are the same bits on every run and for any number of threads.
 
     Args:
         codes: ``[..., C]`` int32 or int64, rows of ``weight``.
@@ -57,11 +58,11 @@ def visit_mean_pool(
         visit_mask: ``[..., C]`` bool or numeric, 0 where a slot is padding. Without it every slot
             counts, padding too: codes equal to ``padding_idx`` are *not* left out of the mean.
         mode: ``"mean"``, ``"sum"`` or ``"max"``.
-        padding_idx: this row of ``weight`` gets no gradient, as in ``torch.nn.Embedding``. It is not
-            a mask. May be negative, counted from the end.
+        padding_idx: this row of ``weight`` gets no gradient, as in ``torch.nn.Embedding``. It is
+            not a mask. May be negative, counted from the end.
         sparse_grad: give ``weight`` a coalesced sparse gradient of the codes that occur.
-        validate: check the values of codes on a GPU too, which waits for the device. On the CPU they
-            are always checked.
+        validate: check the values of codes on a GPU too, which waits for the device. On the CPU
+            they are always checked.
 
     Returns:
         ``[..., E]`` of ``weight``'s dtype.
@@ -102,7 +103,7 @@ def visit_mean_pool(
 
 
 def masked_pool(embeddings: Tensor, mask: Tensor | None = None, *, mode: str = "mean") -> Tensor:
-    """Pool embeddings that already exist over their codes; :func:`visit_mean_pool` without the table.
+    """Pool embeddings that already exist: :func:`visit_mean_pool` without the table.
 
     Args:
         embeddings: ``[..., C, E]`` float32, float64, bfloat16 or float16.
@@ -110,8 +111,8 @@ def masked_pool(embeddings: Tensor, mask: Tensor | None = None, *, mode: str = "
         mode: ``"mean"``, ``"sum"`` or ``"max"``.
 
     Returns:
-        ``[..., E]``; zeros for a visit with no real slot. The gradient of a padded slot is zero, and
-        what it holds (NaN, infinity) is never read.
+        ``[..., E]``; zeros for a visit with no real slot. The gradient of a padded slot is zero,
+        and what it holds (NaN, infinity) is never read.
 
     Raises:
         ValueError: shapes that do not fit, an unknown mode, a mask that asks for a gradient.

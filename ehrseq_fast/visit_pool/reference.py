@@ -40,7 +40,7 @@ def visit_mean_pool(
     padding_idx: int | None = None,
     sparse_grad: bool = False,
 ) -> Tensor:
-    """``codes`` ``[..., C]`` and a table ``[K, E]`` to ``[..., E]``; materialises ``[..., C, E]``."""
+    """``codes`` ``[..., C]`` and a table ``[K, E]`` to ``[..., E]``; holds ``[..., C, E]``."""
     if visit_mask is not None:
         codes = codes.masked_fill(visit_mask == 0, 0)  # a padded slot may hold any number
     wide = weight.to(accumulator(weight.dtype))
