@@ -1,8 +1,9 @@
 """Every operator of the package, in one place: the table of contents of ``torch.ops.ehrseq_fast``.
 
 The schemas are defined here, in Python, and not in the compiled library, so that they exist
-wherever the package does: the compiled kernels (``csrc/``) and the Triton kernels each register themselves
-for the devices that they serve, and a machine with only one of them still has whole operators.
+wherever the package does: the compiled kernels (``csrc/``) and the Triton kernels each register
+themselves for the devices that they serve, and a machine with only one of them still has whole
+operators.
 Each room's ``op.py`` holds the shapes (fake kernels), the gradients and the choice of backend.
 
 Conventions: ``mode`` is 0 mean, 1 sum, 2 max; ``reduction`` is 0 none, 1 mean, 2 sum; ``link`` is
