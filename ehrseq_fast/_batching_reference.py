@@ -331,12 +331,12 @@ def _mask_lengths(visit_states: npt.NDArray[np.uint8]) -> Longs:
     return lengths
 
 
-def _refuse_fractional(
-    states: npt.NDArray[np.uint8], order: _PatientOrder, names: _Names
-) -> None:
+def _refuse_fractional(states: npt.NDArray[np.uint8], order: _PatientOrder, names: _Names) -> None:
     rows, slots = np.nonzero(states == FRACTIONAL)
     if len(rows):
-        patient, visit, slot = _first(order.patient_of_row[rows], order.time_of_row[rows], slots)[:3]
+        patient, visit, slot = _first(order.patient_of_row[rows], order.time_of_row[rows], slots)[
+            :3
+        ]
         raise ValueError(
             f"visit_mask must be 0 or 1 to be packed. Found {len(rows)} other values. The first is "
             f"at {names[patient]}, visit {visit}, code {slot}. Weighted masks need the padded "

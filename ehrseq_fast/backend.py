@@ -72,7 +72,9 @@ def _import_batching() -> tuple[ModuleType | None, Loaded]:
     try:
         module = importlib.import_module("._batching", __package__)
     except ModuleNotFoundError:
-        return None, Loaded(build_record().get("skipped", "_batching was not built, or was deleted"))
+        return None, Loaded(
+            build_record().get("skipped", "_batching was not built, or was deleted")
+        )
     except ImportError as error:
         return None, Loaded(f"_batching did not load: {error}")
     return module, Loaded(None, module.__file__)

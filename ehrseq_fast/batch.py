@@ -42,7 +42,14 @@ class _Layout(NamedTuple):
     def longs(self) -> list[int]:
         """Sizes of the int64 fields, then of all int32 fields together (in int64)."""
         b = self.n_patients
-        return [b, b, b, self.max_visits + 1, *[b] * len(self.outcomes), (sum(self.ints()) + 1) // 2]
+        return [
+            b,
+            b,
+            b,
+            self.max_visits + 1,
+            *[b] * len(self.outcomes),
+            (sum(self.ints()) + 1) // 2,
+        ]
 
     def ints(self) -> list[int]:
         """Sizes of the int32 fields, without the one that may pad them to a whole int64."""
@@ -821,11 +828,11 @@ def _joined(values: Any) -> Any:
 def _check_features(features: Any, leading: Any, expected: tuple[int, ...]) -> None:
     shape = ", ".join(map(str, expected))
     if tuple(leading) != expected or features.ndim != len(expected) + 1:
-        raise ValueError(
-            f"visit_features: expected shape [{shape}, F], got {list(features.shape)}"
-        )
-    floating = features.dtype.is_floating_point if isinstance(features, Tensor) else (
-        features.dtype.kind == "f"
+        raise ValueError(f"visit_features: expected shape [{shape}, F], got {list(features.shape)}")
+    floating = (
+        features.dtype.is_floating_point
+        if isinstance(features, Tensor)
+        else (features.dtype.kind == "f")
     )
     if not floating:
         raise TypeError(f"visit_features: expected a floating dtype, got {features.dtype}")
@@ -1108,7 +1115,9 @@ def _pack_on_device(
         if not isinstance(outcome, Tensor) or outcome.device != device:
             on_host = _outcome(name, _on_host(outcome), n_patients, None)
             outcome = torch.from_numpy(on_host).to(device, non_blocking=True)
-        if outcome.shape != (n_patients,) or (name == "event_times" and outcome.is_floating_point()):
+        if outcome.shape != (n_patients,) or (
+            name == "event_times" and outcome.is_floating_point()
+        ):
             return None
         values = outcome.long()
         given[name] = values
@@ -1127,8 +1136,10 @@ def _pack_on_device(
     if n_errors:
         return None
 
-    host_lengths = torch.tensor(read, dtype=torch.int64) if lengths is None else (
-        torch.from_numpy(lengths.copy())
+    host_lengths = (
+        torch.tensor(read, dtype=torch.int64)
+        if lengths is None
+        else (torch.from_numpy(lengths.copy()))
     )
     max_visits = int(host_lengths.max()) if n_patients else 0
     layout = _Layout(

@@ -233,23 +233,26 @@ std::tuple<Tensor, Tensor> packed_visit_pool_backward_sparse(
 // ---------------------------------------------------------------------------------------------
 // Attention: a softmax of the codes' scores within each visit
 
-// log(sum of exp) of the scores of one visit; -inf for an empty one, which has no weights to give.
-template <typename scalar_t, typename acc_t>
-acc_t log_sum_exp(const scalar_t* scores, const int32_t* codes, int32_t begin, int32_t end) {
-  acc_t highest = -INFINITY;
+// log(sum of exp) of the scores of one visit. In double: attention is exp(score - this), and the
+// rounding of a float near 1,000 would be felt in it. -inf for an empty visit, which has no codes
+// to give weights to.
+template <typename scalar_t>
+double log_sum_exp(const scalar_t* scores, const int32_t* codes, int32_t begin, int32_t end) {
+  double highest = -INFINITY;
   for (int32_t i = begin; i < end; ++i) {
-    highest = std::max(highest, static_cast<acc_t>(scores[codes[i]]));
+    highest = std::max(highest, static_cast<double>(scores[codes[i]]));
   }
-  acc_t total = 0;
+  double total = 0;
   for (int32_t i = begin; i < end; ++i) {
-    total += std::exp(static_cast<acc_t>(scores[codes[i]]) - highest);
+    total += std::exp(static_cast<double>(scores[codes[i]]) - highest);
   }
   return highest + std::log(total);
 }
 
-template <typename acc_t>
-constexpr ScalarType kAccumulatorDtype =
-    std::is_same_v<acc_t, double> ? ScalarType::Double : ScalarType::Float;
+template <typename acc_t, typename scalar_t>
+acc_t attention_of(scalar_t score, double normaliser) {
+  return std::exp(static_cast<acc_t>(static_cast<double>(score) - normaliser));
+}
 
 std::tuple<Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offsets, Tensor weight,
                                                  Tensor scores) {
@@ -258,14 +261,13 @@ std::tuple<Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offse
   const auto in = packed_codes(codes, code_offsets, table.size(0));
   const int64_t row_size = table.size(1);
   auto pooled = empty(table, {in.n_visits, row_size}, table.scalar_type());
-  std::optional<Tensor> normaliser;
+  auto normaliser = empty(table, {in.n_visits}, ScalarType::Double);
   dispatch_floating(table.scalar_type(), "packed_attention_pool", [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     using acc_t = accumulator_t<scalar_t>;
-    normaliser.emplace(empty(table, {in.n_visits}, kAccumulatorDtype<acc_t>));
     const auto* rows = static_cast<const scalar_t*>(table.data_ptr());
     const auto* code_scores = static_cast<const scalar_t*>(score.data_ptr());
-    auto* log_sums = static_cast<acc_t*>(normaliser->data_ptr());
+    auto* log_sums = static_cast<double*>(normaliser.data_ptr());
     auto* out = static_cast<scalar_t*>(pooled.data_ptr());
     parallel_for(0, in.n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
       const int32_t first_entry = in.offsets[begin];
@@ -274,10 +276,10 @@ std::tuple<Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offse
       for (int64_t visit = begin; visit < end; ++visit) {
         const int32_t from = in.offsets[visit];
         const int32_t to = in.offsets[visit + 1];
-        log_sums[visit] = log_sum_exp<scalar_t, acc_t>(code_scores, in.codes, from, to);
+        log_sums[visit] = log_sum_exp(code_scores, in.codes, from, to);
         for (int32_t i = from; i < to; ++i) {
           attention[i - first_entry] =
-              std::exp(static_cast<acc_t>(code_scores[in.codes[i]]) - log_sums[visit]);
+              attention_of<acc_t>(code_scores[in.codes[i]], log_sums[visit]);
         }
         offsets[visit - begin + 1] = to - first_entry;
       }
@@ -286,18 +288,49 @@ std::tuple<Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offse
       sum_segments(rows, row_size, segments, 0, end - begin, out + begin * row_size);
     });
   });
-  return {pooled, *normaliser};
+  return {pooled, normaliser};
 }
 
-template <typename a_t, typename b_t, typename acc_t>
-acc_t dot(const a_t* a, const b_t* b, int64_t size) {
+// g . (w - o), in sixteen running sums so that it vectorises without reordering by the compiler.
+template <typename scalar_t, typename acc_t>
+EHRSEQ_INLINE acc_t dot_with_difference(const scalar_t* g, const scalar_t* w, const scalar_t* o,
+                                        int64_t size) {
+  acc_t lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= size; i += 16) {
+    for (int lane = 0; lane < 16; ++lane) {
+      lanes[lane] += static_cast<acc_t>(g[i + lane]) *
+                     (static_cast<acc_t>(w[i + lane]) - static_cast<acc_t>(o[i + lane]));
+    }
+  }
+  for (; i < size; ++i) {
+    lanes[0] += static_cast<acc_t>(g[i]) * (static_cast<acc_t>(w[i]) - static_cast<acc_t>(o[i]));
+  }
   acc_t sum = 0;
-  for (int64_t i = 0; i < size; ++i) sum += static_cast<acc_t>(a[i]) * static_cast<acc_t>(b[i]);
+  for (const acc_t lane : lanes) sum += lane;
   return sum;
 }
 
-// With a the attention of code k in visit v and g, o the visit's gradient and output:
-//   d table[k] = sum_v a g        d score[k] = (sum_v a g) . table[k] - sum_v a (g . o)
+// d score[k] = sum over the visits v that hold k of a (g . (table[k] - o)), with a the attention
+// and g, o the visit's gradient and output. The difference is taken first: summed apart, its two
+// halves are large and cancel.
+template <typename scalar_t, typename acc_t>
+EHRSEQ_SIMD void sum_score_gradients(const scalar_t* grad, const scalar_t* table,
+                                     const scalar_t* pooled, int64_t row_size,
+                                     const IndexView<acc_t>& index, int64_t first, int64_t last,
+                                     scalar_t* grad_scores) {
+  for (int64_t segment = first; segment < last; ++segment) {
+    const scalar_t* row = table + index.codes[segment] * row_size;
+    acc_t sum = 0;
+    for (int32_t i = index.offsets[segment]; i < index.offsets[segment + 1]; ++i) {
+      const int64_t visit = index.visits[i] * row_size;
+      sum += index.weights[i] *
+             dot_with_difference<scalar_t, acc_t>(grad + visit, row, pooled + visit, row_size);
+    }
+    grad_scores[index.codes[segment]] = static_cast<scalar_t>(sum);
+  }
+}
+
 std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor pooled,
                                                           Tensor normaliser, Tensor index_codes,
                                                           Tensor index_offsets, Tensor index_visits,
@@ -308,57 +341,45 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
   const auto score = torch::stable::contiguous(scores);
   const int64_t row_size = table.size(1);
   const int64_t vocabulary = table.size(0);
-  const int64_t n_visits = rows.size(0);
-  const auto index = packed_index(index_codes, index_offsets, index_visits, n_visits, vocabulary);
+  const auto index =
+      packed_index(index_codes, index_offsets, index_visits, rows.size(0), vocabulary);
   auto grad_weight = empty(rows, {vocabulary, row_size}, rows.scalar_type());
   auto grad_scores = empty(rows, {vocabulary}, rows.scalar_type());
   dispatch_floating(rows.scalar_type(), "packed_attention_pool_backward", [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     using acc_t = accumulator_t<scalar_t>;
     const auto* visit_grads = static_cast<const scalar_t*>(rows.data_ptr());
-    const auto* outputs = static_cast<const scalar_t*>(pooled.data_ptr());
-    const auto* table_rows = static_cast<const scalar_t*>(table.data_ptr());
     const auto* code_scores = static_cast<const scalar_t*>(score.data_ptr());
-    const auto* log_sums = static_cast<const acc_t*>(normaliser.data_ptr());
+    const auto* log_sums = static_cast<const double*>(normaliser.data_ptr());
     auto* out = static_cast<scalar_t*>(grad_weight.data_ptr());
     auto* out_scores = static_cast<scalar_t*>(grad_scores.data_ptr());
 
-    std::vector<acc_t> along(n_visits);  // g . o of each visit
-    parallel_for(0, n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
-      for (int64_t visit = begin; visit < end; ++visit) {
-        along[visit] = dot<scalar_t, scalar_t, acc_t>(visit_grads + visit * row_size,
-                                                      outputs + visit * row_size, row_size);
-      }
-    });
     std::vector<acc_t> attention(index.n_entries);
-    std::vector<acc_t> shared(index.n_codes);  // sum_v a (g . o) of each code
     parallel_for(0, index.n_codes, 64, [&](int64_t begin, int64_t end) {
       for (int64_t segment = begin; segment < end; ++segment) {
-        const auto code_score = static_cast<acc_t>(code_scores[index.codes[segment]]);
-        acc_t sum = 0;
+        const auto code_score = code_scores[index.codes[segment]];
         for (int32_t i = index.offsets[segment]; i < index.offsets[segment + 1]; ++i) {
-          attention[i] = std::exp(code_score - log_sums[index.visits[i]]);
-          sum += attention[i] * along[index.visits[i]];
+          attention[i] = attention_of<acc_t>(code_score, log_sums[index.visits[i]]);
         }
-        shared[segment] = sum;
       }
     });
-
-    zero_absent_rows(index.codes, index.n_codes, vocabulary, row_size, out);
-    zero_absent_rows(index.codes, index.n_codes, vocabulary, 1, out_scores);
     const IndexView<acc_t> view{index.codes, index.offsets, index.visits, attention.data(),
                                 index.n_codes};
-    sum_code_gradients(
-        visit_grads, nullptr, row_size, view, [&](int64_t segment, const acc_t* sums) {
-          const int64_t code = index.codes[segment];
-          write_row(sums, row_size, out + code * row_size);
-          const auto toward =
-              dot<acc_t, scalar_t, acc_t>(sums, table_rows + code * row_size, row_size);
-          out_scores[code] = static_cast<scalar_t>(toward - shared[segment]);
-        });
+
+    zero_absent_rows(index.codes, index.n_codes, vocabulary, row_size, out);
+    sum_code_gradients(visit_grads, nullptr, row_size, view,
+                       [&](int64_t segment, const acc_t* sums) {
+                         write_row(sums, row_size, out + index.codes[segment] * row_size);
+                       });
     if (padding_idx >= 0) {
       std::fill_n(out + padding_idx * row_size, row_size, static_cast<scalar_t>(0.0f));
     }
+    zero_absent_rows(index.codes, index.n_codes, vocabulary, 1, out_scores);
+    parallel_for(0, index.n_codes, 16, [&](int64_t begin, int64_t end) {
+      sum_score_gradients(visit_grads, static_cast<const scalar_t*>(table.data_ptr()),
+                          static_cast<const scalar_t*>(pooled.data_ptr()), row_size, view, begin,
+                          end, out_scores);
+    });
   });
   return {grad_weight, grad_scores};
 }

@@ -51,8 +51,8 @@ def packed_visit_pool(
         validate: check the codes on a GPU too, which waits for the device.
 
     Returns:
-        ``[n_visits, E]`` of ``weight``'s dtype, rows in the order of ``batch``; an empty visit gives
-        zeros in every mode.
+        ``[n_visits, E]`` of ``weight``'s dtype, rows in the order of ``batch``; an empty visit
+        gives zeros in every mode.
 
     Raises:
         ValueError: shapes that do not fit, an unknown mode, attention without scores.
@@ -210,7 +210,7 @@ def _(codes, code_offsets, weight, scores):
     n_visits = code_offsets.shape[0] - 1
     return (
         weight.new_empty((n_visits, weight.shape[1])),
-        weight.new_empty((n_visits,), dtype=reference.accumulator(weight.dtype)),
+        weight.new_empty((n_visits,), dtype=torch.float64),
     )
 
 

@@ -61,7 +61,9 @@ def packed_visit_pool(
     """Codes grouped by visit (``code_offsets`` ``[n_visits + 1]``) to ``[n_visits, E]``."""
     counts = code_offsets.diff()
     n_visits = counts.shape[0]
-    visit = torch.arange(n_visits, device=codes.device).repeat_interleave(counts)
+    visit = torch.arange(n_visits, device=codes.device).repeat_interleave(
+        counts, output_size=codes.shape[0]
+    )
     wide = weight.to(accumulator(weight.dtype))
     rows = F.embedding(codes.long(), wide, padding_idx, sparse=sparse_grad)
     zeros = rows.new_zeros(n_visits, weight.shape[1])
