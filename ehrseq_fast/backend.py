@@ -19,8 +19,10 @@ from types import ModuleType
 
 import torch
 
-from . import _batching_reference
-from . import schemas as schemas  # the operators must be defined before a library implements them
+from . import (
+    _batching_reference,
+    schemas,  # noqa: F401  (the operators must be defined before a library implements them)
+)
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -72,7 +74,9 @@ def _import_batching() -> tuple[ModuleType | None, Loaded]:
     try:
         module = importlib.import_module("._batching", __package__)
     except ModuleNotFoundError:
-        return None, Loaded(build_record().get("skipped", "_batching was not built, or was deleted"))
+        return None, Loaded(
+            build_record().get("skipped", "_batching was not built, or was deleted")
+        )
     except ImportError as error:
         return None, Loaded(f"_batching did not load: {error}")
     return module, Loaded(None, module.__file__)
@@ -143,8 +147,8 @@ def choose(operation: str, device: str, dtype: torch.dtype) -> str:
 
 
 def batch_builder() -> ModuleType:
-    """What builds :class:`~ehrseq_fast.PackedVisits` on the host: the compiled ``_batching``, or its
-    NumPy twin ``_batching_reference`` where nothing is compiled or ``reference`` is asked for.
+    """What builds :class:`~ehrseq_fast.PackedVisits` on the host: the compiled ``_batching``, or
+    its NumPy twin ``_batching_reference`` where nothing is compiled or ``reference`` is asked for.
 
     Raises:
         RuntimeError: if ``cpu`` was asked for and ``_batching`` did not load, with the reason.
