@@ -885,6 +885,12 @@ BAD = {
         "patient_offsets must rise within [0, 6]. Found 1 patients where they do not. "
         "The first is patient 0: from -1 to 2.",
     ),
+    "more codes than int32 can count": (  # stride 0: as long as it says, and 4 bytes in memory
+        lambda: from_flat(np.broadcast_to(np.int32(1), 2**31), [0, 2**31], [0, 1]),
+        ValueError,
+        "A batch holds at most 2147483646 codes and as many visits; this one has 2147483648 codes "
+        "and 1 visits.",
+    ),
     "no offsets": (
         lambda: from_flat(FLAT[0], [], FLAT[2]),
         ValueError,
