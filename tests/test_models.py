@@ -725,6 +725,17 @@ def test_fused_path_is_bitwise_repeatable(backend):
         assert all(torch.equal(grad, first[name]) for name, grad in gradients(model, batch).items())
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_sparse_embeddings_get_sparse_gradients(aggregation, path):
+    batch = ragged_batch()
+    model = build(f"baseline-{aggregation}", path).eval()
+    wanted = gradients(model, batch)["embedding.weight"].clone()
+    model.embedding.sparse = True
+    grad = gradients(model, batch)["embedding.weight"]
+    assert grad.is_sparse
+    torch.testing.assert_close(grad.to_dense(), wanted)
+
+
 def test_dropout_is_active_in_training_mode(backend):
     for path in PATHS:
         model = build("survival", path, dropout=0.5).train()

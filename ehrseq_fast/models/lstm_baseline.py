@@ -99,7 +99,12 @@ class VisitEncoder(nn.Module):
         """``[N, C]`` codes → ``[N, E]``, the same numbers with no ``[N, C, E]`` in between."""
         if self.aggregation == "attention":
             vectors = attend_codes(
-                codes, embedding.weight, visit_mask, self.attention, embedding.padding_idx
+                codes,
+                embedding.weight,
+                visit_mask,
+                self.attention,
+                padding_idx=embedding.padding_idx,
+                sparse_grad=embedding.sparse,
             )
         else:
             vectors = visit_mean_pool(

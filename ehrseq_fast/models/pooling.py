@@ -68,6 +68,7 @@ def attend_codes(
     visit_mask: Tensor | None,
     score: Callable[[Tensor], Tensor],
     padding_idx: int | None = None,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """Attention pooling straight from codes, ``[N, C]`` → ``[N, E]``; no ``[N, C, E]`` exists.
 
@@ -83,7 +84,7 @@ def attend_codes(
     real = visit_mask != 0
     slots = real.flatten().nonzero().squeeze(1)
     in_use, which = torch.unique(codes.flatten()[slots], return_inverse=True)
-    table = F.embedding(in_use, weight, padding_idx)
+    table = F.embedding(in_use, weight, padding_idx, sparse=sparse_grad)
 
     # Scores are looked up as an embedding, whose gradient has a fixed order of summation.
     scores = F.embedding(which, score(table)).squeeze(-1)

@@ -61,6 +61,10 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
 
     A visit without a real code is a visit like others; its vector is zero.
 
+    On a GPU the fused and packed paths wait once per call for the lengths, which a PackedSequence
+    needs on the host; with ``sequence_mask=None`` they do not. ``torch.compile`` works with graph
+    breaks there and at ``nn.LSTM``, which torch does not trace; ``fullgraph=True`` does not.
+
     Where this differs from the reference, whose results depend on padding or fail there: a NaN or
     an invalid code in a padded slot changes nothing (fused path); bidirectional hazards do not
     depend on the number of padded visits (fused and packed paths); survival stays constant over
