@@ -14,6 +14,9 @@ EHRSEQ_INLINE void add_column_products(const Backward<T>& layer, const T* panels
   const int64_t panel = column_panel_size<T>(layer.shape);
   const T* columns = panels + block * panel;
   for (int64_t gate = 0; gate < blocks_of<T>(layer.shape.hidden) * kGates; ++gate) {
+    const T* ahead = gate_gradient(layer, gate + 2, row);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * L);
     add_products(tile, Left<T>{gate_gradient(layer, gate, row), L, 1}, Right<T>{columns, panel, L},
                  L);
     columns += L * L;
