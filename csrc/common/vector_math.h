@@ -1,6 +1,6 @@
-// Eight numbers at a time. The compiler's vector types keep them in registers and lower to whatever
-// the instruction set of the surrounding EHRSEQ_SIMD function has, so a kernel is written once and
-// the lanes (and with them the order of every sum) are the same on all of them.
+// Sixty-four bytes of numbers at a time. The compiler's vector types keep them in registers and lower
+// to whatever the instruction set of the surrounding EHRSEQ_SIMD function has, so a kernel is written
+// once and the lanes (and with them the order of every sum) are the same on all of them.
 #pragma once
 
 #include <cfloat>
@@ -16,15 +16,16 @@
 
 namespace ehrseq {
 
-constexpr int64_t kLanes = 8;
-
-template <typename T>
+template <typename T, int64_t kCount>
 struct Vector {
-  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
 };
 
 template <typename T>
-using Lanes = typename Vector<T>::type;
+constexpr int64_t kLanes = 64 / sizeof(T);
+
+template <typename T>
+using Lanes = typename Vector<T, kLanes<T>>::type;
 
 // The integer of the same width: what comparisons of lanes give (all bits set where true).
 template <typename T>
@@ -35,11 +36,6 @@ using Mask = Lanes<bits_t<T>>;
 
 using Doubles = Lanes<double>;
 
-template <typename To, typename From>
-EHRSEQ_INLINE Lanes<To> convert(From lanes) {
-  return __builtin_convertvector(lanes, Lanes<To>);
-}
-
 template <typename T>
 EHRSEQ_INLINE Lanes<T> broadcast(T value) {
   return Lanes<T>{} + value;
@@ -47,8 +43,36 @@ EHRSEQ_INLINE Lanes<T> broadcast(T value) {
 
 template <typename T>
 EHRSEQ_INLINE Mask<T> lane_numbers() {
-  return Mask<T>{0, 1, 2, 3, 4, 5, 6, 7};
+  if constexpr (kLanes<T> == 16) {
+    return Mask<T>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  } else {
+    return Mask<T>{0, 1, 2, 3, 4, 5, 6, 7};
+  }
 }
+
+// Lanes of T as doubles, in as many vectors as it takes.
+template <typename T>
+struct Wide {
+  static constexpr int kParts = kLanes<T> / kLanes<double>;
+  Doubles part[kParts];
+};
+
+EHRSEQ_INLINE Wide<float> widen(const Lanes<float>& lanes) {
+  const auto doubles = __builtin_convertvector(lanes, Vector<double, 16>::type);
+  Wide<float> wide;
+  std::memcpy(&wide, &doubles, sizeof wide);
+  return wide;
+}
+
+EHRSEQ_INLINE Wide<double> widen(const Lanes<double>& lanes) { return {{lanes}}; }
+
+EHRSEQ_INLINE Lanes<float> narrow(const Wide<float>& wide) {
+  Vector<double, 16>::type doubles;
+  std::memcpy(&doubles, &wide, sizeof wide);
+  return __builtin_convertvector(doubles, Lanes<float>);
+}
+
+EHRSEQ_INLINE Lanes<double> narrow(const Wide<double>& wide) { return wide.part[0]; }
 
 EHRSEQ_INLINE Lanes<float> load(const float* from) {
   Lanes<float> lanes;
@@ -62,47 +86,53 @@ EHRSEQ_INLINE Lanes<double> load(const double* from) {
   return lanes;
 }
 
+EHRSEQ_INLINE Lanes<uint32_t> load_sixteen_bits(const void* from) {
+  Vector<uint16_t, 16>::type halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return __builtin_convertvector(halves, Lanes<uint32_t>);
+}
+
 // Sixteen bits are widened exactly.
 EHRSEQ_INLINE Lanes<float> load(const BFloat16* from) {
-  Lanes<uint16_t> halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return (Lanes<float>)(convert<uint32_t>(halves) << 16);
+  return (Lanes<float>)(load_sixteen_bits(from) << 16);
 }
 
 EHRSEQ_INLINE Lanes<float> load(const Half* from) {
-  Lanes<uint16_t> halves;
-  std::memcpy(&halves, from, sizeof halves);
-  const Lanes<uint32_t> wide = convert<uint32_t>(halves);
+  const Lanes<uint32_t> half = load_sixteen_bits(from);
   // The exponent's bias differs by 112; the multiplication also makes subnormals normal.
-  const Lanes<float> magnitude = (Lanes<float>)((wide & 0x7fff) << 13) * 0x1p112f;
-  const Lanes<uint32_t> not_finite = (Lanes<uint32_t>)((wide & 0x7c00) == 0x7c00) & 0x7f800000;
-  return (Lanes<float>)((Lanes<uint32_t>)magnitude | not_finite | ((wide & 0x8000) << 16));
+  const Lanes<float> magnitude = (Lanes<float>)((half & 0x7fff) << 13) * 0x1p112f;
+  const Lanes<uint32_t> not_finite = (Lanes<uint32_t>)((half & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (Lanes<float>)((Lanes<uint32_t>)magnitude | not_finite | ((half & 0x8000) << 16));
 }
 
-EHRSEQ_INLINE void store(float* to, Lanes<float> lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+EHRSEQ_INLINE void store(float* to, const Lanes<float>& lanes) {
+  std::memcpy(to, &lanes, sizeof lanes);
+}
 
-EHRSEQ_INLINE void store(double* to, Lanes<double> lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+EHRSEQ_INLINE void store(double* to, const Lanes<double>& lanes) {
+  std::memcpy(to, &lanes, sizeof lanes);
+}
 
 // Rounds to nearest, ties to even.
-EHRSEQ_INLINE void store(BFloat16* to, Lanes<float> lanes) {
+EHRSEQ_INLINE void store(BFloat16* to, const Lanes<float>& lanes) {
   const Lanes<uint32_t> bits = (Lanes<uint32_t>)lanes;
   const Lanes<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Lanes<uint32_t> is_nan = (Lanes<uint32_t>)(lanes != lanes);
-  const Lanes<uint16_t> halves = convert<uint16_t>((is_nan & 0x7fc0) | (~is_nan & rounded));
+  const auto halves = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded),
+                                              Vector<uint16_t, 16>::type);
   std::memcpy(to, &halves, sizeof halves);
 }
 
-// Joins lane i with lane i + 4, then the four with each other likewise: a fixed order.
+// Joins lane i of eight with lane i + 4, then the four with each other likewise: a fixed order.
 template <typename T, typename Join>
 EHRSEQ_INLINE T join_lanes(const Lanes<T>& lanes, Join&& join) {
-  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
-  typedef T Two __attribute__((vector_size(2 * sizeof(T))));
-  Four fours[2];
+  static_assert(kLanes<T> == 8);
+  typename Vector<T, 4>::type fours[2];
   std::memcpy(fours, &lanes, sizeof fours);
-  const Four four = join(fours[0], fours[1]);
-  Two twos[2];
+  const auto four = join(fours[0], fours[1]);
+  typename Vector<T, 2>::type twos[2];
   std::memcpy(twos, &four, sizeof twos);
-  const Two two = join(twos[0], twos[1]);
+  const auto two = join(twos[0], twos[1]);
   return join(two[0], two[1]);
 }
 
@@ -157,11 +187,11 @@ struct ExpTables<double> {
 // e^x for x <= 0, within about one unit in the last place; 0 where e^x is not a normal number. A NaN
 // stays one.
 template <typename T>
-EHRSEQ_INLINE Lanes<T> exp_nonpositive(Lanes<T> x) {
+EHRSEQ_INLINE Lanes<T> exp_nonpositive(const Lanes<T>& exponent_of_e) {
   using Tables = ExpTables<T>;
   constexpr int kDegree = sizeof(Tables::kCoefficients) / sizeof(T);
-  const Mask<T> vanishes = x < Tables::kLowest;
-  x = vanishes ? broadcast(Tables::kLowest) : x;
+  const Mask<T> vanishes = exponent_of_e < Tables::kLowest;
+  const Lanes<T> x = vanishes ? broadcast(Tables::kLowest) : exponent_of_e;
   const Lanes<T> shifted = x * T(1.4426950408889634074) + Tables::kRounder;
   const Lanes<T> n = shifted - Tables::kRounder;
   const Lanes<T> r = (x - n * Tables::kLog2High) - n * Tables::kLog2Low;
@@ -177,7 +207,7 @@ EHRSEQ_INLINE Lanes<T> exp_nonpositive(Lanes<T> x) {
 // log(u) for u >= 0, within about one unit in the last place; -inf at 0 and where u is subnormal. A
 // NaN or an infinity stays one. With u = 2^e m, m in [1/√2, √2), and s = (m - 1) / (m + 1):
 // log(m) = 2s + 2s^3/3 + ..., interpolated in s^2 at Chebyshev nodes, relative error 4e-18.
-EHRSEQ_INLINE Doubles log_nonnegative(Doubles u) {
+EHRSEQ_INLINE Doubles log_nonnegative(const Doubles& u) {
   constexpr double kCoefficients[] = {
       0.66666666666666696969, 0.39999999999899197894, 0.28571428626114518292, 0.22222211112104947364,
       0.18182890778026130313, 0.15331666676597174341, 0.14617128399807299883};
@@ -187,7 +217,7 @@ EHRSEQ_INLINE Doubles log_nonnegative(Doubles u) {
   const Doubles from_one_to_two = (Doubles)((bits & kFraction) | kOne);
   const Mask<double> is_large = from_one_to_two > 1.4142135623730951;
   const Doubles m = is_large ? from_one_to_two * 0.5 : from_one_to_two;
-  const Doubles exponent = convert<double>((bits >> 52) - 1023 - is_large);
+  const Doubles exponent = __builtin_convertvector((bits >> 52) - 1023 - is_large, Doubles);
   const Doubles s = (m - 1.0) / (m + 1.0);
   const Doubles z = s * s;
   Doubles series = broadcast(kCoefficients[6]);
@@ -197,7 +227,7 @@ EHRSEQ_INLINE Doubles log_nonnegative(Doubles u) {
 }
 
 // log(1 + q) for q >= 0, with the digits of a small q.
-EHRSEQ_INLINE Doubles log1p_nonnegative(Doubles q) {
+EHRSEQ_INLINE Doubles log1p_nonnegative(const Doubles& q) {
   const Doubles u = 1.0 + q;
   return log_nonnegative(u) + (q - (u - 1.0)) / u;
 }

@@ -94,16 +94,15 @@ template <typename scalar_t>
 EHRSEQ_SIMD void softmax_rows(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {
   using T = accumulator_t<scalar_t>;
   const int64_t row_length = settings.slots * settings.classes;
-  std::vector<T> scratch(settings.classes * kLanes);
+  Softmax<T> softmax(settings.classes);
   Group<Outcomes::kAtOnce> group;
   for (int64_t i = 0; i < rows.patients; ++i) {
     const Outcome& outcome = rows.outcomes[i];
     const bool time_counts = outcome.type > 0 || settings.censored_included;
-    group.set(i, nll_of_softmax(rows.hazards + i * row_length,
-                            rows.grad ? rows.grad + i * row_length : nullptr, row_length,
-                            settings.classes, outcome.entry, outcome.time,
-                            time_counts ? outcome.type : -1,
-                            grad_scale<scalar_t>(outcome, settings), scratch.data()));
+    group.set(i, softmax.nll_of_visits(
+                     rows.hazards + i * row_length, rows.grad ? rows.grad + i * row_length : nullptr,
+                     row_length, outcome.entry, outcome.time, time_counts ? outcome.type : -1,
+                     grad_scale<scalar_t>(outcome, settings)));
   }
   group.template finish<FromLogits<T>>(rows.patients, nll);
 }

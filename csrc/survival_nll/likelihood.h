@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "common/simd.h"
 #include "common/vector_math.h"
@@ -37,26 +38,37 @@ struct Unfinished {
   double rest;
 };
 
-// Π of factors in (0, 1], eight running products wide.
+// Π of factors in (0, 1], as many running products as T has lanes.
+template <typename T>
 class Product {
  public:
-  EHRSEQ_INLINE void multiply(Doubles factors) { lanes_ *= factors; }
+  Product() {
+    for (Doubles& part : running_.part) part = broadcast(1.0);
+  }
+
+  // By `base + change`, lane by lane, in double precision.
+  template <typename Base>
+  EHRSEQ_INLINE void multiply(const Base& base, const Lanes<T>& change) {
+    const Wide<T> wide = widen(change);
+    for (int i = 0; i < Wide<T>::kParts; ++i) running_.part[i] *= part(base, i) + wide.part[i];
+  }
 
   // Splits the product so far into mantissa and exponent, before it can underflow.
   EHRSEQ_INLINE void flush() {
-    constexpr int64_t kNotNormal = int64_t{1} << 32;
-    const Mask<double> bits = (Mask<double>)lanes_;
-    const Doubles mantissas = (Doubles)((bits & kFraction) | kOneBits);
-    const Mask<double> e =
-        lanes_ >= DBL_MIN ? (bits >> 52) - 1023 : broadcast<int64_t>(kNotNormal);
-    const int64_t exponent = sum_of_lanes<int64_t>(e);
-    if (exponent < kNotNormal / 2) {
-      mantissa_ *= product_of_lanes<double>(mantissas);
-      exponent_ += exponent;
-    } else {  // a zero or a NaN: the logarithm shall see it
-      mantissa_ *= product_of_lanes<double>(lanes_);
+    for (Doubles& running : running_.part) {
+      constexpr int64_t kNotNormal = int64_t{1} << 32;
+      const Mask<double> bits = (Mask<double>)running;
+      const Mask<double> exponents =
+          running >= DBL_MIN ? (bits >> 52) - 1023 : broadcast<int64_t>(kNotNormal);
+      const int64_t exponent = sum_of_lanes<int64_t>(exponents);
+      if (exponent < kNotNormal / 2) {
+        mantissa_ *= product_of_lanes<double>((Doubles)((bits & kFraction) | kOneBits));
+        exponent_ += exponent;
+      } else {  // a zero or a NaN: the logarithm shall see it
+        mantissa_ *= product_of_lanes<double>(running);
+      }
+      running = broadcast(1.0);
     }
-    lanes_ = broadcast(1.0);
   }
 
   // Between two flushes, so that the mantissa cannot grow without end.
@@ -69,7 +81,7 @@ class Product {
     std::memcpy(&mantissa_, &bits, sizeof bits);
   }
 
-  // -log(Π): as much of the exponent as a double can hold goes back into the argument, so that a
+  // -log(Π). As much of the exponent as a double can hold goes back into the argument, so that a
   // product near 1 keeps its logarithm's digits.
   EHRSEQ_INLINE Unfinished unfinished() {
     flush();
@@ -85,43 +97,57 @@ class Product {
   static constexpr int64_t kFraction = (int64_t{1} << 52) - 1;
   static constexpr int64_t kOneBits = int64_t{1023} << 52;
 
-  Doubles lanes_ = broadcast(1.0);
+  static EHRSEQ_INLINE Doubles part(double base, int) { return broadcast(base); }
+  static EHRSEQ_INLINE Doubles part(const Wide<T>& base, int i) { return base.part[i]; }
+
+  Wide<T> running_;
   double mantissa_ = 1;
   int64_t exponent_ = 0;
 };
 
 // Σ (linear + log(1 + excess)), with Π (1 + excess) kept as its distance from 1: tiny terms keep
 // their digits.
+template <typename T>
 class SumOfSoftplus {
  public:
-  EHRSEQ_INLINE void add(Doubles linear, Doubles excess) {
-    linear_ += linear;
-    excess_ += excess * (1.0 + excess_);
+  // Π over all lanes of 1 + excess may not pass 2^1000 before a flush.
+  static constexpr int64_t kMostBits = 1000 / kLanes<T>;
+
+  EHRSEQ_INLINE void add(const Wide<T>& linear, const Wide<T>& excess) {
+    for (int i = 0; i < Wide<T>::kParts; ++i) {
+      linear_.part[i] += linear.part[i];
+      excess_.part[i] += excess.part[i] * (1.0 + excess_.part[i]);
+    }
   }
 
-  // Before the product can overflow.
   EHRSEQ_INLINE void flush() {
     logs_ += std::log1p(excess_of_all());
-    excess_ = Doubles{};
+    excess_ = {};
   }
 
   EHRSEQ_INLINE Unfinished unfinished() const {
-    return {excess_of_all(), sum_of_lanes<double>(linear_) + logs_};
+    double rest = logs_;
+    for (const Doubles& linear : linear_.part) rest += sum_of_lanes<double>(linear);
+    return {excess_of_all(), rest};
   }
 
  private:
   EHRSEQ_INLINE double excess_of_all() const {
-    return join_lanes<double>(
-        excess_, [](auto a, auto b) __attribute__((always_inline)) { return a + b * (1.0 + a); });
+    const auto join = [](auto a, auto b)
+                          __attribute__((always_inline)) { return a + b * (1.0 + a); };
+    Doubles lanes = excess_.part[0];
+    for (int i = 1; i < Wide<T>::kParts; ++i) lanes = join(lanes, excess_.part[i]);
+    return join_lanes<double>(lanes, join);
   }
 
-  Doubles linear_{};
-  Doubles excess_{};
+  Wide<T> linear_{};
+  Wide<T> excess_{};
   double logs_ = 0;
 };
 
-// One way from a row's values to the likelihood of trials: adds eight trials to the sum and gives
-// their gradient. `event` and `counts` mark lanes: which trial is the event, and which are trials.
+// One way from a row's values to the likelihood of trials: adds a vector of trials to the sum and
+// gives their gradient. In `mixed`, `event` and `counts` mark lanes: which trial is the event, and
+// which are trials at all.
 template <typename T>
 class FromProbabilities {
  public:
@@ -132,18 +158,20 @@ class FromProbabilities {
   explicit FromProbabilities(double eps)
       : lowest_(static_cast<T>(eps)), highest_(static_cast<T>(1 - eps)) {}
 
-  EHRSEQ_INLINE Lanes<T> survived(Lanes<T> h, T scale) {
+  EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& h, T scale) {
     const Lanes<T> clamped = clamp(h);
-    product_.multiply(1.0 - convert<double>(clamped));
+    product_.multiply(1.0, -clamped);
     return inside(h) ? scale / (T(1) - clamped) : Lanes<T>{};
   }
 
-  EHRSEQ_INLINE Lanes<T> mixed(Lanes<T> h, T scale, Mask<T> event, Mask<T> counts) {
-    const Lanes<T> clamped = clamp(counts ? h : broadcast(T(0.5)));
-    const Doubles wide = convert<double>(clamped);
-    const Doubles factors = convert<int64_t>(event) ? wide : 1.0 - wide;
-    product_.multiply(convert<int64_t>(counts) ? factors : broadcast(1.0));
-    const Lanes<T> slope = event ? -scale / clamped : scale / (T(1) - clamped);
+  EHRSEQ_INLINE Lanes<T> mixed(const Lanes<T>& values, T scale, const Mask<T>& event,
+                               const Mask<T>& counts) {
+    const Lanes<T> h = counts ? values : broadcast(T(0.5));
+    const Lanes<T> clamped = clamp(h);
+    product_.multiply(widen(event ? Lanes<T>{} : broadcast(T(1))),
+                      counts ? (event ? clamped : -clamped) : Lanes<T>{});
+    const Lanes<T> slope =
+        (event ? broadcast(-scale) : broadcast(scale)) / (event ? clamped : T(1) - clamped);
     return counts & inside(h) ? slope : Lanes<T>{};
   }
 
@@ -154,80 +182,88 @@ class FromProbabilities {
 
   EHRSEQ_INLINE Unfinished unfinished() { return product_.unfinished(); }
 
-  static EHRSEQ_INLINE Doubles finish(Doubles argument, Doubles rest) {
+  static EHRSEQ_INLINE Doubles finish(const Doubles& argument, const Doubles& rest) {
     return rest - log_nonnegative(argument);
   }
 
  private:
   // Comparisons, not min and max: a NaN at risk has to reach the loss.
-  EHRSEQ_INLINE Lanes<T> clamp(Lanes<T> h) const {
+  EHRSEQ_INLINE Lanes<T> clamp(const Lanes<T>& h) const {
     const Lanes<T> raised = h < lowest_ ? broadcast(lowest_) : h;
     return raised > highest_ ? broadcast(highest_) : raised;
   }
 
-  EHRSEQ_INLINE Mask<T> inside(Lanes<T> h) const { return (h >= lowest_) & (h <= highest_); }
+  EHRSEQ_INLINE Mask<T> inside(const Lanes<T>& h) const {
+    return (h >= lowest_) & (h <= highest_);
+  }
 
   T lowest_;
   T highest_;
-  Product product_;
+  Product<T> product_;
 };
 
 template <typename T>
 class FromLogits {
  public:
-  static constexpr int64_t kBlocksPerFlush = 120;  // 1 + excess <= 2^(8 * 120), all lanes together
+  static constexpr int64_t kBlocksPerFlush = SumOfSoftplus<T>::kMostBits;  // 1 + excess <= 2
 
   explicit FromLogits(double /*eps*/) {}
 
-  EHRSEQ_INLINE Lanes<T> survived(Lanes<T> x, T scale) {
-    const Lanes<T> decay = exp_nonpositive<T>(x < T(0) ? x : -x);
-    sum_.add(convert<double>(x > T(0) ? x : Lanes<T>{}), convert<double>(decay));
-    return scale * (x > T(0) ? broadcast(T(1)) : decay) / (T(1) + decay);
+  EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& x, T scale) {
+    const Lanes<T> decay = exp_nonpositive<T>(x > T(0) ? -x : x);
+    sum_.add(widen(x > T(0) ? x : Lanes<T>{}), widen(decay));
+    return scaled_sigmoid(x, decay, scale);
   }
 
-  EHRSEQ_INLINE Lanes<T> mixed(Lanes<T> x, T scale, Mask<T> event, Mask<T> counts) {
-    x = event ? -x : x;
-    x = counts ? x : Lanes<T>{};
-    const Lanes<T> decay = exp_nonpositive<T>(x < T(0) ? x : -x);
-    sum_.add(convert<double>(x > T(0) ? x : Lanes<T>{}),
-             convert<double>(counts ? decay : Lanes<T>{}));
-    const Lanes<T> slope = scale * (x > T(0) ? broadcast(T(1)) : decay) / (T(1) + decay);
+  EHRSEQ_INLINE Lanes<T> mixed(const Lanes<T>& values, T scale, const Mask<T>& event,
+                               const Mask<T>& counts) {
+    const Lanes<T> x = counts ? (event ? -values : values) : Lanes<T>{};
+    const Lanes<T> decay = exp_nonpositive<T>(x > T(0) ? -x : x);
+    sum_.add(widen(x > T(0) ? x : Lanes<T>{}), widen(counts ? decay : Lanes<T>{}));
+    const Lanes<T> slope = scaled_sigmoid(x, decay, scale);
     return counts ? (event ? -slope : slope) : Lanes<T>{};
   }
 
   EHRSEQ_INLINE void flush() { sum_.flush(); }
   EHRSEQ_INLINE Unfinished unfinished() const { return sum_.unfinished(); }
 
-  static EHRSEQ_INLINE Doubles finish(Doubles argument, Doubles rest) {
+  static EHRSEQ_INLINE Doubles finish(const Doubles& argument, const Doubles& rest) {
     return rest + log1p_nonnegative(argument);
   }
 
  private:
-  SumOfSoftplus sum_;
+  // decay = e^-|x|
+  static EHRSEQ_INLINE Lanes<T> scaled_sigmoid(const Lanes<T>& x, const Lanes<T>& decay, T scale) {
+    return scale * (x > T(0) ? broadcast(T(1)) : decay) / (T(1) + decay);
+  }
+
+  SumOfSoftplus<T> sum_;
 };
 
-// Eight values from `at` on; what lies past the end of the row is read as 0 and never written.
-template <typename T>
-EHRSEQ_INLINE auto load_within(const T* row, int64_t at, int64_t row_length) {
-  if (at + kLanes <= row_length) return load(row + at);
-  T values[kLanes] = {};
+// One vector from `at` on; what lies past the end of the row is read as 0 and never written.
+template <typename T, typename scalar_t>
+EHRSEQ_INLINE Lanes<T> load_within(const scalar_t* row, int64_t at, int64_t row_length) {
+  if (at + kLanes<T> <= row_length) return load(row + at);
+  scalar_t values[kLanes<T>] = {};
   std::copy(row + at, row + row_length, values);
   return load(values);
 }
 
-template <typename T, typename L>
-EHRSEQ_INLINE void store_within(T* row, int64_t at, int64_t row_length, const L& lanes) {
-  if (at + kLanes <= row_length) return store(row + at, lanes);
-  T values[kLanes];
+template <typename T, typename stored_t>
+EHRSEQ_INLINE void store_within(stored_t* row, int64_t at, int64_t row_length,
+                                const Lanes<T>& lanes) {
+  if (at + kLanes<T> <= row_length) return store(row + at, lanes);
+  stored_t values[kLanes<T>];
   store(values, lanes);
   std::copy(values, values + (row_length - at), row + at);
 }
 
-// Returns the loss of one patient, unfinished, and, where `grad` is given, writes all of its row: `scale` times
-// the derivative for each trial, zero elsewhere. Values that are no trial are not used.
+// Returns the loss of one patient, unfinished, and where `grad` is given writes all of its row:
+// `scale` times the derivative for each trial, zero elsewhere. Values that are no trial change
+// nothing.
 template <typename Likelihood, typename T, typename scalar_t, typename grad_t>
 EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* grad,
-                                   int64_t row_length, const Trials& trials, T scale) {
+                                       int64_t row_length, const Trials& trials, T scale) {
   Likelihood likelihood(eps);
   constexpr int64_t kRoom = Likelihood::kBlocksPerFlush;
   const bool wants_grad = grad != nullptr;
@@ -235,20 +271,20 @@ EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* 
   int64_t at = trials.begin;
   int64_t room = kRoom;
 
-  while (at + kLanes <= trials.certain_end) {
+  while (at + kLanes<T> <= trials.certain_end) {
     if (room == 0) {
       likelihood.flush();
       room = kRoom;
     }
-    const int64_t blocks = std::min(room, (trials.certain_end - at) / kLanes);
-    for (int64_t i = 0; i < blocks; ++i, at += kLanes) {
+    const int64_t blocks = std::min(room, (trials.certain_end - at) / kLanes<T>);
+    for (int64_t i = 0; i < blocks; ++i, at += kLanes<T>) {
       const Lanes<T> slopes = likelihood.survived(load(row + at), scale);
       if (wants_grad) store(grad + at, slopes);
     }
     room -= blocks;
   }
 
-  for (; at < end; at += kLanes, --room) {
+  for (; at < end; at += kLanes<T>, --room) {
     if (room == 0) {
       likelihood.flush();
       room = kRoom;
@@ -256,9 +292,9 @@ EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* 
     const Mask<T> position = lane_numbers<T>();
     const Mask<T> event = position == static_cast<bits_t<T>>(trials.event - at);
     const Mask<T> survived = position < static_cast<bits_t<T>>(trials.survived_end - at);
-    const Lanes<T> slopes = likelihood.mixed(load_within(row, at, row_length), scale, event,
-                                             event | survived);
-    if (wants_grad) store_within(grad, at, row_length, slopes);
+    const Lanes<T> slopes =
+        likelihood.mixed(load_within<T>(row, at, row_length), scale, event, event | survived);
+    if (wants_grad) store_within<T>(grad, at, row_length, slopes);
   }
 
   if (wants_grad) {
@@ -268,87 +304,115 @@ EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* 
   return likelihood.unfinished();
 }
 
-// Softmax over "no event" (class 0) and the causes, eight visits side by side. For a visit whose
-// class is c, with m the largest logit: -log p_c = (m - x_c) + log(1 + (Σ e^(x - m) - 1)).
-// `scratch` has room for eight values of each class.
-template <typename T, typename scalar_t, typename grad_t>
-EHRSEQ_INLINE void add_softmax_visits(SumOfSoftplus& sum, const scalar_t* logits, grad_t* grad,
-                                      int64_t classes, int64_t visits, int64_t target, T scale,
-                                      T* scratch) {
-  Lanes<T> largest{};
-  for (int64_t c = 0; c < classes; ++c) {
-    Lanes<T> x{};
-    for (int64_t i = 0; i < visits; ++i) x[i] = static_cast<T>(logits[i * classes + c]);
-    store(scratch + c * kLanes, x);
-    largest = c == 0 ? x : (x > largest ? x : largest);
-  }
-  const Doubles linear =
-      convert<double>(largest) - convert<double>(load(scratch + target * kLanes));
-  Doubles total{};
-  for (int64_t c = 0; c < classes; ++c) {
-    const Lanes<T> odds = exp_nonpositive<T>(load(scratch + c * kLanes) - largest);
-    store(scratch + c * kLanes, odds);
-    total += convert<double>(odds);
-  }
-  const Mask<double> counts = lane_numbers<double>() < visits;
-  sum.add(counts ? linear : Doubles{}, counts ? total - 1.0 : Doubles{});
-  if (grad == nullptr) return;
-  const Lanes<T> share = scale / convert<T>(total);
-  for (int64_t c = 0; c < classes; ++c) {
-    const Lanes<T> slopes = load(scratch + c * kLanes) * share - (c == target ? scale : T(0));
-    for (int64_t i = 0; i < visits; ++i) grad[i * classes + c] = static_cast<grad_t>(slopes[i]);
-  }
-}
+// Softmax over "no event" (class 0) and the causes. For a visit whose class is c, with m the largest
+// logit: -log p_c = (m - x_c) + log(1 + (Σ e^(x - m) - 1)).
+template <typename T>
+class Softmax {
+ public:
+  explicit Softmax(int64_t classes)
+      : classes_(classes),
+        blocks_per_flush_(std::max<int64_t>(
+            1, static_cast<int64_t>(SumOfSoftplus<T>::kMostBits /
+                                    std::log2(static_cast<double>(classes) + 1)))),
+        scratch_(classes * kLanes<T>) {}
 
-// As nll_of_trials, for visits `entry` to `time`, with class 0 at each visit before `time` and
-// `target` at it; a negative target leaves that visit out.
-template <typename T, typename scalar_t, typename grad_t>
-EHRSEQ_INLINE Unfinished nll_of_softmax(const scalar_t* row, grad_t* grad, int64_t row_length,
-                                    int64_t classes, int64_t entry, int64_t time, int64_t target,
-                                    T scale, T* scratch) {
-  SumOfSoftplus sum;
-  // Π over the lanes of 1 + excess <= classes^(8 blocks), which a double has to hold.
-  const int64_t room_for = static_cast<int64_t>(120 / std::log2(static_cast<double>(classes) + 1));
-  int64_t room = room_for;
-  const auto add = [&](int64_t visit, int64_t visits, int64_t target_class)
-                       __attribute__((always_inline)) {
-    if (room-- == 0) {
-      sum.flush();
-      room = room_for - 1;
+  // As nll_of_trials, for the visits from `entry` to `time`: class 0 at each before `time`, `target`
+  // at it; a negative target leaves that visit out.
+  template <typename scalar_t, typename grad_t>
+  EHRSEQ_INLINE Unfinished nll_of_visits(const scalar_t* row, grad_t* grad, int64_t row_length,
+                                         int64_t entry, int64_t time, int64_t target, T scale) {
+    SumOfSoftplus<T> sum;
+    int64_t room = blocks_per_flush_;
+    for (int64_t visit = entry; visit < time; visit += kLanes<T>, --room) {
+      if (room == 0) {
+        sum.flush();
+        room = blocks_per_flush_;
+      }
+      add(sum, row, grad, visit, std::min(kLanes<T>, time - visit), 0, scale);
     }
-    add_softmax_visits<T>(sum, row + visit * classes, grad ? grad + visit * classes : nullptr,
-                          classes, visits, target_class, scale, scratch);
-  };
-  for (int64_t visit = entry; visit < time; visit += kLanes) {
-    add(visit, std::min(kLanes, time - visit), 0);
+    if (target >= 0) {
+      if (room == 0) sum.flush();
+      add(sum, row, grad, time, 1, target, scale);
+    }
+    if (grad != nullptr) {
+      std::fill(grad, grad + entry * classes_, grad_t(0));
+      std::fill(grad + (time + (target >= 0)) * classes_, grad + row_length, grad_t(0));
+    }
+    return sum.unfinished();
   }
-  if (target >= 0) add(time, 1, target);
-  if (grad != nullptr) {
-    std::fill(grad, grad + entry * classes, grad_t(0));
-    std::fill(grad + (time + (target >= 0)) * classes, grad + row_length, grad_t(0));
+
+ private:
+  // Visits side by side in the lanes, the classes one after another in the scratch.
+  template <typename scalar_t, typename grad_t>
+  EHRSEQ_INLINE void add(SumOfSoftplus<T>& sum, const scalar_t* row, grad_t* grad, int64_t visit,
+                         int64_t visits, int64_t target, T scale) {
+    const scalar_t* logits = row + visit * classes_;
+    std::fill(scratch_.begin(), scratch_.end(), T(0));
+    for (int64_t i = 0; i < visits; ++i) {
+      for (int64_t c = 0; c < classes_; ++c) {
+        scratch_[c * kLanes<T> + i] = static_cast<T>(logits[i * classes_ + c]);
+      }
+    }
+
+    Lanes<T> largest = lanes_of(0);
+    for (int64_t c = 1; c < classes_; ++c) {
+      largest = lanes_of(c) > largest ? lanes_of(c) : largest;
+    }
+    Wide<T> linear = widen(largest);
+    Wide<T> excess{};
+    const Wide<T> chosen = widen(lanes_of(target));
+    const Wide<T> counts = widen(
+        lane_numbers<T>() < static_cast<bits_t<T>>(visits) ? broadcast(T(1)) : Lanes<T>{});
+    for (int i = 0; i < Wide<T>::kParts; ++i) linear.part[i] -= chosen.part[i];
+    for (int64_t c = 0; c < classes_; ++c) {
+      const Lanes<T> odds = exp_nonpositive<T>(lanes_of(c) - largest);
+      store(&scratch_[c * kLanes<T>], odds);
+      const Wide<T> wide = widen(odds);
+      for (int i = 0; i < Wide<T>::kParts; ++i) excess.part[i] += wide.part[i];
+    }
+    const Lanes<T> share = scale / narrow(excess);
+    for (int i = 0; i < Wide<T>::kParts; ++i) {
+      excess.part[i] = counts.part[i] * (excess.part[i] - 1.0);  // unused lanes hold zeros, no NaN
+    }
+    sum.add(linear, excess);
+
+    if (grad == nullptr) return;
+    for (int64_t c = 0; c < classes_; ++c) {
+      store(&scratch_[c * kLanes<T>], lanes_of(c) * share - (c == target ? scale : T(0)));
+    }
+    for (int64_t i = 0; i < visits; ++i) {
+      for (int64_t c = 0; c < classes_; ++c) {
+        grad[(visit + i) * classes_ + c] = static_cast<grad_t>(scratch_[c * kLanes<T> + i]);
+      }
+    }
   }
-  return sum.unfinished();
-}
+
+  EHRSEQ_INLINE Lanes<T> lanes_of(int64_t c) const { return load(&scratch_[c * kLanes<T>]); }
+
+  int64_t classes_;
+  int64_t blocks_per_flush_;
+  std::vector<T> scratch_;
+};
 
 // A group of patients on its way from Unfinished to losses.
 template <int64_t kPatients>
 class Group {
  public:
-  EHRSEQ_INLINE void set(int64_t patient, Unfinished unfinished) {
+  EHRSEQ_INLINE void set(int64_t patient, const Unfinished& unfinished) {
     arguments_[patient] = unfinished.argument;
     rests_[patient] = unfinished.rest;
   }
 
   template <typename Likelihood>
   EHRSEQ_INLINE void finish(int64_t patients, double* nll) {
-    for (int64_t at = 0; at < patients; at += kLanes) {
-      const Doubles finished = Likelihood::finish(load(arguments_ + at), load(rests_ + at));
-      store_within(nll, at, patients, finished);
+    for (int64_t at = 0; at < patients; at += kLanes<double>) {
+      store_within<double>(nll, at, patients,
+                           Likelihood::finish(load(arguments_ + at), load(rests_ + at)));
     }
   }
 
  private:
-  static_assert(kPatients % kLanes == 0);
+  static_assert(kPatients % kLanes<double> == 0);
   double arguments_[kPatients] = {};
   double rests_[kPatients] = {};
 };
