@@ -260,9 +260,7 @@ def _check(
             )
     for name, tensor in named:
         if tensor.dtype != data.dtype:
-            raise TypeError(
-                f"packed_lstm: {name} is {tensor.dtype}, and the sequence {data.dtype}"
-            )
+            raise TypeError(f"packed_lstm: {name} is {tensor.dtype}, and the sequence {data.dtype}")
 
 
 def _in_dtype(dtype: torch.dtype, weights, hx):
