@@ -4,7 +4,7 @@ from .dataset import PatientDataset
 from .describe import Description, describe
 from .omop import read_omop
 from .padded import PaddedBatch, padded_batch
-from .records import EventRecords, Vocabulary
+from .records import EventRecords, Vocabulary, select
 from .split import split_by_person
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "describe",
     "padded_batch",
     "read_omop",
+    "select",
     "split_by_person",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,28 @@ class EventRecords:
         since_last[self.patient_offsets[:-1]] = 0
         index = np.arange(self.n_visits) - first
         return np.stack([since_last, days - days[first], index], axis=1).astype(np.float32)
+
+
+def select(records: EventRecords, patients: Ints) -> EventRecords:
+    """The given patients alone, in that order; vocabulary and ``left_out`` stay as they are."""
+    starts = records.patient_offsets[patients]
+    lengths = records.patient_offsets[patients + 1] - starts
+    visit = spans(starts, lengths)[2]
+    widths = records.codes_per_visit[visit]
+    return replace(
+        records,
+        codes=records.codes[spans(records.visit_offsets[visit], widths)[2]],
+        visit_offsets=_offsets(widths),
+        patient_offsets=_offsets(lengths),
+        visit_days=records.visit_days[visit],
+        person_ids=records.person_ids[patients],
+        event_times=records.event_times[patients],
+        event_indicators=records.event_indicators[patients],
+    )
+
+
+def _offsets(lengths: Ints) -> Ints:
+    return np.append(0, np.cumsum(lengths))
 
 
 def spans(starts: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
