@@ -1,0 +1,5 @@
+"""Medical codes to visit vectors: gather, mask and mean in one pass, and its gradient."""
+
+from .op import masked_pool, visit_mean_pool
+
+__all__ = ["masked_pool", "visit_mean_pool"]
