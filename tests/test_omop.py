@@ -161,10 +161,10 @@ def test_of_several_outcomes_the_earliest_counts(database):
 
 
 def test_a_path_and_a_schema_give_the_same_records(tmp_path, records):
-    path = tmp_path / "cdm.duckdb"
+    path = tmp_path / "cdm.duckdb"  # the database is called cdm too
     with duckdb.connect(str(path)) as connection:
         connection.execute("CREATE SCHEMA cdm")
-        fill(connection, "cdm")
+        fill(connection, "cdm.cdm")
     same = read_omop(path, outcome_concept_id=OUTCOME, schema="cdm")
     np.testing.assert_array_equal(same.codes, records.codes)
     np.testing.assert_array_equal(same.visit_days, records.visit_days)

@@ -93,7 +93,7 @@ def read_omop(
     outcomes = sorted(int(c) for c in np.atleast_1d(np.asarray(outcome_concept_id, np.int64)))
     with _connection(database) as connection:
         _require_columns(connection, chosen, schema)
-        rows = _union_of_events(chosen, schema)
+        rows = _union_of_events(connection, chosen, schema)
         person, day, concept = _distinct_events(connection, rows)
         left_out = _count_left_out(connection, rows)
         if not np.isin(concept, outcomes).any():
@@ -130,8 +130,13 @@ def _connection(database: Any) -> Iterator[Any]:
         yield connection
 
 
-def _qualified(table: str, schema: str | None) -> str:
-    return _quoted(table) if schema is None else f"{_quoted(schema)}.{_quoted(table)}"
+def _qualified(connection: Any, table: str, schema: str | None) -> str:
+    """The table's full name: a file ``cdm.duckdb`` with a schema ``cdm`` makes shorter ones
+    ambiguous."""
+    place = connection.execute(
+        "SELECT current_database(), coalesce(?, current_schema())", [schema]
+    ).fetchone()
+    return ".".join(_quoted(name) for name in (*place, table))
 
 
 def _quoted(name: str) -> str:
@@ -160,10 +165,11 @@ def _require_columns(connection: Any, chosen: Iterable[EventTable], schema: str 
             raise LookupError(f"table {source.table!r} lacks {', '.join(sorted(missing))}")
 
 
-def _union_of_events(chosen: Iterable[EventTable], schema: str | None) -> str:
+def _union_of_events(connection: Any, chosen: Iterable[EventTable], schema: str | None) -> str:
     return " UNION ALL ".join(
         f"SELECT CAST(person_id AS BIGINT) AS person, CAST({source.date} AS DATE) AS day,"
-        f" CAST({source.concept} AS BIGINT) AS concept FROM {_qualified(source.table, schema)}"
+        f" CAST({source.concept} AS BIGINT) AS concept"
+        f" FROM {_qualified(connection, source.table, schema)}"
         for source in chosen
     )
 
@@ -237,7 +243,7 @@ def _concept_names(
     if not {"concept_id", "concept_name"} <= _columns(connection, "concept", schema):
         return {}
     rows = connection.execute(
-        f"SELECT concept_id, concept_name FROM {_qualified('concept', schema)}"
+        f"SELECT concept_id, concept_name FROM {_qualified(connection, 'concept', schema)}"
         " WHERE concept_id IN (SELECT unnest(?)) AND concept_name IS NOT NULL",
         [concept_ids.tolist()],
     ).fetchall()
