@@ -28,6 +28,20 @@ SCHEMAS = (
     "masked_pool(Tensor embeddings, Tensor? mask, int mode) -> (Tensor pooled, Tensor arg_max)",
     "masked_pool_backward(Tensor grad, Tensor? mask, Tensor? arg_max, SymInt n_slots, int mode)"
     " -> Tensor",
+    # The same for packed batches, with the transposed index (index_*) that the batch builder makes.
+    "packed_visit_pool(Tensor codes, Tensor code_offsets, Tensor weight, int mode)"
+    " -> (Tensor pooled, Tensor arg_max)",
+    "packed_visit_pool_backward(Tensor grad, Tensor code_offsets, Tensor index_codes,"
+    " Tensor index_offsets, Tensor index_visits, Tensor weight, Tensor? arg_max, int mode,"
+    " int padding_idx) -> Tensor",
+    "packed_visit_pool_backward_sparse(Tensor grad, Tensor code_offsets, Tensor index_codes,"
+    " Tensor index_offsets, Tensor index_visits, Tensor weight, Tensor? arg_max, int mode,"
+    " int padding_idx) -> (Tensor code_ids, Tensor rows)",
+    "packed_attention_pool(Tensor codes, Tensor code_offsets, Tensor weight, Tensor scores)"
+    " -> (Tensor pooled, Tensor normaliser)",
+    "packed_attention_pool_backward(Tensor grad, Tensor pooled, Tensor normaliser,"
+    " Tensor index_codes, Tensor index_offsets, Tensor index_visits, Tensor weight, Tensor scores,"
+    " int padding_idx) -> (Tensor grad_weight, Tensor grad_scores)",
     # survival_nll: the forward kernel also writes the gradient, where one is needed.
     "survival_nll(Tensor hazards, Tensor event_times, Tensor event_indicators,"
     " Tensor? sequence_mask, Tensor? entry_times, Tensor? sample_weight, int link,"

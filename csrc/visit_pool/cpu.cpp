@@ -1,7 +1,7 @@
 // Visit pooling on the CPU: codes -> one vector per visit, gather, mask and mean in one pass, and
-// its gradient. Padded input ([..., C] with a mask) is reduced to its real codes tile by tile;
-// packed input is already in that form. segments.h holds the arithmetic, code_index.h the
-// transpose.
+// its gradient. Padded input ([..., C] with a mask) is reduced to its real codes tile by tile
+// (packed_cpu.cpp takes input that is in that form already). segments.h holds the arithmetic,
+// code_index.h the transpose, code_gradients.h the gradient from it.
 
 #include <torch/csrc/stable/library.h>
 
@@ -12,6 +12,7 @@
 
 #include "common/parallel.h"
 #include "common/tensors.h"
+#include "visit_pool/code_gradients.h"
 #include "visit_pool/code_index.h"
 #include "visit_pool/masks.h"
 #include "visit_pool/modes.h"
@@ -19,8 +20,6 @@
 
 namespace ehrseq {
 namespace {
-
-constexpr int64_t kEntriesPerTask = 4096;
 
 // ---------------------------------------------------------------------------------------------
 // Padded input at the door
@@ -157,102 +156,6 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
 // ---------------------------------------------------------------------------------------------
 // Backward
 
-// A view of an index, whoever built it: this file for padded input, the batch builder for packed.
-template <typename acc_t>
-struct IndexView {
-  const int32_t* codes;  // distinct, ascending
-  const int32_t* offsets;
-  const int32_t* visits;
-  const acc_t* weights;  // nullptr where all are 1
-  int64_t n_codes;
-};
-
-template <typename acc_t>
-IndexView<acc_t> view(const CodeIndex<acc_t>& index, bool weighted) {
-  return {index.codes.data(), index.offsets.data(), index.visits.data(),
-          weighted ? index.weights.data() : nullptr, static_cast<int64_t>(index.codes.size())};
-}
-
-// The sum of one piece, into a row of scalar_t (the only piece of its code) or of acc_t (a
-// partial).
-template <typename scalar_t, typename acc_t, typename out_t>
-void sum_piece(const scalar_t* grad, const int32_t* arg_max, int64_t row_size,
-               const IndexView<acc_t>& index, const Piece& piece, acc_t* scratch, out_t* out) {
-  if (arg_max == nullptr) {
-    const int32_t offsets[2] = {piece.begin, piece.end};
-    const Segments<acc_t> segment{index.visits, index.weights, nullptr, offsets};
-    sum_segments(grad, row_size, segment, 0, 1, out);
-    return;
-  }
-  const bool continues = piece.begin != index.offsets[piece.segment];
-  sum_won_columns(grad, arg_max, row_size, index.codes[piece.segment], index.visits, piece.begin,
-                  piece.end, continues, scratch);
-  for (int64_t column = 0; column < row_size; ++column) {
-    out[column] = static_cast<out_t>(scratch[column]);
-  }
-}
-
-// Writes the gradient row of every code in the index once; row_of(segment) says where.
-template <typename scalar_t, typename acc_t, typename RowOf>
-void write_code_gradients(const scalar_t* grad, const int32_t* arg_max, int64_t row_size,
-                          const IndexView<acc_t>& index, const RowOf& row_of, scalar_t* out) {
-  const auto pieces = cut_into_pieces(index.offsets, index.n_codes);
-  const auto n_pieces = static_cast<int64_t>(pieces.size());
-  std::vector<int64_t> partial_of(n_pieces, -1);
-  int64_t n_partials = 0;
-  for (int64_t i = 0; i < n_pieces; ++i) {
-    if (pieces[i].n_pieces > 1) partial_of[i] = n_partials++;
-  }
-  std::vector<acc_t> partials(n_partials * row_size);
-
-  // Ranges of entries, not of pieces, so that threads get equal shares whatever the codes' counts.
-  auto first_piece_from = [&](int64_t entry) {
-    return std::lower_bound(pieces.begin(), pieces.end(), entry,
-                            [](const Piece& piece, int64_t at) { return piece.begin < at; }) -
-           pieces.begin();
-  };
-  parallel_for(0, index.offsets[index.n_codes], kEntriesPerTask, [&](int64_t begin, int64_t end) {
-    std::vector<acc_t> scratch(arg_max == nullptr ? 0 : row_size);
-    const int64_t last = first_piece_from(end);
-    for (int64_t i = first_piece_from(begin); i < last; ++i) {
-      if (partial_of[i] < 0) {
-        sum_piece(grad, arg_max, row_size, index, pieces[i], scratch.data(),
-                  out + row_of(pieces[i].segment) * row_size);
-      } else {
-        sum_piece(grad, arg_max, row_size, index, pieces[i], scratch.data(),
-                  partials.data() + partial_of[i] * row_size);
-      }
-    }
-  });
-
-  parallel_for(0, n_pieces, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const bool leads = partial_of[i] >= 0 && pieces[i].begin == index.offsets[pieces[i].segment];
-      if (!leads) continue;
-      scalar_t* row = out + row_of(pieces[i].segment) * row_size;
-      const acc_t* partial = partials.data() + partial_of[i] * row_size;
-      for (int64_t column = 0; column < row_size; ++column) {
-        acc_t sum = 0;
-        for (int32_t p = 0; p < pieces[i].n_pieces; ++p) sum += partial[p * row_size + column];
-        row[column] = static_cast<scalar_t>(sum);
-      }
-    }
-  });
-}
-
-template <typename scalar_t>
-void zero_absent_rows(const int32_t* codes, int64_t n_codes, int64_t vocabulary, int64_t row_size,
-                      scalar_t* out) {
-  parallel_for(0, n_codes + 1, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t from = i == 0 ? 0 : codes[i - 1] + 1;
-      const int64_t to = i == n_codes ? vocabulary : codes[i];
-      std::memset(static_cast<void*>(out + from * row_size), 0,
-                  (to - from) * row_size * sizeof(scalar_t));
-    }
-  });
-}
-
 // The transpose of a padded batch. Codes equal to padding_idx get no gradient and stay out.
 template <typename acc_t>
 CodeIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t padding_idx) {
@@ -283,15 +186,18 @@ CodeIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t
   return transpose(lists, in.vocabulary);
 }
 
-template <typename Finish>
+// Calls body(TypeTag<scalar_t>{}, index) with the transpose of the batch.
+template <typename Body>
 void with_padded_index(const Tensor& grad, const Tensor& codes, const Tensor& weight,
                        const OptionalTensor& visit_mask, int64_t mode, int64_t padding_idx,
-                       const Finish& finish) {
+                       const Body& body) {
   const auto in = padded_codes(codes, visit_mask, weight);
   dispatch_floating(grad.scalar_type(), "visit_pool_backward", [&](auto scalar_tag) {
-    using scalar_t = typename decltype(scalar_tag)::type;
-    const auto index = index_padded_codes<accumulator_t<scalar_t>>(in, mode, padding_idx);
-    finish(scalar_tag, view(index, mode != kMax));
+    using acc_t = accumulator_t<typename decltype(scalar_tag)::type>;
+    const auto index = index_padded_codes<acc_t>(in, mode, padding_idx);
+    body(scalar_tag,
+         IndexView<acc_t>{index.codes.data(), index.offsets.data(), index.visits.data(),
+                          index.weights.data(), static_cast<int64_t>(index.codes.size())});
   });
 }
 
@@ -301,17 +207,18 @@ const int32_t* winners_or_null(const OptionalTensor& arg_max, int64_t mode) {
 
 Tensor visit_pool_backward(Tensor grad, Tensor codes, Tensor weight, OptionalTensor visit_mask,
                            OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
-  const int64_t vocabulary = weight.size(0);
   const int64_t row_size = weight.size(1);
   const auto rows = torch::stable::contiguous(grad);
-  auto grad_weight = empty(rows, {vocabulary, row_size}, rows.scalar_type());
+  auto grad_weight = empty(rows, shape_of(weight), rows.scalar_type());
   with_padded_index(rows, codes, weight, visit_mask, mode, padding_idx, [&](auto tag, auto index) {
     using scalar_t = typename decltype(tag)::type;
     auto* out = static_cast<scalar_t*>(grad_weight.data_ptr());
-    zero_absent_rows(index.codes, index.n_codes, vocabulary, row_size, out);
-    write_code_gradients(
-        static_cast<const scalar_t*>(rows.data_ptr()), winners_or_null(arg_max, mode), row_size,
-        index, [&](int64_t segment) { return int64_t{index.codes[segment]}; }, out);
+    zero_absent_rows(index.codes, index.n_codes, weight.size(0), row_size, out);
+    sum_code_gradients(static_cast<const scalar_t*>(rows.data_ptr()),
+                       winners_or_null(arg_max, mode), row_size, index,
+                       [&](int64_t segment, const auto* sums) {
+                         write_row(sums, row_size, out + index.codes[segment] * row_size);
+                       });
   });
   return grad_weight;
 }
@@ -328,10 +235,12 @@ std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes,
     auto code_ids = empty(rows, {index.n_codes}, ScalarType::Long);
     auto code_rows = empty(rows, {index.n_codes, row_size}, rows.scalar_type());
     std::copy(index.codes, index.codes + index.n_codes, static_cast<int64_t*>(code_ids.data_ptr()));
-    write_code_gradients(
-        static_cast<const scalar_t*>(rows.data_ptr()), winners_or_null(arg_max, mode), row_size,
-        index, [](int64_t segment) { return segment; },
-        static_cast<scalar_t*>(code_rows.data_ptr()));
+    auto* out = static_cast<scalar_t*>(code_rows.data_ptr());
+    sum_code_gradients(static_cast<const scalar_t*>(rows.data_ptr()),
+                       winners_or_null(arg_max, mode), row_size, index,
+                       [&](int64_t segment, const auto* sums) {
+                         write_row(sums, row_size, out + segment * row_size);
+                       });
     result.emplace(code_ids, code_rows);
   });
   return *result;

@@ -83,9 +83,9 @@ def visit_mean_pool(
         tensor([[3., 2.],
                 [4., 0.]])
     """
-    padding_row = _check_table_arguments(codes, weight, visit_mask, mode, padding_idx)
+    row = _check_table_arguments(codes, weight, visit_mask, mode, padding_idx)
     chosen = backend.choose("visit_pool", weight.device.type, weight.dtype)
-    if _must_check_values(chosen, weight, validate):
+    if must_check_values(chosen, weight, validate):
         _check_codes(codes, visit_mask, weight.shape[0])
     if chosen == "reference":
         return reference.visit_mean_pool(
@@ -98,7 +98,7 @@ def visit_mean_pool(
         )
     visit_mask = _readable_mask(visit_mask)
     if torch.is_grad_enabled() and weight.requires_grad:
-        return _VisitPool.apply(codes, weight, visit_mask, MODES[mode], padding_row, sparse_grad)
+        return _VisitPool.apply(codes, weight, visit_mask, MODES[mode], row, sparse_grad)
     return torch.ops.ehrseq_fast.visit_pool.default(codes, weight, visit_mask, MODES[mode])[0]
 
 
@@ -156,9 +156,7 @@ class _VisitPool(torch.autograd.Function):
         arguments = (grad, codes, weight, visit_mask, arg_max, ctx.mode, ctx.padding_row)
         if ctx.sparse_grad:
             code_ids, rows = torch.ops.ehrseq_fast.visit_pool_backward_sparse.default(*arguments)
-            gradient = torch.sparse_coo_tensor(
-                code_ids.unsqueeze(0), rows, weight.shape, is_coalesced=True, check_invariants=False
-            )
+            gradient = sparse_rows(code_ids, rows, weight.shape)
         else:
             gradient = torch.ops.ehrseq_fast.visit_pool_backward.default(*arguments)
         return None, gradient, None, None, None, None
@@ -190,7 +188,7 @@ class _MaskedPool(torch.autograd.Function):
 @torch.library.register_fake("ehrseq_fast::visit_pool")
 def _(codes, weight, visit_mask, mode):
     shape = (*codes.shape[:-1], weight.shape[1])
-    return weight.new_empty(shape), _fake_arg_max(weight, shape, mode)
+    return weight.new_empty(shape), fake_arg_max(weight, shape, mode)
 
 
 @torch.library.register_fake("ehrseq_fast::visit_pool_backward")
@@ -210,7 +208,7 @@ def _(grad, codes, weight, visit_mask, arg_max, mode, padding_idx):
 @torch.library.register_fake("ehrseq_fast::masked_pool")
 def _(embeddings, mask, mode):
     shape = (*embeddings.shape[:-2], embeddings.shape[-1])
-    return embeddings.new_empty(shape), _fake_arg_max(embeddings, shape, mode)
+    return embeddings.new_empty(shape), fake_arg_max(embeddings, shape, mode)
 
 
 @torch.library.register_fake("ehrseq_fast::masked_pool_backward")
@@ -218,7 +216,14 @@ def _(grad, mask, arg_max, n_slots, mode):
     return grad.new_empty((*grad.shape[:-1], n_slots, grad.shape[-1]))
 
 
-def _fake_arg_max(like, shape, mode):
+def sparse_rows(code_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """A sparse gradient that holds whole rows of the table, ids ascending and distinct."""
+    return torch.sparse_coo_tensor(
+        code_ids.unsqueeze(0), rows, shape, is_coalesced=True, check_invariants=False
+    )
+
+
+def fake_arg_max(like, shape, mode):
     return like.new_empty(shape if mode == MODES["max"] else (0,), dtype=torch.int32)
 
 
@@ -260,7 +265,7 @@ def _check_mask(mask: Tensor | None, shape: torch.Size, like: str, device: torch
 def _check_table_arguments(
     codes: Tensor, weight: Tensor, visit_mask: Tensor | None, mode: str, padding_idx: int | None
 ) -> int:
-    """Check everything but values; the row that gets no gradient, -1 where there is none."""
+    """Check everything but values; the row that gets no gradient, as from :func:`padding_row`."""
     _check_mode(mode)
     _check_floating("weight", weight)
     if codes.dtype not in _CODE_DTYPES:
@@ -272,9 +277,13 @@ def _check_table_arguments(
     if codes.device != weight.device:
         raise ValueError(f"codes are on {codes.device}, and weight is on {weight.device}")
     _check_mask(visit_mask, codes.shape, "codes", codes.device)
+    return padding_row(padding_idx, weight.shape[0])
+
+
+def padding_row(padding_idx: int | None, vocabulary: int) -> int:
+    """The row that gets no gradient, counted from the start; -1 where there is none."""
     if padding_idx is None:
         return -1
-    vocabulary = weight.shape[0]
     if not -vocabulary <= padding_idx < vocabulary:
         raise IndexError(
             f"padding_idx {padding_idx} is outside the vocabulary of {vocabulary} codes"
@@ -286,7 +295,7 @@ def _readable_mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype in _MASK_DTYPES else mask.to(torch.float32)
 
 
-def _must_check_values(chosen: str, tensor: Tensor, validate: bool) -> bool:
+def must_check_values(chosen: str, tensor: Tensor, validate: bool) -> bool:
     """The CPU kernels check values as they read them; a GPU would have to be waited for."""
     if torch.compiler.is_compiling():
         return False

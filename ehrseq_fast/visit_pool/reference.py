@@ -46,3 +46,40 @@ def visit_mean_pool(
     wide = weight.to(accumulator(weight.dtype))
     embeddings = F.embedding(codes, wide, padding_idx, sparse=sparse_grad)
     return masked_pool(embeddings, visit_mask, mode=mode).to(weight.dtype)
+
+
+def packed_visit_pool(
+    codes: Tensor,
+    code_offsets: Tensor,
+    weight: Tensor,
+    *,
+    mode: str = "mean",
+    scores: Tensor | None = None,
+    padding_idx: int | None = None,
+    sparse_grad: bool = False,
+) -> Tensor:
+    """Codes grouped by visit (``code_offsets`` ``[n_visits + 1]``) to ``[n_visits, E]``."""
+    counts = code_offsets.diff()
+    n_visits = counts.shape[0]
+    visit = torch.arange(n_visits, device=codes.device).repeat_interleave(
+        counts, output_size=codes.shape[0]
+    )
+    wide = weight.to(accumulator(weight.dtype))
+    rows = F.embedding(codes.long(), wide, padding_idx, sparse=sparse_grad)
+    zeros = rows.new_zeros(n_visits, weight.shape[1])
+    if mode == "max":
+        best = zeros.index_reduce(0, visit, rows, "amax", include_self=False)
+        return best.to(weight.dtype)
+    if mode == "attention":
+        assert scores is not None
+        score = scores.to(rows.dtype)[codes.long()]
+        highest = score.new_zeros(n_visits).index_reduce(
+            0, visit, score.detach(), "amax", include_self=False
+        )
+        exponential = torch.exp(score - highest[visit])
+        total = score.new_zeros(n_visits).index_add(0, visit, exponential)
+        rows = rows * (exponential / total[visit]).unsqueeze(-1)
+    pooled = zeros.index_add(0, visit, rows)
+    if mode == "mean":
+        pooled = pooled / counts.clamp(min=1).unsqueeze(-1)
+    return pooled.to(weight.dtype)
