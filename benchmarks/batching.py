@@ -175,7 +175,7 @@ def check_equal(built: dict[str, PackedVisits | Triple]) -> None:
 
 
 def measure(repeats: int = 20) -> dict[str, list[float]]:
-    """Seconds per batch of each way, ``repeats`` of each, interleaved, after all were found equal."""
+    """Seconds per batch of each way, ``repeats`` of each, interleaved, once all are found equal."""
     ways = builders()
     check_equal({name: build() for name, build in ways.items()})
     seconds: dict[str, list[float]] = {name: [] for name in ways}

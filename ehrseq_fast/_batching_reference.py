@@ -205,7 +205,7 @@ def _pack(
     return sizes, host, np.concatenate([*patients, *given, ints.view(np.int64)]), source_rows
 
 
-def _starts(counts: npt.ArrayLike) -> Longs:
+def _starts(counts: Longs) -> Longs:
     return np.cumsum(counts, dtype=np.int64) - counts
 
 
@@ -248,8 +248,8 @@ def _find_visits(
     if len(falling):
         at = falling[0]
         raise ValueError(
-            f"patient_offsets must rise within [0, {n_visits}]. Found {len(falling)} patients where "
-            f"they do not. The first is {names[at]}: from {begins[at]} to {ends[at]}."
+            f"patient_offsets must rise within [0, {n_visits}]. Found {len(falling)} patients "
+            f"where they do not. The first is {names[at]}: from {begins[at]} to {ends[at]}."
         )
     _refuse_empty(ends - begins, names)
     return begins, ends - begins
@@ -279,8 +279,8 @@ def _check_visit_offsets(
         at = falling[0]
         patient = np.repeat(np.arange(len(lengths)), lengths)[at]
         raise ValueError(
-            f"visit_offsets must rise within [0, {n_codes}]. Found {len(falling)} visits where they "
-            f"do not. The first is {names[patient]}, visit {time[at]}: from {begins[at]} to "
+            f"visit_offsets must rise within [0, {n_codes}]. Found {len(falling)} visits where "
+            f"they do not. The first is {names[patient]}, visit {time[at]}: from {begins[at]} to "
             f"{ends[at]}."
         )
 
@@ -367,8 +367,8 @@ def _check_codes(
             order.patient_of_row[rows], order.time_of_row[rows], slots[outside], codes[outside]
         )
         raise IndexError(
-            f"Found {len(outside)} codes outside the vocabulary: expected 0 <= code < {vocab_size}. "
-            f"The first is {code}: {names[patient]}, visit {visit}, code {slot}."
+            f"Found {len(outside)} codes outside the vocabulary: expected 0 <= code < "
+            f"{vocab_size}. The first is {code}: {names[patient]}, visit {visit}, code {slot}."
         )
 
 

@@ -19,8 +19,10 @@ from types import ModuleType
 
 import torch
 
-from . import _batching_reference
-from . import schemas as schemas  # the operators must be defined before a library implements them
+from . import (
+    _batching_reference,
+    schemas,  # noqa: F401  (the operators must be defined before a library implements them)
+)
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -145,8 +147,8 @@ def choose(operation: str, device: str, dtype: torch.dtype) -> str:
 
 
 def batch_builder() -> ModuleType:
-    """What builds :class:`~ehrseq_fast.PackedVisits` on the host: the compiled ``_batching``, or its
-    NumPy twin ``_batching_reference`` where nothing is compiled or ``reference`` is asked for.
+    """What builds :class:`~ehrseq_fast.PackedVisits` on the host: the compiled ``_batching``, or
+    its NumPy twin ``_batching_reference`` where nothing is compiled or ``reference`` is asked for.
 
     Raises:
         RuntimeError: if ``cpu`` was asked for and ``_batching`` did not load, with the reason.

@@ -71,22 +71,22 @@ class PackedVisits:
     :meth:`from_flat` or :meth:`from_padded`.
 
     Attributes:
-        codes: int32 ``[n_codes]``, the codes of row 0, then of row 1, ...; the caller's order within
-            a visit.
+        codes: int32 ``[n_codes]``, the codes of row 0, then of row 1, ...; within a visit in the
+            caller's order.
         code_offsets: int32 ``[n_visits + 1]``; row ``r`` holds
             ``codes[code_offsets[r]:code_offsets[r + 1]]``, possibly nothing.
         index_codes: int32 ``[n_distinct]``, the distinct codes, ascending.
         index_offsets: int32 ``[n_distinct + 1]``.
-        index_visits: int32 ``[n_codes]``; the rows that hold ``index_codes[k]``, ascending, once for
-            each time they hold it: ``index_visits[index_offsets[k]:index_offsets[k + 1]]``.
-        batch_sizes: int64 ``[max_visits]``, always on the CPU: how many patients have a visit ``t``.
+        index_visits: int32 ``[n_codes]``; the rows that hold ``index_codes[k]``, ascending, once
+            for each time they hold it: ``index_visits[index_offsets[k]:index_offsets[k + 1]]``.
+        batch_sizes: int64 ``[max_visits]``, always on the CPU: patients that have a visit ``t``.
         lengths: int64 ``[n_patients]``, always on the CPU: visits of each patient.
         sorted_indices, unsorted_indices: int64 ``[n_patients]``: the patient at each rank, the rank
             of each patient; as in ``PackedSequence``.
         row_starts: int64 ``[max_visits + 1]``; visit ``t`` of the patient at rank ``r`` is row
             ``row_starts[t] + r``.
         last_rows: int64 ``[n_patients]``, the row of each patient's last visit.
-        event_times: int64 ``[n_patients]``, 0-based visit of the event or of the censoring, or None.
+        event_times: int64 ``[n_patients]``, visit of the event or the censoring, from 0, or None.
         event_indicators: int64 ``[n_patients]``, 1 where the event was seen, 0 censored, or None.
         event_types: int64 ``[n_patients]``, 0 censored, 1.. which of competing events, or None.
         visit_features: ``[n_visits, F]``, floating, in row order, or None.
@@ -213,10 +213,10 @@ class PackedVisits:
             ([1, 2, 3, 2], [0, 2, 3, 4])
             >>> batch.event_times  # the caller's order
             tensor([0, 1])
-            >>> PackedVisits.from_lists([[[3]], []])
+            >>> PackedVisits.from_lists([[[3]], []])  # doctest: +ELLIPSIS
             Traceback (most recent call last):
             ...
-            ValueError: Found 1 sequences with zero length. All sequences must have at least 1 visit. The first is patient 1.
+            ValueError: Found 1 sequences with zero length. ... The first is patient 1.
         """
         if not isinstance(patients, (list, tuple)):
             patients = _listed(patients)
@@ -332,14 +332,15 @@ class PackedVisits:
     ) -> PackedVisits:
         """Pack the padded triple of tensors. Padding is not read: any code may stand there.
 
-        On a GPU the host waits for the device **exactly once**, for the sizes of what comes out: the
-        number of real codes and of distinct ones, the lengths where they are not given, and the
-        count of every error, all in one small copy. With ``lengths`` given, only the real visits
-        are worked on. (A batch built in a data-loader worker needs no wait at all.)
+        On a GPU the host waits for the device **exactly once**, for the sizes of what comes out:
+        the number of real codes and of distinct ones, the lengths where they are not given, and the
+        count of errors, all in one small copy. With ``lengths`` given there is still this one wait,
+        as the number of real codes stands nowhere else, but visits past the longest patient's last
+        are not worked on. (A batch built in a data-loader worker needs no wait at all.)
 
         Args:
             visit_codes: int32 or int64 ``[B, V, C]``.
-            visit_mask: ``[B, V, C]``, bool or numeric 0/1: which codes are real; without it all are.
+            visit_mask: ``[B, V, C]``, bool or numeric 0/1: which codes are real; without it all.
             sequence_mask: ``[B, V]``, bool or numeric 0/1, ones first: which visits are real;
                 without it and without ``lengths`` all are.
             lengths: integers ``[B]`` on the host, instead of ``sequence_mask`` or beside it. Beside
@@ -352,8 +353,8 @@ class PackedVisits:
 
         Raises:
             ValueError: as :meth:`from_lists`; a mask that is neither 0 nor 1 on a real visit (a
-                weighted mask needs the padded tensors), a ``sequence_mask`` with holes, lengths that
-                disagree with it, lengths on a GPU, tensors on different devices.
+                weighted mask needs the padded tensors), a ``sequence_mask`` with holes, lengths
+                that disagree with it, lengths on a GPU, tensors on different devices.
             IndexError: a code outside the vocabulary.
             TypeError: codes that are not int32 or int64.
 
@@ -382,7 +383,8 @@ class PackedVisits:
                 code_states = None if code_states is None else code_states.cpu()
                 visit_states = None if visit_states is None else visit_states.cpu()
         if batch is None:
-            longs = _outcomes(*map(_on_host, outcomes), n_patients)
+            times, indicators, types = map(_on_host, outcomes)
+            longs = _outcomes(times, indicators, types, n_patients)
             sizes, host, fields, _ = _backend.batch_builder().pack_padded(
                 visit_codes.detach().contiguous().numpy(),
                 None if code_states is None else code_states.contiguous().numpy(),
@@ -493,8 +495,8 @@ class PackedVisits:
     # Moving --------------------------------------------------------------------------------------
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PackedVisits:
-        """This batch on ``device``; itself where it already is. ``batch_sizes`` and ``lengths`` stay
-        on the CPU. One copy carries all but the features and targets, without waiting for the
+        """This batch on ``device``; itself where it already is. ``batch_sizes`` and ``lengths``
+        stay on the CPU. One copy carries all but the features and targets, without waiting for the
         device if the batch is pinned (:meth:`pin_memory`) and ``non_blocking`` is set.
 
         Example:
@@ -598,8 +600,8 @@ class PackedVisits:
     def pad(self, values: Tensor, fill: float = 0, total_length: int | None = None) -> Tensor:
         """Rows ``[n_visits, ...]`` to ``[B, V, ...]`` in the caller's order; ``fill`` elsewhere.
 
-        ``V`` is ``max_visits``, or ``total_length`` where that is given. Differentiable. The inverse
-        is :meth:`pack`.
+        ``V`` is ``max_visits``, or ``total_length`` where that is given. Differentiable. The
+        inverse is :meth:`pack`.
 
         Raises:
             ValueError: if ``values`` has not one row per visit, or ``total_length`` is too small.
@@ -720,7 +722,7 @@ class PackedVisits:
         return self.patient_of_row * n_visits + self.time_of_row
 
 
-# The door: shapes and dtypes. Values are the builder's business. ------------------------------------
+# The door: shapes and dtypes. Values are the builder's business. ----------------------------------
 
 
 def _listed(patients: Any) -> list[Any]:
@@ -732,7 +734,7 @@ def _listed(patients: Any) -> list[Any]:
         ) from None
 
 
-def _layout(sizes: tuple[int, ...], outcomes: Sequence[Any]) -> _Layout:
+def _layout(sizes: tuple[int, int, int, int, int], outcomes: Sequence[Any]) -> _Layout:
     there = tuple(name for name, given in zip(OUTCOMES, outcomes, strict=True) if given is not None)
     return _Layout(*sizes, there)
 
@@ -755,11 +757,11 @@ def _as_array(values: ArrayLike) -> Array:
 
 def _integers(name: str, values: ArrayLike) -> Array:
     array = _as_array(values)
-    if array.size == 0 and not isinstance(values, (np.ndarray, Tensor)):
+    if array.size == 0:
         array = array.astype(np.int64)  # an empty list has no dtype of its own
     if array.ndim != 1:
         raise ValueError(f"{name}: expected 1 dimension, got shape {list(array.shape)}")
-    if array.dtype != np.int64 and array.dtype != np.int32:
+    if array.dtype not in (np.int64, np.int32):
         raise TypeError(f"{name}: expected int32 or int64, got {array.dtype}")
     return array
 
@@ -873,7 +875,7 @@ def _gather(values: Tensor | Array, rows: Array | None) -> Tensor:
 
 def _resolve_index(index: Any, n_patients: int) -> Array:
     if isinstance(index, slice):
-        return np.arange(n_patients)[index]
+        return np.arange(*index.indices(n_patients))
     if isinstance(index, Tensor):
         index = index.detach().cpu().numpy()
     array = np.asarray(index)
@@ -896,7 +898,7 @@ def _resolve_index(index: Any, n_patients: int) -> Array:
     return np.where(numbers < 0, numbers + n_patients, numbers)
 
 
-# From batches to a batch ----------------------------------------------------------------------------
+# From batches to a batch --------------------------------------------------------------------------
 
 
 class _Flat(NamedTuple):
@@ -984,7 +986,7 @@ def _check_alike(batches: Sequence[PackedVisits]) -> None:
             )
 
 
-# Padded tensors -------------------------------------------------------------------------------------
+# Padded tensors -----------------------------------------------------------------------------------
 
 
 def _check_padded(codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor | None) -> None:
@@ -1033,6 +1035,13 @@ def _on_host(values: ArrayLike | None) -> ArrayLike | None:
     return values.cpu() if isinstance(values, Tensor) else values
 
 
+def _outcome_on(device: torch.device, name: str, values: ArrayLike, n_patients: int) -> Tensor:
+    if isinstance(values, Tensor) and values.device == device:
+        return values
+    longs = _outcome(name, _on_host(values), n_patients, None)
+    return torch.from_numpy(longs).to(device, non_blocking=True)
+
+
 def _pack_on_device(
     visit_codes: Tensor,
     code_states: Tensor | None,
@@ -1079,10 +1088,10 @@ def _pack_on_device(
     row_of_slot = real_visit.cumsum(0) - 1
 
     # Real codes move to the front, in row order; all others to one place past the end.
-    candidates = visit_codes.reshape(-1, n_slots)[slots]
+    candidates = visit_codes.flatten(0, 1)[slots]
     real = real_visit[:, None].expand(-1, n_slots)
     if code_states is not None:
-        states = code_states.reshape(-1, n_slots)[slots]
+        states = code_states.flatten(0, 1)[slots]
         errors.append((real & (states > 1)).sum())
         real = real & (states == 1)
     outside = (candidates < 0) | (candidates >= _code_limit(vocab_size))
@@ -1112,9 +1121,7 @@ def _pack_on_device(
     for name, outcome in zip(OUTCOMES, outcomes, strict=True):
         if outcome is None:
             continue
-        if not isinstance(outcome, Tensor) or outcome.device != device:
-            on_host = _outcome(name, _on_host(outcome), n_patients, None)
-            outcome = torch.from_numpy(on_host).to(device, non_blocking=True)
+        outcome = _outcome_on(device, name, outcome, n_patients)  # noqa: PLW2901
         if outcome.shape != (n_patients,) or (
             name == "event_times" and outcome.is_floating_point()
         ):

@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "batching/records.h"
@@ -39,6 +40,13 @@ inline Buffer allocate(int64_t longs) {
   auto* memory = static_cast<int64_t*>(std::malloc(std::max<int64_t>(longs, 1) * sizeof(int64_t)));
   if (!memory) throw std::bad_alloc();
   return Buffer(memory);
+}
+
+inline Buffer shrink(Buffer buffer, int64_t longs) {
+  auto* const memory = std::realloc(buffer.get(), longs * sizeof(int64_t));
+  if (!memory) return buffer;  // nothing was freed: the longer buffer serves as well
+  static_cast<void>(buffer.release());
+  return Buffer(static_cast<int64_t*>(memory));
 }
 
 // `host` stays on the host: batch_sizes [max_visits], lengths [patients].
@@ -226,9 +234,7 @@ Packed pack(const Records& records, const Vocabulary& vocabulary, const Outcomes
   if ((end - code_offsets) % 2 != 0) *end++ = 0;
 
   packed.field_longs = (end_of_longs - longs) + (end - code_offsets) / 2;
-  auto* const shrunk = std::realloc(packed.fields.release(), packed.field_longs * sizeof(int64_t));
-  if (!shrunk) throw std::bad_alloc();
-  packed.fields.reset(static_cast<int64_t*>(shrunk));
+  packed.fields = shrink(std::move(packed.fields), packed.field_longs);
   if (with_source_rows) packed.source_rows = list_source_rows(records, order);
   return packed;
 }

@@ -50,8 +50,7 @@ struct IntColumn {
   }
 };
 
-inline void refuse_empty_sequences(const Offenders& empty, const std::string& first) {
-  if (!empty) return;
+[[noreturn]] inline void refuse_empty_sequences(const Offenders& empty, const std::string& first) {
   refuse_value(
       "Found " + text(empty.count) +
       " sequences with zero length. All sequences must have at least 1 visit. The first is " +
@@ -155,7 +154,7 @@ class FlatRecords {
                    name(falling.patient) + ": from " + text(begin) + " to " +
                    text(begin + length_[falling.patient]) + ".");
     }
-    refuse_empty_sequences(empty, name(empty.patient));
+    if (empty) refuse_empty_sequences(empty, name(empty.patient));
   }
 
   // Reads the offsets of the chosen patients only, front to back.
@@ -303,7 +302,7 @@ class PaddedRecords {
     Offenders empty;
     for (int64_t patient = 0; patient < shape_.patients; ++patient)
       if (length_[patient] == 0) empty.add(patient);
-    refuse_empty_sequences(empty, name(empty.patient));
+    if (empty) refuse_empty_sequences(empty, name(empty.patient));
   }
 
   void count_real_codes() {

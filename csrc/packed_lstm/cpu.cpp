@@ -1,0 +1,495 @@
+// The packed LSTM on the CPU: checks at the door, memory, and the order of the phases. The kernels
+// are in kernels_impl.h; how threads share the work is in team.h.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdlib>
+#include <sstream>
+#include <string_view>
+#include <tuple>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "common/tensors.h"
+#include "packed_lstm/isa.h"
+#include "packed_lstm/team.h"
+
+namespace ehrseq::packed_lstm {
+
+namespace {
+
+enum class InstructionSet { baseline, avx2, avx512 };
+
+// EHRSEQ_FAST_CPU_CAPABILITY=baseline|avx2 holds the kernels back, to test those of lesser CPUs.
+InstructionSet instruction_set() {
+#ifdef EHRSEQ_HAS_X86_KERNELS
+  const char* asked = std::getenv("EHRSEQ_FAST_CPU_CAPABILITY");
+  const std::string_view most = asked ? asked : "";
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("bmi2");
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
+  if (!has_avx2 || most == "baseline") return InstructionSet::baseline;
+  return has_avx512 && most != "avx2" ? InstructionSet::avx512 : InstructionSet::avx2;
+#else
+  return InstructionSet::baseline;
+#endif
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  static const InstructionSet running = instruction_set();
+#ifdef EHRSEQ_HAS_X86_KERNELS
+  if (running == InstructionSet::avx512) return avx512::float_kernels();
+  if (running == InstructionSet::avx2) return avx2::float_kernels();
+#endif
+  return baseline::float_kernels();
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  static const InstructionSet running = instruction_set();
+#ifdef EHRSEQ_HAS_X86_KERNELS
+  if (running == InstructionSet::avx512) return avx512::double_kernels();
+  if (running == InstructionSet::avx2) return avx2::double_kernels();
+#endif
+  return baseline::double_kernels();
+}
+
+namespace {
+
+std::string describe(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << ']';
+  return text.str();
+}
+
+void expect_shape(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape,
+                  const char* names) {
+  if (shape_of(tensor) == shape) return;
+  std::ostringstream text;
+  text << "packed_lstm: " << name << " must be " << names << " = [";
+  for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
+  text << "], and is " << describe(tensor);
+  throw std::invalid_argument(text.str());
+}
+
+void expect_shape(const OptionalTensor& tensor, const char* name, const std::vector<int64_t>& shape,
+                  const char* names) {
+  if (tensor) expect_shape(*tensor, name, shape, names);
+}
+
+std::vector<int64_t> checked_batch_sizes(const Tensor& batch_sizes, int64_t visits) {
+  if (batch_sizes.dim() != 1 || batch_sizes.scalar_type() != ScalarType::Long ||
+      !batch_sizes.is_cpu()) {
+    throw std::invalid_argument("packed_lstm: batch_sizes must be 1-D int64 on the CPU");
+  }
+  const Tensor packed = torch::stable::contiguous(batch_sizes);
+  const int64_t* at = static_cast<const int64_t*>(packed.data_ptr());
+  const std::vector<int64_t> sizes(at, at + packed.numel());
+  if (sizes.empty()) throw std::invalid_argument("packed_lstm: batch_sizes is empty");
+  int64_t total = 0;
+  for (size_t time = 0; time < sizes.size(); ++time) {
+    if (sizes[time] < 1 || (time > 0 && sizes[time] > sizes[time - 1])) {
+      std::ostringstream text;
+      text << "packed_lstm: batch_sizes must be positive and must not rise, but batch_sizes["
+           << time << "] is " << sizes[time];
+      if (time > 0) text << " after " << sizes[time - 1];
+      throw std::invalid_argument(text.str());
+    }
+    total += sizes[time];
+  }
+  if (total != visits) {
+    std::ostringstream text;
+    text << "packed_lstm: batch_sizes count " << total << " visits, and input has " << visits
+         << " rows";
+    throw std::invalid_argument(text.str());
+  }
+  return sizes;
+}
+
+std::vector<Step> steps_of(const std::vector<int64_t>& batch_sizes, bool reverse) {
+  std::vector<Step> steps;
+  steps.reserve(batch_sizes.size());
+  int64_t row = 0;
+  for (size_t time = 0; time < batch_sizes.size(); ++time) {
+    const int64_t patients = batch_sizes[time];
+    const int64_t earlier = time > 0 ? batch_sizes[time - 1] : 0;
+    const int64_t later = time + 1 < batch_sizes.size() ? batch_sizes[time + 1] : 0;
+    const int64_t row_earlier = row - earlier;
+    const int64_t row_later = row + patients;
+    const int64_t from_earlier = std::min(earlier, patients);
+    if (reverse) {
+      steps.push_back({row, patients, row_later, later, row_earlier, from_earlier});
+    } else {
+      steps.push_back({row, patients, row_earlier, from_earlier, row_later, later});
+    }
+    row += patients;
+  }
+  return steps;
+}
+
+Shape checked_shape(const Tensor& input, const std::vector<int64_t>& batch_sizes,
+                    const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& h0,
+                    const OptionalTensor& c0) {
+  if (weight_hh.dim() != 2) {
+    throw std::invalid_argument("packed_lstm: weight_hh must be [4 * hidden, hidden], and is " +
+                                describe(weight_hh));
+  }
+  const Shape shape{input.size(1), weight_hh.size(1), input.size(0), batch_sizes[0]};
+  expect_shape(weight_ih, "weight_ih", {kGates * shape.hidden, shape.inputs},
+               "[4 * hidden, inputs]");
+  expect_shape(weight_hh, "weight_hh", {kGates * shape.hidden, shape.hidden},
+               "[4 * hidden, hidden]");
+  const std::vector<int64_t> state{shape.patients, shape.hidden};
+  expect_shape(h0, "h0", state, "[patients, hidden]");
+  expect_shape(c0, "c0", state, "[patients, hidden]");
+  return shape;
+}
+
+// Tensors as the kernels read them: contiguous, in the type that they compute in. Converted copies
+// live as long as this does.
+template <typename T>
+class Operands {
+ public:
+  const T* operator()(const Tensor& tensor) {
+    held_.push_back(torch::stable::contiguous(torch::stable::to(tensor, dtype())));
+    return static_cast<const T*>(held_.back().data_ptr());
+  }
+
+  const T* operator()(const OptionalTensor& tensor) { return tensor ? (*this)(*tensor) : nullptr; }
+
+  static ScalarType dtype() {
+    return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+  }
+
+ private:
+  std::vector<Tensor> held_;
+};
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// Fresh memory costs a page fault per page at its first touch; with large pages, few.
+void prefer_large_pages(const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t end = begin + tensor.numel() * tensor.element_size();
+  const uintptr_t first = (begin + kLargePage - 1) & ~(kLargePage - 1);
+  const uintptr_t last = end & ~(kLargePage - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+template <typename T>
+Tensor scratch(const Tensor& like, const std::vector<int64_t>& shape) {
+  Tensor tensor = empty(like, shape, Operands<T>::dtype());
+  prefer_large_pages(tensor);
+  return tensor;
+}
+
+// Threads, and from which time on they share each step.
+struct Plan {
+  int64_t threads;
+  int64_t shared_from;
+};
+
+template <typename T>
+Plan plan_for(const Shape& shape, const std::vector<Step>& steps) {
+  // Below about this many multiplications waking a thread costs more than it brings.
+  constexpr int64_t kWorthAThread = 1 << 20;
+  const int64_t work = shape.visits * kGates * shape.hidden * (shape.hidden + shape.inputs);
+  const int64_t most = std::max<int64_t>(1, work / kWorthAThread);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), most);
+  const int64_t few = kernels<T>().tile_rows * threads;
+  int64_t time = static_cast<int64_t>(steps.size());
+  while (time > 0 && steps[time - 1].patients < few) --time;
+  return {threads, time};
+}
+
+int64_t first_row_of(const Shape& shape, const std::vector<Step>& steps, int64_t time) {
+  return time < static_cast<int64_t>(steps.size()) ? steps[time].first_row : shape.visits;
+}
+
+// Both halves of a scan, in its order: patients apart, [0, shared_from), and the tail in step.
+template <typename Apart, typename InStep>
+void scan(const Shape& shape, const std::vector<Step>& steps, const Plan& plan, int64_t blocks,
+          bool falling, const Apart& apart, const InStep& in_step) {
+  const auto head = [&] {
+    if (plan.shared_from == 0) return;
+    const auto bounds = groups_of_equal_work(steps, plan.shared_from, plan.threads);
+    const int64_t groups = static_cast<int64_t>(bounds.size()) - 1;
+    share_out(groups, plan.threads, [&](int64_t first, int64_t last) {
+      for (int64_t group = first; group < last; ++group) apart(bounds[group], bounds[group + 1]);
+    });
+  };
+  const auto tail = [&] {
+    const int64_t count = static_cast<int64_t>(steps.size()) - plan.shared_from;
+    if (count == 0) return;
+    const int64_t shares = std::min({plan.threads, blocks, kMostShares});
+    run_in_step(count, shares, [&](int64_t step, int64_t share) {
+      const int64_t time = falling ? plan.shared_from + count - 1 - step : plan.shared_from + step;
+      in_step(time, blocks * share / shares, blocks * (share + 1) / shares);
+    });
+  };
+  if (falling) {
+    tail();
+    head();
+  } else {
+    head();
+    tail();
+  }
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_sizes,
+                      const Tensor& weight_ih, const Tensor& weight_hh,
+                      const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                      const OptionalTensor& h0, const OptionalTensor& c0, bool reverse,
+                      bool training) {
+  const Kernels<T>& run = kernels<T>();
+  const Shape shape = checked_shape(input, batch_sizes, weight_ih, weight_hh, h0, c0);
+  expect_shape(bias_ih, "bias_ih", {kGates * shape.hidden}, "[4 * hidden]");
+  expect_shape(bias_hh, "bias_hh", {kGates * shape.hidden}, "[4 * hidden]");
+
+  const std::vector<Step> steps = steps_of(batch_sizes, reverse);
+  const Plan plan = plan_for<T>(shape, steps);
+  const int64_t padded = shape.padded_hidden();
+  const int64_t projected_from = first_row_of(shape, steps, plan.shared_from);
+
+  Tensor output = scratch<T>(input, {shape.visits, shape.hidden});
+  Tensor last_hidden = scratch<T>(input, {shape.patients, shape.hidden});
+  Tensor last_cell = scratch<T>(input, {shape.patients, shape.hidden});
+  Tensor cells = scratch<T>(input, {training ? shape.visits : shape.patients, padded});
+  // Where gates are kept, projections lie where the gates of their row will.
+  Tensor gates =
+      scratch<T>(input, {shape.visits - (training ? 0 : projected_from), kGates * padded});
+  T* projected = data<T>(gates) + (training ? projected_from * kGates * padded : 0);
+
+  const int64_t blocks = (shape.hidden + run.lanes - 1) / run.lanes;
+  const Tensor panels =
+      scratch<T>(input, {blocks, (shape.inputs + shape.hidden) * kGates * run.lanes});
+  const Tensor bias = scratch<T>(input, {blocks * kGates * run.lanes});
+
+  Operands<T> operand;
+  const Weights<T> weights{operand(weight_ih), operand(weight_hh), operand(bias_ih),
+                           operand(bias_hh)};
+  const Forward<T> layer{shape,
+                         steps,
+                         reverse,
+                         operand(input),
+                         operand(h0),
+                         operand(c0),
+                         data<T>(panels),
+                         data<T>(bias),
+                         data<T>(output),
+                         data<T>(last_hidden),
+                         data<T>(last_cell),
+                         training ? data<T>(gates) : nullptr,
+                         data<T>(cells),
+                         training,
+                         projected_from,
+                         projected};
+
+  share_out(blocks, plan.threads, [&](int64_t from, int64_t to) {
+    run.pack_gate_panels(shape, weights, from, to, data<T>(panels), data<T>(bias));
+  });
+  share_out(shape.visits - projected_from, plan.threads, [&](int64_t from, int64_t to) {
+    run.project_inputs(layer, projected_from + from, projected_from + to);
+  });
+  scan(
+      shape, steps, plan, blocks, reverse,
+      [&](int64_t from, int64_t to) { run.scan_patients(layer, 0, plan.shared_from, from, to); },
+      [&](int64_t time, int64_t from, int64_t to) { run.scan_units(layer, time, from, to); });
+
+  const ScalarType dtype = input.scalar_type();
+  const auto rounded = [&](const Tensor& tensor) { return torch::stable::to(tensor, dtype); };
+  if (!training) {
+    gates = scratch<T>(input, {0});
+    cells = scratch<T>(input, {0});
+  }
+  return {rounded(output), rounded(last_hidden), rounded(last_cell), gates, cells};
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor& grad_last_hidden,
+                        const OptionalTensor& grad_last_cell, const Tensor& input,
+                        const std::vector<int64_t>& batch_sizes, const Tensor& weight_ih,
+                        const Tensor& weight_hh, const OptionalTensor& h0, const OptionalTensor& c0,
+                        const Tensor& output, const Tensor& gates, const Tensor& cells,
+                        bool reverse, bool need_input, bool need_weights, bool need_states) {
+  const Kernels<T>& run = kernels<T>();
+  const Shape shape = checked_shape(input, batch_sizes, weight_ih, weight_hh, h0, c0);
+  const int64_t padded = shape.padded_hidden();
+  expect_shape(output, "output", {shape.visits, shape.hidden}, "[visits, hidden]");
+  expect_shape(grad_output, "grad_output", {shape.visits, shape.hidden}, "[visits, hidden]");
+  expect_shape(grad_last_hidden, "grad_h_n", {shape.patients, shape.hidden}, "[patients, hidden]");
+  expect_shape(grad_last_cell, "grad_c_n", {shape.patients, shape.hidden}, "[patients, hidden]");
+  expect_shape(gates, "gates", {shape.visits, kGates * padded}, "[visits, 4 * padded hidden]");
+  expect_shape(cells, "cells", {shape.visits, padded}, "[visits, padded hidden]");
+
+  const std::vector<Step> steps = steps_of(batch_sizes, reverse);
+  const Plan plan = plan_for<T>(shape, steps);
+  const int64_t blocks = (shape.hidden + run.lanes - 1) / run.lanes;
+  const int64_t input_blocks = (shape.inputs + run.lanes - 1) / run.lanes;
+  const int64_t panel = blocks * kGates * run.lanes * run.lanes;
+
+  const auto wanted = [&](bool need, const std::vector<int64_t>& sizes) {
+    return scratch<T>(input, need ? sizes : std::vector<int64_t>{0});
+  };
+  const Tensor grad_gates = scratch<T>(input, {blocks * kGates, shape.visits, run.lanes});
+  const Tensor grad_cell = scratch<T>(input, {shape.patients, padded});
+  const Tensor hidden_panels = scratch<T>(input, {blocks, panel});
+  const Tensor input_panels = wanted(need_input, {input_blocks, panel});
+  const Tensor grad_input = wanted(need_input, {shape.visits, shape.inputs});
+  const Tensor grad_h0 = wanted(need_states, {shape.patients, shape.hidden});
+  const Tensor grad_c0 = wanted(need_states, {shape.patients, shape.hidden});
+  const Tensor grad_weight_ih = wanted(need_weights, {kGates * shape.hidden, shape.inputs});
+  const Tensor grad_weight_hh = wanted(need_weights, {kGates * shape.hidden, shape.hidden});
+  const Tensor grad_bias = wanted(need_weights, {kGates * shape.hidden});
+
+  std::vector<int64_t> row_before, patient;
+  if (need_weights) {
+    for (const Step& step : steps) {
+      for (int64_t p = 0; p < step.patients; ++p) {
+        row_before.push_back(p < step.continuing ? step.row_before + p : -1);
+        patient.push_back(p);
+      }
+    }
+  }
+
+  Operands<T> operand;
+  const Backward<T> layer{shape,
+                          steps,
+                          reverse,
+                          operand(input),
+                          operand(h0),
+                          operand(c0),
+                          operand(output),
+                          operand(gates),
+                          operand(cells),
+                          operand(grad_output),
+                          operand(grad_last_hidden),
+                          operand(grad_last_cell),
+                          data<T>(hidden_panels),
+                          data<T>(input_panels),
+                          row_before.data(),
+                          patient.data(),
+                          data<T>(grad_gates),
+                          data<T>(grad_cell),
+                          data<T>(grad_input),
+                          data<T>(grad_h0),
+                          data<T>(grad_weight_ih),
+                          data<T>(grad_weight_hh),
+                          data<T>(grad_bias)};
+
+  const T* hidden_hidden = operand(weight_hh);
+  share_out(blocks, plan.threads, [&](int64_t from, int64_t to) {
+    run.pack_column_panels(shape, hidden_hidden, shape.hidden, from, to, data<T>(hidden_panels));
+  });
+  scan(
+      shape, steps, plan, blocks, !reverse,
+      [&](int64_t from, int64_t to) {
+        run.scan_patients_back(layer, 0, plan.shared_from, from, to);
+      },
+      [&](int64_t time, int64_t from, int64_t to) { run.scan_units_back(layer, time, from, to); });
+
+  if (need_input) {
+    const T* input_hidden = operand(weight_ih);
+    share_out(input_blocks, plan.threads, [&](int64_t from, int64_t to) {
+      run.pack_column_panels(shape, input_hidden, shape.inputs, from, to, data<T>(input_panels));
+    });
+    share_out(shape.visits, plan.threads,
+              [&](int64_t from, int64_t to) { run.grad_input(layer, from, to); });
+  }
+  if (need_weights) {
+    share_out(blocks * kGates, plan.threads, [&](int64_t from, int64_t to) {
+      const Tensor sums = scratch<T>(input, {run.weight_scratch_size(shape, to - from)});
+      run.grad_weights(layer, from, to, data<T>(sums));
+    });
+  }
+  if (need_states) {
+    share_out(shape.patients, plan.threads,
+              [&](int64_t from, int64_t to) { run.grad_initial_hidden(layer, from, to); });
+    for (int64_t p = 0; p < shape.patients; ++p) {
+      std::memcpy(data<T>(grad_c0) + p * shape.hidden, data<T>(grad_cell) + p * padded,
+                  shape.hidden * sizeof(T));
+    }
+  }
+
+  const ScalarType dtype = input.scalar_type();
+  const auto rounded = [&](const Tensor& tensor) { return torch::stable::to(tensor, dtype); };
+  return {rounded(grad_input), rounded(grad_weight_ih), rounded(grad_weight_hh),
+          rounded(grad_bias),  rounded(grad_h0),        rounded(grad_c0)};
+}
+
+void expect_one_dtype(const Tensor& input, std::initializer_list<OptionalTensor> others) {
+  if (input.dim() != 2) {
+    throw std::invalid_argument("packed_lstm: input must be [visits, inputs], and is " +
+                                describe(input));
+  }
+  for (const OptionalTensor& other : others) {
+    if (other && other->scalar_type() != input.scalar_type()) {
+      throw std::invalid_argument(
+          "packed_lstm: input, weights and states must be of one dtype, and are not");
+    }
+  }
+}
+
+// 16-bit layers are computed, state and all, in float32, and only their results are rounded.
+template <typename Result, typename Body>
+Result in_accumulator_type(const Tensor& input, const Body& body) {
+  std::optional<Result> result;
+  dispatch_floating(input.scalar_type(), "packed_lstm", [&](auto tag) {
+    result = body(TypeTag<accumulator_t<typename decltype(tag)::type>>{});
+  });
+  return *result;
+}
+
+ForwardResult packed_lstm_layer(Tensor input, Tensor batch_sizes, Tensor weight_ih,
+                                Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh,
+                                OptionalTensor h0, OptionalTensor c0, bool reverse, bool training) {
+  expect_one_dtype(input, {weight_ih, weight_hh, bias_ih, bias_hh, h0, c0});
+  const auto sizes = checked_batch_sizes(batch_sizes, input.size(0));
+  return in_accumulator_type<ForwardResult>(input, [&](auto tag) {
+    return forward<typename decltype(tag)::type>(input, sizes, weight_ih, weight_hh, bias_ih,
+                                                 bias_hh, h0, c0, reverse, training);
+  });
+}
+
+BackwardResult packed_lstm_layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
+                                          OptionalTensor grad_c_n, Tensor input, Tensor batch_sizes,
+                                          Tensor weight_ih, Tensor weight_hh, OptionalTensor h0,
+                                          OptionalTensor c0, Tensor output, Tensor gates,
+                                          Tensor cells, bool reverse, bool need_input,
+                                          bool need_weights, bool need_states) {
+  expect_one_dtype(input, {weight_ih, weight_hh, h0, c0, output});
+  const auto sizes = checked_batch_sizes(batch_sizes, input.size(0));
+  return in_accumulator_type<BackwardResult>(input, [&](auto tag) {
+    return backward<typename decltype(tag)::type>(
+        grad_output, grad_h_n, grad_c_n, input, sizes, weight_ih, weight_hh, h0, c0, output, gates,
+        cells, reverse, need_input, need_weights, need_states);
+  });
+}
+
+}  // namespace
+
+}  // namespace ehrseq::packed_lstm
+
+STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
+  m.impl("packed_lstm_layer", TORCH_BOX(&ehrseq::packed_lstm::packed_lstm_layer));
+  m.impl("packed_lstm_layer_backward", TORCH_BOX(&ehrseq::packed_lstm::packed_lstm_layer_backward));
+}

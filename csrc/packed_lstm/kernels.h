@@ -1,0 +1,150 @@
+// What the LSTM kernels compute and on which memory, apart from any instruction set. One direction
+// of one layer at a time; every count below is of that.
+//
+// Rows are visits in the order of PackedSequence: time-major, patients by falling length, so that
+// at every time the patients with a visit are the first ones, and "patient p at time t" is the row
+// steps[t].first_row + p.
+//
+// Layouts that only the kernels know (L lanes per vector, blocks of L hidden units, the gates in
+// PyTorch's order i, f, g, o):
+//   gate panels    [block][input, then hidden k][gate][L]   the weights, as the forward pass reads
+//   them column panels  [block of columns][block][gate][L][L]    the same, as the backward pass
+//   reads them gates          [row][block][gate][L]                    activations, saved for the
+//   backward pass cells          [row][block][L] gate gradients [block][gate][row][L] so that both
+//   products over them read rows
+//                                                           of L in a stream, along rows or gates
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace ehrseq::packed_lstm {
+
+constexpr int64_t kGates = 4;
+
+// Saved tensors are padded to this many hidden units, whatever the lanes of the running CPU are, so
+// that their shapes do not depend on it.
+constexpr int64_t kUnitPadding = 16;
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The visits of one time. Whether the scan runs forward or in reverse is settled here: "before" and
+// "after" are in the order of the scan.
+struct Step {
+  int64_t first_row;
+  int64_t patients;
+  int64_t row_before;  // first row of the step before this one
+  int64_t continuing;  // patients below this come from there; the others start here
+  int64_t row_after;   // first row of the step after this one
+  int64_t staying;     // patients below this go on there; the others end here
+};
+
+struct Shape {
+  int64_t inputs;
+  int64_t hidden;
+  int64_t visits;
+  int64_t patients;
+
+  int64_t padded_hidden() const { return round_up(hidden, kUnitPadding); }
+};
+
+template <typename T>
+struct Weights {
+  const T* input_hidden;   // [4 * hidden, inputs]
+  const T* hidden_hidden;  // [4 * hidden, hidden]
+  const T* input_bias;     // [4 * hidden], or null
+  const T* hidden_bias;
+};
+
+// Null pointers: h0 and c0 are zeros; gates are not kept.
+template <typename T>
+struct Forward {
+  Shape shape;
+  const std::vector<Step>& steps;
+  bool reverse;
+  const T* input;
+  const T* h0;
+  const T* c0;
+  const T* panels;
+  const T* bias;  // [block][gate][L]
+  T* output;
+  T* last_hidden;
+  T* last_cell;
+  T* gates;
+  T* cells;
+  bool cells_per_visit;    // else one row of cells per patient, updated in place
+  int64_t projected_from;  // rows from here on have their input products in `projected`
+  T* projected;            // laid out as gates; the same memory where gates are kept
+};
+
+// Null pointers: a gradient that is zero, coming in, or that nobody needs, going out.
+template <typename T>
+struct Backward {
+  Shape shape;
+  const std::vector<Step>& steps;
+  bool reverse;
+  const T* input;
+  const T* h0;
+  const T* c0;
+  const T* output;
+  const T* gates;
+  const T* cells;
+  const T* grad_output;
+  const T* grad_last_hidden;
+  const T* grad_last_cell;
+  const T* hidden_panels;
+  const T* input_panels;
+  const int64_t* row_before;  // of each visit; -1 where its patient starts
+  const int64_t* patient;     // of each visit
+  T* grad_gates;
+  T* grad_cell;  // [patient][padded hidden]: what the scan hands from visit to visit
+  T* grad_input;
+  T* grad_h0;
+  T* grad_input_hidden;
+  T* grad_hidden_hidden;
+  T* grad_bias;
+};
+
+template <typename T>
+struct Kernels {
+  int64_t lanes;
+  int64_t tile_rows;
+
+  // Both take blocks [from, to).
+  void (*pack_gate_panels)(const Shape&, const Weights<T>&, int64_t from, int64_t to, T* panels,
+                           T* bias);
+  void (*pack_column_panels)(const Shape&, const T* weight, int64_t columns, int64_t from,
+                             int64_t to, T* panels);
+
+  // Input products of rows [from, to), for the steps that have too few visits to share a reading of
+  // the weights.
+  void (*project_inputs)(const Forward<T>&, int64_t from, int64_t to);
+  // All times in [first, last) for patients [from, to).
+  void (*scan_patients)(const Forward<T>&, int64_t first, int64_t last, int64_t from, int64_t to);
+  // One time, all patients, hidden blocks [from, to); inputs already projected.
+  void (*scan_units)(const Forward<T>&, int64_t time, int64_t from, int64_t to);
+
+  void (*scan_patients_back)(const Backward<T>&, int64_t first, int64_t last, int64_t from,
+                             int64_t to);
+  void (*scan_units_back)(const Backward<T>&, int64_t time, int64_t from, int64_t to);
+  // Patients [from, to).
+  void (*grad_initial_hidden)(const Backward<T>&, int64_t from, int64_t to);
+  // Rows [from, to).
+  void (*grad_input)(const Backward<T>&, int64_t from, int64_t to);
+  // Gates [from, to) of all blocks * 4; `scratch` holds weight_scratch_size elements.
+  void (*grad_weights)(const Backward<T>&, int64_t from, int64_t to, T* scratch);
+  int64_t (*weight_scratch_size)(const Shape&, int64_t gates);
+};
+
+// The kernels for the running CPU.
+template <typename T>
+const Kernels<T>& kernels();
+
+// Rows of `depth` visits are packed at a time for the weight gradients.
+constexpr int64_t kWeightDepth = 256;
+
+}  // namespace ehrseq::packed_lstm

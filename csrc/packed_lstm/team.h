@@ -1,0 +1,112 @@
+// How the threads share a scan.
+//
+// While many patients have a visit, each thread takes some patients through all their visits, and
+// nobody waits. In the tail of few long records that would have every thread read all the weights
+// for a patient or two; there the threads share each step instead, by hidden units, and keep in
+// step.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "common/parallel.h"
+#include "packed_lstm/kernels.h"
+
+namespace ehrseq::packed_lstm {
+
+// body(from, to) over shares of [0, count), at most one per thread.
+template <typename Body>
+void share_out(int64_t count, int64_t threads, const Body& body) {
+  const int64_t shares = std::min(threads, count);
+  if (shares <= 1) {
+    if (count > 0) body(int64_t{0}, count);
+    return;
+  }
+  parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+    body(count * first / shares, count * last / shares);
+  });
+}
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Runs work(step, share) for all shares of one step, then for all of the next, and so on. A thread
+// has a share of its own, whose weights stay in its cache. It takes another's only where that one
+// does not turn up; so a thread that comes late, or never, costs time but no progress, and there is
+// no barrier that could wait for ever.
+template <typename Work>
+void run_in_step(int64_t steps, int64_t shares, const Work& work) {
+  struct alignas(64) Progress {
+    std::atomic<uint64_t> claimed{0};
+    std::atomic<int64_t> done{0};
+  };
+  constexpr int64_t kPatience = 2000;
+  const std::unique_ptr<Progress[]> progress(new Progress[steps]);
+
+  const auto claim_and_run = [&](int64_t step, int64_t share) {
+    const uint64_t bit = uint64_t{1} << share;
+    Progress& now = progress[step];
+    if (now.claimed.load(std::memory_order_relaxed) & bit) return;
+    if (now.claimed.fetch_or(bit, std::memory_order_relaxed) & bit) return;
+    work(step, share);
+    now.done.fetch_add(1, std::memory_order_release);
+  };
+  const auto is_done = [&](int64_t step) {
+    return progress[step].done.load(std::memory_order_acquire) == shares;
+  };
+
+  share_out(shares, shares, [&](int64_t own_first, int64_t own_last) {
+    for (int64_t step = 0; step < steps; ++step) {
+      for (int64_t share = own_first; share < own_last; ++share) claim_and_run(step, share);
+      for (int64_t waited = 0; waited < kPatience && !is_done(step); ++waited) pause();
+      for (int64_t share = 0; share < shares && !is_done(step); ++share) claim_and_run(step, share);
+      while (!is_done(step)) std::this_thread::yield();
+    }
+  });
+}
+
+constexpr int64_t kMostShares = 64;  // bits of Progress::claimed
+
+// Cuts patients [0, n), n visits falling, into groups of about equal work: the bounds of the
+// groups. A group is consecutive patients, so that its rows at any time are consecutive too.
+inline std::vector<int64_t> groups_of_equal_work(const std::vector<Step>& steps, int64_t last_time,
+                                                 int64_t groups) {
+  // A step costs something however few patients a group has left in it.
+  constexpr int64_t kStepCost = 1;
+  const int64_t patients = steps[0].patients;
+  std::vector<int64_t> visits(patients, 0);
+  int64_t total = 0;
+  for (int64_t time = last_time; time-- > 0;) {
+    const int64_t lower = time + 1 < last_time ? steps[time + 1].patients : 0;
+    for (int64_t p = lower; p < steps[time].patients; ++p) {
+      visits[p] = time + 1;
+      total += time + 1;
+    }
+  }
+  const auto cut = [&](int64_t limit) {
+    std::vector<int64_t> bounds{0};
+    int64_t work = limit;
+    for (int64_t p = 0; p < patients; ++p) {
+      if (p > 0 && work + visits[p] > limit) bounds.push_back(p);
+      if (p == bounds.back()) work = kStepCost * visits[p];
+      work += visits[p];
+    }
+    bounds.push_back(patients);
+    return bounds;
+  };
+  int64_t too_low = total / groups;
+  int64_t enough = total + (kStepCost + 1) * visits[0];
+  while (enough - too_low > 1) {
+    const int64_t limit = (too_low + enough) / 2;
+    (static_cast<int64_t>(cut(limit).size()) - 1 <= groups ? enough : too_low) = limit;
+  }
+  return cut(enough);
+}
+
+}  // namespace ehrseq::packed_lstm

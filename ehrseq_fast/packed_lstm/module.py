@@ -1,0 +1,52 @@
+"""``PackedLSTM``, the drop-in for ``nn.LSTM``."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import backend
+from .op import packed_lstm
+
+
+class PackedLSTM(nn.LSTM):
+    """``nn.LSTM`` that is fast on packed sequences on the CPU, in training above all.
+
+    Constructor, parameters, ``state_dict`` and results are those of :class:`torch.nn.LSTM`. A
+    ``PackedSequence`` on the CPU goes to :func:`packed_lstm`; everything else goes to ``nn.LSTM``
+    itself: tensors that are not packed, other devices, projections (``proj_size > 0``), and the
+    backend ``reference``. ``batch_first`` says nothing about packed data, as in ``nn.LSTM``.
+
+    Differentiating twice is refused where the compiled kernel ran.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`packed_lstm`.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> import ehrseq_fast
+        >>> plain = torch.nn.LSTM(3, 4, num_layers=2, bidirectional=True)
+        >>> fast = ehrseq_fast.PackedLSTM(3, 4, num_layers=2, bidirectional=True)
+        >>> _ = fast.load_state_dict(plain.state_dict())
+        >>> records = pack_sequence([torch.randn(2, 3), torch.randn(5, 3)], enforce_sorted=False)
+        >>> torch.allclose(fast(records)[0].data, plain(records)[0].data, atol=1e-6)
+        True
+    """
+
+    def forward(self, input, hx=None):
+        """As ``nn.LSTM.forward``: outputs and ``(h_n, c_n)``."""
+        if (
+            self.proj_size == 0
+            and isinstance(input, PackedSequence)
+            and backend.choose("packed_lstm", input.data.device.type, input.data.dtype) == "cpu"
+        ):
+            return packed_lstm(
+                input,
+                self.all_weights,
+                hx,
+                bidirectional=self.bidirectional,
+                dropout=self.dropout,
+                training=self.training,
+            )
+        return super().forward(input, hx)

@@ -1,0 +1,389 @@
+"""The packed LSTM as an operation: shapes, gradient, choice of backend, layers and directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import dropout as drop
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import backend
+
+backend.register("packed_lstm", cpu=backend.Support("cpu"))
+
+States = tuple[Tensor, Tensor]
+
+# csrc/packed_lstm/kernels.h: saved tensors are padded to this many hidden units.
+_UNIT_PADDING = 16
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("ehrseq_fast::packed_lstm_layer")
+def _layer_shapes(
+    input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse, training
+):
+    visits, hidden = input.shape[0], weight_hh.shape[1]
+    # How many patients there are is a value, batch_sizes[0]; given states tell it too.
+    state = next((s for s in (h0, c0) if s is not None), None)
+    patients = torch.library.get_ctx().new_dynamic_size() if state is None else state.shape[0]
+    padded = (hidden + _UNIT_PADDING - 1) // _UNIT_PADDING * _UNIT_PADDING
+    kept = _accumulator(input.dtype)
+    return (
+        input.new_empty(visits, hidden),
+        input.new_empty(patients, hidden),
+        input.new_empty(patients, hidden),
+        input.new_empty((visits, 4 * padded) if training else (0,), dtype=kept),
+        input.new_empty((visits, padded) if training else (0,), dtype=kept),
+    )
+
+
+@torch.library.register_fake("ehrseq_fast::packed_lstm_layer_backward")
+def _layer_backward_shapes(
+    grad_output,
+    grad_h_n,
+    grad_c_n,
+    input,
+    batch_sizes,
+    weight_ih,
+    weight_hh,
+    h0,
+    c0,
+    output,
+    gates,
+    cells,
+    reverse,
+    need_input,
+    need_weights,
+    need_states,
+):
+    state = next((s for s in (h0, c0, grad_h_n, grad_c_n) if s is not None), None)
+
+    def wanted(need, like):
+        return torch.empty_like(like) if need else input.new_empty(0)
+
+    return (
+        wanted(need_input, input),
+        wanted(need_weights, weight_ih),
+        wanted(need_weights, weight_hh),
+        wanted(need_weights, weight_hh[:, 0]),
+        wanted(need_states, state),
+        wanted(need_states, state),
+    )
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse):
+        output, h_n, c_n, gates, cells = torch.ops.ehrseq_fast.packed_lstm_layer(
+            input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse, True
+        )
+        ctx.save_for_backward(
+            input, batch_sizes, weight_ih, weight_hh, h0, c0, output, gates, cells
+        )
+        ctx.reverse = reverse
+        ctx.set_materialize_grads(False)
+        return output, h_n, c_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, grad_h_n, grad_c_n):
+        input, batch_sizes, weight_ih, weight_hh, h0, c0, output, gates, cells = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grads = torch.ops.ehrseq_fast.packed_lstm_layer_backward(
+            grad_output,
+            grad_h_n,
+            grad_c_n,
+            input,
+            batch_sizes,
+            weight_ih,
+            weight_hh,
+            h0,
+            c0,
+            output,
+            gates,
+            cells,
+            ctx.reverse,
+            need[0],
+            any(need[2:6]),
+            any(need[6:8]),
+        )
+        grad_input, grad_weight_ih, grad_weight_hh, grad_bias, grad_h0, grad_c0 = grads
+        return (
+            grad_input if need[0] else None,
+            None,
+            grad_weight_ih if need[2] else None,
+            grad_weight_hh if need[3] else None,
+            grad_bias if need[4] else None,
+            grad_bias if need[5] else None,
+            grad_h0 if need[6] else None,
+            grad_c0 if need[7] else None,
+            None,
+        )
+
+
+def _layer(
+    input: Tensor,
+    batch_sizes: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bias_ih, bias_hh = weights[2:] if len(weights) == 4 else (None, None)
+    operands = (input, *weights, h0, c0)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        return _Layer.apply(
+            input, batch_sizes, weights[0], weights[1], bias_ih, bias_hh, h0, c0, reverse
+        )
+    output, h_n, c_n, _, _ = torch.ops.ehrseq_fast.packed_lstm_layer(
+        input, batch_sizes, weights[0], weights[1], bias_ih, bias_hh, h0, c0, reverse, False
+    )
+    return output, h_n, c_n
+
+
+def _layers(
+    data: Tensor,
+    batch_sizes: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    states: States | None,
+    directions: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    finals: list[States] = []
+    for first in range(0, len(weights), directions):
+        if first > 0 and dropout > 0:
+            data = drop(data, dropout, training=True)
+        outputs = []
+        for i in range(first, first + directions):
+            h0, c0 = (None, None) if states is None else (states[0][i], states[1][i])
+            output, *final = _layer(data, batch_sizes, weights[i], h0, c0, i > first)
+            outputs.append(output)
+            finals.append((final[0], final[1]))
+        data = outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
+    return data, torch.stack([h for h, _ in finals]), torch.stack([c for _, c in finals])
+
+
+def _one_step(
+    data: Tensor, weights: Sequence[Sequence[Tensor]], states: States
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One visit of each patient: packing the weights would cost more than the step itself."""
+    finals = []
+    for i, layer in enumerate(weights):
+        final = torch.lstm_cell(data, (states[0][i], states[1][i]), *layer)
+        finals.append(final)
+        data = final[0]
+    return data, torch.stack([h for h, _ in finals]), torch.stack([c for _, c in finals])
+
+
+def _by_pytorch(
+    data: Tensor,
+    batch_sizes: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    states: States,
+    directions: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch._VF.lstm(  # type: ignore[attr-defined]
+        data,
+        batch_sizes,
+        states,
+        [tensor for layer in weights for tensor in layer],
+        len(weights[0]) == 4,
+        len(weights) // directions,
+        dropout,
+        dropout > 0,
+        directions == 2,
+    )
+
+
+def _check(
+    sequence: PackedSequence,
+    weights: Sequence[Sequence[Tensor]],
+    hx: States | None,
+    directions: int,
+    dropout: float,
+) -> None:
+    if not isinstance(sequence, PackedSequence):
+        raise TypeError(
+            f"packed_lstm: sequence must be a PackedSequence, and is {type(sequence).__name__}"
+        )
+    data, batch_sizes = sequence.data, sequence.batch_sizes
+    if data.dim() != 2:
+        raise ValueError(
+            f"packed_lstm: the data of the sequence must be [visits, inputs], and is "
+            f"{list(data.shape)}"
+        )
+    if not weights or len(weights) % directions:
+        raise ValueError(
+            f"packed_lstm: weights must hold one entry per layer and direction, {directions} per "
+            f"layer, and holds {len(weights)}"
+        )
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"packed_lstm: dropout must be a probability, and is {dropout}")
+    hidden = weights[0][1].shape[-1]
+    for i, layer in enumerate(weights):
+        if len(layer) not in (2, 4) or len(layer) != len(weights[0]):
+            raise ValueError(
+                "packed_lstm: every entry of weights must hold weight_ih, weight_hh and either "
+                f"both biases or none; entry {i} holds {len(layer)} tensors"
+            )
+        inputs = data.shape[1] if i < directions else directions * hidden
+        shapes = [[4 * hidden, inputs], [4 * hidden, hidden], [4 * hidden], [4 * hidden]]
+        names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+        for name, tensor, shape in zip(names, layer, shapes, strict=False):
+            if list(tensor.shape) != shape:
+                raise ValueError(
+                    f"packed_lstm: {name} of entry {i} of weights must be {shape}, and is "
+                    f"{list(tensor.shape)}"
+                )
+    named = [(f"weights[{i}]", tensor) for i, layer in enumerate(weights) for tensor in layer]
+    if hx is not None:
+        for name, state in zip(("h_0", "c_0"), hx, strict=True):
+            if state.dim() != 3 or [state.shape[0], state.shape[2]] != [len(weights), hidden]:
+                raise ValueError(
+                    f"packed_lstm: {name} must be [layers * directions, patients, hidden] = "
+                    f"[{len(weights)}, patients, {hidden}], and is {list(state.shape)}"
+                )
+            named.append((name, state))
+        if not torch.compiler.is_compiling() and any(
+            state.shape[1] != batch_sizes[0] for state in hx
+        ):
+            raise ValueError(
+                f"packed_lstm: the sequence has {int(batch_sizes[0])} patients, and h_0 and c_0 "
+                f"have {hx[0].shape[1]} and {hx[1].shape[1]}"
+            )
+    for name, tensor in named:
+        if tensor.dtype != data.dtype:
+            raise TypeError(
+                f"packed_lstm: {name} is {tensor.dtype}, and the sequence {data.dtype}"
+            )
+
+
+def _in_dtype(dtype: torch.dtype, weights, hx):
+    weights = [[tensor.to(dtype) for tensor in layer] for layer in weights]
+    return weights, hx if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
+
+
+# A step of at most this many patients is left to torch.lstm_cell.
+_FEW_PATIENTS = 64
+
+
+def packed_lstm(
+    sequence: PackedSequence,
+    weights: Sequence[Sequence[Tensor]],
+    hx: States | None = None,
+    *,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[PackedSequence, States]:
+    """The LSTM of :class:`torch.nn.LSTM` over a packed batch of sequences, nothing padded.
+
+    On the CPU, forward and backward are compiled: the scan works on weights packed once per call,
+    each thread takes some patients through all their visits, the tail of long records is shared
+    out by hidden units, and the gradients of the weights are single products over all visits.
+    Elsewhere, and on the backend ``reference``, PyTorch's own ``lstm`` computes the same.
+
+    Args:
+        sequence: data ``[visits, E]`` with its batch sizes, as ``pack_padded_sequence`` and
+            ``pack_sequence`` build it. float32, float64, bfloat16 or float16; 16-bit types are
+            computed in float32, states included, and rounded once at the end of each layer.
+        weights: per layer and direction (forward, then reverse) the tensors ``weight_ih``
+            ``[4H, E]``, ``weight_hh`` ``[4H, H]`` and both biases ``[4H]`` or none of them: what
+            ``nn.LSTM.all_weights`` holds.
+        hx: initial states ``(h_0, c_0)``, each ``[layers * directions, patients, H]``, patients in
+            the caller's order. Zeros by default.
+        bidirectional: whether each layer has two directions.
+        dropout: probability with which outputs of every layer but the last are zeroed, the others
+            being scaled by 1 / (1 - dropout); in training alone.
+        training: whether dropout applies.
+
+    Returns:
+        The outputs of the last layer, packed as ``sequence`` is, ``[visits, directions * H]``, and
+        the final states ``(h_n, c_n)`` shaped as ``hx``, in the caller's order.
+
+    Raises:
+        ValueError: for a shape that does not fit, or batch sizes that are not positive, rise, or
+            do not count the rows of the data.
+        TypeError: if ``sequence`` is not packed, or dtypes differ (under autocast, weights and
+            states are taken in the dtype of the data).
+        RuntimeError: if a backend was asked for that cannot run; on differentiating twice on
+            backend ``cpu``.
+
+    Results are the same bits for any number of threads and on every run.
+
+    Source: Hochreiter and Schmidhuber, Long short-term memory, Neural Computation 9(8), 1997, with
+    the forget gate of Gers et al., 2000; the equations are in ``reference.py``.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> import ehrseq_fast
+        >>> lstm = torch.nn.LSTM(input_size=3, hidden_size=2)
+        >>> records = pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+        >>> output, (h_n, c_n) = ehrseq_fast.packed_lstm(records, lstm.all_weights)
+        >>> output.data.shape, h_n.shape
+        (torch.Size([6, 2]), torch.Size([1, 2, 2]))
+        >>> torch.allclose(output.data, lstm(records)[0].data, atol=1e-6)
+        True
+    """
+    directions = 2 if bidirectional else 1
+    if torch.is_autocast_enabled("cpu") and isinstance(sequence, PackedSequence):
+        weights, hx = _in_dtype(sequence.data.dtype, weights, hx)
+    _check(sequence, weights, hx, directions, dropout)
+    data, batch_sizes, sorted_indices, unsorted_indices = sequence
+    if hx is not None and sorted_indices is not None:
+        hx = (hx[0].index_select(1, sorted_indices), hx[1].index_select(1, sorted_indices))
+    rate = dropout if training else 0.0
+
+    if backend.choose("packed_lstm", data.device.type, data.dtype) == "reference":
+        _check_batch_sizes(data, batch_sizes)
+        if hx is None:
+            patients, hidden = int(batch_sizes[0]), weights[0][1].shape[1]
+            zeros = data.new_zeros(len(weights), patients, hidden)
+            hx = (zeros, zeros)
+        output, h_n, c_n = _by_pytorch(data, batch_sizes, weights, hx, directions, rate)
+    elif _is_one_small_step(data, batch_sizes, hx, directions, rate):
+        assert hx is not None
+        output, h_n, c_n = _one_step(data, weights, hx)
+    else:
+        output, h_n, c_n = _layers(data, batch_sizes, weights, hx, directions, rate)
+
+    if unsorted_indices is not None:
+        h_n, c_n = h_n.index_select(1, unsorted_indices), c_n.index_select(1, unsorted_indices)
+    return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), (h_n, c_n)
+
+
+def _is_one_small_step(
+    data: Tensor, batch_sizes: Tensor, hx: States | None, directions: int, rate: float
+) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and hx is not None
+        and directions == 1
+        and rate == 0
+        and data.dtype in (torch.float32, torch.float64)
+        and batch_sizes.numel() == 1
+        and data.shape[0] == int(batch_sizes[0]) <= _FEW_PATIENTS
+    )
+
+
+def _check_batch_sizes(data: Tensor, batch_sizes: Tensor) -> None:
+    """What the compiled kernel checks for itself."""
+    if torch.compiler.is_compiling():
+        return
+    sizes = batch_sizes.tolist()
+    falls = all(later <= earlier for earlier, later in zip(sizes, sizes[1:], strict=False))
+    if not sizes or not falls or sizes[-1] < 1:
+        raise ValueError(f"packed_lstm: batch_sizes must be positive and must not rise: {sizes}")
+    if sum(sizes) != data.shape[0]:
+        raise ValueError(
+            f"packed_lstm: batch_sizes count {sum(sizes)} visits, and input has {data.shape[0]} "
+            "rows"
+        )
