@@ -223,6 +223,7 @@ def test_pooling_variants_agree_on_a_real_batch(eunomia):
     samples = visit_pool.measure(1, batch_size=8, embedding_dim=8)
     assert list(samples) == [
         visit_pool.REFERENCE,
+        visit_pool.BAG_PADDED,
         visit_pool.BAG_ALL,
         visit_pool.BAG_REAL,
         visit_pool.OURS,
