@@ -1,7 +1,8 @@
-// Sixty-four bytes of numbers at a time. The compiler's vector types keep them in registers and lower
-// to whatever the instruction set of the surrounding EHRSEQ_SIMD function has, so a kernel is written
-// once and the lanes (and with them the order of every sum) are the same on all of them.
-#pragma once
+// Sixty-four bytes of numbers at a time, in the compiler's vector types: a kernel is written once, and
+// the lanes (and with them the order of every sum) are the same on every instruction set.
+//
+// No include guard: files that common/each_isa.h compiles for several instruction sets include this,
+// once for each.
 
 #include <cfloat>
 #include <cmath>
@@ -11,10 +12,7 @@
 #include "common/dtypes.h"
 #include "common/simd.h"
 
-// Vectors are passed between inlined helpers only, so no call depends on the ABI that this is about.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-namespace ehrseq {
+namespace ehrseq::EHRSEQ_ISA {
 
 template <typename T, int64_t kCount>
 struct Vector {
@@ -232,4 +230,4 @@ EHRSEQ_INLINE Doubles log1p_nonnegative(const Doubles& q) {
   return log_nonnegative(u) + (q - (u - 1.0)) / u;
 }
 
-}  // namespace ehrseq
+}  // namespace ehrseq::EHRSEQ_ISA

@@ -5,7 +5,8 @@
 // probabilities, and for logits of Π (1 + e^-|x|), since
 //   -log(1 - sigmoid(x)) = softplus(x) = max(x, 0) + log(1 + e^-|x|).
 // Exact to double precision, whatever the hazards' dtype.
-#pragma once
+//
+// No include guard: see common/vector_math.h.
 
 #include <algorithm>
 #include <cfloat>
@@ -17,7 +18,9 @@
 #include "common/simd.h"
 #include "common/vector_math.h"
 
-namespace ehrseq::survival {
+namespace ehrseq::survival::EHRSEQ_ISA {
+
+using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
 
 // The Bernoulli trials that a patient adds to the likelihood, as positions in the patient's row,
 // [V, K] flattened: survived from `begin` to `survived_end`, but for the one at `event` (if any).
@@ -258,9 +261,8 @@ EHRSEQ_INLINE void store_within(stored_t* row, int64_t at, int64_t row_length,
   std::copy(values, values + (row_length - at), row + at);
 }
 
-// Returns the loss of one patient, unfinished, and where `grad` is given writes all of its row:
-// `scale` times the derivative for each trial, zero elsewhere. Values that are no trial change
-// nothing.
+// Returns the loss of one patient, unfinished, and where `grad` is given (a row of zeros) writes
+// `scale` times the derivative for each trial. Values that are no trial change nothing.
 template <typename Likelihood, typename T, typename scalar_t, typename grad_t>
 EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* grad,
                                        int64_t row_length, const Trials& trials, T scale) {
@@ -297,10 +299,6 @@ EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* 
     if (wants_grad) store_within<T>(grad, at, row_length, slopes);
   }
 
-  if (wants_grad) {
-    std::fill(grad, grad + trials.begin, grad_t(0));
-    if (at < row_length) std::fill(grad + at, grad + row_length, grad_t(0));
-  }
   return likelihood.unfinished();
 }
 
@@ -319,8 +317,8 @@ class Softmax {
   // As nll_of_trials, for the visits from `entry` to `time`: class 0 at each before `time`, `target`
   // at it; a negative target leaves that visit out.
   template <typename scalar_t, typename grad_t>
-  EHRSEQ_INLINE Unfinished nll_of_visits(const scalar_t* row, grad_t* grad, int64_t row_length,
-                                         int64_t entry, int64_t time, int64_t target, T scale) {
+  EHRSEQ_INLINE Unfinished nll_of_visits(const scalar_t* row, grad_t* grad, int64_t entry,
+                                         int64_t time, int64_t target, T scale) {
     SumOfSoftplus<T> sum;
     int64_t room = blocks_per_flush_;
     for (int64_t visit = entry; visit < time; visit += kLanes<T>, --room) {
@@ -333,10 +331,6 @@ class Softmax {
     if (target >= 0) {
       if (room == 0) sum.flush();
       add(sum, row, grad, time, 1, target, scale);
-    }
-    if (grad != nullptr) {
-      std::fill(grad, grad + entry * classes_, grad_t(0));
-      std::fill(grad + (time + (target >= 0)) * classes_, grad + row_length, grad_t(0));
     }
     return sum.unfinished();
   }
@@ -417,4 +411,4 @@ class Group {
   double rests_[kPatients] = {};
 };
 
-}  // namespace ehrseq::survival
+}  // namespace ehrseq::survival::EHRSEQ_ISA
