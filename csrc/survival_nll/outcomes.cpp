@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace ehrseq::survival {
 namespace {
@@ -56,10 +57,16 @@ Outcomes::Outcomes(int64_t patients, int64_t slots, int64_t causes, const char* 
                    const Tensor& event_times, const Tensor& event_types,
                    const OptionalTensor& sequence_mask, const OptionalTensor& entry_times,
                    const OptionalTensor& sample_weight)
+    : Outcomes(patients, VisitMask(sequence_mask, patients, slots), causes, types_name, event_times,
+               event_types, entry_times, sample_weight) {}
+
+Outcomes::Outcomes(int64_t patients, VisitMask mask, int64_t causes, const char* types_name,
+                   const Tensor& event_times, const Tensor& event_types,
+                   const OptionalTensor& entry_times, const OptionalTensor& sample_weight)
     : patients_(patients),
       causes_(causes),
       types_name_(types_name),
-      mask_(sequence_mask, patients, slots),
+      mask_(std::move(mask)),
       times_(event_times, "event_times", patients),
       types_(event_types, types_name, patients),
       entries_(optional_column(entry_times, "entry_times", patients)),

@@ -25,6 +25,10 @@ class Outcomes {
            const Tensor& event_times, const Tensor& event_types, const OptionalTensor& sequence_mask,
            const OptionalTensor& entry_times, const OptionalTensor& sample_weight);
 
+  Outcomes(int64_t patients, VisitMask mask, int64_t causes, const char* types_name,
+           const Tensor& event_times, const Tensor& event_types, const OptionalTensor& entry_times,
+           const OptionalTensor& sample_weight);
+
   // Patients begin..end, at most kAtOnce. False if one of them is impossible: refuse() says why.
   bool read(int64_t begin, int64_t end, Outcome* outcomes) const;
 

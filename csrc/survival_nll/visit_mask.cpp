@@ -45,6 +45,10 @@ VisitMask::VisitMask(const OptionalTensor& mask, int64_t patients, int64_t slots
 }
 
 void VisitMask::count_visits(int64_t begin, int64_t end, int64_t* visits) const {
+  if (!lengths_.empty()) {
+    std::copy(lengths_.begin() + begin, lengths_.begin() + end, visits);
+    return;
+  }
   if (!mask_.has_value()) {
     std::fill(visits, visits + (end - begin), slots_);
     return;
