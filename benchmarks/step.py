@@ -1,4 +1,9 @@
-"""One training step of the survival model, computed in the three ways that the model offers."""
+"""One training step of the survival model, in the ways that the model offers.
+
+``padded`` and ``packed`` are plain PyTorch on padded tensors: masked-unpacked, and packed around
+the LSTM. ``fused from padded`` is this package as a drop-in for them, which packs the tensors at
+the door; ``fused`` takes the batch as this package's data loading makes it.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +13,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ehrseq_fast import use_backend
+from ehrseq_fast import PackedVisits, use_backend
 from ehrseq_fast.data import PaddedBatch
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 from ehrseq_fast.survival_nll import DiscreteTimeSurvivalLoss
 
-PATHS = ("padded", "packed", "fused")
+PATHS = ("padded", "packed", "fused from padded", "fused")
 
-# The packed path is the one to compare with: in float32 its gradients stand within 3e-6 of those in
-# float64. The padded path's nn.LSTM runs in oneDNN, whose tanh and sigmoid are approximations; on
-# batches of 256 patients its gradients stand as far as 2e-4 from those in float64.
+# The paths are compared with the packed one, in float64, where they must agree to rounding. In
+# float32, which is what is timed, a hidden unit of the hazard head that one path finds just above
+# zero another may find just below: the visit's whole share of that unit's gradient comes or goes
+# (2e-4 of the largest entry was seen on batches of 256 patients).
 EXPECTED = "packed"
-LOSS_RTOL = 1e-5
-GRADIENT_RTOL = {"padded": 1e-3, "packed": 0.0, "fused": 2e-5}
+LOSS_RTOL = {torch.float64: 1e-12, torch.float32: 1e-5}
+GRADIENT_RTOL = {torch.float64: 1e-10, torch.float32: 1e-3}
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The same patients in both forms; a data loader's worker would have made either."""
+
+    padded: PaddedBatch
+    packed: PackedVisits
 
 
 @dataclass(frozen=True)
@@ -37,30 +51,43 @@ class TrainingStep:
     off, so that the paths can be compared.
     """
 
-    def __init__(self, path: str, size: ModelSize, *, seed: int = 0) -> None:
+    def __init__(
+        self, path: str, size: ModelSize, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         torch.manual_seed(seed)
         self.path = path
+        self.fused = path.startswith("fused")
         self.model = DiscreteTimeSurvivalLSTM(
-            size.vocabulary, size.embedding_dim, size.hidden_dim, dropout=0.0, path=path
+            size.vocabulary,
+            size.embedding_dim,
+            size.hidden_dim,
+            dropout=0.0,
+            path="fused" if self.fused else path,
         )
+        self.model.to(dtype)
         self.loss = DiscreteTimeSurvivalLoss()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
 
     def _backends(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.path == "fused" else use_backend("reference")
+        return nullcontext() if self.fused else use_backend("reference")
 
-    def backward(self, batch: PaddedBatch) -> Tensor:
+    def backward(self, batch: StepBatch) -> Tensor:
         """Forward and backward; the gradients are left on the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._backends():
-            hazards = self.model(batch.visit_codes, batch.visit_mask, batch.sequence_mask)
-            loss = self.loss(
-                hazards, batch.event_times, batch.event_indicators, batch.sequence_mask
-            )
+            loss = self.forward(batch)
             loss.backward()
         return loss.detach()
 
-    def __call__(self, batch: PaddedBatch) -> None:
+    def forward(self, batch: StepBatch) -> Tensor:
+        """The loss."""
+        if self.path == "fused":
+            return self.model.loss(batch.packed)
+        padded = batch.padded
+        hazards = self.model(padded.visit_codes, padded.visit_mask, padded.sequence_mask)
+        return self.loss(hazards, padded.event_times, padded.event_indicators, padded.sequence_mask)
+
+    def __call__(self, batch: StepBatch) -> None:
         self.backward(batch)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -74,16 +101,17 @@ class Equality:
     gradient_difference: dict[str, float]
 
 
-def check_equal(steps: dict[str, TrainingStep], batch: PaddedBatch) -> Equality:
+def check_equal(steps: dict[str, TrainingStep], batch: StepBatch) -> Equality:
     """Compare the paths' losses and gradients with those of ``"packed"``, from the same weights.
 
-    A gradient's difference is that of its greatest entry, over the greatest entry of the gradient.
+    A gradient's difference is the greatest of any entry, over the greatest entry of the gradient.
 
     Raises:
         AssertionError: where they differ by more than ``LOSS_RTOL`` or ``GRADIENT_RTOL``.
     """
     losses = {path: float(step.backward(batch)) for path, step in steps.items()}
     expected = dict(steps[EXPECTED].model.named_parameters())
+    dtype = steps[EXPECTED].model.embedding.weight.dtype
     differences = {
         path: max(
             _relative_difference(parameter.grad, expected[name].grad)
@@ -92,12 +120,12 @@ def check_equal(steps: dict[str, TrainingStep], batch: PaddedBatch) -> Equality:
         for path, step in steps.items()
     }
     for path in steps:
-        if not abs(losses[path] - losses[EXPECTED]) <= LOSS_RTOL * abs(losses[EXPECTED]):
+        if not abs(losses[path] - losses[EXPECTED]) <= LOSS_RTOL[dtype] * abs(losses[EXPECTED]):
             raise AssertionError(f"the {path} path's loss differs from {EXPECTED}'s: {losses}")
-        if not differences[path] <= GRADIENT_RTOL[path]:
+        if not differences[path] <= GRADIENT_RTOL[dtype]:
             raise AssertionError(
                 f"the {path} path's gradients differ from {EXPECTED}'s: relative differences "
-                f"{differences}, allowed {GRADIENT_RTOL}"
+                f"{differences}, allowed {GRADIENT_RTOL[dtype]}"
             )
     return Equality(losses, differences)
 

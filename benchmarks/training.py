@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ehrseq_fast.data import EventRecords, PaddedBatch, PatientDataset, split_by_person
+from ehrseq_fast import PackedVisits
+from ehrseq_fast.data import EventRecords, PatientDataset, split_by_person
 from ehrseq_fast.metrics import concordance_index
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 from ehrseq_fast.survival_nll import DiscreteTimeSurvivalLoss
@@ -57,7 +56,6 @@ def train(
         size.vocabulary, size.embedding_dim, size.hidden_dim, path="fused"
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    loss_of = DiscreteTimeSurvivalLoss()
     data = PatientDataset(records, parts["train"])
     loader = DataLoader(data, batch_size=batch_size, shuffle=True, collate_fn=data.collate)
 
@@ -67,10 +65,10 @@ def train(
             start, total = perf_counter(), 0.0
             for batch in loader:
                 optimizer.zero_grad(set_to_none=True)
-                loss = loss_of(_hazards(model, batch), *_outcomes(batch))
+                loss = model.loss(batch)
                 loss.backward()
                 optimizer.step()
-                total += float(loss.detach()) * len(batch.event_times)
+                total += float(loss.detach()) * len(batch)
                 progress.update()
                 progress.set_postfix(loss=f"{float(loss.detach()):.3f}")
             took = perf_counter() - start
@@ -92,13 +90,12 @@ def evaluate(
     """Mean loss per patient and C-index."""
     model.eval()
     batches = list(_in_order(records, patients))
-    hazards = [_hazards(model, batch) for batch in batches]
+    rows = [model(batch) for batch in batches]
     model.train()
-    longest = max(h.shape[1] for h in hazards)
-    hazard = torch.cat([pad(h, (0, longest - h.shape[1])) for h in hazards])
-    mask = torch.cat(
-        [pad(b.sequence_mask, (0, longest - b.sequence_mask.shape[1])) for b in batches]
-    )
+    longest = max(batch.max_visits for batch in batches)
+    hazard = torch.cat([row.to_padded(total_length=longest) for row in rows])
+    lengths = torch.cat([batch.lengths for batch in batches])
+    mask = torch.arange(longest) < lengths.unsqueeze(1)
     times = torch.cat([batch.event_times for batch in batches])
     indicators = torch.cat([batch.event_indicators for batch in batches])
     loss = DiscreteTimeSurvivalLoss()(hazard, times, indicators, mask)
@@ -116,14 +113,6 @@ def constant_hazard_loss(
     return float(nll.mean())
 
 
-def _in_order(records: EventRecords, patients: NDArray[np.int64]) -> Iterator[PaddedBatch]:
+def _in_order(records: EventRecords, patients: NDArray[np.int64]) -> Iterator[PackedVisits]:
     data = PatientDataset(records, patients)
     yield from DataLoader(data, batch_size=256, collate_fn=data.collate)
-
-
-def _hazards(model: DiscreteTimeSurvivalLSTM, batch: PaddedBatch) -> Tensor:
-    return model(batch.visit_codes, batch.visit_mask, batch.sequence_mask)
-
-
-def _outcomes(batch: PaddedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    return batch.event_times, batch.event_indicators, batch.sequence_mask

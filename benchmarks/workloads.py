@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ehrseq_fast.data import EventRecords, PaddedBatch, padded_batch, read_omop
+from ehrseq_fast import PackedVisits
+from ehrseq_fast.data import EventRecords, PaddedBatch, packed_batch, padded_batch, read_omop
 
 GASTROINTESTINAL_HAEMORRHAGE = 192671
 
@@ -52,6 +53,12 @@ def real_batch(records: EventRecords, batch_size: int, *, seed: int = 0) -> Padd
     """The first batch of a seeded shuffle."""
     shuffled = np.random.default_rng(seed).permutation(records.n_patients)
     return padded_batch(records, shuffled[:batch_size])
+
+
+def packed_real_batch(records: EventRecords, batch_size: int, *, seed: int = 0) -> PackedVisits:
+    """The patients of :func:`real_batch`, packed."""
+    shuffled = np.random.default_rng(seed).permutation(records.n_patients)
+    return packed_batch(records, shuffled[:batch_size])
 
 
 def real_shares(batch: PaddedBatch) -> tuple[float, float]:

@@ -172,10 +172,10 @@ def test_constant_hazard_loss_is_that_of_the_loss_with_one_hazard(eunomia):
 
 
 def test_unequal_paths_are_refused(eunomia):
-    from benchmarks.step import PATHS, ModelSize, TrainingStep, check_equal
+    from benchmarks.step import PATHS, ModelSize, StepBatch, TrainingStep, check_equal
 
     size = ModelSize(len(eunomia.vocabulary), 16, 16)
-    batch = workloads.real_batch(eunomia, 8)
+    batch = StepBatch(workloads.real_batch(eunomia, 8), workloads.packed_real_batch(eunomia, 8))
     steps = {path: TrainingStep(path, size) for path in PATHS}
     check_equal(steps, batch)
     steps["fused"] = TrainingStep("fused", size, seed=1)
@@ -183,7 +183,7 @@ def test_unequal_paths_are_refused(eunomia):
         check_equal(steps, batch)
     steps["fused"] = TrainingStep("fused", size)
     weight = steps["fused"].model.embedding.weight
-    weight.register_hook(lambda gradient: gradient * 1.001)
+    weight.register_hook(lambda gradient: gradient * 1.01)
     with pytest.raises(AssertionError, match="the fused path's gradients differ"):
         check_equal(steps, batch)
 
@@ -226,6 +226,7 @@ def test_pooling_variants_agree_on_a_real_batch(eunomia):
         visit_pool.BAG_PADDED,
         visit_pool.BAG_ALL,
         visit_pool.BAG_REAL,
+        visit_pool.OURS_PADDED,
         visit_pool.OURS,
     ]
     assert all(taken and min(taken) > 0 for taken in samples.values())

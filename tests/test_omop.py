@@ -233,7 +233,7 @@ def test_select_keeps_whole_patients(records):
 
 def test_dataset_batches_are_padded_batches(records):
     data = PatientDataset(records, [2, 0])
-    (batch,) = torch.utils.data.DataLoader(data, batch_size=2, collate_fn=data.collate)
+    (batch,) = torch.utils.data.DataLoader(data, batch_size=2, collate_fn=data.collate_padded)
     torch.testing.assert_close(batch, padded_batch(records, [2, 0]))
     assert len(PatientDataset(records)) == 3
 

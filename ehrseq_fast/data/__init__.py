@@ -3,6 +3,7 @@
 from .dataset import PatientDataset
 from .describe import Description, describe
 from .omop import read_omop
+from .packed import packed_batch
 from .padded import PaddedBatch, padded_batch
 from .records import EventRecords, Vocabulary, select
 from .split import split_by_person
@@ -14,6 +15,7 @@ __all__ = [
     "PatientDataset",
     "Vocabulary",
     "describe",
+    "packed_batch",
     "padded_batch",
     "read_omop",
     "select",

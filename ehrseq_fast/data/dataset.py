@@ -1,4 +1,4 @@
-"""Records as a ``torch.utils.data.Dataset`` whose batches are padded."""
+"""Records as a ``torch.utils.data.Dataset`` whose batches are packed or padded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
+from ..batch import PackedVisits
+from .packed import packed_batch
 from .padded import PaddedBatch, padded_batch
 from .records import EventRecords
 
@@ -15,8 +17,9 @@ from .records import EventRecords
 class PatientDataset(Dataset[int]):
     """Some patients of ``records`` (all, where ``patients`` is None).
 
-    An item is a patient's index into the records; :meth:`collate` cuts the batch from the flat
-    arrays in one go, so that a worker handles no patient one by one.
+    An item is a patient's index into the records; :meth:`collate` (packed) and
+    :meth:`collate_padded` cut the batch from the flat arrays in one go, so that a worker handles no
+    patient one by one.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -30,12 +33,19 @@ class PatientDataset(Dataset[int]):
         ...     vocabulary=Vocabulary(np.array([0, 40, 41]), ("", "a", "b")))
         >>> data = PatientDataset(records)
         >>> for batch in DataLoader(data, batch_size=2, collate_fn=data.collate):
-        ...     print(batch.visit_codes.tolist())
-        [[[1, 2]], [[1, 0]]]
+        ...     print(batch)
+        PackedVisits(patients=2, visits=2, codes=3, distinct_codes=2, max_visits=1, device=cpu)
     """
 
-    def __init__(self, records: EventRecords, patients: ArrayLike | None = None) -> None:
+    def __init__(
+        self,
+        records: EventRecords,
+        patients: ArrayLike | None = None,
+        *,
+        with_time_features: bool = False,
+    ) -> None:
         self.records = records
+        self.with_time_features = with_time_features
         chosen = np.arange(records.n_patients) if patients is None else np.asarray(patients)
         self.patients = chosen.astype(np.int64)
 
@@ -45,5 +55,10 @@ class PatientDataset(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         return int(self.patients[index])
 
-    def collate(self, patients: Sequence[int]) -> PaddedBatch:
+    def collate(self, patients: Sequence[int]) -> PackedVisits:
+        """``collate_fn`` for batches with nothing padded."""
+        return packed_batch(self.records, patients, with_time_features=self.with_time_features)
+
+    def collate_padded(self, patients: Sequence[int]) -> PaddedBatch:
+        """``collate_fn`` for padded batches."""
         return padded_batch(self.records, patients)

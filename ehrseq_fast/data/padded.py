@@ -39,7 +39,7 @@ def padded_batch(records: EventRecords, patients: ArrayLike) -> PaddedBatch:
         ValueError: if no patient is given.
         IndexError: if an index is not that of a patient.
     """
-    chosen = _checked(records, patients)
+    chosen = checked_patients(records, patients)
     starts = records.patient_offsets[chosen]
     row, column, visit = spans(starts, records.patient_offsets[chosen + 1] - starts)
     first_code = records.visit_offsets[visit]
@@ -63,7 +63,8 @@ def padded_batch(records: EventRecords, patients: ArrayLike) -> PaddedBatch:
     )
 
 
-def _checked(records: EventRecords, patients: ArrayLike) -> NDArray[np.int64]:
+def checked_patients(records: EventRecords, patients: ArrayLike) -> NDArray[np.int64]:
+    """Indices of patients, as int64; refused where they are not."""
     chosen = np.asarray(patients)
     if chosen.ndim != 1 or len(chosen) == 0:
         raise ValueError(

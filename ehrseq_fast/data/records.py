@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,11 +93,15 @@ class EventRecords:
         return np.diff(self.visit_offsets)
 
     def time_features(self) -> NDArray[np.float32]:
-        """float32 ``[n_visits, 3]``: days since the patient's last visit, days since the first,
-        and the visit's index. All three are 0 at a patient's first visit.
+        """float32 ``[n_visits, 3]``, made once: days since the patient's last visit, days since the
+        first, and the visit's index. All three are 0 at a patient's first visit.
 
         The days are not scaled: what suits a model is the model's to know.
         """
+        return self._time_features
+
+    @cached_property
+    def _time_features(self) -> NDArray[np.float32]:
         days = self.visit_days.astype(np.int64)
         first = np.repeat(self.patient_offsets[:-1], self.visits_per_patient)
         since_last = np.diff(days, prepend=days[:1])
