@@ -36,7 +36,7 @@ using Doubles = Lanes<double>;
 
 template <typename T>
 EHRSEQ_INLINE Lanes<T> broadcast(T value) {
-  return Lanes<T>{} + value;
+  return value - Lanes<T>{};  // unlike value + 0, nothing that a compiler has to compute
 }
 
 template <typename T>

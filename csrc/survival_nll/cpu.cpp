@@ -93,14 +93,15 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
   if (reduces) {
     double total = 0;
     for (const double sum : group_nll) total += sum;
-    const bool is_mean = settings.reduction == Reduction::kMean;
-    *nll_data = static_cast<nll_t>(is_mean ? total / static_cast<double>(settings.patients) : total);
+    *nll_data = static_cast<nll_t>(total * settings.share);
   }
   return {nll, grad};
 }
 
 std::tuple<Tensor, Tensor> nll_and_grad(Settings settings, const Tensor& hazards,
                                         const Outcomes& outcomes, bool needs_grad) {
+  const bool is_mean = settings.reduction == Reduction::kMean;
+  settings.share = is_mean ? 1.0 / static_cast<double>(settings.patients) : 1.0;
   if (settings.slots * settings.classes > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("hazards: a patient's row has more than 2^31 - 1 values");
   }
@@ -121,7 +122,7 @@ std::tuple<Tensor, Tensor> survival_nll(
   const int64_t patients = hazards.sizes()[0];
   const int64_t slots = hazards.sizes()[1];
   return nll_and_grad({patients, slots, 1, static_cast<Link>(link), censored_included, eps,
-                       static_cast<Reduction>(reduction)},
+                       static_cast<Reduction>(reduction), 1.0},
                       hazards,
                       {patients, slots, 1, "event_indicators", event_times, event_indicators,
                        sequence_mask, entry_times, sample_weight},
@@ -140,7 +141,7 @@ std::tuple<Tensor, Tensor> competing_risks_nll(
   const int64_t causes = static_cast<Link>(link) == Link::kSoftmax ? classes - 1 : classes;
   if (causes < 1) throw std::invalid_argument("hazards: expected at least one cause");
   return nll_and_grad({patients, slots, classes, static_cast<Link>(link), censored_included, eps,
-                       static_cast<Reduction>(reduction)},
+                       static_cast<Reduction>(reduction), 1.0},
                       hazards,
                       {patients, slots, causes, "event_types", event_times, event_types,
                        sequence_mask, entry_times, sample_weight},

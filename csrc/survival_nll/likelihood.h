@@ -58,20 +58,22 @@ class Product {
 
   // Splits the product so far into mantissa and exponent, before it can underflow.
   EHRSEQ_INLINE void flush() {
-    for (Doubles& running : running_.part) {
-      constexpr int64_t kNotNormal = int64_t{1} << 32;
+    constexpr int64_t kNotNormal = int64_t{1} << 32;
+    Doubles mantissas = broadcast(1.0);
+    Mask<double> exponents{};
+    for (const Doubles& running : running_.part) {
       const Mask<double> bits = (Mask<double>)running;
-      const Mask<double> exponents =
-          running >= DBL_MIN ? (bits >> 52) - 1023 : broadcast<int64_t>(kNotNormal);
-      const int64_t exponent = sum_of_lanes<int64_t>(exponents);
-      if (exponent < kNotNormal / 2) {
-        mantissa_ *= product_of_lanes<double>((Doubles)((bits & kFraction) | kOneBits));
-        exponent_ += exponent;
-      } else {  // a zero or a NaN: the logarithm shall see it
-        mantissa_ *= product_of_lanes<double>(running);
-      }
-      running = broadcast(1.0);
+      mantissas *= (Doubles)((bits & kFraction) | kOneBits);
+      exponents += running >= DBL_MIN ? (bits >> 52) - 1023 : broadcast<int64_t>(kNotNormal);
     }
+    const int64_t exponent = sum_of_lanes<int64_t>(exponents);
+    if (exponent < kNotNormal / 2) {
+      mantissa_ *= product_of_lanes<double>(mantissas);
+      exponent_ += exponent;
+    } else {  // a zero or a NaN: the logarithm shall see it
+      for (const Doubles& running : running_.part) mantissa_ *= product_of_lanes<double>(running);
+    }
+    for (Doubles& running : running_.part) running = broadcast(1.0);
   }
 
   // Between two flushes, so that the mantissa cannot grow without end.

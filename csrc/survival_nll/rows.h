@@ -20,6 +20,7 @@ struct Settings {
   bool censored_included;
   double eps;
   Reduction reduction;
+  double share;  // of one patient in the result: 1 / patients for the mean, else 1
 };
 
 // A float16 gradient that is still to be multiplied by a loss scale would lose its small values.

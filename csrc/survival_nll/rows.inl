@@ -14,9 +14,7 @@ inline Trials trials_of(const Outcome& outcome, const Settings& settings) {
 
 template <typename scalar_t>
 accumulator_t<scalar_t> grad_scale(const Outcome& outcome, const Settings& settings) {
-  const bool is_mean = settings.reduction == Reduction::kMean;
-  return static_cast<accumulator_t<scalar_t>>(
-      outcome.weight / (is_mean ? static_cast<double>(settings.patients) : 1.0));
+  return static_cast<accumulator_t<scalar_t>>(outcome.weight * settings.share);
 }
 
 template <template <typename> class Likelihood, typename scalar_t>

@@ -273,16 +273,15 @@ class _FusedNll(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         inputs, options = args[:6], args[6:]
         nll, grad = _fused(inputs, options, needs_grad=True)
-        ctx.save_for_backward(grad, *inputs)
-        ctx.options = options
+        ctx.save_for_backward(grad, inputs[0])
+        ctx.outcomes, ctx.options = inputs[1:], options
         return nll
 
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        grad, *inputs = ctx.saved_tensors
-        hazards = inputs[0]
+        grad, hazards = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: a gradient that has a gradient itself
-            nll = reference_nll(inputs, ctx.options)
+            nll = reference_nll((hazards, *ctx.outcomes), ctx.options)
             (grad,) = torch.autograd.grad(nll, hazards, grad_nll, create_graph=True)
         else:
             grad = scaled_gradient(grad, grad_nll, hazards)

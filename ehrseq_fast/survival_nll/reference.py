@@ -101,7 +101,7 @@ def _bernoulli_nll(
         log_h, log_survival = logsigmoid(h), logsigmoid(-h)
     else:
         h = h.clamp(eps, 1 - eps)
-        log_h, log_survival = h.log(), (1 - h).log()
+        log_h, log_survival = h.log(), torch.log1p(-h)
     return -torch.where(event, log_h, torch.where(survived, log_survival, 0.0))
 
 
