@@ -283,6 +283,10 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
   T* projected = data<T>(gates) + (training ? projected_from * kGates * padded : 0);
 
   const int64_t blocks = (shape.hidden + run.lanes - 1) / run.lanes;
+  if (training && blocks * run.lanes < padded) {
+    torch::stable::zero_(gates);
+    torch::stable::zero_(cells);
+  }
   const Tensor panels =
       scratch<T>(input, {blocks, (shape.inputs + shape.hidden) * kGates * run.lanes});
   const Tensor bias = scratch<T>(input, {blocks * kGates * run.lanes});
