@@ -32,6 +32,13 @@ def find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
 
 
+def is_gcc() -> bool:
+    version = subprocess.run(
+        [find_compiler() or "c++", "--version"], check=False, capture_output=True, text=True
+    )
+    return "Free Software Foundation" in version.stdout
+
+
 def why_no_compiled_parts() -> str | None:
     if WANTED == "0":
         return "EHRSEQ_FAST_CPP=0 was set when the package was built"
@@ -51,19 +58,23 @@ def compiled_parts() -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    # GCC would trade the register accumulators of segments.h for scalar code
+    flags += ["-fno-loop-unroll-and-jam"] if is_gcc() else []
     stable = [
         f"-DTORCH_TARGET_VERSION={STABLE_ABI_2_10}",
         "-DTORCH_STABLE_ONLY",
-        "-Icsrc",
     ]
+    include = str(ROOT.resolve() / "csrc")
 
     class BuildCompiled(BuildExtension):
         """Builds, and leaves a record of how beside the package for ``ehrseq_fast info``."""
 
-        def build_extensions(self) -> None:
-            super().build_extensions()
+        def run(self) -> None:
+            super().run()
             compiler = find_compiler() or "c++"
-            version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+            version = subprocess.run(
+                [compiler, "--version"], check=False, capture_output=True, text=True
+            )
             write_record(self, compiler=version.stdout.partition("\n")[0], torch=torch.__version__)
 
     return {
@@ -71,6 +82,7 @@ def compiled_parts() -> dict[str, Any]:
             CppExtension(
                 "ehrseq_fast._C",
                 sources("visit_pool", "survival_nll", "packed_lstm"),
+                include_dirs=[include],
                 extra_compile_args=[*flags, *stable],
                 extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
                 py_limited_api=True,
@@ -78,7 +90,7 @@ def compiled_parts() -> dict[str, Any]:
             Extension(
                 "ehrseq_fast._batching",
                 sources("batching"),
-                include_dirs=[pybind11.get_include(), "csrc"],
+                include_dirs=[pybind11.get_include(), include],
                 extra_compile_args=flags,
                 language="c++",
             ),
@@ -103,7 +115,8 @@ def without_compiled_parts(reason: str) -> dict[str, Any]:
         def run(self) -> None:
             super().run()
             print(
-                f"\nehrseq_fast: installing without compiled kernels, because {reason}. The package "
+                f"\nehrseq_fast: installing without compiled kernels, because {reason}. The "
+                "package "
                 "works, on its plain PyTorch reference, and gives the same numbers at PyTorch's "
                 "speed. For the fast kernels install a C++ compiler (Debian or Ubuntu: apt-get "
                 "install g++) and run the same pip command again; `python -m ehrseq_fast info` "

@@ -9,15 +9,20 @@ unless one is asked for with the environment variable ``EHRSEQ_FAST_BACKEND`` or
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from . import schemas  # noqa: F401  (the operators must be defined before a library implements them)
+from . import (
+    _batching_reference,
+    schemas,  # noqa: F401  (the operators must be defined before a library implements them)
+)
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -63,7 +68,22 @@ def _load_library(stem: str) -> Loaded:
     return Loaded(None, str(found[0]))
 
 
+def _import_batching() -> tuple[ModuleType | None, Loaded]:
+    if os.environ.get("EHRSEQ_FAST_NO_COMPILED", "0") not in ("", "0"):
+        return None, Loaded("EHRSEQ_FAST_NO_COMPILED is set")
+    try:
+        module = importlib.import_module("._batching", __package__)
+    except ModuleNotFoundError:
+        return None, Loaded(
+            build_record().get("skipped", "_batching was not built, or was deleted")
+        )
+    except ImportError as error:
+        return None, Loaded(f"_batching did not load: {error}")
+    return module, Loaded(None, module.__file__)
+
+
 compiled_cpu = _load_library("_C")
+_batching, compiled_batching = _import_batching()
 
 _supports: dict[str, dict[str, Support]] = {}
 _requested: str | None = None
@@ -124,6 +144,22 @@ def choose(operation: str, device: str, dtype: torch.dtype) -> str:
         if why_not(operation, backend, device, dtype) is None:
             return backend
     raise AssertionError("unreachable: reference serves everything")
+
+
+def batch_builder() -> ModuleType:
+    """What builds :class:`~ehrseq_fast.PackedVisits` on the host: the compiled ``_batching``, or
+    its NumPy twin ``_batching_reference`` where nothing is compiled or ``reference`` is asked for.
+
+    Raises:
+        RuntimeError: if ``cpu`` was asked for and ``_batching`` did not load, with the reason.
+    """
+    if _requested == "cpu" and _batching is None:
+        raise RuntimeError(
+            f"backend 'cpu' was asked for, but cannot build batches: {compiled_batching.reason}"
+        )
+    if _batching is None or _requested == "reference":
+        return _batching_reference
+    return _batching
 
 
 def requested() -> str | None:

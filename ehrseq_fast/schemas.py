@@ -1,13 +1,14 @@
 """Every operator of the package, in one place: the table of contents of ``torch.ops.ehrseq_fast``.
 
-The schemas are defined here, in Python, and not in the compiled library, so that they exist wherever
-the package does: the compiled kernels (``csrc/``) and the Triton kernels each register themselves
-for the devices that they serve, and a machine with only one of them still has whole operators.
+The schemas are defined here, in Python, and not in the compiled library, so that they exist
+wherever the package does: the compiled kernels (``csrc/``) and the Triton kernels each register
+themselves for the devices that they serve, and a machine with only one of them still has whole
+operators.
 Each room's ``op.py`` holds the shapes (fake kernels), the gradients and the choice of backend.
 
 Conventions: ``mode`` is 0 mean, 1 sum, 2 max; ``reduction`` is 0 none, 1 mean, 2 sum; ``link`` is
-0 probabilities, 1 sigmoid of logits, 2 softmax of logits. An output that a call has no use for is an
-empty tensor.
+0 probabilities, 1 sigmoid of logits, 2 softmax of logits. An output that a call has no use for is
+an empty tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 library = torch.library.Library("ehrseq_fast", "DEF")
 
 SCHEMAS = (
-    # visit_pool: codes (or embeddings) -> one vector per visit. arg_max is filled in mode max alone.
+    # visit_pool: codes (or embeddings) -> one vector per visit. arg_max is filled in mode max only.
     "visit_pool(Tensor codes, Tensor weight, Tensor? visit_mask, int mode)"
     " -> (Tensor pooled, Tensor arg_max)",
     "visit_pool_backward(Tensor grad, Tensor codes, Tensor weight, Tensor? visit_mask,"
@@ -25,8 +26,22 @@ SCHEMAS = (
     "visit_pool_backward_sparse(Tensor grad, Tensor codes, Tensor weight, Tensor? visit_mask,"
     " Tensor? arg_max, int mode, int padding_idx) -> (Tensor code_ids, Tensor rows)",
     "masked_pool(Tensor embeddings, Tensor? mask, int mode) -> (Tensor pooled, Tensor arg_max)",
-    "masked_pool_backward(Tensor grad, Tensor embeddings, Tensor? mask, Tensor? arg_max, int mode)"
+    "masked_pool_backward(Tensor grad, Tensor? mask, Tensor? arg_max, SymInt n_slots, int mode)"
     " -> Tensor",
+    # The same for packed batches, with the transposed index (index_*) that the batch builder makes.
+    "packed_visit_pool(Tensor codes, Tensor code_offsets, Tensor weight, int mode)"
+    " -> (Tensor pooled, Tensor arg_max)",
+    "packed_visit_pool_backward(Tensor grad, Tensor code_offsets, Tensor index_codes,"
+    " Tensor index_offsets, Tensor index_visits, Tensor weight, Tensor? arg_max, int mode,"
+    " int padding_idx) -> Tensor",
+    "packed_visit_pool_backward_sparse(Tensor grad, Tensor code_offsets, Tensor index_codes,"
+    " Tensor index_offsets, Tensor index_visits, Tensor weight, Tensor? arg_max, int mode,"
+    " int padding_idx) -> (Tensor code_ids, Tensor rows)",
+    "packed_attention_pool(Tensor codes, Tensor code_offsets, Tensor weight, Tensor scores)"
+    " -> (Tensor pooled, Tensor normaliser)",
+    "packed_attention_pool_backward(Tensor grad, Tensor pooled, Tensor normaliser,"
+    " Tensor index_codes, Tensor index_offsets, Tensor index_visits, Tensor weight, Tensor scores,"
+    " int padding_idx) -> (Tensor grad_weight, Tensor grad_scores)",
     # survival_nll: the forward kernel also writes the gradient, where one is needed.
     "survival_nll(Tensor hazards, Tensor event_times, Tensor event_indicators,"
     " Tensor? sequence_mask, Tensor? entry_times, Tensor? sample_weight, int link,"

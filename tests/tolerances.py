@@ -18,7 +18,7 @@ ROUNDOFF = {
 
 
 def tolerance(dtype: torch.dtype, terms: int = 1) -> dict[str, float]:
-    """``rtol`` and ``atol`` for a result of ``dtype`` that sums ``terms`` values of size about 1."""
+    """``rtol`` and ``atol`` for a result that sums ``terms`` values of size about 1."""
     accumulator = ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
     bound = 2 * ROUNDOFF[dtype] + 2 * terms * accumulator
     return {"rtol": bound, "atol": bound}

@@ -1,0 +1,6 @@
+"""Medical codes to visit vectors: gather, mask and mean in one pass, and its gradient."""
+
+from .op import masked_pool, visit_mean_pool
+from .packed import packed_visit_pool
+
+__all__ = ["masked_pool", "packed_visit_pool", "visit_mean_pool"]

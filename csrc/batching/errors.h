@@ -1,0 +1,37 @@
+// What is wrong with a batch, where it is first wrong, and how often. The messages are the same,
+// word for word, in ehrseq_fast/_batching_reference.py.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace ehrseq::batching {
+
+inline std::string text(int64_t number) { return std::to_string(number); }
+
+[[noreturn]] inline void refuse_value(const std::string& message) {
+  throw std::invalid_argument(message);  // ValueError in Python
+}
+
+[[noreturn]] inline void refuse_index(const std::string& message) {
+  throw std::out_of_range(message);  // IndexError in Python
+}
+
+// Counts offenders and remembers where the first of them stands.
+struct Offenders {
+  int64_t count = 0;
+  int64_t patient = 0;
+  int64_t visit = 0;
+  int64_t code = 0;
+
+  void add(int64_t at_patient, int64_t at_visit = 0, int64_t at_code = 0) {
+    if (count++ > 0) return;
+    patient = at_patient;
+    visit = at_visit;
+    code = at_code;
+  }
+  explicit operator bool() const { return count > 0; }
+};
+
+}  // namespace ehrseq::batching

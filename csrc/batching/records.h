@@ -1,0 +1,352 @@
+// Where a batch's codes come from: flat arrays, or padded tensors. Both answer the same questions,
+// so that packing (pack.h) is written once:
+//   n_patients()                          how many patients the batch has
+//   length(patient)                       how many visits
+//   count_codes(patient)                  how many codes in all of them
+//   source_row(patient, visit)            the visit's row in the caller's arrays
+//   copy_visit(patient, visit, to, all)   writes the visit's codes, returns where they end
+//   name(patient)                         how an error message calls the patient
+// Everything but the codes is checked when the records are constructed. The codes are checked while
+// they are copied: `all` collects every bit that was seen outside the vocabulary.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "batching/errors.h"
+
+namespace ehrseq::batching {
+
+// Codes are checked against this range. Without a vocabulary, all that int32 can hold is allowed,
+// except its largest value, which stays free for kernels that need a code that no visit has.
+struct Vocabulary {
+  int64_t size;
+
+  bool holds(int64_t code) const { return code >= 0 && code < size; }
+};
+
+// A one-dimensional array of int32 or int64 with any stride, read where it lies: the big arrays may
+// be memory-mapped and must not be copied, not even when they are a column of a table.
+struct IntColumn {
+  const char* data = nullptr;
+  int64_t stride = 0;
+  int64_t size = 0;
+  bool wide = true;
+
+  int64_t operator[](int64_t i) const {
+    const char* at = data + i * stride;
+    if (wide) {
+      int64_t value;
+      std::memcpy(&value, at, sizeof(value));
+      return value;
+    }
+    int32_t value;
+    std::memcpy(&value, at, sizeof(value));
+    return value;
+  }
+};
+
+[[noreturn]] inline void refuse_empty_sequences(const Offenders& empty, const std::string& first) {
+  refuse_value(
+      "Found " + text(empty.count) +
+      " sequences with zero length. All sequences must have at least 1 visit. The first is " +
+      first + ".");
+}
+
+[[noreturn]] inline void refuse_codes(const Offenders& outside, int64_t code,
+                                      const Vocabulary& vocabulary, const std::string& patient) {
+  refuse_index("Found " + text(outside.count) +
+               " codes outside the vocabulary: expected 0 <= code < " + text(vocabulary.size) +
+               ". The first is " + text(code) + ": " + patient + ", visit " + text(outside.visit) +
+               ", code " + text(outside.code) + ".");
+}
+
+// All patients' visits and codes end to end, and the patients that this batch takes from them.
+class FlatRecords {
+ public:
+  FlatRecords(IntColumn codes, IntColumn visit_offsets, IntColumn patient_offsets,
+              const int64_t* chosen, int64_t n_chosen)
+      : codes_(codes), visit_offsets_(visit_offsets), chosen_(chosen) {
+    const int64_t n_records = patient_offsets.size - 1;
+    const int64_t n = chosen ? n_chosen : n_records;
+    check_chosen(n, n_records);
+    find_visits(n, patient_offsets);
+    check_visit_offsets();
+  }
+
+  int64_t n_patients() const { return static_cast<int64_t>(length_.size()); }
+  int64_t length(int64_t patient) const { return length_[patient]; }
+  int64_t source_row(int64_t patient, int64_t visit) const { return first_visit_[patient] + visit; }
+
+  int64_t count_codes(int64_t patient) const {
+    const int64_t first = first_visit_[patient];
+    return visit_offsets_[first + length_[patient]] - visit_offsets_[first];
+  }
+
+  int32_t* copy_visit(int64_t patient, int64_t visit, int32_t* to, const Vocabulary& vocabulary,
+                      bool& all_inside) const {
+    const int64_t row = source_row(patient, visit);
+    const int64_t end = visit_offsets_[row + 1];
+    for (int64_t at = visit_offsets_[row]; at < end; ++at) {
+      const int64_t code = codes_[at];
+      all_inside &= vocabulary.holds(code);
+      *to++ = static_cast<int32_t>(code);
+    }
+    return to;
+  }
+
+  std::string name(int64_t patient) const {
+    if (!chosen_) return "patient " + text(patient);
+    return "patient " + text(patient) + " (record " + text(chosen_[patient]) + ")";
+  }
+
+  [[noreturn]] void refuse_codes_outside(const Vocabulary& vocabulary) const {
+    Offenders outside;
+    int64_t first_code = 0;
+    for (int64_t patient = 0; patient < n_patients(); ++patient) {
+      for (int64_t visit = 0; visit < length(patient); ++visit) {
+        const int64_t begin = visit_offsets_[source_row(patient, visit)];
+        const int64_t end = visit_offsets_[source_row(patient, visit) + 1];
+        for (int64_t at = begin; at < end; ++at) {
+          if (vocabulary.holds(codes_[at])) continue;
+          if (!outside) first_code = codes_[at];
+          outside.add(patient, visit, at - begin);
+        }
+      }
+    }
+    refuse_codes(outside, first_code, vocabulary, name(outside.patient));
+  }
+
+ private:
+  void check_chosen(int64_t n, int64_t n_records) const {
+    if (!chosen_) return;
+    Offenders outside;
+    for (int64_t p = 0; p < n; ++p)
+      if (chosen_[p] < 0 || chosen_[p] >= n_records) outside.add(p);
+    if (outside)
+      refuse_index("Found " + text(outside.count) + " patient numbers outside the " +
+                   text(n_records) + " records. The first is " + text(chosen_[outside.patient]) +
+                   ", at position " + text(outside.patient) + ".");
+  }
+
+  void find_visits(int64_t n, const IntColumn& patient_offsets) {
+    first_visit_.resize(n);
+    length_.resize(n);
+    const int64_t n_visits = visit_offsets_.size - 1;
+    Offenders falling, empty;
+    for (int64_t p = 0; p < n; ++p) {
+      const int64_t record = chosen_ ? chosen_[p] : p;
+      const int64_t begin = patient_offsets[record];
+      const int64_t end = patient_offsets[record + 1];
+      first_visit_[p] = begin;
+      length_[p] = end - begin;
+      if (begin < 0 || end < begin || end > n_visits) falling.add(p);
+      if (begin == end) empty.add(p);
+    }
+    if (falling) {
+      const int64_t begin = first_visit_[falling.patient];
+      refuse_value("patient_offsets must rise within [0, " + text(n_visits) + "]. Found " +
+                   text(falling.count) + " patients where they do not. The first is " +
+                   name(falling.patient) + ": from " + text(begin) + " to " +
+                   text(begin + length_[falling.patient]) + ".");
+    }
+    if (empty) refuse_empty_sequences(empty, name(empty.patient));
+  }
+
+  // Reads the offsets of the chosen patients only, front to back.
+  void check_visit_offsets() const {
+    Offenders falling;
+    for (int64_t patient = 0; patient < n_patients(); ++patient) {
+      int64_t begin = visit_offsets_[first_visit_[patient]];
+      for (int64_t visit = 0; visit < length(patient); ++visit) {
+        const int64_t end = visit_offsets_[source_row(patient, visit) + 1];
+        if (begin < 0 || end < begin || end > codes_.size) falling.add(patient, visit);
+        begin = end;
+      }
+    }
+    if (falling) {
+      const int64_t row = source_row(falling.patient, falling.visit);
+      refuse_value("visit_offsets must rise within [0, " + text(codes_.size) + "]. Found " +
+                   text(falling.count) + " visits where they do not. The first is " +
+                   name(falling.patient) + ", visit " + text(falling.visit) + ": from " +
+                   text(visit_offsets_[row]) + " to " + text(visit_offsets_[row + 1]) + ".");
+    }
+  }
+
+  IntColumn codes_;
+  IntColumn visit_offsets_;
+  const int64_t* chosen_;
+  std::vector<int64_t> first_visit_;
+  std::vector<int64_t> length_;
+};
+
+// What a byte of a padded mask says. A fractional weight cannot be packed.
+enum MaskState : uint8_t { kPadding = 0, kReal = 1, kFractional = 2 };
+
+struct PaddedShape {
+  int64_t patients;
+  int64_t visits;
+  int64_t codes;
+};
+
+// Contiguous padded arrays. `code_states` and `visit_states` hold MaskStates, or are null where
+// every slot is real; `lengths` is null where visit_states tells them.
+template <typename code_t>
+class PaddedRecords {
+ public:
+  PaddedRecords(const code_t* codes, PaddedShape shape, const uint8_t* code_states,
+                const uint8_t* visit_states, const int64_t* lengths)
+      : codes_(codes), shape_(shape), code_states_(code_states) {
+    if (visit_states) read_lengths(visit_states);
+    if (lengths) take_lengths(lengths);
+    if (!visit_states && !lengths) length_.assign(shape.patients, shape.visits);
+    refuse_empty();
+    count_real_codes();
+  }
+
+  int64_t n_patients() const { return shape_.patients; }
+  int64_t length(int64_t patient) const { return length_[patient]; }
+  int64_t count_codes(int64_t patient) const { return codes_of_patient_[patient]; }
+  int64_t source_row(int64_t patient, int64_t visit) const {
+    return patient * shape_.visits + visit;
+  }
+
+  int32_t* copy_visit(int64_t patient, int64_t visit, int32_t* to, const Vocabulary& vocabulary,
+                      bool& all_inside) const {
+    const int64_t row = source_row(patient, visit);
+    const code_t* slots = codes_ + row * shape_.codes;
+    const uint8_t* states = code_states_ ? code_states_ + row * shape_.codes : nullptr;
+    // Real codes mostly stand first, so stopping after the last of them spares most of the padding.
+    int64_t left = code_states_ ? codes_of_visit_[row] : shape_.codes;
+    for (int64_t slot = 0; left > 0; ++slot) {
+      if (states && states[slot] != kReal) continue;
+      all_inside &= vocabulary.holds(slots[slot]);
+      *to++ = static_cast<int32_t>(slots[slot]);
+      --left;
+    }
+    return to;
+  }
+
+  std::string name(int64_t patient) const { return "patient " + text(patient); }
+
+  [[noreturn]] void refuse_codes_outside(const Vocabulary& vocabulary) const {
+    Offenders outside;
+    int64_t first_code = 0;
+    for_each_slot([&](int64_t patient, int64_t visit, int64_t slot, int64_t at) {
+      if (code_states_ && code_states_[at] != kReal) return;
+      if (vocabulary.holds(codes_[at])) return;
+      if (!outside) first_code = codes_[at];
+      outside.add(patient, visit, slot);
+    });
+    refuse_codes(outside, first_code, vocabulary, name(outside.patient));
+  }
+
+ private:
+  template <typename Visitor>
+  void for_each_slot(const Visitor& visitor) const {
+    for (int64_t patient = 0; patient < n_patients(); ++patient)
+      for (int64_t visit = 0; visit < length(patient); ++visit)
+        for (int64_t slot = 0; slot < shape_.codes; ++slot)
+          visitor(patient, visit, slot, source_row(patient, visit) * shape_.codes + slot);
+  }
+
+  void read_lengths(const uint8_t* visit_states) {
+    length_.resize(shape_.patients);
+    Offenders fractional, holes;
+    for (int64_t patient = 0; patient < shape_.patients; ++patient) {
+      const uint8_t* states = visit_states + patient * shape_.visits;
+      int64_t length = 0;
+      while (length < shape_.visits && states[length] == kReal) ++length;
+      length_[patient] = length;
+      bool has_hole = false;
+      for (int64_t visit = length; visit < shape_.visits; ++visit) {
+        if (states[visit] == kFractional) fractional.add(patient, visit);
+        has_hole |= states[visit] != kPadding;
+      }
+      if (has_hole) holes.add(patient, length);
+    }
+    if (fractional)
+      refuse_value("sequence_mask must be 0 or 1. Found " + text(fractional.count) +
+                   " other values. The first is at patient " + text(fractional.patient) +
+                   ", visit " + text(fractional.visit) + ".");
+    if (holes)
+      refuse_value(
+          "Found " + text(holes.count) +
+          " sequence masks with holes: a patient's real visits must come first. The first is " +
+          name(holes.patient) + ", visit " + text(holes.visit) + ".");
+  }
+
+  void take_lengths(const int64_t* lengths) {
+    Offenders outside, different;
+    for (int64_t patient = 0; patient < shape_.patients; ++patient) {
+      if (lengths[patient] < 0 || lengths[patient] > shape_.visits) outside.add(patient);
+      if (!length_.empty() && length_[patient] != lengths[patient]) different.add(patient);
+    }
+    if (outside)
+      refuse_value("Found " + text(outside.count) + " lengths outside [1, " + text(shape_.visits) +
+                   "], the padded visits. The first is " + text(lengths[outside.patient]) + ": " +
+                   name(outside.patient) + ".");
+    if (different)
+      refuse_value("Found " + text(different.count) +
+                   " lengths that disagree with sequence_mask. The first is " +
+                   name(different.patient) + ": length " + text(lengths[different.patient]) +
+                   ", but " + text(length_[different.patient]) + " visits in the mask.");
+    length_.assign(lengths, lengths + shape_.patients);
+  }
+
+  void refuse_empty() const {
+    Offenders empty;
+    for (int64_t patient = 0; patient < shape_.patients; ++patient)
+      if (length_[patient] == 0) empty.add(patient);
+    if (empty) refuse_empty_sequences(empty, name(empty.patient));
+  }
+
+  void count_real_codes() {
+    codes_of_patient_.resize(shape_.patients);
+    if (!code_states_) {
+      for (int64_t patient = 0; patient < shape_.patients; ++patient)
+        codes_of_patient_[patient] = length_[patient] * shape_.codes;
+      return;
+    }
+    codes_of_visit_.resize(shape_.patients * shape_.visits);
+    uint8_t seen = 0;
+    for (int64_t patient = 0; patient < shape_.patients; ++patient) {
+      for (int64_t visit = 0; visit < length_[patient]; ++visit) {
+        const int64_t row = source_row(patient, visit);
+        const uint8_t* states = code_states_ + row * shape_.codes;
+        int32_t count = 0;
+        for (int64_t slot = 0; slot < shape_.codes; ++slot) {
+          count += states[slot];
+          seen |= states[slot];
+        }
+        codes_of_visit_[row] = count;
+        codes_of_patient_[patient] += count;
+      }
+    }
+    if (seen & kFractional) refuse_fractional();
+  }
+
+  [[noreturn]] void refuse_fractional() const {
+    Offenders fractional;
+    for_each_slot([&](int64_t patient, int64_t visit, int64_t slot, int64_t at) {
+      if (code_states_[at] == kFractional) fractional.add(patient, visit, slot);
+    });
+    refuse_value("visit_mask must be 0 or 1 to be packed. Found " + text(fractional.count) +
+                 " other values. The first is at " + name(fractional.patient) + ", visit " +
+                 text(fractional.visit) + ", code " + text(fractional.code) +
+                 ". Weighted masks need the padded tensors.");
+  }
+
+  const code_t* codes_;
+  PaddedShape shape_;
+  const uint8_t* code_states_;
+  std::vector<int64_t> length_;
+  std::vector<int32_t> codes_of_visit_;
+  std::vector<int64_t> codes_of_patient_;
+};
+
+}  // namespace ehrseq::batching

@@ -1,0 +1,45 @@
+// What is known of each patient: visits, entry, time, event, weight. Read and checked here, so that
+// the kernels can trust it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "survival_nll/columns.h"
+#include "survival_nll/visit_mask.h"
+
+namespace ehrseq::survival {
+
+struct Outcome {
+  int64_t entry;
+  int64_t time;
+  int64_t type;  // 0 censored, 1..causes
+  double weight;
+};
+
+class Outcomes {
+ public:
+  static constexpr int64_t kAtOnce = 64;
+
+  Outcomes(int64_t patients, int64_t slots, int64_t causes, const char* types_name,
+           const Tensor& event_times, const Tensor& event_types, const OptionalTensor& sequence_mask,
+           const OptionalTensor& entry_times, const OptionalTensor& sample_weight);
+
+  // Patients begin..end, at most kAtOnce. False if one of them is impossible: refuse() says why.
+  bool read(int64_t begin, int64_t end, Outcome* outcomes) const;
+
+  // Throws std::invalid_argument: what is wrong, the first patient at fault, and how many there are.
+  [[noreturn]] void refuse() const;
+
+ private:
+  int64_t patients_;
+  int64_t causes_;
+  const char* types_name_;
+  VisitMask mask_;
+  Column times_;
+  Column types_;
+  std::optional<Column> entries_;
+  std::optional<Column> weights_;
+};
+
+}  // namespace ehrseq::survival

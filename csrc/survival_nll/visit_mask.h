@@ -1,0 +1,35 @@
+// How many visits each patient has: the ones of a mask that must be ones first and zeros after them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "common/tensors.h"
+
+namespace ehrseq::survival {
+
+constexpr int64_t kMalformed = -1;
+
+class VisitMask {
+ public:
+  // No mask: every slot is a visit.
+  VisitMask(const OptionalTensor& mask, int64_t patients, int64_t slots);
+
+  // The numbers of visits of patients begin..end; kMalformed where the mask has a hole or a value
+  // that is neither 0 nor 1.
+  void count_visits(int64_t begin, int64_t end, int64_t* visits) const;
+
+  struct Fault {
+    int64_t visit;
+    double value;
+  };
+
+  // The first slot that breaks a malformed mask: a value other than 0 and 1, or a 1 after a 0.
+  Fault first_fault(int64_t patient) const;
+
+ private:
+  std::optional<Tensor> mask_;
+  int64_t slots_;
+};
+
+}  // namespace ehrseq::survival

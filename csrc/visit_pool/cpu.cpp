@@ -1,0 +1,256 @@
+// Visit pooling on the CPU: codes -> one vector per visit, gather, mask and mean in one pass, and
+// its gradient. Padded input ([..., C] with a mask) is reduced to its real codes tile by tile
+// (packed_cpu.cpp takes input that is in that form already). segments.h holds the arithmetic,
+// code_index.h the transpose, code_gradients.h the gradient from it.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <tuple>
+
+#include "common/parallel.h"
+#include "common/tensors.h"
+#include "visit_pool/code_gradients.h"
+#include "visit_pool/code_index.h"
+#include "visit_pool/masks.h"
+#include "visit_pool/modes.h"
+#include "visit_pool/segments.h"
+
+namespace ehrseq {
+namespace {
+
+// ---------------------------------------------------------------------------------------------
+// Padded input at the door
+
+struct PaddedCodes {
+  Tensor codes;
+  OptionalTensor mask;
+  int64_t n_visits;
+  int64_t n_slots;
+  int64_t vocabulary;
+};
+
+PaddedCodes padded_codes(const Tensor& codes, const OptionalTensor& mask, const Tensor& weight) {
+  PaddedCodes in{torch::stable::contiguous(codes), contiguous_mask(mask), 1, 0, weight.size(0)};
+  const auto shape = shape_of(codes);
+  in.n_slots = shape.back();
+  for (size_t i = 0; i + 1 < shape.size(); ++i) in.n_visits *= shape[i];
+  if (in.n_visits > INT32_MAX) throw std::invalid_argument("visit_pool: more than 2^31-1 visits");
+  return in;
+}
+
+// Calls body with the C++ types of the codes and of the mask.
+template <typename Body>
+void dispatch_codes_and_mask(const PaddedCodes& in, const Body& body) {
+  dispatch_mask(in.mask, [&](auto mask_tag) {
+    if (in.codes.scalar_type() == ScalarType::Int) return body(TypeTag<int32_t>{}, mask_tag);
+    return body(TypeTag<int64_t>{}, mask_tag);
+  });
+}
+
+// "[2, 0, 5]" for a flat position in a tensor of that shape.
+std::string position(int64_t flat, const std::vector<int64_t>& shape) {
+  std::string text;
+  for (auto size = shape.rbegin(); size != shape.rend(); ++size) {
+    text = std::to_string(flat % *size) + (text.empty() ? "" : ", ") + text;
+    flat /= *size;
+  }
+  return "[" + text + "]";
+}
+
+template <typename code_t, typename mask_t>
+[[noreturn]] void refuse_codes(const PaddedCodes& in) {
+  const auto* codes = static_cast<const code_t*>(in.codes.data_ptr());
+  int64_t found = 0;
+  int64_t first = -1;
+  for (int64_t visit = 0; visit < in.n_visits; ++visit) {
+    for_each_real_slot(mask_of_visit<mask_t>(in.mask, visit, in.n_slots), in.n_slots,
+                       [&](int64_t slot, double) {
+                         const int64_t at = visit * in.n_slots + slot;
+                         if (codes[at] >= 0 && codes[at] < in.vocabulary) return;
+                         if (found++ == 0) first = at;
+                       });
+  }
+  throw std::out_of_range("Found " + std::to_string(found) + " codes outside the vocabulary of " +
+                          std::to_string(in.vocabulary) + " codes. The first is code " +
+                          std::to_string(codes[first]) + " at " +
+                          position(first, shape_of(in.codes)) + ".");
+}
+
+template <typename acc_t, typename code_t, typename mask_t>
+void collect_real_codes(const PaddedCodes& in, int64_t first, int64_t last, Tile<acc_t>& tile) {
+  const auto* codes = static_cast<const code_t*>(in.codes.data_ptr());
+  tile.clear();
+  bool outside = false;
+  for (int64_t visit = first; visit < last; ++visit) {
+    const code_t* visit_codes = codes + visit * in.n_slots;
+    for_each_real_slot(mask_of_visit<mask_t>(in.mask, visit, in.n_slots), in.n_slots,
+                       [&](int64_t slot, double weight) {
+                         const auto code = static_cast<int64_t>(visit_codes[slot]);
+                         outside |= static_cast<uint64_t>(code) >= uint64_t(in.vocabulary);
+                         tile.add(static_cast<int32_t>(code), weight);
+                       });
+    tile.end_visit();
+  }
+  if (outside) refuse_codes<code_t, mask_t>(in);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Forward
+
+template <typename scalar_t>
+void pool_tile(const Tile<accumulator_t<scalar_t>>& tile, bool weighted, int64_t mode,
+               const scalar_t* weight, int64_t row_size, scalar_t* out, int32_t* arg_max) {
+  if (mode == kMax) {
+    max_segments(weight, row_size, tile.rows.data(), tile.offsets.data(), 0, tile.n_visits(), out,
+                 arg_max);
+  } else {
+    const Segments<accumulator_t<scalar_t>> segments{
+        tile.rows.data(), weighted ? tile.weights.data() : nullptr,
+        mode == kMean ? tile.scales.data() : nullptr, tile.offsets.data()};
+    sum_segments(weight, row_size, segments, 0, tile.n_visits(), out);
+  }
+}
+
+std::tuple<Tensor, Tensor> empty_outputs(const Tensor& table, std::vector<int64_t> shape,
+                                         int64_t mode) {
+  auto pooled = empty(table, shape, table.scalar_type());
+  auto arg_max = empty(table, mode == kMax ? shape : std::vector<int64_t>{0}, ScalarType::Int);
+  return {pooled, arg_max};
+}
+
+std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTensor visit_mask,
+                                      int64_t mode) {
+  const auto in = padded_codes(codes, visit_mask, weight);
+  const auto table = torch::stable::contiguous(weight);
+  const int64_t row_size = table.size(1);
+  auto shape = leading_shape(codes, 1);
+  shape.push_back(row_size);
+  auto [pooled, arg_max] = empty_outputs(table, shape, mode);
+  const bool weighted = is_weighted(in.mask);
+
+  dispatch_floating(table.scalar_type(), "visit_pool", [&](auto scalar_tag) {
+    using scalar_t = typename decltype(scalar_tag)::type;
+    const auto* table_data = static_cast<const scalar_t*>(table.data_ptr());
+    auto* out = static_cast<scalar_t*>(pooled.data_ptr());
+    auto* winners = mode == kMax ? static_cast<int32_t*>(arg_max.data_ptr()) : nullptr;
+    dispatch_codes_and_mask(in, [&](auto code_tag, auto mask_tag) {
+      using code_t = typename decltype(code_tag)::type;
+      using mask_t = typename decltype(mask_tag)::type;
+      parallel_for(0, in.n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
+        Tile<accumulator_t<scalar_t>> tile;
+        for (int64_t first = begin; first < end; first += kTileVisits) {
+          const int64_t last = std::min(first + kTileVisits, end);
+          collect_real_codes<accumulator_t<scalar_t>, code_t, mask_t>(in, first, last, tile);
+          pool_tile(tile, weighted, mode, table_data, row_size, out + first * row_size,
+                    winners == nullptr ? nullptr : winners + first * row_size);
+        }
+      });
+    });
+  });
+  return {pooled, arg_max};
+}
+
+// ---------------------------------------------------------------------------------------------
+// Backward
+
+// The transpose of a padded batch. Codes equal to padding_idx get no gradient and stay out.
+template <typename acc_t>
+CodeIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t padding_idx) {
+  constexpr int64_t kVisitsPerList = 4096;
+  const int64_t n_lists = (in.n_visits + kVisitsPerList - 1) / kVisitsPerList;
+  std::vector<std::vector<Occurrence<acc_t>>> lists(n_lists);
+  dispatch_codes_and_mask(in, [&](auto code_tag, auto mask_tag) {
+    using code_t = typename decltype(code_tag)::type;
+    using mask_t = typename decltype(mask_tag)::type;
+    parallel_for(0, n_lists, 1, [&](int64_t begin, int64_t end) {
+      Tile<acc_t> tile;
+      for (int64_t list = begin; list < end; ++list) {
+        const int64_t first = list * kVisitsPerList;
+        const int64_t last = std::min(first + kVisitsPerList, in.n_visits);
+        collect_real_codes<acc_t, code_t, mask_t>(in, first, last, tile);
+        lists[list].reserve(tile.rows.size());
+        for (int64_t visit = first; visit < last; ++visit) {
+          const acc_t scale = mode == kMean ? tile.scales[visit - first] : acc_t(1);
+          for (int32_t i = tile.offsets[visit - first]; i < tile.offsets[visit - first + 1]; ++i) {
+            if (tile.rows[i] == padding_idx) continue;
+            lists[list].push_back(
+                {tile.rows[i], static_cast<int32_t>(visit), scale * tile.weights[i]});
+          }
+        }
+      }
+    });
+  });
+  return transpose(lists, in.vocabulary);
+}
+
+// Calls body(TypeTag<scalar_t>{}, index) with the transpose of the batch.
+template <typename Body>
+void with_padded_index(const Tensor& grad, const Tensor& codes, const Tensor& weight,
+                       const OptionalTensor& visit_mask, int64_t mode, int64_t padding_idx,
+                       const Body& body) {
+  const auto in = padded_codes(codes, visit_mask, weight);
+  dispatch_floating(grad.scalar_type(), "visit_pool_backward", [&](auto scalar_tag) {
+    using acc_t = accumulator_t<typename decltype(scalar_tag)::type>;
+    const auto index = index_padded_codes<acc_t>(in, mode, padding_idx);
+    body(scalar_tag,
+         IndexView<acc_t>{index.codes.data(), index.offsets.data(), index.visits.data(),
+                          index.weights.data(), static_cast<int64_t>(index.codes.size())});
+  });
+}
+
+const int32_t* winners_or_null(const OptionalTensor& arg_max, int64_t mode) {
+  return mode == kMax ? static_cast<const int32_t*>(arg_max->data_ptr()) : nullptr;
+}
+
+Tensor visit_pool_backward(Tensor grad, Tensor codes, Tensor weight, OptionalTensor visit_mask,
+                           OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
+  const int64_t row_size = weight.size(1);
+  const auto rows = torch::stable::contiguous(grad);
+  auto grad_weight = empty(rows, shape_of(weight), rows.scalar_type());
+  with_padded_index(rows, codes, weight, visit_mask, mode, padding_idx, [&](auto tag, auto index) {
+    using scalar_t = typename decltype(tag)::type;
+    auto* out = static_cast<scalar_t*>(grad_weight.data_ptr());
+    zero_absent_rows(index.codes, index.n_codes, weight.size(0), row_size, out);
+    sum_code_gradients(static_cast<const scalar_t*>(rows.data_ptr()),
+                       winners_or_null(arg_max, mode), row_size, index,
+                       [&](int64_t segment, const auto* sums) {
+                         write_row(sums, row_size, out + index.codes[segment] * row_size);
+                       });
+  });
+  return grad_weight;
+}
+
+std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes, Tensor weight,
+                                                      OptionalTensor visit_mask,
+                                                      OptionalTensor arg_max, int64_t mode,
+                                                      int64_t padding_idx) {
+  const int64_t row_size = weight.size(1);
+  const auto rows = torch::stable::contiguous(grad);
+  std::optional<std::tuple<Tensor, Tensor>> result;
+  with_padded_index(rows, codes, weight, visit_mask, mode, padding_idx, [&](auto tag, auto index) {
+    using scalar_t = typename decltype(tag)::type;
+    auto code_ids = empty(rows, {index.n_codes}, ScalarType::Long);
+    auto code_rows = empty(rows, {index.n_codes, row_size}, rows.scalar_type());
+    std::copy(index.codes, index.codes + index.n_codes, static_cast<int64_t*>(code_ids.data_ptr()));
+    auto* out = static_cast<scalar_t*>(code_rows.data_ptr());
+    sum_code_gradients(static_cast<const scalar_t*>(rows.data_ptr()),
+                       winners_or_null(arg_max, mode), row_size, index,
+                       [&](int64_t segment, const auto* sums) {
+                         write_row(sums, row_size, out + segment * row_size);
+                       });
+    result.emplace(code_ids, code_rows);
+  });
+  return *result;
+}
+
+}  // namespace
+}  // namespace ehrseq
+
+STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
+  m.impl("visit_pool", TORCH_BOX(&ehrseq::visit_pool));
+  m.impl("visit_pool_backward", TORCH_BOX(&ehrseq::visit_pool_backward));
+  m.impl("visit_pool_backward_sparse", TORCH_BOX(&ehrseq::visit_pool_backward_sparse));
+}

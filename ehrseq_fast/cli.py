@@ -1,0 +1,90 @@
+"""``python -m ehrseq_fast info``: what is installed, what loaded, and what would compute what."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from importlib import metadata, util
+
+import torch
+
+import ehrseq_fast
+
+from . import backend
+
+_PACKAGES = ("torch", "triton", "numpy", "lifelines", "duckdb")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed" if util.find_spec(package) is None else "of unknown version"
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _simd() -> str:
+    return getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
+
+
+def describe() -> str:
+    """The report that ``info`` prints.
+
+    Example:
+        >>> from ehrseq_fast.cli import describe
+        >>> describe().splitlines()[0].split()[0]
+        'ehrseq_fast'
+    """
+    record = backend.build_record()
+    lines = [
+        f"ehrseq_fast {_version('ehrseq_fast')}  ({ehrseq_fast.__path__[0]})",
+        f"Python {platform.python_version()}, {platform.platform()}",
+        ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
+        f"CPU: {torch.get_num_threads()} threads, {_simd()}; CUDA: "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"),
+        "Built with: " + (", ".join(f"{k} {v}" for k, v in record.items()) or "no record"),
+        "",
+        "Backends",
+    ]
+    for name in backend.BACKENDS:
+        reason = backend.why_not_loaded(name)
+        lines.append(f"  {name:<10} {'available' if reason is None else f'not used: {reason}'}")
+    asked = backend.requested()
+    if asked is not None:
+        lines.append(f"  EHRSEQ_FAST_BACKEND or use_backend asks for {asked!r}")
+    lines += ["", "Each operation would use"]
+    for operation in backend.operations():
+        for device in _devices():
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                try:
+                    chosen = backend.choose(operation, device, dtype)
+                except RuntimeError as error:
+                    chosen = f"nothing: {error}"
+                name = str(dtype).removeprefix("torch.")
+                lines.append(f"  {operation:<22} {device:<5} {name:<9} {chosen}")
+    settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith("EHRSEQ_FAST_")}
+    lines += ["", "Environment: " + (", ".join(f"{k}={v}" for k, v in settings.items()) or "-")]
+    lines += [
+        "",
+        "Run on a GPU so far: nothing. No kernel of this version has been verified on one.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``python -m ehrseq_fast``."""
+    parser = argparse.ArgumentParser(prog="python -m ehrseq_fast", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, what loaded, what did not and why")
+    parser.parse_args(arguments)
+    print(describe())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Losses on padded, visit-level predictions. The survival likelihoods are in ``survival_nll``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backend import validate_on_device
+from .models.pooling import wide_dtype
+from .models.sequences import refuse_zero_lengths
+
+
+class FixedHorizonProgressionLoss(nn.Module):
+    """Binary cross-entropy of "the event comes within the horizon", averaged over valid visits.
+
+    ``loss = Σ m · BCE(σ(logits), labels) / max(Σ m, 1)`` with ``m`` = ``valid_mask``: the visits
+    that are no padding and whose horizon was observed (not censored). What stands at other visits,
+    a label of −1 or a NaN logit, matters neither forward nor backward; without a mask it would, so
+    the mask is required. Computed in float32 for 16-bit logits, and returned in their dtype.
+
+    Args:
+        horizon_days: the horizon, for the record; the labels already hold it.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast.losses import FixedHorizonProgressionLoss
+        >>> loss = FixedHorizonProgressionLoss(horizon_days=180)
+        >>> logits = torch.tensor([[0.0, 0.0, float("nan")]])
+        >>> loss(logits, torch.tensor([[1, 0, -1]]), torch.tensor([[1, 1, 0]]))
+        tensor(0.6931)
+    """
+
+    def __init__(self, horizon_days: int | None = None) -> None:
+        super().__init__()
+        self.horizon_days = horizon_days
+
+    def extra_repr(self) -> str:
+        return f"horizon_days={self.horizon_days}"
+
+    def forward(self, logits: Tensor, labels: Tensor, valid_mask: Tensor) -> Tensor:
+        """Scalar loss; 0 where no visit is valid.
+
+        Args:
+            logits: ``[B, V]`` floating (any shape, the same for all three).
+            labels: ``[B, V]`` bool or numeric, in [0, 1] at valid visits.
+            valid_mask: ``[B, V]`` bool or numeric; a fraction is a weight.
+
+        Raises:
+            ValueError: for shapes that differ, and labels outside [0, 1] at valid visits.
+        """
+        for name, tensor in (("labels", labels), ("valid_mask", valid_mask)):
+            if tensor.shape != logits.shape:
+                raise ValueError(
+                    f"{name} must have the shape of logits, {list(logits.shape)}, "
+                    f"got {list(tensor.shape)}"
+                )
+        wide = wide_dtype(logits.dtype)
+        valid = valid_mask != 0
+        targets = labels.to(wide).masked_fill(~valid, 0.0)
+        _check_targets(targets)
+        loss = F.binary_cross_entropy_with_logits(
+            logits.to(wide).masked_fill(~valid, 0.0), targets, reduction="none"
+        )
+        weight = valid_mask.to(wide)
+        return ((loss * weight).sum() / weight.sum().clamp(min=1)).to(logits.dtype)
+
+
+def _check_targets(targets: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if targets.device.type != "cpu" and not validate_on_device():
+        return
+    wrong = ~((targets >= 0) & (targets <= 1))
+    places = wrong.nonzero()
+    if len(places):
+        first = places[0].tolist()
+        raise ValueError(
+            f"Found {len(places)} labels outside [0, 1] at valid visits. The first is "
+            f"{targets[tuple(first)].item():g} at [patient, visit] = {first}."
+        )
+
+
+class MultiTaskSurvivalLoss(nn.Module):
+    """Weighted sum of the losses of several tasks, ``Σ_k w_k · L_k``.
+
+    Args:
+        task_weights: weight of each task, by name.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast.losses import MultiTaskSurvivalLoss
+        >>> loss = MultiTaskSurvivalLoss({"survival": 1.0, "readmission": 0.5})
+        >>> loss({"survival": torch.tensor(2.0), "readmission": torch.tensor(4.0)})
+        tensor(4.)
+    """
+
+    def __init__(self, task_weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.task_weights = dict(task_weights)
+
+    def extra_repr(self) -> str:
+        return f"task_weights={self.task_weights}"
+
+    def forward(self, task_losses: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum. A task without a weight is left out, as in the reference; a task with a
+        weight may be missing from a batch.
+
+        Raises:
+            ValueError: where no task has a weight.
+        """
+        weighted = [
+            self.task_weights[name] * loss
+            for name, loss in task_losses.items()
+            if name in self.task_weights
+        ]
+        if not weighted:
+            raise ValueError(
+                f"no task of {sorted(task_losses)} has a weight; there are weights for "
+                f"{sorted(self.task_weights)}"
+            )
+        return torch.stack(weighted).sum(0)
+
+
+def compute_masked_loss(
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    predictions: Tensor,
+    labels: Tensor,
+    lengths: Tensor | Sequence[int],
+) -> Tensor:
+    """A PyTorch criterion on the real visits alone, averaged over them.
+
+    The real visits' rows are taken out first and the criterion sees nothing else, so a NaN or an
+    invalid label on padding matters neither forward nor backward. (Multiplying an unreduced loss by
+    a mask lets NaN through, and a criterion that averages would count padding.)
+
+    ``lengths`` is the mask here: the third level after codes and visits in the model. They build an
+    index on the host; lengths that lie on a GPU cost one synchronisation, a list or a CPU tensor
+    costs none.
+
+    Args:
+        criterion: ``criterion(predictions, labels)`` on rows, such as ``nn.BCEWithLogitsLoss()`` or
+            ``nn.CrossEntropyLoss()``. An unreduced result (``reduction="none"``) is averaged.
+        predictions: ``[B, T]`` or ``[B, T, K]``, padded.
+        labels: of the shape of ``predictions`` (BCE, MSE; or class probabilities), or, for
+            ``[B, T, K]``, integer class indices ``[B, T]``. Bool and integer labels of the shape of
+            ``predictions`` are converted to their dtype.
+        lengths: ``[B]``, real visits of each patient, from 1 to T.
+
+    Raises:
+        ValueError: for shapes other than these three, and lengths outside [1, T].
+        TypeError: for class indices that are not integers.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast.losses import compute_masked_loss
+        >>> scores = torch.tensor([[0.0, 0.0], [0.0, float("nan")]])
+        >>> compute_masked_loss(torch.nn.BCEWithLogitsLoss(), scores, torch.ones(2, 2), [2, 1])
+        tensor(0.6931)
+    """
+    if predictions.dim() not in (2, 3):
+        raise ValueError(
+            f"predictions must be [B, T] or [B, T, K], got shape {list(predictions.shape)}"
+        )
+    class_indices = predictions.dim() == 3 and labels.shape == predictions.shape[:2]
+    if not class_indices and labels.shape != predictions.shape:
+        raise ValueError(
+            f"labels must have the shape of predictions, {list(predictions.shape)}, or be class "
+            f"indices [B, T] for predictions [B, T, K], got shape {list(labels.shape)}"
+        )
+    if class_indices:
+        if labels.is_floating_point() or labels.is_complex():
+            raise TypeError(
+                f"labels [B, T] for predictions [B, T, K] are class indices and must be integers, "
+                f"got {labels.dtype}"
+            )
+        labels = labels.long()
+    elif not labels.is_floating_point():
+        labels = labels.to(predictions.dtype)
+
+    rows = _rows_of_real_visits(lengths, predictions.shape[0], predictions.shape[1])
+    rows = rows.to(predictions.device, non_blocking=True)
+    loss = criterion(
+        predictions.flatten(0, 1).index_select(0, rows), labels.flatten(0, 1).index_select(0, rows)
+    )
+    return loss.mean() if loss.dim() else loss
+
+
+def _rows_of_real_visits(lengths: Tensor | Sequence[int], patients: int, visits: int) -> Tensor:
+    """Positions of the real visits in the flattened ``[B * T]``, on the host."""
+    lengths = torch.as_tensor(lengths).cpu()
+    if lengths.shape != (patients,):
+        raise ValueError(f"lengths must be [B] = [{patients}], got shape {list(lengths.shape)}")
+    refuse_zero_lengths(lengths)
+    outside = (lengths < 0) | (lengths > visits)
+    if bool(outside.any()):
+        first = int(outside.int().argmax())
+        raise ValueError(
+            f"Found {int(outside.sum())} lengths outside [1, T = {visits}]. The first is "
+            f"{lengths[first].item()}, of patient {first}."
+        )
+    return (torch.arange(visits) < lengths[:, None]).flatten().nonzero().squeeze(1)

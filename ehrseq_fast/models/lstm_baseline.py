@@ -1,0 +1,308 @@
+"""Patient-level prediction: encode each visit, run an LSTM over them, predict from its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..visit_pool import masked_pool, visit_mean_pool
+from .base import VisitSequenceModel, lstm_dropout
+from .pooling import attend, attend_codes, plain_pool
+
+AGGREGATIONS = ("mean", "sum", "max", "attention")
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "binary_classification": nn.Sigmoid,
+    "multi_class": lambda: nn.Softmax(dim=-1),
+    "regression": nn.Identity,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"embedding_dim": 128, "hidden_dim": 256, "num_layers": 1, "dropout": 0.3},
+    "medium": {"embedding_dim": 256, "hidden_dim": 512, "num_layers": 2, "dropout": 0.3},
+    "large": {"embedding_dim": 512, "hidden_dim": 1024, "num_layers": 3, "dropout": 0.4},
+}
+
+
+class VisitEncoder(nn.Module):
+    """A visit's code embeddings → one vector, by mean, sum, maximum or learned attention.
+
+    Constructor and ``state_dict`` (``attention.{0,2}.*`` for attention) are those of
+    ``ehrsequencing.models.VisitEncoder``. A visit without a real code gives zeros in all four (the
+    reference gives −inf for max and NaN for attention), and nothing in a padded slot matters.
+
+    Args:
+        embedding_dim: width E of a code's embedding.
+        aggregation: ``"mean"``, ``"sum"``, ``"max"`` or ``"attention"``: a two-layer network scores
+            each code, and the visit is the mean under the softmax of the scores.
+        dropout: on the visit vector, in training mode.
+
+    Raises:
+        ValueError: for another aggregation.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast.models import VisitEncoder
+        >>> encoder = VisitEncoder(embedding_dim=2, aggregation="max").eval()
+        >>> embeddings = torch.tensor([[[1.0, 4.0], [3.0, 2.0], [9.0, 9.0]]])
+        >>> encoder(embeddings, torch.tensor([[1, 1, 0]]))
+        tensor([[3., 4.]])
+    """
+
+    def __init__(self, embedding_dim: int, aggregation: str = "mean", dropout: float = 0.1) -> None:
+        super().__init__()
+        if aggregation not in AGGREGATIONS:
+            raise ValueError(
+                f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}"
+            )
+        self.embedding_dim = embedding_dim
+        self.aggregation = aggregation
+        self.dropout = nn.Dropout(dropout)
+        if aggregation == "attention":
+            self.attention = nn.Sequential(
+                nn.Linear(embedding_dim, embedding_dim // 2),
+                nn.Tanh(),
+                nn.Linear(embedding_dim // 2, 1),
+            )
+
+    def forward(self, visit_embeddings: Tensor, visit_mask: Tensor | None = None) -> Tensor:
+        """``[..., C, E]`` → ``[..., E]``.
+
+        Args:
+            visit_embeddings: ``[..., C, E]``, floating; ``[B, C, E]`` in the reference.
+            visit_mask: ``[..., C]`` bool or numeric, non-zero for real codes. None counts every
+                slot, padding too.
+
+        Raises:
+            ValueError: for shapes that do not fit.
+        """
+        if visit_embeddings.dim() < 2 or visit_embeddings.shape[-1] != self.embedding_dim:
+            raise ValueError(
+                f"visit_embeddings must be [..., C, {self.embedding_dim}], "
+                f"got shape {list(visit_embeddings.shape)}"
+            )
+        if visit_mask is not None and visit_mask.shape != visit_embeddings.shape[:-1]:
+            raise ValueError(
+                f"visit_mask must be [..., C] = {list(visit_embeddings.shape[:-1])} as "
+                f"visit_embeddings, got shape {list(visit_mask.shape)}"
+            )
+        if self.aggregation == "attention":
+            vectors = attend(visit_embeddings, visit_mask, self.attention)
+        else:
+            vectors = masked_pool(visit_embeddings, visit_mask, mode=self.aggregation)
+        return self.dropout(vectors)
+
+    def encode_codes(
+        self, codes: Tensor, embedding: nn.Embedding, visit_mask: Tensor | None = None
+    ) -> Tensor:
+        """``[N, C]`` codes → ``[N, E]``, the same numbers with no ``[N, C, E]`` in between."""
+        if self.aggregation == "attention":
+            vectors = attend_codes(
+                codes,
+                embedding.weight,
+                visit_mask,
+                self.attention,
+                padding_idx=embedding.padding_idx,
+                sparse_grad=embedding.sparse,
+            )
+        else:
+            vectors = visit_mean_pool(
+                codes,
+                embedding.weight,
+                visit_mask,
+                mode=self.aggregation,
+                padding_idx=embedding.padding_idx,
+                sparse_grad=embedding.sparse,
+            )
+        return self.dropout(vectors)
+
+    def encode_plain(self, visit_embeddings: Tensor, visit_mask: Tensor | None = None) -> Tensor:
+        """:meth:`forward` in plain PyTorch operations alone, for the packed and padded paths."""
+        if self.aggregation == "attention":
+            vectors = attend(visit_embeddings, visit_mask, self.attention)
+        else:
+            vectors = plain_pool(visit_embeddings, visit_mask, self.aggregation)
+        return self.dropout(vectors)
+
+
+class LSTMBaseline(VisitSequenceModel):
+    """One prediction per patient from the LSTM's state after the last real visit.
+
+    Constructor, ``state_dict`` and seeded initialisation are those of
+    ``ehrsequencing.models.LSTMBaseline``.
+
+    Masks say what is padding, at two levels:
+
+    * ``visit_mask`` ``[B, V, C]`` (codes): non-zero marks a real code. Without it every slot
+      counts, padding too: the visit vector then depends on how far visits were padded.
+    * ``sequence_mask`` ``[B, V]`` (visits): non-zero marks a real visit; real visits come first.
+      Without it every visit counts, and the prediction is made from the last padded slot.
+
+    A loss on the predictions needs no mask; one on ``hidden_states`` does (a third level, see
+    :func:`ehrseq_fast.losses.compute_masked_loss`).
+
+    Where this differs from the reference: empty visits give zeros also for max and attention;
+    padded slots cannot spread NaN (fused path); ``hidden_states`` keep the input's V visits, zeros
+    on padding; non-contiguous inputs work; 16-bit models run; ``predict`` leaves the model in the
+    mode that it found; unknown tasks and aggregations, patients without a visit and masks with
+    holes are refused.
+
+    Args:
+        vocab_size: number of codes.
+        embedding_dim, hidden_dim, num_layers, bidirectional: widths and shape of the LSTM.
+        dropout: on visit vectors, on the final state, and between LSTM layers.
+        visit_aggregation: ``"mean"``, ``"sum"``, ``"max"`` or ``"attention"``.
+        output_dim: number of outputs O.
+        task: ``"binary_classification"`` (sigmoid), ``"multi_class"`` (softmax), ``"regression"``.
+        padding_idx: the code whose embedding is not trained. It is not a mask.
+        path: ``"fused"``, ``"packed"`` or ``"padded"``, as in
+            :class:`~ehrseq_fast.models.DiscreteTimeSurvivalLSTM`. With dropout active the paths
+            draw different random numbers; in ``eval()`` they agree.
+
+    Raises:
+        ValueError: for another task, aggregation or path.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast.models import LSTMBaseline
+        >>> model = LSTMBaseline(vocab_size=10, embedding_dim=4, hidden_dim=8).eval()
+        >>> visit_codes = torch.tensor([[[3, 5], [2, 0]], [[7, 0], [0, 0]]])
+        >>> visit_mask = visit_codes != 0
+        >>> out = model(visit_codes, visit_mask, visit_mask.any(2), return_hidden=True)
+        >>> {name: tuple(tensor.shape) for name, tensor in out.items()}
+        {'logits': (2, 1), 'predictions': (2, 1), 'hidden_states': (2, 2, 8)}
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int = 128,
+        hidden_dim: int = 256,
+        num_layers: int = 2,
+        dropout: float = 0.3,
+        bidirectional: bool = False,
+        visit_aggregation: str = "mean",
+        output_dim: int = 1,
+        task: str = "binary_classification",
+        padding_idx: int = 0,
+        *,
+        path: str = "fused",
+    ) -> None:
+        super().__init__(path)
+        if task not in ACTIVATIONS:
+            raise ValueError(f"task must be one of {', '.join(ACTIVATIONS)}, got {task!r}")
+        self.vocab_size = vocab_size
+        self.embedding_dim = embedding_dim
+        self.hidden_dim = hidden_dim
+        self.num_layers = num_layers
+        self.bidirectional = bidirectional
+        self.task = task
+        self.output_dim = output_dim
+
+        self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=padding_idx)
+        self.visit_encoder = VisitEncoder(embedding_dim, visit_aggregation, dropout)
+        self.lstm = nn.LSTM(
+            embedding_dim,
+            hidden_dim,
+            num_layers,
+            batch_first=True,
+            dropout=lstm_dropout(dropout, num_layers),
+            bidirectional=bidirectional,
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(2 * hidden_dim if bidirectional else hidden_dim, output_dim)
+        self.activation = ACTIVATIONS[task]()
+
+    def _visit_rows(self, codes: Tensor, mask: Tensor | None) -> Tensor:
+        return self.visit_encoder.encode_codes(codes, self.embedding, mask)
+
+    def _visit_vectors(self, codes: Tensor, mask: Tensor | None) -> Tensor:
+        return self.visit_encoder.encode_plain(self.embedding(codes), mask)
+
+    def forward(
+        self,
+        visit_codes: Tensor,
+        visit_mask: Tensor | None = None,
+        sequence_mask: Tensor | None = None,
+        return_hidden: bool = False,
+    ) -> dict[str, Tensor]:
+        """Predictions for a batch of patients.
+
+        Args:
+            visit_codes: ``[B, V, C]`` int32 or int64.
+            visit_mask: ``[B, V, C]`` bool or numeric, or None; see the class.
+            sequence_mask: ``[B, V]`` bool or numeric, or None; see the class.
+            return_hidden: also return the LSTM's states.
+
+        Returns:
+            ``logits`` ``[B, O]``, ``predictions`` ``[B, O]`` (after the task's activation) and,
+            asked for, ``hidden_states`` ``[B, V, H]`` (2H if bidirectional), zeros on padding.
+
+        Raises:
+            ValueError: for shapes that do not fit, patients without a visit, masks with holes.
+            IndexError: for codes outside the vocabulary.
+            TypeError: for codes that are not int32 or int64.
+        """
+        states = self._hidden_states(visit_codes, visit_mask, sequence_mask)
+        logits = self.fc(self.dropout(states.final))
+        output = {"logits": logits, "predictions": self.activation(logits)}
+        if return_hidden:
+            output["hidden_states"] = states.to_padded(states.values)
+        return output
+
+    def get_embeddings(self, codes: Tensor) -> Tensor:
+        """Embeddings of codes, ``[...]`` → ``[..., E]``."""
+        return self.embedding(codes)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        visit_codes: Tensor,
+        visit_mask: Tensor | None = None,
+        sequence_mask: Tensor | None = None,
+    ) -> Tensor:
+        """``predictions`` ``[B, O]``, with no dropout and no gradient; else as :meth:`forward`."""
+        was_training = self.training
+        self.eval()
+        try:
+            return self(visit_codes, visit_mask, sequence_mask)["predictions"]
+        finally:
+            self.train(was_training)
+
+
+def create_lstm_baseline(
+    vocab_size: int,
+    task: str = "binary_classification",
+    output_dim: int | None = None,
+    model_size: str = "small",
+    *,
+    path: str = "fused",
+) -> LSTMBaseline:
+    """An :class:`LSTMBaseline` of a preset size.
+
+    Args:
+        vocab_size: number of codes.
+        task: as in :class:`LSTMBaseline`.
+        output_dim: number of outputs; 1 if not given, but needed for ``"multi_class"``.
+        model_size: embedding width, state width, layers, dropout: ``"small"`` (128, 256, 1, 0.3),
+            ``"medium"`` (256, 512, 2, 0.3), ``"large"`` (512, 1024, 3, 0.4).
+        path: as in :class:`LSTMBaseline`.
+
+    Raises:
+        ValueError: for another size or task, or ``"multi_class"`` without ``output_dim``.
+
+    Example:
+        >>> from ehrseq_fast.models import create_lstm_baseline
+        >>> create_lstm_baseline(50, "multi_class", output_dim=4).fc
+        Linear(in_features=256, out_features=4, bias=True)
+    """
+    if model_size not in SIZES:
+        raise ValueError(f"model_size must be one of {', '.join(SIZES)}, got {model_size!r}")
+    if output_dim is None:
+        if task == "multi_class":
+            raise ValueError("output_dim must be given for task 'multi_class'")
+        output_dim = 1
+    return LSTMBaseline(
+        vocab_size, **SIZES[model_size], output_dim=output_dim, task=task, path=path
+    )

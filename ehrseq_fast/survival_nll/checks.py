@@ -1,0 +1,142 @@
+"""What the survival losses refuse: wrong shapes, dtypes and devices, and impossible patients.
+
+``check_tensors`` looks at metadata alone. ``check_values`` reads values; the compiled CPU kernel
+makes the same checks, in the same order and with the same words, while it computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INTEGER = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+REAL = INTEGER | FLOATING | {torch.bool}
+
+
+def check_tensors(
+    hazards: Tensor,
+    layout: tuple[str, ...],
+    event_times: Tensor,
+    event_types: tuple[str, Tensor, frozenset[torch.dtype]],
+    sequence_mask: Tensor | None,
+    entry_times: Tensor | None,
+    sample_weight: Tensor | None,
+) -> None:
+    """Refuse tensors whose kind, dtype, shape or device does not fit ``hazards``.
+
+    ``layout`` names the dimensions of ``hazards``: ``("B", "V")`` or ``("B", "V", "K")``.
+    """
+    if not isinstance(hazards, Tensor):
+        raise TypeError(f"hazards must be a tensor, got {type(hazards).__name__}")
+    if hazards.dtype not in FLOATING:
+        raise TypeError(f"hazards must have a floating-point dtype, got {hazards.dtype}")
+    if hazards.dim() != len(layout):
+        raise ValueError(
+            f"hazards must have shape [{', '.join(layout)}], got {list(hazards.shape)}"
+        )
+    _check_companion(hazards, "event_times", event_times, INTEGER, "an integer")
+    name, types, allowed = event_types
+    kind = "a bool, integer or floating-point" if allowed is REAL else "an integer or bool"
+    _check_companion(hazards, name, types, allowed, kind)
+    if sequence_mask is not None:
+        _check_companion(
+            hazards, "sequence_mask", sequence_mask, REAL, "a bool or numeric", dims=("B", "V")
+        )
+    if entry_times is not None:
+        _check_companion(hazards, "entry_times", entry_times, INTEGER, "an integer")
+    if sample_weight is not None:
+        _check_companion(hazards, "sample_weight", sample_weight, REAL, "a real")
+        if sample_weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "sample_weight requires grad, but the loss has a gradient with respect to hazards "
+                'alone; detach it, or weight the result of reduction="none" yourself'
+            )
+
+
+def _check_companion(
+    hazards: Tensor,
+    name: str,
+    tensor: Tensor,
+    dtypes: frozenset[torch.dtype],
+    kind: str,
+    dims: tuple[str, ...] = ("B",),
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must have {kind} dtype, got {tensor.dtype}")
+    if tensor.shape != hazards.shape[: len(dims)]:
+        raise ValueError(
+            f"{name} must have shape [{', '.join(dims)}] = {list(hazards.shape[: len(dims)])} "
+            f"to go with hazards {list(hazards.shape)}, got {list(tensor.shape)}"
+        )
+    if tensor.device != hazards.device:
+        raise ValueError(f"{name} is on {tensor.device}, but hazards is on {hazards.device}")
+
+
+def check_values(
+    slots: int,
+    causes: int,
+    event_times: Tensor,
+    types_name: str,
+    event_types: Tensor,
+    sequence_mask: Tensor | None,
+    entry_times: Tensor | None,
+) -> None:
+    """Refuse malformed masks, empty sequences and outcomes outside a patient's visits."""
+    times, types = event_times.long(), event_types.double()
+    visits = torch.full_like(times, slots)
+    if sequence_mask is not None:
+        mask = sequence_mask.double()
+        before = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)[:, :slots]
+        faults = ((mask != 0) & (mask != 1)) | (mask > before)
+        if (patient := _first(offending := faults.any(1))) is not None:
+            visit = int(faults[patient].to(torch.int8).argmax())
+            value = float(mask[patient, visit])
+            _refuse(
+                "sequence_mask must be 1 on a patient's visits and 0 on the padding after them",
+                patient,
+                f"{value:g} at visit {visit}" + (", after a 0" if value == 1 else ""),
+                offending,
+            )
+        visits = mask.long().sum(1)
+    if (patient := _first(offending := visits == 0)) is not None:
+        raise ValueError(
+            f"Found {int(offending.sum())} sequences with zero length. All sequences must have at "
+            f"least 1 visit. The first is patient {patient}."
+        )
+    if (patient := _first(offending := (times < 0) | (times >= visits))) is not None:
+        _refuse(
+            "event_times must be one of the patient's visits, counted from 0",
+            patient,
+            f"event time {int(times[patient])} and {int(visits[patient])} visits",
+            offending,
+        )
+    if entry_times is not None:
+        entries = entry_times.long()
+        if (patient := _first(offending := (entries < 0) | (entries > times))) is not None:
+            _refuse(
+                "entry_times must lie between 0 and the event time",
+                patient,
+                f"entry time {int(entries[patient])} and event time {int(times[patient])}",
+                offending,
+            )
+    exists = (types >= 0) & (types <= causes) & (types == types.floor())
+    if (patient := _first(offending := ~exists)) is not None:
+        known = "1 (event)" if causes == 1 else f"a cause 1..{causes}"
+        _refuse(
+            f"{types_name} must be 0 (censored) or {known}",
+            patient,
+            f"{float(types[patient]):g}",
+            offending,
+        )
+
+
+def _first(offending: Tensor) -> int | None:
+    return int(offending.to(torch.int8).argmax()) if bool(offending.any()) else None
+
+
+def _refuse(rule: str, patient: int, has: str, offending: Tensor) -> None:
+    count = int(offending.sum())
+    raise ValueError(f"{rule}: patient {patient} has {has} (patients at fault: {count})")

@@ -1,0 +1,314 @@
+"""The survival losses as operations: fake kernels, gradient, and the choice of backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..backend import Support
+from . import reference
+from .checks import INTEGER, REAL, check_tensors, check_values
+
+backend.register("survival_nll", cpu=Support("cpu"))
+
+# As the operators number them (schemas.py).
+LINKS = {"probabilities": 0, "sigmoid": 1, "softmax": 2}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+CENSORED_VISITS = ("excluded", "included")
+
+
+def discrete_time_survival_nll(
+    hazards: Tensor,
+    event_times: Tensor,
+    event_indicators: Tensor,
+    sequence_mask: Tensor | None = None,
+    *,
+    from_logits: bool = False,
+    censored_visit: str = "excluded",
+    entry_times: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    eps: float = 1e-7,
+    reduction: str = "mean",
+    validate: bool = False,
+) -> Tensor:
+    r"""Negative log-likelihood of discrete-time survival: one hazard per visit, one event at most.
+
+    Per patient, with hazards :math:`h_t`, event time :math:`T`, and :math:`\delta = 1` where the
+    event was seen, 0 where the patient was censored:
+
+    .. math:: -\sum_{entry \le t < T} \log(1 - h_t) - \delta \log h_T
+              - (1 - \delta)\, c \log(1 - h_T)
+
+    with :math:`c = 0` for ``censored_visit="excluded"`` (the visit of censoring says nothing) and
+    :math:`c = 1` for ``"included"`` (it was survived, as in pycox's ``nll_logistic_hazard``).
+    Source: Singer and Willett, Applied Longitudinal Data Analysis (2003), chapter 11; Tutz and
+    Schmid, Modeling Discrete Time-to-Event Data (2016).
+
+    Args:
+        hazards: ``[B, V]`` float32, float64, bfloat16 or float16: probabilities, clamped to
+            ``[eps, 1 - eps]``, or logits with ``from_logits=True`` (never clamped).
+        event_times: ``[B]`` integer: the visit of event or censoring, counted from 0.
+        event_indicators: ``[B]`` bool or number: 1 event seen, 0 censored.
+        sequence_mask: ``[B, V]`` bool or number: 1 on a patient's visits, 0 on the padding after
+            them. Without it every slot is a visit, so padding must not be there, or must lie after
+            the event time.
+        entry_times: ``[B]`` integer: the first visit at risk (left truncation); 0 without it.
+        sample_weight: ``[B]``: multiplies each patient's loss. No gradient flows to it.
+        reduction: ``"mean"`` over the patients (always divided by B, whatever the weights; nan for
+            B = 0, as ``torch.mean``), ``"sum"``, or ``"none"`` for ``[B]``.
+        validate: check values on a GPU too, at the price of a synchronisation.
+
+    Returns:
+        The loss, float64 for float64 and float32 otherwise: a sum over many visits would overflow
+        16 bits. The gradient has the dtype of ``hazards``; it is 0 where a hazard was clamped and
+        at every visit that is not at risk, even if a NaN stands there.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit, unknown options, masks with holes or
+            values other than 0 and 1, patients without visits, event times outside a patient's
+            visits, entry times after them, indicators other than 0 and 1.
+        TypeError: for dtypes, event times in floating point among them.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast.survival_nll import discrete_time_survival_nll
+        >>> hazards = torch.tensor([[0.1, 0.2, 0.5], [0.1, 0.3, 0.9]])
+        >>> times, seen = torch.tensor([2, 1]), torch.tensor([1, 0])
+        >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        >>> discrete_time_survival_nll(hazards, times, seen, mask, reduction="none")
+        tensor([1.0217, 0.1054])
+    """
+    check_tensors(
+        hazards,
+        ("B", "V"),
+        event_times,
+        ("event_indicators", event_indicators, REAL),
+        sequence_mask,
+        entry_times,
+        sample_weight,
+    )
+    link = "sigmoid" if from_logits else "probabilities"
+    return _nll(
+        (hazards, event_times, event_indicators, sequence_mask, entry_times, sample_weight),
+        (link, censored_visit, eps, reduction),
+        validate,
+    )
+
+
+def competing_risks_nll(
+    hazards: Tensor,
+    event_times: Tensor,
+    event_types: Tensor,
+    sequence_mask: Tensor | None = None,
+    *,
+    from_logits: bool = False,
+    link: str = "sigmoid",
+    censored_visit: str = "excluded",
+    entry_times: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    eps: float = 1e-7,
+    reduction: str = "mean",
+    validate: bool = False,
+) -> Tensor:
+    r"""Negative log-likelihood of discrete-time survival with K competing events.
+
+    ``link="sigmoid"``: K cause-specific hazards, each its own probability. The loss is the sum over
+    the causes of :func:`discrete_time_survival_nll`, in which an event of any other cause is
+    censoring:
+
+    .. math:: \sum_k \Big[ -\sum_{entry \le t < T} \log(1 - h_{tk}) - [type = k] \log h_{Tk}
+              - [type \ne k]\, c \log(1 - h_{Tk}) \Big]
+
+    ``link="softmax"`` (with ``from_logits=True``): K + 1 logits per visit, class 0 for no event, so
+    that the hazards of a visit sum to less than 1:
+
+    .. math:: -\sum_{entry \le t < T} \log p_{t0} - [type > 0] \log p_{T,type}
+              - [type = 0]\, c \log p_{T0}
+
+    Source: Tutz and Schmid, Modeling Discrete Time-to-Event Data (2016), chapter 8.
+
+    Args:
+        hazards: ``[B, V, K]`` probabilities or logits, or ``[B, V, K + 1]`` logits for softmax.
+        event_times: ``[B]`` integer: the visit of event or censoring, counted from 0.
+        event_types: ``[B]`` integer: 0 censored, 1..K the cause of the event.
+        link: ``"sigmoid"`` or ``"softmax"``.
+
+    All else, the dtypes, what is returned and what is refused are as for
+    :func:`discrete_time_survival_nll`. Event types outside 0..K, and ``link="softmax"`` without
+    ``from_logits=True``, are a ``ValueError``.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast.survival_nll import competing_risks_nll
+        >>> hazards = torch.tensor([[[0.1, 0.2], [0.5, 0.3]]])
+        >>> competing_risks_nll(hazards, torch.tensor([1]), torch.tensor([1]))
+        tensor(1.0217)
+    """
+    check_tensors(
+        hazards,
+        ("B", "V", "K" if link != "softmax" else "K + 1"),
+        event_times,
+        ("event_types", event_types, INTEGER | {torch.bool}),
+        sequence_mask,
+        entry_times,
+        sample_weight,
+    )
+    if link not in ("sigmoid", "softmax"):
+        raise ValueError(f"link must be 'sigmoid' or 'softmax', got {link!r}")
+    if link == "softmax" and not from_logits:
+        raise ValueError("link='softmax' takes logits: pass from_logits=True")
+    fewest = 2 if link == "softmax" else 1
+    if hazards.shape[2] < fewest:
+        raise ValueError(
+            f"hazards must have at least {fewest} values per visit with link={link!r}, "
+            f"got shape {list(hazards.shape)}"
+        )
+    return _nll(
+        (hazards, event_times, event_types, sequence_mask, entry_times, sample_weight),
+        (link if from_logits else "probabilities", censored_visit, eps, reduction),
+        validate,
+    )
+
+
+# hazards, event_times, event_types, sequence_mask, entry_times, sample_weight
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# link, censored_visit, eps, reduction
+Options = tuple[str, str, float, str]
+
+
+def _nll(inputs: Inputs, options: Options, validate: bool) -> Tensor:
+    """Either loss: [B, V] hazards are one risk, [B, V, K] competing ones."""
+    hazards = inputs[0]
+    _, censored_visit, eps, reduction = options
+    if censored_visit not in CENSORED_VISITS:
+        raise ValueError(f"censored_visit must be one of {CENSORED_VISITS}, got {censored_visit!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {tuple(REDUCTIONS)}, got {reduction!r}")
+    if not 0 <= eps < 0.5:
+        raise ValueError(f"eps must lie in [0, 0.5), got {eps}")
+
+    chosen = backend.choose("survival_nll", hazards.device.type, hazards.dtype)
+    if chosen == "cpu":  # this kernel checks the values that it reads
+        if hazards.requires_grad and torch.is_grad_enabled():
+            return _FusedNll.apply(*inputs, *options)
+        return _fused(inputs, options, needs_grad=False)[0]
+    if not torch.compiler.is_compiling() and (
+        hazards.device.type == "cpu" or validate or backend.validate_on_device()
+    ):
+        _check_values(inputs, options)
+    return _reference(inputs, options)
+
+
+def _check_values(inputs: Inputs, options: Options) -> None:
+    hazards, event_times, event_types, sequence_mask, entry_times, _ = inputs
+    competing = hazards.dim() == 3
+    check_values(
+        hazards.shape[1],
+        hazards.shape[2] - (options[0] == "softmax") if competing else 1,
+        event_times,
+        "event_types" if competing else "event_indicators",
+        event_types,
+        sequence_mask,
+        entry_times,
+    )
+
+
+def _reference(inputs: Inputs, options: Options) -> Tensor:
+    hazards, event_times, event_types, sequence_mask, entry_times, sample_weight = inputs
+    link, censored_visit, eps, reduction = options
+    common: dict[str, Any] = {
+        "from_logits": link != "probabilities",
+        "censored_visit": censored_visit,
+        "entry_times": entry_times,
+        "sample_weight": sample_weight,
+        "eps": eps,
+        "reduction": reduction,
+    }
+    if hazards.dim() == 3:
+        return reference.competing_risks_nll(
+            hazards,
+            event_times,
+            event_types,
+            sequence_mask,
+            link="softmax" if link == "softmax" else "sigmoid",
+            **common,
+        )
+    return reference.discrete_time_survival_nll(
+        hazards, event_times, event_types, sequence_mask, **common
+    )
+
+
+def _fused(inputs: Inputs, options: Options, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    operators = torch.ops.ehrseq_fast
+    operator = operators.competing_risks_nll if inputs[0].dim() == 3 else operators.survival_nll
+    link, censored_visit, eps, reduction = options
+    return operator.default(
+        *inputs,
+        LINKS[link],
+        censored_visit == "included",
+        eps,
+        REDUCTIONS[reduction],
+        needs_grad,
+    )
+
+
+class _FusedNll(torch.autograd.Function):
+    """The kernel writes the gradient along with the loss, so that backward has only to scale it."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        inputs, options = args[:6], args[6:]
+        nll, grad = _fused(inputs, options, needs_grad=True)
+        ctx.save_for_backward(grad, *inputs)
+        ctx.options = options
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        grad, *inputs = ctx.saved_tensors
+        hazards = inputs[0]
+        if torch.is_grad_enabled():  # create_graph=True: a gradient that has a gradient itself
+            nll = _reference(inputs, ctx.options)
+            (grad,) = torch.autograd.grad(nll, hazards, grad_nll, create_graph=True)
+        elif not _is_one(grad_nll) or grad.dtype != hazards.dtype:
+            per_row = grad_nll.reshape(grad_nll.shape + (1,) * (hazards.dim() - 1))
+            grad = (grad * (per_row if grad_nll.dim() else grad_nll)).to(hazards.dtype)
+        return grad, *(None,) * 9
+
+
+def _is_one(grad_nll: Tensor) -> bool:
+    """Whether a host scalar is 1, as it is where the loss is what backward was called on."""
+    return (
+        type(grad_nll) is Tensor
+        and grad_nll.dim() == 0
+        and grad_nll.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and grad_nll.item() == 1
+    )
+
+
+def _fake(
+    hazards: Tensor,
+    event_times: Tensor,
+    event_types: Tensor,
+    sequence_mask: Tensor | None,
+    entry_times: Tensor | None,
+    sample_weight: Tensor | None,
+    link: int,
+    censored_included: bool,
+    eps: float,
+    reduction: int,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of loss and saved gradient (float32 for float16: see ``csrc``)."""
+    wide = torch.float64 if hazards.dtype == torch.float64 else torch.float32
+    saved = torch.float32 if hazards.dtype == torch.float16 else hazards.dtype
+    nll = hazards.new_empty(hazards.shape[:1] if reduction == REDUCTIONS["none"] else (), dtype=wide)
+    return nll, hazards.new_empty(hazards.shape if needs_grad else (0,), dtype=saved)
+
+
+torch.library.register_fake("ehrseq_fast::survival_nll")(_fake)
+torch.library.register_fake("ehrseq_fast::competing_risks_nll")(_fake)

@@ -1,0 +1,111 @@
+"""The survival losses as formulas: the definition that every kernel is held to.
+
+Plain PyTorch, differentiable by autograd, on any device and in any floating dtype (16 bits are
+computed in float32). Inputs are taken as they are: the checks stand in ``op.py``.
+
+Slots that are not at risk (after the event time, before the entry time, padding) are replaced
+*before* any logarithm, so that a NaN there reaches neither the loss nor a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def discrete_time_survival_nll(
+    hazards: Tensor,
+    event_times: Tensor,
+    event_indicators: Tensor,
+    sequence_mask: Tensor | None = None,
+    *,
+    from_logits: bool = False,
+    censored_visit: str = "excluded",
+    entry_times: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    eps: float = 1e-7,
+    reduction: str = "mean",
+) -> Tensor:
+    """-Σ_{entry ≤ t < T} log(1-h_t) - δ log h_T - (1-δ) c log(1-h_T), c = 1 for "included"."""
+    survived, at_time = _visits(hazards, event_times, entry_times, sequence_mask)
+    event = at_time & (event_indicators != 0)[:, None]
+    if censored_visit == "included":
+        survived = survived | (at_time & ~event)
+    nll = _bernoulli_nll(hazards, event, survived, from_logits, eps).sum(1)
+    return _reduced(nll, sample_weight, reduction)
+
+
+def competing_risks_nll(
+    hazards: Tensor,
+    event_times: Tensor,
+    event_types: Tensor,
+    sequence_mask: Tensor | None = None,
+    *,
+    from_logits: bool = False,
+    link: str = "sigmoid",
+    censored_visit: str = "excluded",
+    entry_times: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    eps: float = 1e-7,
+    reduction: str = "mean",
+) -> Tensor:
+    """Sigmoid: the sum over causes of the loss above, every other cause's event being censoring.
+
+    Softmax: -Σ_{entry ≤ t < T} log p_t0 - [type > 0] log p_T,type - [type = 0] c log p_T0.
+    """
+    survived, at_time = _visits(hazards, event_times, entry_times, sequence_mask)
+    survived, at_time = survived[..., None], at_time[..., None]
+    types = event_types[:, None, None]
+    classes = torch.arange(hazards.shape[2], device=hazards.device)
+    if link == "softmax":
+        event = at_time & (types > 0) & (classes == types)
+        if censored_visit == "included":
+            survived = survived | (at_time & (types == 0))
+        nothing = survived & (classes == 0)
+        at_risk = (survived | event).any(2, keepdim=True)
+        log_p = torch.where(at_risk, _upcast(hazards), 0.0).log_softmax(2)
+        nll = -torch.where(event | nothing, log_p, 0.0).sum((1, 2))
+    else:
+        event = at_time & (classes + 1 == types)
+        survived = survived.expand_as(event)
+        if censored_visit == "included":
+            survived = survived | (at_time & ~event)
+        nll = _bernoulli_nll(hazards, event, survived, from_logits, eps).sum((1, 2))
+    return _reduced(nll, sample_weight, reduction)
+
+
+def _upcast(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _visits(
+    hazards: Tensor, event_times: Tensor, entry_times: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The visits [B, V] that were at risk before the event time, and the one at that time."""
+    visit = torch.arange(hazards.shape[1], device=hazards.device)
+    survived, at_time = visit < event_times[:, None], visit == event_times[:, None]
+    if entry_times is not None:
+        survived = survived & (visit >= entry_times[:, None])
+    if mask is not None:
+        survived, at_time = survived & (mask != 0), at_time & (mask != 0)
+    return survived, at_time
+
+
+def _bernoulli_nll(
+    hazards: Tensor, event: Tensor, survived: Tensor, from_logits: bool, eps: float
+) -> Tensor:
+    """-log h where the event was, -log(1-h) where it was survived, 0 elsewhere."""
+    h = torch.where(event | survived, _upcast(hazards), 0.0 if from_logits else 0.5)
+    if from_logits:
+        log_h, log_survival = logsigmoid(h), logsigmoid(-h)
+    else:
+        h = h.clamp(eps, 1 - eps)
+        log_h, log_survival = h.log(), (1 - h).log()
+    return -torch.where(event, log_h, torch.where(survived, log_survival, 0.0))
+
+
+def _reduced(nll: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
+    if sample_weight is not None:
+        nll = nll * sample_weight.to(nll.dtype)
+    return {"mean": nll.mean, "sum": nll.sum, "none": lambda: nll}[reduction]()

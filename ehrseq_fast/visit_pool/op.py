@@ -1,0 +1,317 @@
+"""Visit pooling: arguments checked, backend chosen, gradient attached."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backend
+from . import reference
+
+MODES = {"mean": 0, "sum": 1, "max": 2}
+
+_CODE_DTYPES = (torch.int32, torch.int64)
+# The kernels read these masks as they are; any other is converted once.
+_MASK_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.float32,
+    torch.float64,
+)
+
+backend.register("visit_pool", cpu=backend.Support("cpu"))
+backend.register("masked_pool", cpu=backend.Support("cpu"))
+
+
+def visit_mean_pool(
+    codes: Tensor,
+    weight: Tensor,
+    visit_mask: Tensor | None = None,
+    *,
+    mode: str = "mean",
+    padding_idx: int | None = None,
+    sparse_grad: bool = False,
+    validate: bool = False,
+) -> Tensor:
+    r"""Embed the medical codes of each visit and pool them, without ever holding ``[..., C, E]``.
+
+    With mask :math:`m` and table :math:`W`, a visit is
+
+    .. math:: \sum_c m_c W_{code_c} \,/\, \max(\sum_c m_c, 1)
+
+    for ``mode="mean"``; ``"sum"`` leaves the division out and ``"max"`` takes the element-wise
+    maximum over the codes whose mask is not zero. This is the ``embedding``, mask, ``sum`` and
+    divide of the usual EHR models (the visit embedding of Choi et al., RETAIN, 2016, as a mean) in
+    one pass over the real codes.
+
+    A visit with no real code gives zeros in every mode. A padded slot is never read: it may hold
+    any number. A code that a visit holds twice counts twice. A fractional mask is a weight. Sums
+    run in float32 for 16-bit and 32-bit tables and in float64 for float64; results and gradients
+    are the same bits on every run and for any number of threads.
+
+    Args:
+        codes: ``[..., C]`` int32 or int64, rows of ``weight``.
+        weight: ``[K, E]`` float32, float64, bfloat16 or float16: the embedding table.
+        visit_mask: ``[..., C]`` bool or numeric, 0 where a slot is padding. Without it every slot
+            counts, padding too: codes equal to ``padding_idx`` are *not* left out of the mean.
+        mode: ``"mean"``, ``"sum"`` or ``"max"``.
+        padding_idx: this row of ``weight`` gets no gradient, as in ``torch.nn.Embedding``. It is
+            not a mask. May be negative, counted from the end.
+        sparse_grad: give ``weight`` a coalesced sparse gradient of the codes that occur.
+        validate: check the values of codes on a GPU too, which waits for the device. On the CPU
+            they are always checked.
+
+    Returns:
+        ``[..., E]`` of ``weight``'s dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown mode, a mask that asks for a gradient.
+        TypeError: codes that are not int32 or int64, a table that is not floating.
+        IndexError: a real code, or ``padding_idx``, outside the vocabulary.
+
+    Double backward is not supported by the compiled kernels and raises ``RuntimeError``.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast import visit_mean_pool
+        >>> table = torch.tensor([[0.0, 0.0], [2.0, 4.0], [4.0, 0.0]])
+        >>> codes = torch.tensor([[1, 2, 0], [2, 0, 0]])  # two visits of at most three codes
+        >>> visit_mean_pool(codes, table, codes != 0)
+        tensor([[3., 2.],
+                [4., 0.]])
+    """
+    row = _check_table_arguments(codes, weight, visit_mask, mode, padding_idx)
+    chosen = backend.choose("visit_pool", weight.device.type, weight.dtype)
+    if must_check_values(chosen, weight, validate):
+        _check_codes(codes, visit_mask, weight.shape[0])
+    if chosen == "reference":
+        return reference.visit_mean_pool(
+            codes,
+            weight,
+            visit_mask,
+            mode=mode,
+            padding_idx=padding_idx,
+            sparse_grad=sparse_grad,
+        )
+    visit_mask = _readable_mask(visit_mask)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _VisitPool.apply(codes, weight, visit_mask, MODES[mode], row, sparse_grad)
+    return torch.ops.ehrseq_fast.visit_pool.default(codes, weight, visit_mask, MODES[mode])[0]
+
+
+def masked_pool(embeddings: Tensor, mask: Tensor | None = None, *, mode: str = "mean") -> Tensor:
+    """Pool embeddings that already exist: :func:`visit_mean_pool` without the table.
+
+    Args:
+        embeddings: ``[..., C, E]`` float32, float64, bfloat16 or float16.
+        mask: ``[..., C]`` bool or numeric, 0 where a slot is padding; without it every slot counts.
+        mode: ``"mean"``, ``"sum"`` or ``"max"``.
+
+    Returns:
+        ``[..., E]``; zeros for a visit with no real slot. The gradient of a padded slot is zero,
+        and what it holds (NaN, infinity) is never read.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown mode, a mask that asks for a gradient.
+        TypeError: embeddings that are not floating.
+
+    Double backward is not supported by the compiled kernels and raises ``RuntimeError``.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast import masked_pool
+        >>> visit = torch.tensor([[1.0, 3.0], [5.0, 1.0], [float("nan"), 0.0]])
+        >>> masked_pool(visit, torch.tensor([True, True, False]), mode="max")
+        tensor([5., 3.])
+    """
+    _check_mode(mode)
+    _check_floating("embeddings", embeddings)
+    if embeddings.dim() < 2:
+        raise ValueError(f"embeddings must be [..., C, E], got {_shape(embeddings)}")
+    _check_mask(mask, embeddings.shape[:-1], "embeddings [..., C]", embeddings.device)
+    chosen = backend.choose("masked_pool", embeddings.device.type, embeddings.dtype)
+    if chosen == "reference":
+        return reference.masked_pool(embeddings, mask, mode=mode)
+    mask = _readable_mask(mask)
+    if torch.is_grad_enabled() and embeddings.requires_grad:
+        return _MaskedPool.apply(embeddings, mask, MODES[mode])
+    return torch.ops.ehrseq_fast.masked_pool.default(embeddings, mask, MODES[mode])[0]
+
+
+class _VisitPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, codes, weight, visit_mask, mode, padding_row, sparse_grad):
+        pooled, arg_max = torch.ops.ehrseq_fast.visit_pool.default(codes, weight, visit_mask, mode)
+        ctx.save_for_backward(codes, weight, visit_mask, arg_max)
+        ctx.mode, ctx.padding_row, ctx.sparse_grad = mode, padding_row, sparse_grad
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        codes, weight, visit_mask, arg_max = ctx.saved_tensors
+        arguments = (grad, codes, weight, visit_mask, arg_max, ctx.mode, ctx.padding_row)
+        if ctx.sparse_grad:
+            code_ids, rows = torch.ops.ehrseq_fast.visit_pool_backward_sparse.default(*arguments)
+            gradient = sparse_rows(code_ids, rows, weight.shape)
+        else:
+            gradient = torch.ops.ehrseq_fast.visit_pool_backward.default(*arguments)
+        return None, gradient, None, None, None, None
+
+
+class _MaskedPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, embeddings, mask, mode):
+        pooled, arg_max = torch.ops.ehrseq_fast.masked_pool.default(embeddings, mask, mode)
+        # only its shape is used again, so nothing of the input is kept alive
+        ctx.save_for_backward(mask, arg_max)
+        ctx.n_slots, ctx.mode = embeddings.shape[-2], mode
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        mask, arg_max = ctx.saved_tensors
+        gradient = torch.ops.ehrseq_fast.masked_pool_backward.default(
+            grad, mask, arg_max, ctx.n_slots, ctx.mode
+        )
+        return gradient, None, None
+
+
+# ---------------------------------------------------------------------------------------------
+# Shapes of the raw operators, for torch.compile and torch.export
+
+
+@torch.library.register_fake("ehrseq_fast::visit_pool")
+def _(codes, weight, visit_mask, mode):
+    shape = (*codes.shape[:-1], weight.shape[1])
+    return weight.new_empty(shape), fake_arg_max(weight, shape, mode)
+
+
+@torch.library.register_fake("ehrseq_fast::visit_pool_backward")
+def _(grad, codes, weight, visit_mask, arg_max, mode, padding_idx):
+    return grad.new_empty(weight.shape)
+
+
+@torch.library.register_fake("ehrseq_fast::visit_pool_backward_sparse")
+def _(grad, codes, weight, visit_mask, arg_max, mode, padding_idx):
+    n_distinct = torch.library.get_ctx().new_dynamic_size()
+    return (
+        grad.new_empty((n_distinct,), dtype=torch.int64),
+        grad.new_empty((n_distinct, weight.shape[1])),
+    )
+
+
+@torch.library.register_fake("ehrseq_fast::masked_pool")
+def _(embeddings, mask, mode):
+    shape = (*embeddings.shape[:-2], embeddings.shape[-1])
+    return embeddings.new_empty(shape), fake_arg_max(embeddings, shape, mode)
+
+
+@torch.library.register_fake("ehrseq_fast::masked_pool_backward")
+def _(grad, mask, arg_max, n_slots, mode):
+    return grad.new_empty((*grad.shape[:-1], n_slots, grad.shape[-1]))
+
+
+def sparse_rows(code_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """A sparse gradient that holds whole rows of the table, ids ascending and distinct."""
+    return torch.sparse_coo_tensor(
+        code_ids.unsqueeze(0), rows, shape, is_coalesced=True, check_invariants=False
+    )
+
+
+def fake_arg_max(like, shape, mode):
+    return like.new_empty(shape if mode == MODES["max"] else (0,), dtype=torch.int32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks at the door
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; there are {', '.join(map(repr, MODES))}")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in backend.FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+
+
+def _check_mask(mask: Tensor | None, shape: torch.Size, like: str, device: torch.device) -> None:
+    if mask is None:
+        return
+    if mask.shape != shape:
+        raise ValueError(
+            f"the mask must have the shape of {like}, {list(shape)}, got {_shape(mask)}"
+        )
+    if mask.device != device:
+        raise ValueError(f"the mask is on {mask.device}, and the values are on {device}")
+    if mask.is_complex():
+        raise TypeError(f"the mask must be bool or real, got {mask.dtype}")
+    if mask.requires_grad:
+        raise ValueError(
+            "the mask requires a gradient, and pooling has none for it: pass mask.detach()"
+        )
+
+
+def _check_table_arguments(
+    codes: Tensor, weight: Tensor, visit_mask: Tensor | None, mode: str, padding_idx: int | None
+) -> int:
+    """Check everything but values; the row that gets no gradient, as from :func:`padding_row`."""
+    _check_mode(mode)
+    _check_floating("weight", weight)
+    if codes.dtype not in _CODE_DTYPES:
+        raise TypeError(f"codes must be int32 or int64, got {codes.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [K, E], got {_shape(weight)}")
+    if codes.dim() < 1:
+        raise ValueError(f"codes must be [..., C], got {_shape(codes)}")
+    if codes.device != weight.device:
+        raise ValueError(f"codes are on {codes.device}, and weight is on {weight.device}")
+    _check_mask(visit_mask, codes.shape, "codes", codes.device)
+    return padding_row(padding_idx, weight.shape[0])
+
+
+def padding_row(padding_idx: int | None, vocabulary: int) -> int:
+    """The row that gets no gradient, counted from the start; -1 where there is none."""
+    if padding_idx is None:
+        return -1
+    if not -vocabulary <= padding_idx < vocabulary:
+        raise IndexError(
+            f"padding_idx {padding_idx} is outside the vocabulary of {vocabulary} codes"
+        )
+    return padding_idx % vocabulary
+
+
+def _readable_mask(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.dtype in _MASK_DTYPES else mask.to(torch.float32)
+
+
+def must_check_values(chosen: str, tensor: Tensor, validate: bool) -> bool:
+    """The CPU kernels check values as they read them; a GPU would have to be waited for."""
+    if torch.compiler.is_compiling():
+        return False
+    if tensor.device.type == "cpu":
+        return chosen == "reference"
+    return validate or backend.validate_on_device()
+
+
+def _check_codes(codes: Tensor, visit_mask: Tensor | None, vocabulary: int) -> None:
+    outside = (codes < 0) | (codes >= vocabulary)
+    if visit_mask is not None:
+        outside &= visit_mask != 0
+    found = int(outside.sum())
+    if found:
+        first = outside.nonzero()[0]
+        raise IndexError(
+            f"Found {found} codes outside the vocabulary of {vocabulary} codes. The first is code "
+            f"{int(codes[tuple(first)])} at {first.tolist()}."
+        )

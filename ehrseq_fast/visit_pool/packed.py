@@ -1,0 +1,274 @@
+"""Visit pooling of packed batches: straight to the rows of a ``PackedSequence``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backend
+from . import reference
+from .op import MODES, fake_arg_max, must_check_values, padding_row, sparse_rows
+
+if TYPE_CHECKING:
+    from ..batch import PackedVisits
+
+PACKED_MODES = (*MODES, "attention")
+
+backend.register("packed_visit_pool", cpu=backend.Support("cpu"))
+
+
+def packed_visit_pool(
+    batch: PackedVisits,
+    weight: Tensor,
+    *,
+    mode: str = "mean",
+    scores: Tensor | None = None,
+    padding_idx: int | None = None,
+    sparse_grad: bool = False,
+    validate: bool = False,
+) -> Tensor:
+    r"""Embed and pool the codes of every visit of a packed batch; nothing is padded.
+
+    :func:`visit_mean_pool` on a :class:`~ehrseq_fast.PackedVisits`, whose transposed code index
+    makes the gradient a sum that writes each row of the table once. ``mode="attention"`` weighs the
+    codes of visit :math:`v` by the softmax of their scores,
+
+    .. math:: \sum_{c \in v} \mathrm{softmax}_{c \in v}(s_c)\, W_c ,
+
+    where the score of a code depends on the code alone, so that it is computed once per code
+    (``[K]``) and not once per slot.
+
+    Args:
+        batch: the codes, grouped by visit, in the order of ``PackedSequence.data``.
+        weight: ``[K, E]`` float32, float64, bfloat16 or float16: the embedding table.
+        mode: ``"mean"``, ``"sum"``, ``"max"`` or ``"attention"``.
+        scores: ``[K]`` of ``weight``'s dtype, for ``mode="attention"``.
+        padding_idx: this row of ``weight`` gets no gradient. It is not a mask.
+        sparse_grad: give ``weight`` a coalesced sparse gradient (not with attention).
+        validate: check the codes on a GPU too, which waits for the device.
+
+    Returns:
+        ``[n_visits, E]`` of ``weight``'s dtype, rows in the order of ``batch``; an empty visit
+        gives zeros in every mode.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown mode, attention without scores.
+        TypeError: a table that is not floating.
+        IndexError: a code, or ``padding_idx``, outside the vocabulary.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast import PackedVisits, packed_visit_pool
+        >>> batch = PackedVisits.from_lists([[[1, 2], [2]], [[1]]])  # two patients
+        >>> table = torch.tensor([[0.0, 0.0], [2.0, 4.0], [4.0, 0.0]])
+        >>> packed_visit_pool(batch, table)  # first visits of both, then the second visit
+        tensor([[3., 2.],
+                [2., 4.],
+                [4., 0.]])
+    """
+    row = _check_arguments(batch, weight, mode, scores, padding_idx, sparse_grad)
+    chosen = backend.choose("packed_visit_pool", weight.device.type, weight.dtype)
+    if must_check_values(chosen, weight, validate):
+        _check_packed_codes(batch.codes, weight.shape[0])
+    if chosen == "reference":
+        return reference.packed_visit_pool(
+            batch.codes,
+            batch.code_offsets,
+            weight,
+            mode=mode,
+            scores=scores,
+            padding_idx=padding_idx,
+            sparse_grad=sparse_grad,
+        )
+    index = (batch.index_codes, batch.index_offsets, batch.index_visits)
+    if mode == "attention":
+        return _PackedAttentionPool.apply(
+            batch.codes, batch.code_offsets, *index, weight, scores, row
+        )
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _PackedVisitPool.apply(
+            batch.codes, batch.code_offsets, *index, weight, MODES[mode], row, sparse_grad
+        )
+    return torch.ops.ehrseq_fast.packed_visit_pool.default(
+        batch.codes, batch.code_offsets, weight, MODES[mode]
+    )[0]
+
+
+class _PackedVisitPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        codes,
+        code_offsets,
+        index_codes,
+        index_offsets,
+        index_visits,
+        weight,
+        mode,
+        padding_row,
+        sparse_grad,
+    ):
+        pooled, arg_max = torch.ops.ehrseq_fast.packed_visit_pool.default(
+            codes, code_offsets, weight, mode
+        )
+        ctx.save_for_backward(
+            code_offsets, index_codes, index_offsets, index_visits, weight, arg_max
+        )
+        ctx.mode, ctx.padding_row, ctx.sparse_grad = mode, padding_row, sparse_grad
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        arguments = (grad, *ctx.saved_tensors, ctx.mode, ctx.padding_row)
+        if ctx.sparse_grad:
+            code_ids, rows = torch.ops.ehrseq_fast.packed_visit_pool_backward_sparse.default(
+                *arguments
+            )
+            gradient = sparse_rows(code_ids, rows, ctx.saved_tensors[4].shape)
+        else:
+            gradient = torch.ops.ehrseq_fast.packed_visit_pool_backward.default(*arguments)
+        return None, None, None, None, None, gradient, None, None, None
+
+
+class _PackedAttentionPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        codes,
+        code_offsets,
+        index_codes,
+        index_offsets,
+        index_visits,
+        weight,
+        scores,
+        padding_row,
+    ):
+        pooled, normaliser = torch.ops.ehrseq_fast.packed_attention_pool.default(
+            codes, code_offsets, weight, scores
+        )
+        ctx.save_for_backward(
+            pooled, normaliser, index_codes, index_offsets, index_visits, weight, scores
+        )
+        ctx.padding_row = padding_row
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_weight, grad_scores = torch.ops.ehrseq_fast.packed_attention_pool_backward.default(
+            grad, *ctx.saved_tensors, ctx.padding_row
+        )
+        return None, None, None, None, None, grad_weight, grad_scores, None
+
+
+@torch.library.register_fake("ehrseq_fast::packed_visit_pool")
+def _(codes, code_offsets, weight, mode):
+    shape = (code_offsets.shape[0] - 1, weight.shape[1])
+    return weight.new_empty(shape), fake_arg_max(weight, shape, mode)
+
+
+@torch.library.register_fake("ehrseq_fast::packed_visit_pool_backward")
+def _(
+    grad,
+    code_offsets,
+    index_codes,
+    index_offsets,
+    index_visits,
+    weight,
+    arg_max,
+    mode,
+    padding_idx,
+):
+    return grad.new_empty(weight.shape)
+
+
+@torch.library.register_fake("ehrseq_fast::packed_visit_pool_backward_sparse")
+def _(
+    grad,
+    code_offsets,
+    index_codes,
+    index_offsets,
+    index_visits,
+    weight,
+    arg_max,
+    mode,
+    padding_idx,
+):
+    n_rows = torch.library.get_ctx().new_dynamic_size()
+    return (
+        grad.new_empty((n_rows,), dtype=torch.int64),
+        grad.new_empty((n_rows, weight.shape[1])),
+    )
+
+
+@torch.library.register_fake("ehrseq_fast::packed_attention_pool")
+def _(codes, code_offsets, weight, scores):
+    n_visits = code_offsets.shape[0] - 1
+    return (
+        weight.new_empty((n_visits, weight.shape[1])),
+        weight.new_empty((n_visits,), dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake("ehrseq_fast::packed_attention_pool_backward")
+def _(
+    grad,
+    pooled,
+    normaliser,
+    index_codes,
+    index_offsets,
+    index_visits,
+    weight,
+    scores,
+    padding_idx,
+):
+    return grad.new_empty(weight.shape), grad.new_empty(scores.shape)
+
+
+def _check_arguments(
+    batch: PackedVisits,
+    weight: Tensor,
+    mode: str,
+    scores: Tensor | None,
+    padding_idx: int | None,
+    sparse_grad: bool,
+) -> int:
+    if mode not in PACKED_MODES:
+        names = ", ".join(map(repr, PACKED_MODES))
+        raise ValueError(f"unknown mode {mode!r}; there are {names}")
+    if weight.dtype not in backend.FLOATING:
+        raise TypeError(f"weight must be float32, float64, bfloat16 or float16, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [K, E], got {list(weight.shape)}")
+    if batch.codes.device != weight.device:
+        raise ValueError(
+            f"the batch is on {batch.codes.device}, and weight is on {weight.device}: "
+            "move it with batch.to(device)"
+        )
+    if (scores is not None) != (mode == "attention"):
+        raise ValueError("mode='attention' takes scores, and no other mode does")
+    if scores is not None:
+        if scores.shape != weight.shape[:1]:
+            raise ValueError(
+                f"scores must be [K] = {list(weight.shape[:1])}, got {list(scores.shape)}"
+            )
+        if scores.dtype != weight.dtype:
+            raise TypeError(f"scores must be {weight.dtype} as weight is, got {scores.dtype}")
+        if sparse_grad:
+            raise ValueError("sparse_grad is not available with mode='attention'")
+    return padding_row(padding_idx, weight.shape[0])
+
+
+def _check_packed_codes(codes: Tensor, vocabulary: int) -> None:
+    outside = (codes < 0) | (codes >= vocabulary)
+    found = int(outside.sum())
+    if found:
+        first = int(outside.nonzero()[0])
+        raise IndexError(
+            f"Found {found} codes outside the vocabulary of {vocabulary} codes. The first is code "
+            f"{int(codes[first])} at position {first} of the packed codes."
+        )

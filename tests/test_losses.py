@@ -1,0 +1,217 @@
+"""Losses on visit-level predictions: equal to PyTorch's on the real rows, blind to padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ehrseq_fast.losses import (
+    FixedHorizonProgressionLoss,
+    MultiTaskSurvivalLoss,
+    compute_masked_loss,
+)
+
+torch.manual_seed(0)  # for the labels below, made when the file is imported
+LENGTHS = [3, 1, 4]
+REAL = torch.arange(5) < torch.tensor(LENGTHS)[:, None]  # [B, T] = [3, 5]
+
+# name: (criterion, predictions' last dimension, labels)
+CRITERIA = {
+    "[B, T] BCE": (nn.BCEWithLogitsLoss(), (), torch.rand(3, 5).round()),
+    "[B, T] MSE": (nn.MSELoss(), (), torch.randn(3, 5)),
+    "[B, T, K] class index": (nn.CrossEntropyLoss(), (4,), torch.randint(0, 4, (3, 5))),
+    "[B, T, K] weighted class index": (
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0, 4.0])),
+        (4,),
+        torch.randint(0, 4, (3, 5)),
+    ),
+    "[B, T, K] BCE": (nn.BCEWithLogitsLoss(), (4,), torch.rand(3, 5, 4).round()),
+    "[B, T, K] class probabilities": (
+        nn.CrossEntropyLoss(),
+        (4,),
+        torch.rand(3, 5, 4).softmax(-1),
+    ),
+    "[B, T, 1] BCE": (nn.BCEWithLogitsLoss(), (1,), torch.rand(3, 5, 1).round()),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_masked_loss_is_the_criterion_on_real_rows(name):
+    criterion, last, labels = CRITERIA[name]
+    predictions = torch.randn(3, 5, *last, requires_grad=True)
+    loss = compute_masked_loss(criterion, predictions, labels, LENGTHS)
+    wanted = criterion(predictions[REAL], labels[REAL])
+    torch.testing.assert_close(loss, wanted)
+    (grad,) = torch.autograd.grad(loss, predictions)
+    (wanted_grad,) = torch.autograd.grad(wanted, predictions)
+    torch.testing.assert_close(grad, wanted_grad)
+    assert not torch.isclose(loss, criterion(predictions.flatten(0, 1), labels.flatten(0, 1)))
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_masked_loss_never_reads_padding(name):
+    criterion, last, labels = CRITERIA[name]
+    clean = torch.randn(3, 5, *last)
+    poison = torch.nan if labels.is_floating_point() else 10**6
+    results = []
+    for predictions, targets in [(clean, labels), (clean.clone(), labels.clone())]:
+        if results:
+            predictions[~REAL], targets[~REAL] = torch.nan, poison
+        predictions.requires_grad_()
+        loss = compute_masked_loss(criterion, predictions, targets, torch.tensor(LENGTHS))
+        results.append((loss, *torch.autograd.grad(loss, predictions)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert not results[1][1][~REAL].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.uint8])
+def test_masked_loss_takes_whole_labels_of_any_dtype(dtype):
+    scores = torch.randn(3, 5)
+    binary = torch.rand(3, 5).round()
+    torch.testing.assert_close(
+        compute_masked_loss(nn.BCEWithLogitsLoss(), scores, binary.to(dtype), LENGTHS),
+        compute_masked_loss(nn.BCEWithLogitsLoss(), scores, binary, LENGTHS),
+    )
+    classes = torch.randint(0, 2, (3, 5))
+    torch.testing.assert_close(
+        compute_masked_loss(
+            nn.CrossEntropyLoss(), torch.stack([scores, -scores], -1), classes.to(dtype), LENGTHS
+        ),
+        compute_masked_loss(
+            nn.CrossEntropyLoss(), torch.stack([scores, -scores], -1), classes, LENGTHS
+        ),
+    )
+
+
+def test_masked_loss_averages_an_unreduced_criterion():
+    scores, labels = torch.randn(3, 5, 4), torch.rand(3, 5, 4)
+    torch.testing.assert_close(
+        compute_masked_loss(nn.BCEWithLogitsLoss(reduction="none"), scores, labels, LENGTHS),
+        compute_masked_loss(nn.BCEWithLogitsLoss(), scores, labels, LENGTHS),
+    )
+
+
+def test_masked_loss_of_non_contiguous_predictions():
+    scores, labels = torch.randn(5, 3).T, torch.rand(5, 3).T
+    torch.testing.assert_close(
+        compute_masked_loss(F.mse_loss, scores, labels, LENGTHS),
+        F.mse_loss(scores[REAL], labels[REAL]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("predictions", "labels", "lengths", "error", "message"),
+    [
+        ((3,), (3,), LENGTHS, ValueError, r"predictions must be \[B, T\] or \[B, T, K\]"),
+        ((3, 5), (3, 4), LENGTHS, ValueError, r"labels must have the shape .*got shape \[3, 4\]"),
+        ((3, 5, 2), (3, 5, 3), LENGTHS, ValueError, r"\[3, 5, 2\].*got shape \[3, 5, 3\]"),
+        ((3, 5), (3, 5), [3, 1], ValueError, r"lengths must be \[B\] = \[3\], got shape \[2\]"),
+        ((3, 5), (3, 5), [3, 0, 0], ValueError, "Found 2 sequences with zero length.*patient 1"),
+        ((3, 5), (3, 5), [3, 6, 1], ValueError, r"lengths outside \[1, T = 5\].* 6, of patient 1"),
+        ((3, 5), (3, 5), [3, 1, -2], ValueError, "first is -2, of patient 2"),
+        ((3, 5, 2), (3, 5), LENGTHS, TypeError, "class indices and must be integers"),
+    ],
+)
+def test_masked_loss_refuses(predictions, labels, lengths, error, message):
+    with pytest.raises(error, match=message):
+        compute_masked_loss(nn.MSELoss(), torch.zeros(predictions), torch.zeros(labels), lengths)
+
+
+def horizon_case():
+    logits = torch.randn(3, 5)
+    labels = torch.rand(3, 5).round()
+    valid = REAL.clone()
+    valid[0, 2] = valid[2, 0] = False
+    return logits, labels, valid
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32, torch.float64])
+@pytest.mark.parametrize("label_dtype", [torch.float32, torch.int64, torch.float64])
+def test_horizon_loss_is_the_mean_over_valid_visits(mask_dtype, label_dtype):
+    logits, labels, valid = horizon_case()
+    logits.requires_grad_()
+    loss = FixedHorizonProgressionLoss(180)(logits, labels.to(label_dtype), valid.to(mask_dtype))
+    wanted = F.binary_cross_entropy_with_logits(logits[valid], labels[valid])
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, logits), torch.autograd.grad(wanted, logits)
+    )
+
+
+def test_horizon_loss_never_reads_invalid_visits():
+    logits, labels, valid = horizon_case()
+    loss_fn = FixedHorizonProgressionLoss()
+    wanted = loss_fn(logits, labels, valid)
+    junk = logits.masked_fill(~valid, torch.nan).requires_grad_()
+    for junk_label in (-1.0, torch.nan):
+        loss = loss_fn(junk, labels.masked_fill(~valid, junk_label), valid)
+        assert torch.equal(loss, wanted)
+        (grad,) = torch.autograd.grad(loss, junk)
+        assert grad.isfinite().all()
+        assert not grad[~valid].any()
+
+
+def test_horizon_loss_weights_by_fractions():
+    logits, labels = torch.tensor([[0.3, -2.0]]), torch.tensor([[1.0, 0.0]])
+    weight = torch.tensor([[0.5, 2.0]])
+    each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    torch.testing.assert_close(
+        FixedHorizonProgressionLoss()(logits, labels, weight), (each * weight).sum() / 2.5
+    )
+
+
+def test_horizon_loss_of_no_valid_visit_is_zero():
+    logits = torch.full((2, 3), torch.nan, requires_grad=True)
+    loss = FixedHorizonProgressionLoss()(logits, torch.full((2, 3), -1), torch.zeros(2, 3))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_horizon_loss_in_16_bits_sums_in_float32(dtype):
+    logits = torch.full((64, 2048), 0.5, dtype=dtype)
+    ones = torch.ones(64, 2048)
+    loss = FixedHorizonProgressionLoss()(logits, ones, ones.to(dtype))
+    assert loss.dtype == dtype
+    torch.testing.assert_close(loss.float(), F.softplus(torch.tensor(-0.5)), rtol=2**-8, atol=0.0)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 2.0, torch.nan])
+def test_horizon_loss_refuses_bad_labels_at_valid_visits(wrong):
+    logits, labels, valid = horizon_case()
+    labels[1, 0] = wrong
+    with pytest.raises(ValueError, match=r"1 labels outside \[0, 1\] at valid.*= \[1, 0\]"):
+        FixedHorizonProgressionLoss()(logits, labels, valid)
+
+
+@pytest.mark.parametrize("name", ["labels", "valid_mask"])
+def test_horizon_loss_refuses_other_shapes(name):
+    arguments = {"logits": torch.zeros(3, 5), "labels": torch.zeros(3, 5), "valid_mask": REAL}
+    arguments[name] = torch.zeros(3, 1)
+    with pytest.raises(ValueError, match=rf"{name} must have the shape of logits, \[3, 5\]"):
+        FixedHorizonProgressionLoss()(**arguments)
+
+
+def test_multi_task_loss_is_the_weighted_sum():
+    survival, readmission = (torch.tensor(value, requires_grad=True) for value in (2.0, 3.0))
+    loss_fn = MultiTaskSurvivalLoss({"survival": 1.0, "readmission": 0.5, "absent": 9.0})
+    loss = loss_fn({"survival": survival, "readmission": readmission, "logged": torch.tensor(7.0)})
+    assert loss.item() == 3.5
+    loss.backward()
+    assert (survival.grad.item(), readmission.grad.item()) == (1.0, 0.5)
+
+
+def test_multi_task_loss_refuses_tasks_none_of_which_has_a_weight():
+    with pytest.raises(ValueError, match=r"no task of \['survial'\] has a weight.*\['survival'\]"):
+        MultiTaskSurvivalLoss({"survival": 1.0})({"survial": torch.tensor(1.0)})
+
+
+def test_losses_show_their_settings():
+    assert "horizon_days=180" in repr(FixedHorizonProgressionLoss(180))
+    assert "'survival': 1.0" in repr(MultiTaskSurvivalLoss({"survival": 1.0}))
+    assert FixedHorizonProgressionLoss().horizon_days is None
+    assert MultiTaskSurvivalLoss({"a": 2.0}).task_weights == {"a": 2.0}

@@ -1,0 +1,567 @@
+"""visit_mean_pool and masked_pool: every backend against the definition in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ehrseq_fast
+from ehrseq_fast import masked_pool, use_backend, visit_mean_pool
+from ehrseq_fast.visit_pool import reference
+
+from .conftest import RUNNABLE
+from .poison import poison_allocator
+from .tolerances import assert_close
+
+MODES = ("mean", "sum", "max")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def ragged_batch(shape=(4, 6, 7), vocabulary=23, width=8, dtype=torch.float32, seed=0):
+    """Codes with empty visits, full visits, repeated codes and garbage in the padded slots."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, vocabulary, shape, generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.4
+    if mask.numel():
+        rows = mask.view(-1, shape[-1])
+        rows[0] = False
+        rows[-1] = True
+        codes.view(-1, shape[-1])[-1] = vocabulary - 1  # one code, in every slot
+    codes = torch.where(mask, codes, 10**9)
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
+    return codes, mask, weight.to(dtype)
+
+
+def gradients(pool, codes, weight, mask, grad, **options):
+    weight = weight.detach().clone().requires_grad_()
+    pooled = pool(codes, weight, mask, **options)
+    pooled.backward(grad)
+    return pooled.detach(), weight.grad
+
+
+def check_against_definition(codes, weight, mask, terms=None, **options):
+    terms = terms or max(codes.numel(), 1)
+    shape = (*codes.shape[:-1], weight.shape[1])
+    grad = torch.randn(shape, dtype=torch.float64).to(weight.dtype)
+    pooled, weight_grad = gradients(visit_mean_pool, codes, weight, mask, grad, **options)
+    expected, expected_grad = gradients(
+        reference.visit_mean_pool, codes, weight.double(), mask, grad.double(), **options
+    )
+    assert pooled.dtype == weight_grad.dtype == weight.dtype
+    assert_close(pooled, expected, terms=codes.shape[-1] + 1)
+    assert_close(weight_grad, expected_grad, terms=terms)
+
+
+def test_reference_is_the_formula():
+    codes, mask, weight = ragged_batch(dtype=torch.float64)
+    for mode, (b, v) in itertools.product(MODES, itertools.product(range(4), range(6))):
+        rows = [weight[codes[b, v, c]] for c in range(7) if mask[b, v, c]]
+        expected = torch.zeros(8, dtype=torch.float64)
+        if rows:
+            stack = torch.stack(rows)
+            expected = stack.amax(0) if mode == "max" else stack.sum(0)
+            expected = expected / len(rows) if mode == "mean" else expected
+        actual = reference.visit_mean_pool(codes, weight, mask, mode=mode)[b, v]
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 3, 5, 16, 64, 101, 128])
+def test_forward_and_backward(backend, mode, dtype, width):
+    codes, mask, weight = ragged_batch(width=width, dtype=dtype)
+    check_against_definition(codes, weight, mask, mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (1, 1, 1), (2, 1, 5), (7, 3), (9,)]
+)
+def test_shapes(backend, mode, shape):
+    codes, mask, weight = ragged_batch(shape=shape)
+    check_against_definition(codes, weight, mask, mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("code_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "mask_dtype",
+    [
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ],
+)
+def test_code_and_mask_dtypes(backend, mode, code_dtype, mask_dtype):
+    codes, mask, weight = ragged_batch()
+    check_against_definition(codes.to(code_dtype), weight, mask.to(mask_dtype), mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_a_mask_every_slot_counts(backend, mode):
+    codes = torch.randint(0, 5, (3, 4, 6))
+    weight = torch.randn(5, 8)
+    check_against_definition(codes, weight, None, mode=mode)
+    full = torch.ones_like(codes, dtype=torch.bool)
+    everything = visit_mean_pool(codes, weight, full, mode=mode)
+    torch.testing.assert_close(visit_mean_pool(codes, weight, mode=mode), everything)
+
+
+def test_fractional_masks_are_weights(backend):
+    codes, mask, weight = ragged_batch(dtype=torch.float64)
+    weights = torch.rand(mask.shape, dtype=torch.float64) * 3 * mask
+    for mode in MODES:
+        check_against_definition(codes, weight, weights, mode=mode)
+    expected = (weights[0, 3] @ weight[codes[0, 3].clamp(max=22)]) / weights[0, 3].sum().clamp(
+        min=1
+    )
+    torch.testing.assert_close(visit_mean_pool(codes, weight, weights)[0, 3], expected)
+
+
+def test_repeated_codes_count_as_often_as_they_occur(backend):
+    weight = torch.eye(4).requires_grad_()
+    pooled = visit_mean_pool(torch.tensor([[1, 1, 1, 2]]), weight)
+    torch.testing.assert_close(pooled, torch.tensor([[0.0, 0.75, 0.25, 0.0]]))
+    pooled.sum().backward()
+    torch.testing.assert_close(weight.grad[:, 0], torch.tensor([0.0, 0.75, 0.25, 0.0]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_code_everywhere(backend, mode):
+    """The kernels sum such a code in pieces, and lose less to rounding than one long sum does."""
+    codes = torch.full((50, 60, 3), 7)
+    mask = torch.rand(codes.shape) < 0.7
+    terms = codes.numel() if backend == "reference" else 64
+    check_against_definition(codes, torch.randn(11, 5), mask, terms=terms, mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_idx_gets_no_gradient_and_is_no_mask(backend, mode):
+    codes = torch.randint(0, 4, (5, 6, 4))
+    weight = torch.randn(4, 8)
+    for padding_idx in (0, -1):
+        check_against_definition(codes, weight, None, mode=mode, padding_idx=padding_idx)
+    table = weight.clone().requires_grad_()
+    visit_mean_pool(codes, table, padding_idx=2).sum().backward()
+    assert (table.grad[2] == 0).all()
+    assert (table.grad[1] != 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_that_no_code_names_get_zeros(backend, mode):
+    codes = torch.full((2, 3, 4), 5)
+    weight = torch.randn(9, 16, requires_grad=True)
+    poison_allocator((9, 16), (2, 3, 16))
+    visit_mean_pool(codes, weight, mode=mode).sum().backward()
+    assert (weight.grad[torch.arange(9) != 5] == 0).all()
+    assert (weight.grad[5] != 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_is_never_read(backend, mode):
+    """NaN in a row that only padded slots name, or in fresh memory, changes nothing."""
+    codes, mask, weight = ragged_batch()
+    real = torch.where(mask, codes, 0)
+    clean = gradients(visit_mean_pool, real, weight, mask, torch.ones(4, 6, 8), mode=mode)
+    poisoned_row = torch.cat([weight, torch.full((1, 8), float("nan"))])
+    poison_allocator((4, 6, 8), (24, 8))
+    for garbage in (23, -1, 2**40):
+        dirty = torch.where(mask, codes, garbage)
+        pooled, grad = gradients(
+            visit_mean_pool, dirty, poisoned_row, mask, torch.ones(4, 6, 8), mode=mode
+        )
+        assert torch.equal(pooled, clean[0])
+        assert torch.equal(grad[:23], clean[1])
+        assert (grad[23] == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_in_a_real_code_shows(backend, mode):
+    weight = torch.randn(3, 4)
+    weight[1, 2] = float("nan")
+    pooled = visit_mean_pool(torch.tensor([[0, 1], [1, 0], [2, 2]]), weight, mode=mode)
+    assert pooled[:2, 2].isnan().all()
+    assert not pooled[2].isnan().any()
+
+
+def test_empty_visits_are_zeros_in_every_mode(backend):
+    codes, mask, weight = ragged_batch()
+    poison_allocator((4, 6, 8))
+    for mode in MODES:
+        pooled = visit_mean_pool(codes, weight, torch.zeros_like(mask), mode=mode)
+        assert (pooled == 0).all()
+        assert (visit_mean_pool(codes, weight, mask, mode=mode)[0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_non_contiguous_inputs(backend, mode):
+    codes, mask, weight = ragged_batch()
+    expected = visit_mean_pool(codes, weight, mask, mode=mode)
+    strided = visit_mean_pool(
+        codes.transpose(0, 1).contiguous().transpose(0, 1),
+        weight.t().contiguous().t(),
+        mask.transpose(0, 2).contiguous().transpose(0, 2),
+        mode=mode,
+    )
+    assert torch.equal(expected, strided)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_any_stride(backend, mode):
+    codes, mask, weight = ragged_batch()
+    dense = torch.ones(4, 6, 8)
+    expected = gradients(visit_mean_pool, codes, weight, mask, dense, mode=mode)[1]
+    stride_zero = torch.ones(()).expand(4, 6, 8)
+    assert torch.equal(
+        gradients(visit_mean_pool, codes, weight, mask, stride_zero, mode=mode)[1], expected
+    )
+    transposed = torch.randn(8, 6, 4).permute(2, 1, 0)
+    expected = gradients(visit_mean_pool, codes, weight, mask, transposed.contiguous(), mode=mode)[
+        1
+    ]
+    assert torch.equal(
+        gradients(visit_mean_pool, codes, weight, mask, transposed, mode=mode)[1], expected
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding_idx", [None, 1])
+def test_sparse_gradient_is_the_dense_one(backend, mode, padding_idx):
+    codes, mask, weight = ragged_batch(vocabulary=40)
+    grad = torch.randn(4, 6, 8)
+    options = {"mode": mode, "padding_idx": padding_idx}
+    dense = gradients(visit_mean_pool, codes, weight, mask, grad, **options)[1]
+    table = weight.clone().requires_grad_()
+    pooled = visit_mean_pool(codes, table, mask, sparse_grad=True, **options)
+    (sparse,) = torch.autograd.grad(pooled, table, grad)
+    assert sparse.is_sparse
+    if backend != "reference":
+        assert sparse.is_coalesced()
+        ids = sparse.indices()[0]
+        assert (ids.diff() > 0).all()
+        occurring = codes[mask].unique()
+        assert torch.equal(ids, occurring[occurring != (-1 if padding_idx is None else 1)])
+    torch.testing.assert_close(sparse.to_dense(), dense)
+
+
+def test_sparse_gradient_trains(backend):
+    codes, mask, weight = ragged_batch()
+    table = torch.nn.Parameter(weight.clone())
+    optimizer = torch.optim.SparseAdam([table], lr=0.1)
+    visit_mean_pool(codes, table, mask, sparse_grad=True).square().sum().backward()
+    optimizer.step()
+    absent = torch.ones(23, dtype=torch.bool)
+    absent[codes[mask]] = False
+    assert torch.equal(table[absent], weight[absent])
+    assert not torch.equal(table[~absent], weight[~absent])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradcheck(backend, mode):
+    codes, mask, weight = ragged_batch(shape=(2, 3, 4), vocabulary=5, width=3, dtype=torch.float64)
+    weight.requires_grad_()
+    torch.autograd.gradcheck(lambda w: visit_mean_pool(codes, w, mask, mode=mode), (weight,))
+    weights = torch.rand(mask.shape, dtype=torch.float64) * mask
+    if mode != "max":
+        torch.autograd.gradcheck(lambda w: visit_mean_pool(codes, w, weights, mode=mode), (weight,))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradcheck_masked_pool(backend, mode):
+    mask = torch.rand(2, 3, 4) < 0.6
+    embeddings = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: masked_pool(x, mask, mode=mode), (embeddings,))
+
+
+def test_double_backward_is_refused(compiled):
+    codes, mask, weight = ragged_batch()
+    weight.requires_grad_()
+    with use_backend("cpu"):
+        pooled = visit_mean_pool(codes, weight, mask).square().sum()
+        (grad,) = torch.autograd.grad(pooled, weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_opcheck(compiled, mode):
+    ops = torch.ops.ehrseq_fast
+    codes, mask, weight = ragged_batch()
+    tests = (
+        "test_schema",
+        "test_faketensor",
+        "test_autograd_registration",
+        "test_aot_dispatch_dynamic",
+    )
+    torch.library.opcheck(ops.visit_pool, (codes, weight, mask, mode), test_utils=tests)
+    arg_max = ops.visit_pool(codes, weight, mask, mode)[1]
+    arguments = (torch.randn(4, 6, 8), codes, weight, mask, arg_max, mode, -1)
+    torch.library.opcheck(ops.visit_pool_backward, arguments, test_utils=tests)
+    torch.library.opcheck(ops.visit_pool_backward_sparse, arguments, test_utils=tests[:3])
+    embeddings = torch.randn(4, 6, 7, 8)
+    torch.library.opcheck(ops.masked_pool, (embeddings, mask, mode), test_utils=tests)
+    arg_max = ops.masked_pool(embeddings, mask, mode)[1]
+    arguments = (torch.randn(4, 6, 8), mask, arg_max, 7, mode)
+    torch.library.opcheck(ops.masked_pool_backward, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compile(backend, mode):
+    torch._dynamo.reset()
+
+    def pooled(codes, weight, mask):
+        return visit_mean_pool(codes, weight, mask, mode=mode, padding_idx=0).sin()
+
+    whole = torch.compile(pooled, fullgraph=True, dynamic=True)
+    for shape in ((4, 6, 7), (3, 9, 5), (2, 2, 11)):
+        codes, mask, weight = ragged_batch(shape=shape)
+        codes = torch.where(mask, codes, 0)
+        grad = torch.randn(*shape[:2], 8)
+        actual = gradients(whole, codes, weight, mask, grad)
+        expected = gradients(pooled, codes, weight, mask, grad)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_compile_masked_pool(backend):
+    torch._dynamo.reset()
+    whole = torch.compile(masked_pool, fullgraph=True, dynamic=True)
+    for shape in ((4, 6, 7, 8), (3, 9, 5, 3)):
+        embeddings = torch.randn(shape, requires_grad=True)
+        mask = torch.rand(shape[:-1]) < 0.5
+        (actual,) = torch.autograd.grad(whole(embeddings, mask).square().sum(), embeddings)
+        (expected,) = torch.autograd.grad(masked_pool(embeddings, mask).square().sum(), embeddings)
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_same_bits_on_every_run(compiled, mode):
+    codes, mask, weight = ragged_batch(shape=(16, 40, 9), vocabulary=6, width=33)
+    grad = torch.randn(16, 40, 33)
+    with use_backend("cpu"):
+        first = gradients(visit_mean_pool, codes, weight, mask, grad, mode=mode)
+        for _ in range(1000):
+            again = gradients(visit_mean_pool, codes, weight, mask, grad, mode=mode)
+            assert torch.equal(first[0], again[0])
+            assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_for_any_number_of_threads(compiled, mode, dtype):
+    codes, mask, weight = ragged_batch(shape=(64, 100, 9), vocabulary=6, width=33, dtype=dtype)
+    grad = torch.randn(64, 100, 33).to(dtype)
+    embeddings = torch.randn(6, 100, 9, 5).to(dtype).requires_grad_()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 4):
+            torch.set_num_threads(n)
+            with use_backend("cpu"):
+                pooled, weight_grad = gradients(
+                    visit_mean_pool, codes, weight, mask, grad, mode=mode
+                )
+                existing = masked_pool(embeddings, mask[:6], mode=mode)
+                (grad_embeddings,) = torch.autograd.grad(
+                    existing.float().square().sum(), embeddings
+                )
+            results.append((pooled, weight_grad, existing.detach(), grad_embeddings))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_shape(name, data):
+    shape = tuple(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)))
+    width = data.draw(st.integers(1, 70))
+    mode = data.draw(st.sampled_from(MODES))
+    seed = data.draw(st.integers(0, 2**31))
+    codes, mask, weight = ragged_batch(shape, data.draw(st.integers(1, 30)), width, seed=seed)
+    with use_backend(name):
+        check_against_definition(codes, weight, mask, mode=mode)
+
+
+# ---------------------------------------------------------------------------------------------
+# masked_pool
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(4, 6, 7, 8), (5, 3, 101), (2, 1), (0, 3, 4), (3, 0, 5), (1, 1, 1, 1)]
+)
+def test_masked_pool(backend, mode, dtype, shape):
+    values = torch.randn(shape, dtype=torch.float64).to(dtype)
+    mask = torch.rand(shape[:-1]) < 0.5
+    dirty = torch.where(mask.unsqueeze(-1), values, float("nan")).requires_grad_()
+    oracle = values.double().requires_grad_()
+    for weights in (mask, mask.float() * 0.5, None):
+        given_values = dirty if weights is not None else values.clone().requires_grad_()
+        pooled = masked_pool(given_values, weights, mode=mode)
+        expected = reference.masked_pool(oracle, weights, mode=mode)
+        grad = torch.randn(expected.shape, dtype=torch.float64).to(dtype)
+        (actual_grad,) = torch.autograd.grad(pooled, given_values, grad)
+        (expected_grad,) = torch.autograd.grad(expected, oracle, grad.double())
+        assert pooled.dtype == actual_grad.dtype == dtype
+        assert_close(pooled, expected, terms=8)
+        assert_close(actual_grad, expected_grad, terms=8)
+
+
+def test_masked_pool_agrees_with_visit_mean_pool(backend):
+    codes, mask, weight = ragged_batch()
+    embeddings = F.embedding(torch.where(mask, codes, 0), weight)
+    for mode in MODES:
+        torch.testing.assert_close(
+            masked_pool(embeddings, mask, mode=mode),
+            visit_mean_pool(codes, weight, mask, mode=mode),
+        )
+
+
+def test_inputs_are_left_as_they_were(backend):
+    codes, mask, weight = ragged_batch()
+    before = [tensor.clone() for tensor in (codes, mask, weight)]
+    grad = torch.randn(4, 6, 8)
+    grad_before = grad.clone()
+    gradients(visit_mean_pool, codes, weight, mask, grad)
+    assert all(map(torch.equal, before, (codes, mask, weight)))
+    assert torch.equal(grad, grad_before)
+
+
+def test_no_padded_embedding_is_ever_allocated(compiled):
+    """[..., C, E] of this batch would be 410 MB; nothing that large may be asked for."""
+    codes, mask, weight = ragged_batch(shape=(100, 80, 100), vocabulary=50, width=128)
+    weight.requires_grad_()
+    with torch.profiler.profile(profile_memory=True) as profile, use_backend("cpu"):
+        visit_mean_pool(codes, weight, mask).sum().backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 16 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+
+CODES = torch.tensor([[[1, 2, 0], [2, 0, 0]]])
+TABLE = torch.ones(3, 4)
+MASK = CODES != 0
+
+BAD_INPUT = {
+    "code too large": (
+        lambda: visit_mean_pool(CODES + 2, TABLE, MASK),
+        IndexError,
+        r"Found 3 codes outside the vocabulary of 3 codes. The first is code 3 at \[0, 0, 0\]",
+    ),
+    "negative code": (
+        lambda: visit_mean_pool(CODES - 2, TABLE, MASK),
+        IndexError,
+        r"Found 1 codes .* The first is code -1 at \[0, 0, 0\]",
+    ),
+    "code too large, int32, no mask": (
+        lambda: visit_mean_pool(CODES.int() + 2, TABLE),
+        IndexError,
+        r"Found 3 codes",
+    ),
+    "padding_idx": (
+        lambda: visit_mean_pool(CODES, TABLE, padding_idx=3),
+        IndexError,
+        "padding_idx 3 is outside the vocabulary of 3 codes",
+    ),
+    "mask shape": (
+        lambda: visit_mean_pool(CODES, TABLE, MASK[..., :2]),
+        ValueError,
+        r"mask must have the shape of codes, \[1, 2, 3\], got \[1, 2, 2\]",
+    ),
+    "weight shape": (
+        lambda: visit_mean_pool(CODES, TABLE[0]),
+        ValueError,
+        r"weight must be \[K, E\], got \[4\]",
+    ),
+    "codes without dimensions": (
+        lambda: visit_mean_pool(torch.tensor(1), TABLE),
+        ValueError,
+        r"codes must be \[..., C\]",
+    ),
+    "mode": (
+        lambda: visit_mean_pool(CODES, TABLE, mode="median"),
+        ValueError,
+        "unknown mode 'median'; there are 'mean', 'sum', 'max'",
+    ),
+    "mask that requires a gradient": (
+        lambda: visit_mean_pool(CODES, TABLE, MASK.float().requires_grad_()),
+        ValueError,
+        "mask requires a gradient",
+    ),
+    "float codes": (
+        lambda: visit_mean_pool(CODES.float(), TABLE),
+        TypeError,
+        "codes must be int32 or int64, got torch.float32",
+    ),
+    "integer table": (
+        lambda: visit_mean_pool(CODES, TABLE.long()),
+        TypeError,
+        "weight must be float32, float64, bfloat16 or float16",
+    ),
+    "complex mask": (
+        lambda: visit_mean_pool(CODES, TABLE, MASK.to(torch.complex64)),
+        TypeError,
+        "mask must be bool or real",
+    ),
+    "devices": (
+        lambda: visit_mean_pool(CODES, TABLE.to("meta")),
+        ValueError,
+        "codes are on cpu, and weight is on meta",
+    ),
+    "masked_pool mode": (
+        lambda: masked_pool(torch.ones(2, 3, 4), mode="attention"),
+        ValueError,
+        "unknown mode",
+    ),
+    "masked_pool shape": (
+        lambda: masked_pool(torch.ones(2)),
+        ValueError,
+        r"embeddings must be \[..., C, E\], got \[2\]",
+    ),
+    "masked_pool mask": (
+        lambda: masked_pool(torch.ones(2, 3, 4), torch.ones(2, 4)),
+        ValueError,
+        r"shape of embeddings \[..., C\], \[2, 3\], got \[2, 4\]",
+    ),
+    "masked_pool mask gradient": (
+        lambda: masked_pool(torch.ones(2, 3, 4), torch.ones(2, 3, requires_grad=True)),
+        ValueError,
+        "mask requires a gradient",
+    ),
+    "masked_pool dtype": (
+        lambda: masked_pool(torch.ones(2, 3, 4).long()),
+        TypeError,
+        "embeddings must be float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(backend, name):
+    call, error, message = BAD_INPUT[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_backend_that_cannot_run_is_refused():
+    with pytest.raises(
+        RuntimeError, match="'abacus' was asked for, but cannot run: there is no such"
+    ):
+        use_backend("abacus").__enter__()
+    assert ehrseq_fast.backend.requested() is None
