@@ -593,7 +593,11 @@ print("equal")
 def test_kernels_of_lesser_cpus(compiled, capability):
     environment = {**os.environ, "EHRSEQ_FAST_CPU_CAPABILITY": capability}
     run = subprocess.run(
-        [sys.executable, "-c", OTHER_CPUS], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", OTHER_CPUS],
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert run.stdout.endswith("equal\n"), run.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -382,7 +383,7 @@ def _check_batch_sizes(data: Tensor, batch_sizes: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     sizes = batch_sizes.tolist()
-    falls = all(later <= earlier for earlier, later in zip(sizes, sizes[1:], strict=False))
+    falls = all(later <= earlier for earlier, later in pairwise(sizes))
     if not sizes or not falls or sizes[-1] < 1:
         raise ValueError(f"packed_lstm: batch_sizes must be positive and must not rise: {sizes}")
     if sum(sizes) != data.shape[0]:
