@@ -220,24 +220,29 @@ int64_t first_row_of(const Shape& shape, const std::vector<Step>& steps, int64_t
   return time < static_cast<int64_t>(steps.size()) ? steps[time].first_row : shape.visits;
 }
 
-// Both halves of a scan, in its order: patients apart, [0, shared_from), and the tail in step.
+// A scan of some times, in its order: those before plan.shared_from with the patients apart, the
+// rest in step.
 template <typename Apart, typename InStep>
-void scan(const Shape& shape, const std::vector<Step>& steps, const Plan& plan, int64_t blocks,
+void scan(const std::vector<Step>& steps, Times times, const Plan& plan, int64_t blocks,
           bool falling, const Apart& apart, const InStep& in_step) {
+  const int64_t split = std::clamp(plan.shared_from, times.first, times.last);
   const auto head = [&] {
-    if (plan.shared_from == 0) return;
-    const auto bounds = groups_of_equal_work(steps, plan.shared_from, plan.threads);
+    if (times.first == split) return;
+    const Times early{times.first, split};
+    const auto bounds = groups_of_equal_work(steps, early, plan.threads);
     const int64_t groups = static_cast<int64_t>(bounds.size()) - 1;
-    share_out(groups, plan.threads, [&](int64_t first, int64_t last) {
-      for (int64_t group = first; group < last; ++group) apart(bounds[group], bounds[group + 1]);
+    share_out(groups, plan.threads, [&](int64_t first, int64_t last, int64_t) {
+      for (int64_t group = first; group < last; ++group) {
+        apart(early, bounds[group], bounds[group + 1]);
+      }
     });
   };
   const auto tail = [&] {
-    const int64_t count = static_cast<int64_t>(steps.size()) - plan.shared_from;
-    if (count == 0) return;
+    const int64_t count = times.last - split;
     const int64_t shares = std::min({plan.threads, blocks, kMostShares});
+    if (count == 0) return;
     run_in_step(count, shares, [&](int64_t step, int64_t share) {
-      const int64_t time = falling ? plan.shared_from + count - 1 - step : plan.shared_from + step;
+      const int64_t time = falling ? times.last - 1 - step : split + step;
       in_step(time, blocks * share / shares, blocks * (share + 1) / shares);
     });
   };
@@ -278,6 +283,10 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
   T* projected = data<T>(gates) + (training ? projected_from * kGates * padded : 0);
 
   const int64_t blocks = (shape.hidden + run.lanes - 1) / run.lanes;
+  if (training && blocks * run.lanes < padded) {
+    torch::stable::zero_(gates);
+    torch::stable::zero_(cells);
+  }
   const Tensor panels =
       scratch<T>(input, {blocks, (shape.inputs + shape.hidden) * kGates * run.lanes});
   const Tensor bias = scratch<T>(input, {blocks * kGates * run.lanes});
@@ -302,15 +311,15 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
                          projected_from,
                          projected};
 
-  share_out(blocks, plan.threads, [&](int64_t from, int64_t to) {
+  share_out(blocks, plan.threads, [&](int64_t from, int64_t to, int64_t) {
     run.pack_gate_panels(shape, weights, from, to, data<T>(panels), data<T>(bias));
   });
-  share_out(shape.visits - projected_from, plan.threads, [&](int64_t from, int64_t to) {
+  share_out(shape.visits - projected_from, plan.threads, [&](int64_t from, int64_t to, int64_t) {
     run.project_inputs(layer, projected_from + from, projected_from + to);
   });
   scan(
-      shape, steps, plan, blocks, reverse,
-      [&](int64_t from, int64_t to) { run.scan_patients(layer, 0, plan.shared_from, from, to); },
+      steps, {0, static_cast<int64_t>(steps.size())}, plan, blocks, reverse,
+      [&](Times times, int64_t from, int64_t to) { run.scan_patients(layer, times, from, to); },
       [&](int64_t time, int64_t from, int64_t to) { run.scan_units(layer, time, from, to); });
 
   const ScalarType dtype = input.scalar_type();
@@ -320,6 +329,29 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
     cells = scratch<T>(input, {0});
   }
   return {rounded(output), rounded(last_hidden), rounded(last_cell), gates, cells};
+}
+
+// Gate gradients of one chunk of the backward pass: a share of a common last-level cache.
+constexpr int64_t kChunkBytes = int64_t{8} << 20;
+
+// The chunks of the backward pass, in its order: consecutive times, as many as fit `rows`, one at
+// least.
+std::vector<Times> chunks_of(const std::vector<Step>& steps, int64_t rows, bool reverse) {
+  std::vector<Times> chunks;
+  const int64_t count = static_cast<int64_t>(steps.size());
+  int64_t first = 0;
+  int64_t filled = 0;
+  for (int64_t time = 0; time < count; ++time) {
+    if (time > first && filled + steps[time].patients > rows) {
+      chunks.push_back({first, time});
+      first = time;
+      filled = 0;
+    }
+    filled += steps[time].patients;
+  }
+  chunks.push_back({first, count});
+  if (!reverse) std::reverse(chunks.begin(), chunks.end());
+  return chunks;
 }
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -347,13 +379,17 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   const int64_t input_blocks = (shape.inputs + run.lanes - 1) / run.lanes;
   const int64_t panel = blocks * kGates * run.lanes * run.lanes;
 
+  const int64_t chunk_rows = kChunkBytes / (kGates * padded * static_cast<int64_t>(sizeof(T)));
+  const std::vector<Times> chunks = chunks_of(steps, chunk_rows, reverse);
+  const auto rows_before = [&](int64_t time) { return first_row_of(shape, steps, time); };
+  int64_t chunk_size = 0;
+  for (const Times& chunk : chunks) {
+    chunk_size = std::max(chunk_size, rows_before(chunk.last) - rows_before(chunk.first));
+  }
+
   const auto wanted = [&](bool need, const std::vector<int64_t>& sizes) {
     return scratch<T>(input, need ? sizes : std::vector<int64_t>{0});
   };
-  const Tensor grad_gates = scratch<T>(input, {blocks * kGates, shape.visits, run.lanes});
-  const Tensor grad_cell = scratch<T>(input, {shape.patients, padded});
-  const Tensor hidden_panels = scratch<T>(input, {blocks, panel});
-  const Tensor input_panels = wanted(need_input, {input_blocks, panel});
   const Tensor grad_input = wanted(need_input, {shape.visits, shape.inputs});
   const Tensor grad_h0 = wanted(need_states, {shape.patients, shape.hidden});
   const Tensor grad_c0 = wanted(need_states, {shape.patients, shape.hidden});
@@ -361,8 +397,23 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   const Tensor grad_weight_hh = wanted(need_weights, {kGates * shape.hidden, shape.hidden});
   const Tensor grad_bias = wanted(need_weights, {kGates * shape.hidden});
 
+  const Tensor grad_gates = scratch<T>(input, {blocks * kGates, chunk_size, run.lanes});
+  const Tensor grad_hidden = scratch<T>(input, {shape.patients, padded});
+  const Tensor grad_cell = scratch<T>(input, {shape.patients, padded});
+  const Tensor hidden_panels = scratch<T>(input, {blocks, panel});
+  const Tensor input_panels = wanted(need_input, {input_blocks, panel});
+  const int64_t width = run.padded_factors(shape);
+  const int64_t summed = blocks * kGates * run.lanes;
+  Tensor weight_sums = wanted(need_weights, {summed, width});
+  Tensor bias_sums = wanted(need_weights, {summed});
+  torch::stable::zero_(weight_sums);
+  torch::stable::zero_(bias_sums);
+  const Tensor factors = wanted(need_weights, {plan.threads, kWeightDepth * width});
+
   std::vector<int64_t> row_before, patient;
   if (need_weights) {
+    row_before.reserve(shape.visits);
+    patient.reserve(shape.visits);
     for (const Step& step : steps) {
       for (int64_t p = 0; p < step.patients; ++p) {
         row_before.push_back(p < step.continuing ? step.row_before + p : -1);
@@ -372,58 +423,77 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   }
 
   Operands<T> operand;
-  const Backward<T> layer{shape,
-                          steps,
-                          reverse,
-                          operand(input),
-                          operand(h0),
-                          operand(c0),
-                          operand(output),
-                          operand(gates),
-                          operand(cells),
-                          operand(grad_output),
-                          operand(grad_last_hidden),
-                          operand(grad_last_cell),
-                          data<T>(hidden_panels),
-                          data<T>(input_panels),
-                          row_before.data(),
-                          patient.data(),
-                          data<T>(grad_gates),
-                          data<T>(grad_cell),
-                          data<T>(grad_input),
-                          data<T>(grad_h0),
-                          data<T>(grad_weight_ih),
-                          data<T>(grad_weight_hh),
-                          data<T>(grad_bias)};
+  Backward<T> layer{shape,
+                    steps,
+                    reverse,
+                    operand(input),
+                    operand(h0),
+                    operand(c0),
+                    operand(output),
+                    operand(gates),
+                    operand(cells),
+                    operand(grad_output),
+                    operand(grad_last_hidden),
+                    operand(grad_last_cell),
+                    data<T>(hidden_panels),
+                    data<T>(input_panels),
+                    row_before.data(),
+                    patient.data(),
+                    0,
+                    chunk_size,
+                    data<T>(grad_gates),
+                    data<T>(grad_hidden),
+                    data<T>(grad_cell),
+                    data<T>(grad_input),
+                    need_states ? data<T>(grad_h0) : nullptr,
+                    data<T>(weight_sums),
+                    data<T>(bias_sums),
+                    data<T>(grad_weight_ih),
+                    data<T>(grad_weight_hh),
+                    data<T>(grad_bias)};
 
   const T* hidden_hidden = operand(weight_hh);
-  share_out(blocks, plan.threads, [&](int64_t from, int64_t to) {
+  share_out(blocks, plan.threads, [&](int64_t from, int64_t to, int64_t) {
     run.pack_column_panels(shape, hidden_hidden, shape.hidden, from, to, data<T>(hidden_panels));
   });
-  scan(
-      shape, steps, plan, blocks, !reverse,
-      [&](int64_t from, int64_t to) {
-        run.scan_patients_back(layer, 0, plan.shared_from, from, to);
-      },
-      [&](int64_t time, int64_t from, int64_t to) { run.scan_units_back(layer, time, from, to); });
-
   if (need_input) {
     const T* input_hidden = operand(weight_ih);
-    share_out(input_blocks, plan.threads, [&](int64_t from, int64_t to) {
+    share_out(input_blocks, plan.threads, [&](int64_t from, int64_t to, int64_t) {
       run.pack_column_panels(shape, input_hidden, shape.inputs, from, to, data<T>(input_panels));
     });
-    share_out(shape.visits, plan.threads,
-              [&](int64_t from, int64_t to) { run.grad_input(layer, from, to); });
   }
-  if (need_weights) {
-    share_out(blocks * kGates, plan.threads, [&](int64_t from, int64_t to) {
-      const Tensor sums = scratch<T>(input, {run.weight_scratch_size(shape, to - from)});
-      run.grad_weights(layer, from, to, data<T>(sums));
-    });
+
+  for (const Times& chunk : chunks) {
+    const int64_t row = rows_before(chunk.first);
+    const int64_t rows = rows_before(chunk.last) - row;
+    layer.chunk_row = row;
+    scan(
+        steps, chunk, plan, blocks, !reverse,
+        [&](Times times, int64_t from, int64_t to) {
+          run.scan_patients_back(layer, chunk, times, from, to);
+        },
+        [&](int64_t time, int64_t from, int64_t to) {
+          run.scan_units_back(layer, chunk, time, from, to);
+        });
+    if (need_states || &chunk != &chunks.back()) {
+      share_out(steps[chunk.first].patients, plan.threads, [&](int64_t from, int64_t to, int64_t) {
+        run.hand_back_hidden(layer, chunk, from, to);
+      });
+    }
+    if (need_input) {
+      share_out(rows, plan.threads, [&](int64_t from, int64_t to, int64_t) {
+        run.grad_input(layer, row + from, row + to);
+      });
+    }
+    if (need_weights) {
+      share_out(blocks * kGates, plan.threads, [&](int64_t from, int64_t to, int64_t share) {
+        run.add_to_weights(layer, row, rows, from, to,
+                           data<T>(factors) + share * kWeightDepth * width);
+      });
+    }
   }
+  if (need_weights) run.finish_weights(layer, 0, blocks * kGates);
   if (need_states) {
-    share_out(shape.patients, plan.threads,
-              [&](int64_t from, int64_t to) { run.grad_initial_hidden(layer, from, to); });
     for (int64_t p = 0; p < shape.patients; ++p) {
       std::memcpy(data<T>(grad_c0) + p * shape.hidden, data<T>(grad_cell) + p * padded,
                   shape.hidden * sizeof(T));

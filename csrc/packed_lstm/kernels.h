@@ -5,14 +5,15 @@
 // at every time the patients with a visit are the first ones, and "patient p at time t" is the row
 // steps[t].first_row + p.
 //
-// Layouts that only the kernels know (L lanes per vector, blocks of L hidden units, the gates in
-// PyTorch's order i, f, g, o):
-//   gate panels    [block][input, then hidden k][gate][L]   the weights, as the forward pass reads
-//   them column panels  [block of columns][block][gate][L][L]    the same, as the backward pass
-//   reads them gates          [row][block][gate][L]                    activations, saved for the
-//   backward pass cells          [row][block][L] gate gradients [block][gate][row][L] so that both
-//   products over them read rows
-//                                                           of L in a stream, along rows or gates
+// Layouts that only the kernels know; L lanes per vector, blocks of L hidden units, the gates in
+// PyTorch's order i, f, g, o:
+//   gate panels     [block][k][gate][L]: the weights as the forward pass reads them, k running
+//                   over the inputs and then the hidden units
+//   column panels   [block of columns][block][gate][L][L]: as the backward pass reads them
+//   gates           [row][block][gate][L]: activations, saved for the backward pass
+//   cells           [row][block][L]
+//   gate gradients  [block][gate][row of the chunk][L]: both products over them then read rows of
+//                   L in a stream, one along the gates, the other along the rows
 #pragma once
 
 #include <algorithm>
@@ -81,7 +82,10 @@ struct Forward {
   T* projected;            // laid out as gates; the same memory where gates are kept
 };
 
-// Null pointers: a gradient that is zero, coming in, or that nobody needs, going out.
+// The backward pass goes through the visits a chunk of times after the other, so that the gate
+// gradients of one chunk stay in the cache until everything is computed from them, and those of all
+// visits never stand in memory at once. Null pointers: a gradient that is zero, coming in, or that
+// nobody needs, going out.
 template <typename T>
 struct Backward {
   Shape shape;
@@ -100,13 +104,28 @@ struct Backward {
   const T* input_panels;
   const int64_t* row_before;  // of each visit; -1 where its patient starts
   const int64_t* patient;     // of each visit
+
+  int64_t chunk_row;   // the first row of the chunk
+  int64_t chunk_size;  // rows that `grad_gates` has room for
   T* grad_gates;
-  T* grad_cell;  // [patient][padded hidden]: what the scan hands from visit to visit
+  // What the scan hands from visit to visit: [patient][padded hidden]. That of the hidden state
+  // only from chunk to chunk: within one it stays in registers.
+  T* grad_hidden;
+  T* grad_cell;
+
   T* grad_input;
   T* grad_h0;
+  T* weight_sums;  // [gate of a block][L][padded inputs + hidden]
+  T* bias_sums;    // [gate of a block][L]
   T* grad_input_hidden;
   T* grad_hidden_hidden;
   T* grad_bias;
+};
+
+// Times [first, last).
+struct Times {
+  int64_t first;
+  int64_t last;
 };
 
 template <typename T>
@@ -123,21 +142,24 @@ struct Kernels {
   // Input products of rows [from, to), for the steps that have too few visits to share a reading of
   // the weights.
   void (*project_inputs)(const Forward<T>&, int64_t from, int64_t to);
-  // All times in [first, last) for patients [from, to).
-  void (*scan_patients)(const Forward<T>&, int64_t first, int64_t last, int64_t from, int64_t to);
+  // Some times, patients [from, to).
+  void (*scan_patients)(const Forward<T>&, Times, int64_t from, int64_t to);
   // One time, all patients, hidden blocks [from, to); inputs already projected.
   void (*scan_units)(const Forward<T>&, int64_t time, int64_t from, int64_t to);
 
-  void (*scan_patients_back)(const Backward<T>&, int64_t first, int64_t last, int64_t from,
-                             int64_t to);
-  void (*scan_units_back)(const Backward<T>&, int64_t time, int64_t from, int64_t to);
-  // Patients [from, to).
-  void (*grad_initial_hidden)(const Backward<T>&, int64_t from, int64_t to);
+  // As above; `chunk` is all its times, [from, to) patients or blocks.
+  void (*scan_patients_back)(const Backward<T>&, Times chunk, Times, int64_t from, int64_t to);
+  void (*scan_units_back)(const Backward<T>&, Times chunk, int64_t time, int64_t from, int64_t to);
+  // To the chunk that is next in the scan, and to h0: patients [from, to).
+  void (*hand_back_hidden)(const Backward<T>&, Times chunk, int64_t from, int64_t to);
   // Rows [from, to).
   void (*grad_input)(const Backward<T>&, int64_t from, int64_t to);
-  // Gates [from, to) of all blocks * 4; `scratch` holds weight_scratch_size elements.
-  void (*grad_weights)(const Backward<T>&, int64_t from, int64_t to, T* scratch);
-  int64_t (*weight_scratch_size)(const Shape&, int64_t gates);
+  // Adds rows [row, row + rows) to the sums of gates [from, to), all blocks' gates being counted
+  // through. `scratch` holds kWeightDepth * padded_factors elements.
+  void (*add_to_weights)(const Backward<T>&, int64_t row, int64_t rows, int64_t from, int64_t to,
+                         T* scratch);
+  void (*finish_weights)(const Backward<T>&, int64_t from, int64_t to);
+  int64_t (*padded_factors)(const Shape&);
 };
 
 // The kernels for the running CPU.

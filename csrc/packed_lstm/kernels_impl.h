@@ -22,19 +22,10 @@ namespace ehrseq::packed_lstm::EHRSEQ_ISA {
 
 template <typename T>
 Kernels<T> table() {
-  return {kLanes<T>,
-          EHRSEQ_TILE_ROWS,
-          pack_gate_panels<T>,
-          pack_column_panels<T>,
-          project_inputs<T>,
-          scan_patients<T>,
-          scan_units<T>,
-          scan_patients_back<T>,
-          scan_units_back<T>,
-          grad_initial_hidden<T>,
-          grad_input<T>,
-          grad_weights<T>,
-          weight_scratch_size<T>};
+  return {kLanes<T>,          EHRSEQ_TILE_ROWS,    pack_gate_panels<T>, pack_column_panels<T>,
+          project_inputs<T>,  scan_patients<T>,    scan_units<T>,       scan_patients_back<T>,
+          scan_units_back<T>, hand_back_hidden<T>, grad_input<T>,       add_to_weights<T>,
+          finish_weights<T>,  padded_factors<T>};
 }
 
 const Kernels<float>& float_kernels() {

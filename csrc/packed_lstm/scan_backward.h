@@ -3,7 +3,7 @@
 
 template <typename T>
 EHRSEQ_INLINE T* gate_gradient(const Backward<T>& layer, int64_t block_and_gate, int64_t row) {
-  return layer.grad_gates + (block_and_gate * layer.shape.visits + row) * kLanes<T>;
+  return layer.grad_gates + (block_and_gate * layer.chunk_size + row - layer.chunk_row) * kLanes<T>;
 }
 
 // Adds (gate gradients of R rows) x (V blocks of columns of a weight).
@@ -70,13 +70,23 @@ EHRSEQ_INLINE void finish_visit_back(const Backward<T>& layer, const Step& step,
   store(carried, grad_cell * forget);
 }
 
+// Where the gradient of a tile's hidden states comes from, apart from the outputs.
+enum class FromAfter { nothing, gates_after, handed_back };
+
 template <typename T, int V, int R>
 void scan_tile_back(const Backward<T>& layer, const Step& step, int64_t block, int64_t p,
-                    bool staying) {
+                    FromAfter after) {
   Tile<T, R, V> tile;
   clear(tile);
-  if (staying) {
+  if (after == FromAfter::gates_after) {
     add_column_products(layer, layer.hidden_panels, block, step.row_after + p, tile);
+  } else if (after == FromAfter::handed_back) {
+    const int64_t padded = layer.shape.padded_hidden();
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) {
+        tile.sum[r][v] = load(layer.grad_hidden + (p + r) * padded + (block + v) * kLanes<T>);
+      }
+    }
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
@@ -93,38 +103,42 @@ EHRSEQ_INLINE void for_block_groups(int64_t from, int64_t to, const Body& body) 
 }
 
 template <typename T>
-void scan_blocks_back(const Backward<T>& layer, const Step& step, int64_t first_block,
+void scan_blocks_back(const Backward<T>& layer, Times chunk, int64_t time, int64_t first_block,
                       int64_t last_block, int64_t from, int64_t to) {
+  const Step& step = layer.steps[time];
+  const bool opens_chunk = time == (layer.reverse ? chunk.first : chunk.last - 1);
+  const FromAfter after = opens_chunk ? FromAfter::handed_back : FromAfter::gates_after;
   for_block_groups(first_block, last_block, [&](int64_t block, auto vectors) {
     constexpr int V = decltype(vectors)::value;
-    const auto tiles = [&](int64_t first, int64_t last, bool staying) {
+    const auto tiles = [&](int64_t first, int64_t last, FromAfter source) {
       for_row_tiles(first, last, [&](int64_t p, auto rows) {
-        scan_tile_back<T, V, decltype(rows)::value>(layer, step, block, p, staying);
+        scan_tile_back<T, V, decltype(rows)::value>(layer, step, block, p, source);
       });
     };
-    tiles(from, std::min(to, step.staying), true);
-    tiles(std::max(from, step.staying), std::min(to, step.patients), false);
+    tiles(from, std::min(to, step.staying), after);
+    tiles(std::max(from, step.staying), std::min(to, step.patients), FromAfter::nothing);
   });
 }
 
 template <typename T>
-void scan_patients_back(const Backward<T>& layer, int64_t first, int64_t last, int64_t from,
+void scan_patients_back(const Backward<T>& layer, Times chunk, Times times, int64_t from,
                         int64_t to) {
-  for (int64_t i = 0; i < last - first; ++i) {
-    const Step& step = layer.steps[layer.reverse ? first + i : last - 1 - i];
-    scan_blocks_back(layer, step, 0, blocks_of<T>(layer.shape.hidden), from, to);
+  const int64_t blocks = blocks_of<T>(layer.shape.hidden);
+  for (int64_t i = 0; i < times.last - times.first; ++i) {
+    const int64_t time = layer.reverse ? times.first + i : times.last - 1 - i;
+    scan_blocks_back(layer, chunk, time, 0, blocks, from, to);
   }
 }
 
 template <typename T>
-void scan_units_back(const Backward<T>& layer, int64_t time, int64_t from, int64_t to) {
-  const Step& step = layer.steps[time];
-  scan_blocks_back(layer, step, from, to, 0, step.patients);
+void scan_units_back(const Backward<T>& layer, Times chunk, int64_t time, int64_t from,
+                     int64_t to) {
+  scan_blocks_back(layer, chunk, time, from, to, 0, layer.steps[time].patients);
 }
 
 template <typename T, int V, int R>
 void column_product_tile(const Backward<T>& layer, const T* panels, int64_t columns, int64_t block,
-                         int64_t row, T* out) {
+                         int64_t row, T* out, int64_t out_stride) {
   Tile<T, R, V> tile;
   clear(tile);
   add_column_products(layer, panels, block, row, tile);
@@ -132,7 +146,7 @@ void column_product_tile(const Backward<T>& layer, const T* panels, int64_t colu
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      store_some(out + r * columns + (block + v) * kLanes<T>, tile.sum[r][v],
+      store_some(out + r * out_stride + (block + v) * kLanes<T>, tile.sum[r][v],
                  units_in<T>(block + v, columns));
     }
   }
@@ -141,11 +155,11 @@ void column_product_tile(const Backward<T>& layer, const T* panels, int64_t colu
 // out [to - from, columns] = (gate gradients of rows [from, to)) x weight.
 template <typename T>
 void column_products(const Backward<T>& layer, const T* panels, int64_t columns, int64_t from,
-                     int64_t to, T* out) {
+                     int64_t to, T* out, int64_t out_stride) {
   for_block_groups(0, blocks_of<T>(columns), [&](int64_t block, auto vectors) {
     for_row_tiles(from, to, [&](int64_t row, auto rows) {
       column_product_tile<T, decltype(vectors)::value, decltype(rows)::value>(
-          layer, panels, columns, block, row, out + (row - from) * columns);
+          layer, panels, columns, block, row, out + (row - from) * out_stride, out_stride);
     });
   });
 }
@@ -157,18 +171,27 @@ void grad_input(const Backward<T>& layer, int64_t from, int64_t to) {
   const int64_t inputs = layer.shape.inputs;
   for (int64_t row = from; row < to; row += kRows) {
     column_products(layer, layer.input_panels, inputs, row, std::min(row + kRows, to),
-                    layer.grad_input + row * inputs);
+                    layer.grad_input + row * inputs, inputs);
   }
 }
 
 template <typename T>
-void grad_initial_hidden(const Backward<T>& layer, int64_t from, int64_t to) {
-  const int64_t hidden = layer.shape.hidden;
-  for (const Step& step : layer.steps) {
-    const int64_t first = std::max(from, step.continuing);
-    const int64_t last = std::min(to, step.patients);
-    if (first >= last) continue;
-    column_products(layer, layer.hidden_panels, hidden, step.first_row + first,
-                    step.first_row + last, layer.grad_h0 + first * hidden);
+void hand_back_hidden(const Backward<T>& layer, Times chunk, int64_t from, int64_t to) {
+  const Shape& shape = layer.shape;
+  const auto products = [&](const Step& step, int64_t first, int64_t last, T* out,
+                            int64_t out_stride) {
+    first = std::max(from, first);
+    last = std::min(to, last);
+    if (first >= last) return;
+    column_products(layer, layer.hidden_panels, shape.hidden, step.first_row + first,
+                    step.first_row + last, out + first * out_stride, out_stride);
+  };
+  if (layer.grad_h0) {
+    for (int64_t time = chunk.first; time < chunk.last; ++time) {
+      const Step& step = layer.steps[time];
+      products(step, step.continuing, step.patients, layer.grad_h0, shape.hidden);
+    }
   }
+  const Step& closing = layer.steps[layer.reverse ? chunk.last - 1 : chunk.first];
+  products(closing, 0, closing.continuing, layer.grad_hidden, shape.padded_hidden());
 }

@@ -144,9 +144,9 @@ EHRSEQ_INLINE void scan_block(const Forward<T>& layer, const Step& step, int64_t
 }
 
 template <typename T>
-void scan_patients(const Forward<T>& layer, int64_t first, int64_t last, int64_t from, int64_t to) {
-  for (int64_t i = 0; i < last - first; ++i) {
-    const Step& step = layer.steps[layer.reverse ? last - 1 - i : first + i];
+void scan_patients(const Forward<T>& layer, Times times, int64_t from, int64_t to) {
+  for (int64_t i = 0; i < times.last - times.first; ++i) {
+    const Step& step = layer.steps[layer.reverse ? times.last - 1 - i : times.first + i];
     for (int64_t block = 0; block < blocks_of<T>(layer.shape.hidden); ++block) {
       scan_block<T, false>(layer, step, block, from, to);
     }

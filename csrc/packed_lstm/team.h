@@ -17,16 +17,16 @@
 
 namespace ehrseq::packed_lstm {
 
-// body(from, to) over shares of [0, count), at most one per thread.
+// body(from, to, share) over shares of [0, count), at most one per thread.
 template <typename Body>
 void share_out(int64_t count, int64_t threads, const Body& body) {
   const int64_t shares = std::min(threads, count);
   if (shares <= 1) {
-    if (count > 0) body(int64_t{0}, count);
+    if (count > 0) body(int64_t{0}, count, int64_t{0});
     return;
   }
   parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
-    body(count * first / shares, count * last / shares);
+    body(count * first / shares, count * last / shares, first);
   });
 }
 
@@ -61,7 +61,7 @@ void run_in_step(int64_t steps, int64_t shares, const Work& work) {
     return progress[step].done.load(std::memory_order_acquire) == shares;
   };
 
-  share_out(shares, shares, [&](int64_t own_first, int64_t own_last) {
+  share_out(shares, shares, [&](int64_t own_first, int64_t own_last, int64_t) {
     for (int64_t step = 0; step < steps; ++step) {
       for (int64_t share = own_first; share < own_last; ++share) claim_and_run(step, share);
       for (int64_t waited = 0; waited < kPatience && !is_done(step); ++waited) pause();
@@ -73,26 +73,26 @@ void run_in_step(int64_t steps, int64_t shares, const Work& work) {
 
 constexpr int64_t kMostShares = 64;  // bits of Progress::claimed
 
-// Cuts patients [0, n), n visits falling, into groups of about equal work: the bounds of the
-// groups. A group is consecutive patients, so that its rows at any time are consecutive too.
-inline std::vector<int64_t> groups_of_equal_work(const std::vector<Step>& steps, int64_t last_time,
+// Cuts the patients of some times into groups of about equal work: the bounds of the groups. A
+// group is consecutive patients, so that its rows at any time are consecutive too.
+inline std::vector<int64_t> groups_of_equal_work(const std::vector<Step>& steps, Times times,
                                                  int64_t groups) {
   // A step costs something however few patients a group has left in it.
   constexpr int64_t kStepCost = 1;
-  const int64_t patients = steps[0].patients;
-  std::vector<int64_t> visits(patients, 0);
+  const int64_t patients = steps[times.first].patients;
+  std::vector<int64_t> visits(patients);
   int64_t total = 0;
-  for (int64_t time = last_time; time-- > 0;) {
-    const int64_t lower = time + 1 < last_time ? steps[time + 1].patients : 0;
-    for (int64_t p = lower; p < steps[time].patients; ++p) {
-      visits[p] = time + 1;
-      total += time + 1;
+  int64_t p = 0;
+  for (int64_t time = times.last; time-- > times.first;) {
+    for (; p < steps[time].patients; ++p) {
+      visits[p] = time + 1 - times.first;
+      total += visits[p];
     }
   }
   const auto cut = [&](int64_t limit) {
     std::vector<int64_t> bounds{0};
     int64_t work = limit;
-    for (int64_t p = 0; p < patients; ++p) {
+    for (p = 0; p < patients; ++p) {
       if (p > 0 && work + visits[p] > limit) bounds.push_back(p);
       if (p == bounds.back()) work = kStepCost * visits[p];
       work += visits[p];

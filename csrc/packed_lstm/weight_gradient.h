@@ -18,11 +18,6 @@ int64_t padded_factors(const Shape& shape) {
   return panels_of_factors<T>(shape) * kPanelVectors * kLanes<T>;
 }
 
-template <typename T>
-int64_t weight_scratch_size(const Shape& shape, int64_t gates) {
-  return (kWeightDepth + gates * kLanes<T>)*padded_factors<T>(shape) + gates * kLanes<T>;
-}
-
 // One row [input, state before] of visit `row`, spread over the panels at depth k.
 template <typename T>
 void pack_factors(const Backward<T>& layer, int64_t row, int64_t k, T* panels) {
@@ -88,36 +83,33 @@ void add_weight_slice(const Backward<T>& layer, int64_t gate, int64_t first_row,
 }
 
 template <typename T>
-void hand_out_gate(const Backward<T>& layer, int64_t gate, const T* sums, const T* bias) {
-  const Shape& shape = layer.shape;
-  const int64_t block = gate / kGates;
-  for (int64_t unit = 0; unit < units_in<T>(block, shape.hidden); ++unit) {
-    const int64_t at = gate % kGates * shape.hidden + block * kLanes<T> + unit;
-    const T* sum = sums + unit * padded_factors<T>(shape);
-    std::memcpy(layer.grad_input_hidden + at * shape.inputs, sum, shape.inputs * sizeof(T));
-    std::memcpy(layer.grad_hidden_hidden + at * shape.hidden, sum + shape.inputs,
-                shape.hidden * sizeof(T));
-    layer.grad_bias[at] = bias[unit];
+void add_to_weights(const Backward<T>& layer, int64_t row, int64_t rows, int64_t from, int64_t to,
+                    T* scratch) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t width = padded_factors<T>(layer.shape);
+  for (const int64_t last = row + rows; row < last; row += kWeightDepth) {
+    const int64_t depth = std::min(kWeightDepth, last - row);
+    for (int64_t k = 0; k < depth; ++k) pack_factors(layer, row + k, k, scratch);
+    for (int64_t gate = from; gate < to; ++gate) {
+      add_weight_slice(layer, gate, row, depth, scratch, layer.weight_sums + gate * L * width,
+                       layer.bias_sums + gate * L);
+    }
   }
 }
 
 template <typename T>
-void grad_weights(const Backward<T>& layer, int64_t from, int64_t to, T* scratch) {
+void finish_weights(const Backward<T>& layer, int64_t from, int64_t to) {
   constexpr int64_t L = kLanes<T>;
-  const int64_t width = padded_factors<T>(layer.shape);
-  T* panels = scratch;
-  T* sums = panels + kWeightDepth * width;
-  T* bias = sums + (to - from) * L * width;
-  std::memset(sums, 0, (to - from) * L * (width + 1) * sizeof(T));
-  for (int64_t row = 0; row < layer.shape.visits; row += kWeightDepth) {
-    const int64_t depth = std::min(kWeightDepth, layer.shape.visits - row);
-    for (int64_t k = 0; k < depth; ++k) pack_factors(layer, row + k, k, panels);
-    for (int64_t gate = from; gate < to; ++gate) {
-      add_weight_slice(layer, gate, row, depth, panels, sums + (gate - from) * L * width,
-                       bias + (gate - from) * L);
-    }
-  }
+  const Shape& shape = layer.shape;
   for (int64_t gate = from; gate < to; ++gate) {
-    hand_out_gate(layer, gate, sums + (gate - from) * L * width, bias + (gate - from) * L);
+    const int64_t block = gate / kGates;
+    for (int64_t unit = 0; unit < units_in<T>(block, shape.hidden); ++unit) {
+      const int64_t at = gate % kGates * shape.hidden + block * L + unit;
+      const T* sum = layer.weight_sums + (gate * L + unit) * padded_factors<T>(shape);
+      std::memcpy(layer.grad_input_hidden + at * shape.inputs, sum, shape.inputs * sizeof(T));
+      std::memcpy(layer.grad_hidden_hidden + at * shape.hidden, sum + shape.inputs,
+                  shape.hidden * sizeof(T));
+      layer.grad_bias[at] = layer.bias_sums[gate * L + unit];
+    }
   }
 }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as drop
 from torch.nn.utils.rnn import PackedSequence
 
@@ -91,28 +91,17 @@ class _Layer(torch.autograd.Function):
         return output, h_n, c_n
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, grad_h_n, grad_c_n):
-        input, batch_sizes, weight_ih, weight_hh, h0, c0, output, gates, cells = ctx.saved_tensors
         need = ctx.needs_input_grad
-        grads = torch.ops.ehrseq_fast.packed_lstm_layer_backward(
-            grad_output,
-            grad_h_n,
-            grad_c_n,
-            input,
-            batch_sizes,
-            weight_ih,
-            weight_hh,
-            h0,
-            c0,
-            output,
-            gates,
-            cells,
-            ctx.reverse,
-            need[0],
-            any(need[2:6]),
-            any(need[6:8]),
+        operands = (
+            *(grad_output, grad_h_n, grad_c_n),
+            *ctx.saved_tensors,
+            *(ctx.reverse, need[0], any(need[2:6]), any(need[6:8])),
         )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _LayerGradient.apply(*operands)
+        else:
+            grads = torch.ops.ehrseq_fast.packed_lstm_layer_backward(*operands)
         grad_input, grad_weight_ih, grad_weight_hh, grad_bias, grad_h0, grad_c0 = grads
         return (
             grad_input if need[0] else None,
@@ -124,6 +113,23 @@ class _Layer(torch.autograd.Function):
             grad_h0 if need[6] else None,
             grad_c0 if need[7] else None,
             None,
+        )
+
+
+class _LayerGradient(torch.autograd.Function):
+    """The gradients under ``create_graph=True``, tied to what they were computed from: so that
+    differentiating them is an error. (``once_differentiable`` looks at the incoming gradients
+    alone, and would hand out the others as constants.)"""
+
+    @staticmethod
+    def forward(ctx, *operands):
+        return torch.ops.ehrseq_fast.packed_lstm_layer_backward(*operands)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "packed_lstm: the compiled kernel's gradients cannot be differentiated again; compute "
+            'this part under ehrseq_fast.use_backend("reference")'
         )
 
 
@@ -377,7 +383,7 @@ def _check_batch_sizes(data: Tensor, batch_sizes: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     sizes = batch_sizes.tolist()
-    falls = all(later <= earlier for earlier, later in zip(sizes, sizes[1:], strict=False))
+    falls = all(later <= earlier for earlier, later in pairwise(sizes))
     if not sizes or not falls or sizes[-1] < 1:
         raise ValueError(f"packed_lstm: batch_sizes must be positive and must not rise: {sizes}")
     if sum(sizes) != data.shape[0]:
