@@ -162,11 +162,7 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const PackedLayout& lay
       total += weighted;
     }
   }
-  if (reduces) {
-    const bool is_mean = settings.reduction == Reduction::kMean;
-    *nll_data =
-        static_cast<nll_t>(is_mean ? total / static_cast<double>(settings.patients) : total);
-  }
+  if (reduces) *nll_data = static_cast<nll_t>(total * settings.share);
   return {nll, grad};
 }
 
@@ -185,13 +181,15 @@ std::tuple<Tensor, Tensor> packed_survival_nll(
   const Outcomes outcomes(layout.patients(), VisitMask(layout.lengths()), causes,
                           competing ? "event_types" : "event_indicators", event_times, event_types,
                           entry_times, sample_weight);
-  const Settings settings{layout.patients(),
-                          0,
-                          classes,
-                          static_cast<Link>(link),
-                          censored_included,
-                          eps,
-                          static_cast<Reduction>(reduction)};
+  Settings settings{};
+  settings.patients = layout.patients();
+  settings.classes = classes;
+  settings.link = static_cast<Link>(link);
+  settings.censored_included = censored_included;
+  settings.eps = eps;
+  settings.reduction = static_cast<Reduction>(reduction);
+  const bool is_mean = settings.reduction == Reduction::kMean;
+  settings.share = is_mean ? 1.0 / static_cast<double>(settings.patients) : 1.0;
   const Tensor rows = torch::stable::contiguous(hazards);
   std::tuple<Tensor, Tensor> result;
   dispatch_floating(rows.scalar_type(), "hazards", [&](auto tag) {
