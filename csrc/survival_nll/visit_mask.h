@@ -1,4 +1,5 @@
-// How many visits each patient has: the ones of a mask that must be ones first and zeros after them.
+// How many visits each patient has: the ones of a mask that must be ones first and zeros after
+// them.
 #pragma once
 
 #include <cstdint>

@@ -305,7 +305,9 @@ def _fake(
     """Shapes and dtypes of loss and saved gradient (float32 for float16: see ``csrc``)."""
     wide = torch.float64 if hazards.dtype == torch.float64 else torch.float32
     saved = torch.float32 if hazards.dtype == torch.float16 else hazards.dtype
-    nll = hazards.new_empty(hazards.shape[:1] if reduction == REDUCTIONS["none"] else (), dtype=wide)
+    nll = hazards.new_empty(
+        hazards.shape[:1] if reduction == REDUCTIONS["none"] else (), dtype=wide
+    )
     return nll, hazards.new_empty(hazards.shape if needs_grad else (0,), dtype=saved)
 
 
