@@ -3,7 +3,7 @@
 // does not do: GCC takes comparisons of wide vectors apart into scalars before it clones a
 // function.
 //
-//   #define EHRSEQ_ISA_FILE "room/kernels.inl"   // defines ehrseq::room::EHRSEQ_ISA::name
+//   #define EHRSEQ_ISA_FILE "room/kernels.h"   // defines ehrseq::room::EHRSEQ_ISA::name
 //   #include "common/each_isa.h"                 // all standard headers come before
 //   const auto* chosen = EHRSEQ_BEST_ISA(ehrseq::room, name);
 //

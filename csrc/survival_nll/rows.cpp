@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#define EHRSEQ_ISA_FILE "survival_nll/rows.inl"
+#define EHRSEQ_ISA_FILE "survival_nll/row_kernels.h"
 #include "common/each_isa.h"
 
 namespace ehrseq::survival {

@@ -1,4 +1,4 @@
-// Compiled once for each instruction set: see common/each_isa.h.
+// Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
 
 #include "survival_nll/likelihood.h"
 #include "survival_nll/rows.h"
