@@ -87,6 +87,7 @@ def test_sigmoid_agrees_with_the_formula_term_by_term(backend, convention):
         censored_visit=convention,
         reduction="none",
     )
+    included = convention == "included"
     for i, (time, kind, entry, mask) in enumerate(
         zip(
             patients.times.tolist(),
@@ -97,9 +98,7 @@ def test_sigmoid_agrees_with_the_formula_term_by_term(backend, convention):
         )
     ):
         expected = sum(
-            nll_of_patient(
-                hazards[i, :, k].tolist(), time, kind == k + 1, entry, convention == "included", mask
-            )
+            nll_of_patient(hazards[i, :, k].tolist(), time, kind == k + 1, entry, included, mask)
             for k in range(3)
         )
         assert abs(nll[i].item() - expected) < 1e-13 * max(1, expected)
@@ -209,9 +208,7 @@ def test_many_classes(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_saturation_stays_finite(backend, dtype):
     hazards = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=dtype)
-    value, grad = value_and_grad(
-        competing_risks_nll, hazards, torch.tensor([1]), torch.tensor([2])
-    )
+    value, grad = value_and_grad(competing_risks_nll, hazards, torch.tensor([1]), torch.tensor([2]))
     assert value.isfinite()
     assert (grad == 0).all()
     logits = torch.tensor([[[100.0, -100, 0], [-100, 100, 0], [0, 100, -100]]], dtype=dtype)
@@ -254,7 +251,7 @@ def test_a_censored_visit_left_out_may_hold_anything(backend, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_nan_at_risk_reaches_the_loss(backend, way):
-    patients, hazards = draw(3, 20, 2, torch.float32, way)
+    _, hazards = draw(3, 20, 2, torch.float32, way)
     hazards[1, 3, 1] = math.nan
     nll = competing_risks_nll(
         hazards, torch.tensor([18] * 3), torch.tensor([0, 1, 2]), reduction="none", **WAYS[way]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -284,9 +287,7 @@ def test_long_masks_are_counted_right(backend):
     seen = torch.ones(7, dtype=torch.bool)
     discrete_time_survival_nll(hazards, lengths - 1, seen, mask)
     with pytest.raises(ValueError, match=r"event time 8191 and 8191 visits .*at fault: 1\)"):
-        discrete_time_survival_nll(
-            hazards, lengths - 1 + (torch.arange(7) == 3).long(), seen, mask
-        )
+        discrete_time_survival_nll(hazards, lengths - 1 + (torch.arange(7) == 3).long(), seen, mask)
 
 
 def test_inputs_that_are_not_contiguous(backend):
@@ -456,6 +457,33 @@ def test_any_number_of_threads_gives_the_same_bits(compiled, logits):
     for value, grad in results[1:]:
         assert torch.equal(value, results[0][0])
         assert torch.equal(grad, results[0][1])
+
+
+ON_ONE_INSTRUCTION_SET = """
+import torch
+from tests.survival_cases import draw_hazards, draw_patients, value_and_grad
+from tests.tolerances import assert_close
+from ehrseq_fast.survival_nll import competing_risks_nll, reference
+
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for options in ({}, {"from_logits": True}, {"from_logits": True, "link": "softmax"}):
+        patients = draw_patients(70, 45, 3)
+        classes = 3 + ("link" in options)
+        hazards = draw_hazards((70, 45, classes), dtype, bool(options))
+        args = patients.times, patients.types, patients.mask
+        value, grad = value_and_grad(competing_risks_nll, hazards, *args, **options)
+        oracle, oracle_grad = value_and_grad(
+            reference.competing_risks_nll, hazards.double(), *args, **options
+        )
+        assert_close(value, oracle, terms=40)
+        assert_close(grad, oracle_grad, terms=40)
+"""
+
+
+@pytest.mark.parametrize("instructions", ["baseline", "avx2"])
+def test_on_lesser_processors(compiled, instructions):
+    environment = os.environ | {"EHRSEQ_FAST_ISA": instructions, "EHRSEQ_FAST_BACKEND": "cpu"}
+    subprocess.run([sys.executable, "-c", ON_ONE_INSTRUCTION_SET], env=environment, check=True)
 
 
 def test_fresh_memory_is_never_read(backend):

@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
   constexpr int64_t kGroup = Outcomes::kAtOnce;
   constexpr int64_t kWorthAThread = 32768;  // values
   const int64_t groups = (settings.patients + kGroup - 1) / kGroup;
-  const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, kGroup * row_length));
+  const int64_t grain =
+      std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, kGroup * row_length));
   std::vector<double> group_nll(groups);
   std::atomic<bool> possible{true};
 
@@ -77,8 +78,8 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
       if (grad_data) std::fill(grad_data + offset, grad_data + end * row_length, grad_t(0));
       rows_nll(settings,
                Rows<scalar_t>{hazards_data + offset, grad_data ? grad_data + offset : nullptr,
-                          group_outcomes, end - begin},
-                         patient_nll);
+                              group_outcomes, end - begin},
+               patient_nll);
       double sum = 0;
       for (int64_t i = 0; i < end - begin; ++i) {
         const double weighted = patient_nll[i] * group_outcomes[i].weight;
@@ -113,11 +114,13 @@ std::tuple<Tensor, Tensor> nll_and_grad(Settings settings, const Tensor& hazards
   return result;
 }
 
-std::tuple<Tensor, Tensor> survival_nll(
-    const Tensor& hazards, const Tensor& event_times, const Tensor& event_indicators,
-    const OptionalTensor& sequence_mask, const OptionalTensor& entry_times,
-    const OptionalTensor& sample_weight, int64_t link, bool censored_included, double eps,
-    int64_t reduction, bool needs_grad) {
+std::tuple<Tensor, Tensor> survival_nll(const Tensor& hazards, const Tensor& event_times,
+                                        const Tensor& event_indicators,
+                                        const OptionalTensor& sequence_mask,
+                                        const OptionalTensor& entry_times,
+                                        const OptionalTensor& sample_weight, int64_t link,
+                                        bool censored_included, double eps, int64_t reduction,
+                                        bool needs_grad) {
   if (hazards.dim() != 2) throw std::invalid_argument("hazards: expected shape [B, V]");
   const int64_t patients = hazards.sizes()[0];
   const int64_t slots = hazards.sizes()[1];
@@ -129,11 +132,13 @@ std::tuple<Tensor, Tensor> survival_nll(
                       needs_grad);
 }
 
-std::tuple<Tensor, Tensor> competing_risks_nll(
-    const Tensor& hazards, const Tensor& event_times, const Tensor& event_types,
-    const OptionalTensor& sequence_mask, const OptionalTensor& entry_times,
-    const OptionalTensor& sample_weight, int64_t link, bool censored_included, double eps,
-    int64_t reduction, bool needs_grad) {
+std::tuple<Tensor, Tensor> competing_risks_nll(const Tensor& hazards, const Tensor& event_times,
+                                               const Tensor& event_types,
+                                               const OptionalTensor& sequence_mask,
+                                               const OptionalTensor& entry_times,
+                                               const OptionalTensor& sample_weight, int64_t link,
+                                               bool censored_included, double eps,
+                                               int64_t reduction, bool needs_grad) {
   if (hazards.dim() != 3) throw std::invalid_argument("hazards: expected shape [B, V, K]");
   const int64_t patients = hazards.sizes()[0];
   const int64_t slots = hazards.sizes()[1];

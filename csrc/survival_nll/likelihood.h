@@ -138,7 +138,7 @@ class SumOfSoftplus {
 
  private:
   EHRSEQ_INLINE double excess_of_all() const {
-    const auto join = [](auto a, auto b)
+    const auto join = [](const auto& a, const auto& b)
                           __attribute__((always_inline)) { return a + b * (1.0 + a); };
     Doubles lanes = excess_.part[0];
     for (int i = 1; i < Wide<T>::kParts; ++i) lanes = join(lanes, excess_.part[i]);
@@ -198,9 +198,7 @@ class FromProbabilities {
     return raised > highest_ ? broadcast(highest_) : raised;
   }
 
-  EHRSEQ_INLINE Mask<T> inside(const Lanes<T>& h) const {
-    return (h >= lowest_) & (h <= highest_);
-  }
+  EHRSEQ_INLINE Mask<T> inside(const Lanes<T>& h) const { return (h >= lowest_) & (h <= highest_); }
 
   T lowest_;
   T highest_;
@@ -304,8 +302,8 @@ EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* 
   return likelihood.unfinished();
 }
 
-// Softmax over "no event" (class 0) and the causes. For a visit whose class is c, with m the largest
-// logit: -log p_c = (m - x_c) + log(1 + (Σ e^(x - m) - 1)).
+// Softmax over "no event" (class 0) and the causes. For a visit whose class is c, with m the
+// largest logit: -log p_c = (m - x_c) + log(1 + (Σ e^(x - m) - 1)).
 template <typename T>
 class Softmax {
  public:
@@ -316,8 +314,8 @@ class Softmax {
                                     std::log2(static_cast<double>(classes) + 1)))),
         scratch_(classes * kLanes<T>) {}
 
-  // As nll_of_trials, for the visits from `entry` to `time`: class 0 at each before `time`, `target`
-  // at it; a negative target leaves that visit out.
+  // As nll_of_trials, for the visits from `entry` to `time`: class 0 at each before `time`,
+  // `target` at it; a negative target leaves that visit out.
   template <typename scalar_t, typename grad_t>
   EHRSEQ_INLINE Unfinished nll_of_visits(const scalar_t* row, grad_t* grad, int64_t entry,
                                          int64_t time, int64_t target, T scale) {
@@ -357,8 +355,8 @@ class Softmax {
     Wide<T> linear = widen(largest);
     Wide<T> excess{};
     const Wide<T> chosen = widen(lanes_of(target));
-    const Wide<T> counts = widen(
-        lane_numbers<T>() < static_cast<bits_t<T>>(visits) ? broadcast(T(1)) : Lanes<T>{});
+    const Wide<T> counts =
+        widen(lane_numbers<T>() < static_cast<bits_t<T>>(visits) ? broadcast(T(1)) : Lanes<T>{});
     for (int i = 0; i < Wide<T>::kParts; ++i) linear.part[i] -= chosen.part[i];
     for (int64_t c = 0; c < classes_; ++c) {
       const Lanes<T> odds = exp_nonpositive<T>(lanes_of(c) - largest);

@@ -7,15 +7,15 @@
 #include <cstring>
 #include <vector>
 
-#define EHRSEQ_ISA_FILE "survival_nll/rows.inl"
+#define EHRSEQ_ISA_FILE "survival_nll/row_kernels.h"
 #include "common/each_isa.h"
 
 namespace ehrseq::survival {
 
-#define EHRSEQ_ROWS_NLL(scalar_t)                                                      \
-  void rows_nll(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {   \
-    static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::survival, rows_nll<scalar_t>);  \
-    kernel(settings, rows, nll);                                                       \
+#define EHRSEQ_ROWS_NLL(scalar_t)                                                     \
+  void rows_nll(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {  \
+    static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::survival, rows_nll<scalar_t>); \
+    kernel(settings, rows, nll);                                                      \
   }
 
 EHRSEQ_ROWS_NLL(float)

@@ -29,7 +29,8 @@ void count(const T* mask, int64_t row_stride, int64_t slots, int64_t begin, int6
     const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
     count_in_bytes(bytes + begin * row_stride, row_stride, slots, end - begin, visits);
   } else {
-    for (int64_t i = begin; i < end; ++i) visits[i - begin] = visits_of(mask + i * row_stride, slots);
+    for (int64_t i = begin; i < end; ++i)
+      visits[i - begin] = visits_of(mask + i * row_stride, slots);
   }
 }
 
@@ -55,8 +56,8 @@ void VisitMask::count_visits(int64_t begin, int64_t end, int64_t* visits) const 
   }
   dispatch_real(mask_->scalar_type(), "sequence_mask", [&](auto tag) {
     using stored_t = typename decltype(tag)::type;
-    count(static_cast<const stored_t*>(mask_->const_data_ptr()), mask_->stride(0), slots_, begin, end,
-          visits);
+    count(static_cast<const stored_t*>(mask_->const_data_ptr()), mask_->stride(0), slots_, begin,
+          end, visits);
   });
 }
 

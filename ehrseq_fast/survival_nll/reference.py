@@ -108,4 +108,6 @@ def _bernoulli_nll(
 def _reduced(nll: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
     if sample_weight is not None:
         nll = nll * sample_weight.to(nll.dtype)
-    return {"mean": nll.mean, "sum": nll.sum, "none": lambda: nll}[reduction]()
+    if reduction == "none":
+        return nll
+    return nll.mean() if reduction == "mean" else nll.sum()

@@ -1,4 +1,4 @@
-// Compiled once for each instruction set: see common/each_isa.h.
+// Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
 
 #include "survival_nll/likelihood.h"
 #include "survival_nll/rows.h"
@@ -17,16 +17,33 @@ accumulator_t<scalar_t> grad_scale(const Outcome& outcome, const Settings& setti
   return static_cast<accumulator_t<scalar_t>>(outcome.weight * settings.share);
 }
 
+// The next rows' visits at risk, on their way from memory while this row is computed: rows are read
+// in part only, and so the processor's own prefetcher loses track at each.
+constexpr int64_t kRowsAhead = 8;
+
+template <typename scalar_t>
+EHRSEQ_INLINE void prefetch(const Settings& settings, const Rows<scalar_t>& rows, int64_t patient) {
+  if (patient >= rows.patients) return;
+  const Outcome& outcome = rows.outcomes[patient];
+  const scalar_t* row = rows.hazards + patient * settings.slots * settings.classes;
+  const scalar_t* end = row + (outcome.time + 1) * settings.classes;
+  for (row += outcome.entry * settings.classes; row < end; row += 64 / sizeof(scalar_t)) {
+    __builtin_prefetch(row);
+  }
+}
+
 template <template <typename> class Likelihood, typename scalar_t>
 void bernoulli_rows(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {
   using T = accumulator_t<scalar_t>;
   const int64_t row_length = settings.slots * settings.classes;
   Group<Outcomes::kAtOnce> group;
+  for (int64_t i = 0; i < kRowsAhead; ++i) prefetch(settings, rows, i);
   for (int64_t i = 0; i < rows.patients; ++i) {
+    prefetch(settings, rows, i + kRowsAhead);
     group.set(i, nll_of_trials<Likelihood<T>>(settings.eps, rows.hazards + i * row_length,
-                           rows.grad ? rows.grad + i * row_length : nullptr, row_length,
-                           trials_of(rows.outcomes[i], settings),
-                           grad_scale<scalar_t>(rows.outcomes[i], settings)));
+                                              rows.grad ? rows.grad + i * row_length : nullptr,
+                                              row_length, trials_of(rows.outcomes[i], settings),
+                                              grad_scale<scalar_t>(rows.outcomes[i], settings)));
   }
   group.template finish<Likelihood<T>>(rows.patients, nll);
 }
@@ -40,10 +57,10 @@ void softmax_rows(const Settings& settings, const Rows<scalar_t>& rows, double* 
   for (int64_t i = 0; i < rows.patients; ++i) {
     const Outcome& outcome = rows.outcomes[i];
     const bool time_counts = outcome.type > 0 || settings.censored_included;
-    group.set(i, softmax.nll_of_visits(
-                     rows.hazards + i * row_length, rows.grad ? rows.grad + i * row_length : nullptr,
-                     outcome.entry, outcome.time, time_counts ? outcome.type : -1,
-                     grad_scale<scalar_t>(outcome, settings)));
+    group.set(i, softmax.nll_of_visits(rows.hazards + i * row_length,
+                                       rows.grad ? rows.grad + i * row_length : nullptr,
+                                       outcome.entry, outcome.time, time_counts ? outcome.type : -1,
+                                       grad_scale<scalar_t>(outcome, settings)));
   }
   group.template finish<FromLogits<T>>(rows.patients, nll);
 }
@@ -75,8 +92,8 @@ EHRSEQ_INLINE Words load_words(const uint8_t* from) {
 }
 
 EHRSEQ_INLINE uint64_t any_bit(const Words& words) {
-  return join_lanes<uint64_t>(words,
-                              [](auto a, auto b) __attribute__((always_inline)) { return a | b; });
+  return join_lanes<uint64_t>(
+      words, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a | b; });
 }
 
 EHRSEQ_INLINE int64_t sum_of_bytes(uint64_t word) {
@@ -92,8 +109,8 @@ EHRSEQ_INLINE int64_t sum_of_bytes(const Words& words) {
   return static_cast<int64_t>((pairs * 0x0001000100010001) >> 48);
 }
 
-// Sixty-four bytes a step, then eight (little-endian). A byte is wrong if it is neither 0 nor 1, or if
-// it is 0 and the next one is 1. At least eight slots.
+// Sixty-four bytes a step, then eight (little-endian). A byte is wrong if it is neither 0 nor 1, or
+// if it is 0 and the next one is 1. At least eight slots.
 EHRSEQ_INLINE int64_t visits_of_bytes(const uint8_t* row, int64_t slots) {
   constexpr uint64_t kOnes = 0x0101010101010101;
   constexpr int64_t kBlock = sizeof(Words);
