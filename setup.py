@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+from build_backend import find_compiler  # noqa: E402
+
 WANTED = os.environ.get("EHRSEQ_FAST_CPP", "")
 STABLE_ABI_2_10 = "0x020a000000000000"
 
@@ -26,10 +30,6 @@ STABLE_ABI_2_10 = "0x020a000000000000"
 def sources(*folders: str) -> list[str]:
     found = [path for folder in folders for path in sorted((ROOT / "csrc" / folder).glob("*.cpp"))]
     return [str(path.relative_to(ROOT)) for path in found]
-
-
-def find_compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
 
 
 def is_gcc() -> bool:
