@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -57,7 +56,6 @@ def measure(repeats: int = 30) -> dict[str, list[float]]:
     Raises:
         AssertionError: if a variant's loss or gradient is not the reference's.
     """
-    keep_freed_memory()
     batch = draw_batch()
     losses = variants()
     assert_equal(losses, batch)
@@ -95,21 +93,6 @@ def assert_equal(losses: dict[str, Loss], batch: tuple[Tensor, Tensor, Tensor, T
             torch.testing.assert_close(
                 actual.double(), expected, rtol=1e-5, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
             )
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed, for every variant alike.
-
-    Else it hands large buffers back and takes them anew, now and then, and the page faults (a
-    millisecond for the gradient's 3.3 MB on a virtual machine) are what is measured.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return  # another C library: its own rules
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(trim_threshold, 1 << 30)
-    mallopt(mmap_threshold, 1 << 25)  # the most that it takes
 
 
 def main() -> None:

@@ -363,7 +363,7 @@ def test_gradcheck_and_double_backward(backend, logits):
             )
 
         assert torch.autograd.gradcheck(loss, (hazards,))
-        assert torch.autograd.gradgradcheck(loss, (hazards,))
+    assert torch.autograd.gradgradcheck(loss, (hazards,))
 
 
 def test_a_gradient_penalty_has_its_gradient(backend):
@@ -386,7 +386,7 @@ def test_a_gradient_penalty_has_its_gradient(backend):
 @pytest.mark.parametrize("link", [0, 1])
 def test_opcheck(compiled, needs_grad, reduction, link):
     patients = draw_patients(6, 11)
-    for dtype in DTYPES:
+    for dtype in (torch.float32, DTYPES[1 + reduction]):
         hazards = draw_hazards((6, 11), dtype, logits=link == 1)
         torch.library.opcheck(
             torch.ops.ehrseq_fast.survival_nll.default,
