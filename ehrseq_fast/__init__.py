@@ -1,15 +1,37 @@
-"""EHR sequence models that cost what their real codes cost."""
+"""EHR sequence models that cost what their real codes cost.
+
+Operations: :func:`visit_mean_pool`, :func:`masked_pool` and :func:`packed_visit_pool` (codes →
+visit vectors), :func:`packed_lstm` (visit vectors → hidden states), and the survival losses
+(:func:`discrete_time_survival_nll`, :func:`competing_risks_nll` and their ``packed_`` forms).
+Models stand in :mod:`ehrseq_fast.models`, data in :mod:`ehrseq_fast.data`.
+"""
 
 from .backend import use_backend
 from .batch import PackedVisits
 from .packed_lstm import PackedLSTM, packed_lstm
+from .rows import PackedRows
+from .survival_nll import (
+    CompetingRisksSurvivalLoss,
+    DiscreteTimeSurvivalLoss,
+    competing_risks_nll,
+    discrete_time_survival_nll,
+    packed_competing_risks_nll,
+    packed_survival_nll,
+)
 from .visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
 
 __all__ = [
+    "CompetingRisksSurvivalLoss",
+    "DiscreteTimeSurvivalLoss",
     "PackedLSTM",
+    "PackedRows",
     "PackedVisits",
+    "competing_risks_nll",
+    "discrete_time_survival_nll",
     "masked_pool",
+    "packed_competing_risks_nll",
     "packed_lstm",
+    "packed_survival_nll",
     "packed_visit_pool",
     "use_backend",
     "visit_mean_pool",

@@ -47,6 +47,12 @@ SCHEMAS = (
     " Tensor? sequence_mask, Tensor? entry_times, Tensor? sample_weight, int link,"
     " bool censored_included, float eps, int reduction, bool needs_grad)"
     " -> (Tensor nll, Tensor grad)",
+    # The same for hazards as rows of a packed batch; [n_visits] or, with competing risks,
+    # [n_visits, K]. The visits of patient p are the rows row_starts[t] + unsorted_indices[p].
+    "packed_survival_nll(Tensor hazards, Tensor row_starts, Tensor unsorted_indices,"
+    " Tensor last_rows, Tensor event_times, Tensor event_types, Tensor? entry_times,"
+    " Tensor? sample_weight, int link, bool censored_included, float eps, int reduction,"
+    " bool needs_grad) -> (Tensor nll, Tensor grad)",
     "competing_risks_nll(Tensor hazards, Tensor event_times, Tensor event_types,"
     " Tensor? sequence_mask, Tensor? entry_times, Tensor? sample_weight, int link,"
     " bool censored_included, float eps, int reduction, bool needs_grad)"

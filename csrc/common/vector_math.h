@@ -1,7 +1,8 @@
-// Sixty-four bytes of numbers at a time. The compiler's vector types keep them in registers and lower
-// to whatever the instruction set of the surrounding EHRSEQ_SIMD function has, so a kernel is written
-// once and the lanes (and with them the order of every sum) are the same on all of them.
-#pragma once
+// Sixty-four bytes of numbers at a time, in the compiler's vector types: a kernel is written once,
+// and the lanes (and with them the order of every sum) are the same on every instruction set.
+//
+// No include guard: files that common/each_isa.h compiles for several instruction sets include
+// this, once for each.
 
 #include <cfloat>
 #include <cmath>
@@ -11,10 +12,7 @@
 #include "common/dtypes.h"
 #include "common/simd.h"
 
-// Vectors are passed between inlined helpers only, so no call depends on the ABI that this is about.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-namespace ehrseq {
+namespace ehrseq::EHRSEQ_ISA {
 
 template <typename T, int64_t kCount>
 struct Vector {
@@ -38,7 +36,7 @@ using Doubles = Lanes<double>;
 
 template <typename T>
 EHRSEQ_INLINE Lanes<T> broadcast(T value) {
-  return Lanes<T>{} + value;
+  return value - Lanes<T>{};  // unlike value + 0, nothing that a compiler has to compute
 }
 
 template <typename T>
@@ -118,8 +116,8 @@ EHRSEQ_INLINE void store(BFloat16* to, const Lanes<float>& lanes) {
   const Lanes<uint32_t> bits = (Lanes<uint32_t>)lanes;
   const Lanes<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Lanes<uint32_t> is_nan = (Lanes<uint32_t>)(lanes != lanes);
-  const auto halves = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded),
-                                              Vector<uint16_t, 16>::type);
+  const auto halves =
+      __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Vector<uint16_t, 16>::type);
   std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -138,12 +136,14 @@ EHRSEQ_INLINE T join_lanes(const Lanes<T>& lanes, Join&& join) {
 
 template <typename T>
 EHRSEQ_INLINE T sum_of_lanes(const Lanes<T>& lanes) {
-  return join_lanes<T>(lanes, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+  return join_lanes<T>(
+      lanes, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <typename T>
 EHRSEQ_INLINE T product_of_lanes(const Lanes<T>& lanes) {
-  return join_lanes<T>(lanes, [](auto a, auto b) __attribute__((always_inline)) { return a * b; });
+  return join_lanes<T>(
+      lanes, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a * b; });
 }
 
 // exp(r) for |r| <= ln(2)/2 as 1 + r c1 + r^2 c2 + ..., interpolated at Chebyshev nodes: relative
@@ -153,12 +153,12 @@ struct ExpTables;
 
 template <>
 struct ExpTables<float> {
-  static constexpr float kCoefficients[] = {1.0000000108f,    0.50000000135f,   0.16666504937f,
-                                            0.041666464602f,  0.00836918438f,   0.00139336858626f};
+  static constexpr float kCoefficients[] = {1.0000000108f,   0.50000000135f, 0.16666504937f,
+                                            0.041666464602f, 0.00836918438f, 0.00139336858626f};
   static constexpr float kLog2High = 0.693145751953125f;  // 15 bits: n times this is exact
   static constexpr float kLog2Low = 1.42860682031e-6f;
-  static constexpr float kLowest = -87.33f;       // below, e^x is no normal number
-  static constexpr float kRounder = 0x1.8p23f;    // adding it rounds to an integer
+  static constexpr float kLowest = -87.33f;     // below, e^x is no normal number
+  static constexpr float kRounder = 0x1.8p23f;  // adding it rounds to an integer
   static constexpr int32_t kExponentBias = 127;
   static constexpr int kExponentShift = 23;
 };
@@ -184,8 +184,8 @@ struct ExpTables<double> {
   static constexpr int kExponentShift = 52;
 };
 
-// e^x for x <= 0, within about one unit in the last place; 0 where e^x is not a normal number. A NaN
-// stays one.
+// e^x for x <= 0, within about one unit in the last place; 0 where e^x is not a normal number. A
+// NaN stays one.
 template <typename T>
 EHRSEQ_INLINE Lanes<T> exp_nonpositive(const Lanes<T>& exponent_of_e) {
   using Tables = ExpTables<T>;
@@ -208,9 +208,10 @@ EHRSEQ_INLINE Lanes<T> exp_nonpositive(const Lanes<T>& exponent_of_e) {
 // NaN or an infinity stays one. With u = 2^e m, m in [1/√2, √2), and s = (m - 1) / (m + 1):
 // log(m) = 2s + 2s^3/3 + ..., interpolated in s^2 at Chebyshev nodes, relative error 4e-18.
 EHRSEQ_INLINE Doubles log_nonnegative(const Doubles& u) {
-  constexpr double kCoefficients[] = {
-      0.66666666666666696969, 0.39999999999899197894, 0.28571428626114518292, 0.22222211112104947364,
-      0.18182890778026130313, 0.15331666676597174341, 0.14617128399807299883};
+  constexpr double kCoefficients[] = {0.66666666666666696969, 0.39999999999899197894,
+                                      0.28571428626114518292, 0.22222211112104947364,
+                                      0.18182890778026130313, 0.15331666676597174341,
+                                      0.14617128399807299883};
   constexpr int64_t kFraction = (int64_t{1} << 52) - 1;
   constexpr int64_t kOne = int64_t{1023} << 52;
   const Mask<double> bits = (Mask<double>)u;
@@ -232,4 +233,4 @@ EHRSEQ_INLINE Doubles log1p_nonnegative(const Doubles& q) {
   return log_nonnegative(u) + (q - (u - 1.0)) / u;
 }
 
-}  // namespace ehrseq
+}  // namespace ehrseq::EHRSEQ_ISA

@@ -43,8 +43,8 @@ class Column {
   Column(const Tensor& tensor, const char* name, int64_t patients)
       : tensor_(tensor), name_(name), dtype_(tensor.scalar_type()) {
     if (tensor.dim() != 1 || tensor.sizes()[0] != patients) {
-      throw std::invalid_argument(std::string(name) + ": expected shape [B] with B = " +
-                                  std::to_string(patients));
+      throw std::invalid_argument(std::string(name) +
+                                  ": expected shape [B] with B = " + std::to_string(patients));
     }
   }
 

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <limits>
@@ -13,20 +14,12 @@
 
 #include "common/dtypes.h"
 #include "common/parallel.h"
-#include "common/simd.h"
 #include "common/tensors.h"
-#include "survival_nll/likelihood.h"
 #include "survival_nll/outcomes.h"
+#include "survival_nll/rows.h"
 
 namespace ehrseq::survival {
 namespace {
-
-enum class Link : int64_t { kProbabilities = 0, kSigmoid = 1, kSoftmax = 2 };
-enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
-// A float16 gradient that is still to be multiplied by a loss scale would lose its small values.
-template <typename scalar_t>
-using saved_grad_t = std::conditional_t<std::is_same_v<scalar_t, Half>, float, scalar_t>;
 
 template <typename T>
 struct DtypeOf;
@@ -42,82 +35,6 @@ template <>
 struct DtypeOf<BFloat16> {
   static constexpr ScalarType value = ScalarType::BFloat16;
 };
-
-struct Settings {
-  int64_t patients;
-  int64_t slots;
-  int64_t classes;  // a visit's values: causes, and one more for softmax
-  Link link;
-  bool censored_included;
-  double eps;
-  Reduction reduction;
-};
-
-// Some patients in a row, next to one another in memory.
-template <typename scalar_t>
-struct Rows {
-  const scalar_t* hazards;
-  saved_grad_t<scalar_t>* grad;  // null where none is needed
-  const Outcome* outcomes;
-  int64_t patients;
-};
-
-Trials trials_of(const Outcome& outcome, const Settings& settings) {
-  const int64_t time = outcome.time * settings.classes;
-  return {outcome.entry * settings.classes, time,
-          time + (settings.censored_included ? settings.classes : 0),
-          outcome.type > 0 ? time + outcome.type - 1 : -1};
-}
-
-template <typename scalar_t>
-accumulator_t<scalar_t> grad_scale(const Outcome& outcome, const Settings& settings) {
-  const bool is_mean = settings.reduction == Reduction::kMean;
-  return static_cast<accumulator_t<scalar_t>>(
-      outcome.weight / (is_mean ? static_cast<double>(settings.patients) : 1.0));
-}
-
-template <template <typename> class Likelihood, typename scalar_t>
-EHRSEQ_SIMD void bernoulli_rows(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {
-  using T = accumulator_t<scalar_t>;
-  const int64_t row_length = settings.slots * settings.classes;
-  Group<Outcomes::kAtOnce> group;
-  for (int64_t i = 0; i < rows.patients; ++i) {
-    group.set(i, nll_of_trials<Likelihood<T>>(settings.eps, rows.hazards + i * row_length,
-                           rows.grad ? rows.grad + i * row_length : nullptr, row_length,
-                           trials_of(rows.outcomes[i], settings),
-                           grad_scale<scalar_t>(rows.outcomes[i], settings)));
-  }
-  group.template finish<Likelihood<T>>(rows.patients, nll);
-}
-
-template <typename scalar_t>
-EHRSEQ_SIMD void softmax_rows(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {
-  using T = accumulator_t<scalar_t>;
-  const int64_t row_length = settings.slots * settings.classes;
-  Softmax<T> softmax(settings.classes);
-  Group<Outcomes::kAtOnce> group;
-  for (int64_t i = 0; i < rows.patients; ++i) {
-    const Outcome& outcome = rows.outcomes[i];
-    const bool time_counts = outcome.type > 0 || settings.censored_included;
-    group.set(i, softmax.nll_of_visits(
-                     rows.hazards + i * row_length, rows.grad ? rows.grad + i * row_length : nullptr,
-                     row_length, outcome.entry, outcome.time, time_counts ? outcome.type : -1,
-                     grad_scale<scalar_t>(outcome, settings)));
-  }
-  group.template finish<FromLogits<T>>(rows.patients, nll);
-}
-
-template <typename scalar_t>
-void rows_nll(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {
-  switch (settings.link) {
-    case Link::kProbabilities:
-      return bernoulli_rows<FromProbabilities>(settings, rows, nll);
-    case Link::kSigmoid:
-      return bernoulli_rows<FromLogits>(settings, rows, nll);
-    case Link::kSoftmax:
-      return softmax_rows(settings, rows, nll);
-  }
-}
 
 template <typename scalar_t>
 std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
@@ -140,7 +57,8 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
   constexpr int64_t kGroup = Outcomes::kAtOnce;
   constexpr int64_t kWorthAThread = 32768;  // values
   const int64_t groups = (settings.patients + kGroup - 1) / kGroup;
-  const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, kGroup * row_length));
+  const int64_t grain =
+      std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, kGroup * row_length));
   std::vector<double> group_nll(groups);
   std::atomic<bool> possible{true};
 
@@ -155,10 +73,13 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
         return;
       }
       const int64_t offset = begin * row_length;
-      rows_nll<scalar_t>(settings,
-                         {hazards_data + offset, grad_data ? grad_data + offset : nullptr,
-                          group_outcomes, end - begin},
-                         patient_nll);
+      // All zeros first, while the rows fit the cache: one fill of fixed size costs less than the
+      // exact remainder of each row, whose length no branch predictor knows.
+      if (grad_data) std::fill(grad_data + offset, grad_data + end * row_length, grad_t(0));
+      rows_nll(settings,
+               Rows<scalar_t>{hazards_data + offset, grad_data ? grad_data + offset : nullptr,
+                              group_outcomes, end - begin},
+               patient_nll);
       double sum = 0;
       for (int64_t i = 0; i < end - begin; ++i) {
         const double weighted = patient_nll[i] * group_outcomes[i].weight;
@@ -173,14 +94,15 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
   if (reduces) {
     double total = 0;
     for (const double sum : group_nll) total += sum;
-    const bool is_mean = settings.reduction == Reduction::kMean;
-    *nll_data = static_cast<nll_t>(is_mean ? total / static_cast<double>(settings.patients) : total);
+    *nll_data = static_cast<nll_t>(total * settings.share);
   }
   return {nll, grad};
 }
 
 std::tuple<Tensor, Tensor> nll_and_grad(Settings settings, const Tensor& hazards,
                                         const Outcomes& outcomes, bool needs_grad) {
+  const bool is_mean = settings.reduction == Reduction::kMean;
+  settings.share = is_mean ? 1.0 / static_cast<double>(settings.patients) : 1.0;
   if (settings.slots * settings.classes > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("hazards: a patient's row has more than 2^31 - 1 values");
   }
@@ -192,27 +114,31 @@ std::tuple<Tensor, Tensor> nll_and_grad(Settings settings, const Tensor& hazards
   return result;
 }
 
-std::tuple<Tensor, Tensor> survival_nll(
-    const Tensor& hazards, const Tensor& event_times, const Tensor& event_indicators,
-    const OptionalTensor& sequence_mask, const OptionalTensor& entry_times,
-    const OptionalTensor& sample_weight, int64_t link, bool censored_included, double eps,
-    int64_t reduction, bool needs_grad) {
+std::tuple<Tensor, Tensor> survival_nll(const Tensor& hazards, const Tensor& event_times,
+                                        const Tensor& event_indicators,
+                                        const OptionalTensor& sequence_mask,
+                                        const OptionalTensor& entry_times,
+                                        const OptionalTensor& sample_weight, int64_t link,
+                                        bool censored_included, double eps, int64_t reduction,
+                                        bool needs_grad) {
   if (hazards.dim() != 2) throw std::invalid_argument("hazards: expected shape [B, V]");
   const int64_t patients = hazards.sizes()[0];
   const int64_t slots = hazards.sizes()[1];
   return nll_and_grad({patients, slots, 1, static_cast<Link>(link), censored_included, eps,
-                       static_cast<Reduction>(reduction)},
+                       static_cast<Reduction>(reduction), 1.0},
                       hazards,
                       {patients, slots, 1, "event_indicators", event_times, event_indicators,
                        sequence_mask, entry_times, sample_weight},
                       needs_grad);
 }
 
-std::tuple<Tensor, Tensor> competing_risks_nll(
-    const Tensor& hazards, const Tensor& event_times, const Tensor& event_types,
-    const OptionalTensor& sequence_mask, const OptionalTensor& entry_times,
-    const OptionalTensor& sample_weight, int64_t link, bool censored_included, double eps,
-    int64_t reduction, bool needs_grad) {
+std::tuple<Tensor, Tensor> competing_risks_nll(const Tensor& hazards, const Tensor& event_times,
+                                               const Tensor& event_types,
+                                               const OptionalTensor& sequence_mask,
+                                               const OptionalTensor& entry_times,
+                                               const OptionalTensor& sample_weight, int64_t link,
+                                               bool censored_included, double eps,
+                                               int64_t reduction, bool needs_grad) {
   if (hazards.dim() != 3) throw std::invalid_argument("hazards: expected shape [B, V, K]");
   const int64_t patients = hazards.sizes()[0];
   const int64_t slots = hazards.sizes()[1];
@@ -220,7 +146,7 @@ std::tuple<Tensor, Tensor> competing_risks_nll(
   const int64_t causes = static_cast<Link>(link) == Link::kSoftmax ? classes - 1 : classes;
   if (causes < 1) throw std::invalid_argument("hazards: expected at least one cause");
   return nll_and_grad({patients, slots, classes, static_cast<Link>(link), censored_included, eps,
-                       static_cast<Reduction>(reduction)},
+                       static_cast<Reduction>(reduction), 1.0},
                       hazards,
                       {patients, slots, causes, "event_types", event_times, event_types,
                        sequence_mask, entry_times, sample_weight},

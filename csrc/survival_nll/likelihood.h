@@ -5,7 +5,8 @@
 // probabilities, and for logits of Π (1 + e^-|x|), since
 //   -log(1 - sigmoid(x)) = softplus(x) = max(x, 0) + log(1 + e^-|x|).
 // Exact to double precision, whatever the hazards' dtype.
-#pragma once
+//
+// No include guard: see common/vector_math.h.
 
 #include <algorithm>
 #include <cfloat>
@@ -17,7 +18,9 @@
 #include "common/simd.h"
 #include "common/vector_math.h"
 
-namespace ehrseq::survival {
+namespace ehrseq::survival::EHRSEQ_ISA {
+
+using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
 
 // The Bernoulli trials that a patient adds to the likelihood, as positions in the patient's row,
 // [V, K] flattened: survived from `begin` to `survived_end`, but for the one at `event` (if any).
@@ -55,20 +58,22 @@ class Product {
 
   // Splits the product so far into mantissa and exponent, before it can underflow.
   EHRSEQ_INLINE void flush() {
-    for (Doubles& running : running_.part) {
-      constexpr int64_t kNotNormal = int64_t{1} << 32;
+    constexpr int64_t kNotNormal = int64_t{1} << 32;
+    Doubles mantissas = broadcast(1.0);
+    Mask<double> exponents{};
+    for (const Doubles& running : running_.part) {
       const Mask<double> bits = (Mask<double>)running;
-      const Mask<double> exponents =
-          running >= DBL_MIN ? (bits >> 52) - 1023 : broadcast<int64_t>(kNotNormal);
-      const int64_t exponent = sum_of_lanes<int64_t>(exponents);
-      if (exponent < kNotNormal / 2) {
-        mantissa_ *= product_of_lanes<double>((Doubles)((bits & kFraction) | kOneBits));
-        exponent_ += exponent;
-      } else {  // a zero or a NaN: the logarithm shall see it
-        mantissa_ *= product_of_lanes<double>(running);
-      }
-      running = broadcast(1.0);
+      mantissas *= (Doubles)((bits & kFraction) | kOneBits);
+      exponents += running >= DBL_MIN ? (bits >> 52) - 1023 : broadcast<int64_t>(kNotNormal);
     }
+    const int64_t exponent = sum_of_lanes<int64_t>(exponents);
+    if (exponent < kNotNormal / 2) {
+      mantissa_ *= product_of_lanes<double>(mantissas);
+      exponent_ += exponent;
+    } else {  // a zero or a NaN: the logarithm shall see it
+      for (const Doubles& running : running_.part) mantissa_ *= product_of_lanes<double>(running);
+    }
+    for (Doubles& running : running_.part) running = broadcast(1.0);
   }
 
   // Between two flushes, so that the mantissa cannot grow without end.
@@ -133,7 +138,7 @@ class SumOfSoftplus {
 
  private:
   EHRSEQ_INLINE double excess_of_all() const {
-    const auto join = [](auto a, auto b)
+    const auto join = [](const auto& a, const auto& b)
                           __attribute__((always_inline)) { return a + b * (1.0 + a); };
     Doubles lanes = excess_.part[0];
     for (int i = 1; i < Wide<T>::kParts; ++i) lanes = join(lanes, excess_.part[i]);
@@ -193,9 +198,7 @@ class FromProbabilities {
     return raised > highest_ ? broadcast(highest_) : raised;
   }
 
-  EHRSEQ_INLINE Mask<T> inside(const Lanes<T>& h) const {
-    return (h >= lowest_) & (h <= highest_);
-  }
+  EHRSEQ_INLINE Mask<T> inside(const Lanes<T>& h) const { return (h >= lowest_) & (h <= highest_); }
 
   T lowest_;
   T highest_;
@@ -258,9 +261,8 @@ EHRSEQ_INLINE void store_within(stored_t* row, int64_t at, int64_t row_length,
   std::copy(values, values + (row_length - at), row + at);
 }
 
-// Returns the loss of one patient, unfinished, and where `grad` is given writes all of its row:
-// `scale` times the derivative for each trial, zero elsewhere. Values that are no trial change
-// nothing.
+// Returns the loss of one patient, unfinished, and where `grad` is given (a row of zeros) writes
+// `scale` times the derivative for each trial. Values that are no trial change nothing.
 template <typename Likelihood, typename T, typename scalar_t, typename grad_t>
 EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* grad,
                                        int64_t row_length, const Trials& trials, T scale) {
@@ -297,15 +299,11 @@ EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* 
     if (wants_grad) store_within<T>(grad, at, row_length, slopes);
   }
 
-  if (wants_grad) {
-    std::fill(grad, grad + trials.begin, grad_t(0));
-    if (at < row_length) std::fill(grad + at, grad + row_length, grad_t(0));
-  }
   return likelihood.unfinished();
 }
 
-// Softmax over "no event" (class 0) and the causes. For a visit whose class is c, with m the largest
-// logit: -log p_c = (m - x_c) + log(1 + (Σ e^(x - m) - 1)).
+// Softmax over "no event" (class 0) and the causes. For a visit whose class is c, with m the
+// largest logit: -log p_c = (m - x_c) + log(1 + (Σ e^(x - m) - 1)).
 template <typename T>
 class Softmax {
  public:
@@ -316,11 +314,11 @@ class Softmax {
                                     std::log2(static_cast<double>(classes) + 1)))),
         scratch_(classes * kLanes<T>) {}
 
-  // As nll_of_trials, for the visits from `entry` to `time`: class 0 at each before `time`, `target`
-  // at it; a negative target leaves that visit out.
+  // As nll_of_trials, for the visits from `entry` to `time`: class 0 at each before `time`,
+  // `target` at it; a negative target leaves that visit out.
   template <typename scalar_t, typename grad_t>
-  EHRSEQ_INLINE Unfinished nll_of_visits(const scalar_t* row, grad_t* grad, int64_t row_length,
-                                         int64_t entry, int64_t time, int64_t target, T scale) {
+  EHRSEQ_INLINE Unfinished nll_of_visits(const scalar_t* row, grad_t* grad, int64_t entry,
+                                         int64_t time, int64_t target, T scale) {
     SumOfSoftplus<T> sum;
     int64_t room = blocks_per_flush_;
     for (int64_t visit = entry; visit < time; visit += kLanes<T>, --room) {
@@ -333,10 +331,6 @@ class Softmax {
     if (target >= 0) {
       if (room == 0) sum.flush();
       add(sum, row, grad, time, 1, target, scale);
-    }
-    if (grad != nullptr) {
-      std::fill(grad, grad + entry * classes_, grad_t(0));
-      std::fill(grad + (time + (target >= 0)) * classes_, grad + row_length, grad_t(0));
     }
     return sum.unfinished();
   }
@@ -361,8 +355,8 @@ class Softmax {
     Wide<T> linear = widen(largest);
     Wide<T> excess{};
     const Wide<T> chosen = widen(lanes_of(target));
-    const Wide<T> counts = widen(
-        lane_numbers<T>() < static_cast<bits_t<T>>(visits) ? broadcast(T(1)) : Lanes<T>{});
+    const Wide<T> counts =
+        widen(lane_numbers<T>() < static_cast<bits_t<T>>(visits) ? broadcast(T(1)) : Lanes<T>{});
     for (int i = 0; i < Wide<T>::kParts; ++i) linear.part[i] -= chosen.part[i];
     for (int64_t c = 0; c < classes_; ++c) {
       const Lanes<T> odds = exp_nonpositive<T>(lanes_of(c) - largest);
@@ -417,4 +411,4 @@ class Group {
   double rests_[kPatients] = {};
 };
 
-}  // namespace ehrseq::survival
+}  // namespace ehrseq::survival::EHRSEQ_ISA

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace ehrseq::survival {
 namespace {
@@ -46,7 +47,8 @@ struct Offenders {
 
   void refuse(const std::string& rule, const std::string& what_the_first_has) const {
     throw std::invalid_argument(rule + ": patient " + as_text(first) + " has " +
-                                what_the_first_has + " (patients at fault: " + as_text(count) + ")");
+                                what_the_first_has + " (patients at fault: " + as_text(count) +
+                                ")");
   }
 };
 
@@ -56,10 +58,16 @@ Outcomes::Outcomes(int64_t patients, int64_t slots, int64_t causes, const char* 
                    const Tensor& event_times, const Tensor& event_types,
                    const OptionalTensor& sequence_mask, const OptionalTensor& entry_times,
                    const OptionalTensor& sample_weight)
+    : Outcomes(patients, VisitMask(sequence_mask, patients, slots), causes, types_name, event_times,
+               event_types, entry_times, sample_weight) {}
+
+Outcomes::Outcomes(int64_t patients, VisitMask mask, int64_t causes, const char* types_name,
+                   const Tensor& event_times, const Tensor& event_types,
+                   const OptionalTensor& entry_times, const OptionalTensor& sample_weight)
     : patients_(patients),
       causes_(causes),
       types_name_(types_name),
-      mask_(sequence_mask, patients, slots),
+      mask_(std::move(mask)),
       times_(event_times, "event_times", patients),
       types_(event_types, types_name, patients),
       entries_(optional_column(entry_times, "entry_times", patients)),
@@ -89,8 +97,8 @@ bool Outcomes::read(int64_t begin, int64_t end, Outcome* outcomes) const {
     const bool type_exists = types[i] >= 0 && types[i] <= static_cast<double>(causes_);
     const int64_t type = type_exists ? static_cast<int64_t>(types[i]) : 0;
     // A malformed mask has a negative number of visits, so no time lies within it.
-    possible &= times[i] >= 0 && times[i] < visits[i] && entries[i] >= 0 && entries[i] <= times[i] &&
-                type_exists && static_cast<double>(type) == types[i];
+    possible &= times[i] >= 0 && times[i] < visits[i] && entries[i] >= 0 &&
+                entries[i] <= times[i] && type_exists && static_cast<double>(type) == types[i];
     outcomes[i] = {entries[i], times[i], type, weights[i]};
   }
   return possible;
@@ -116,9 +124,10 @@ void Outcomes::refuse() const {
 
   if (malformed.count > 0) {
     const VisitMask::Fault fault = mask_.first_fault(malformed.first);
-    malformed.refuse("sequence_mask must be 1 on a patient's visits and 0 on the padding after them",
-                     as_text(fault.value) + " at visit " + as_text(fault.visit) +
-                         (fault.value == 1 ? ", after a 0" : ""));
+    malformed.refuse(
+        "sequence_mask must be 1 on a patient's visits and 0 on the padding after them",
+        as_text(fault.value) + " at visit " + as_text(fault.visit) +
+            (fault.value == 1 ? ", after a 0" : ""));
   }
   if (empty.count > 0) {
     throw std::invalid_argument("Found " + as_text(empty.count) +
@@ -134,15 +143,15 @@ void Outcomes::refuse() const {
                        as_text(visits) + " visits");
   }
   if (entered_late.count > 0) {
-    entered_late.refuse(
-        "entry_times must lie between 0 and the event time",
-        "entry time " + as_text(entries_->at<int64_t>(entered_late.first)) + " and event time " +
-            as_text(times_.at<int64_t>(entered_late.first)));
+    entered_late.refuse("entry_times must lie between 0 and the event time",
+                        "entry time " + as_text(entries_->at<int64_t>(entered_late.first)) +
+                            " and event time " + as_text(times_.at<int64_t>(entered_late.first)));
   }
-  unknown_type.refuse(std::string(types_name_) + (causes_ == 1 ? " must be 0 (censored) or 1 (event)"
-                                                               : " must be 0 (censored) or a cause 1.." +
-                                                                     as_text(causes_)),
-                      as_text(types_.at<double>(unknown_type.first)));
+  unknown_type.refuse(
+      std::string(types_name_) + (causes_ == 1
+                                      ? " must be 0 (censored) or 1 (event)"
+                                      : " must be 0 (censored) or a cause 1.." + as_text(causes_)),
+      as_text(types_.at<double>(unknown_type.first)));
   throw std::logic_error("outcomes were refused, but none is at fault");
 }
 

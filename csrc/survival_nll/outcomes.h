@@ -22,13 +22,19 @@ class Outcomes {
   static constexpr int64_t kAtOnce = 64;
 
   Outcomes(int64_t patients, int64_t slots, int64_t causes, const char* types_name,
-           const Tensor& event_times, const Tensor& event_types, const OptionalTensor& sequence_mask,
-           const OptionalTensor& entry_times, const OptionalTensor& sample_weight);
+           const Tensor& event_times, const Tensor& event_types,
+           const OptionalTensor& sequence_mask, const OptionalTensor& entry_times,
+           const OptionalTensor& sample_weight);
+
+  Outcomes(int64_t patients, VisitMask mask, int64_t causes, const char* types_name,
+           const Tensor& event_times, const Tensor& event_types, const OptionalTensor& entry_times,
+           const OptionalTensor& sample_weight);
 
   // Patients begin..end, at most kAtOnce. False if one of them is impossible: refuse() says why.
   bool read(int64_t begin, int64_t end, Outcome* outcomes) const;
 
-  // Throws std::invalid_argument: what is wrong, the first patient at fault, and how many there are.
+  // Throws std::invalid_argument: what is wrong, the first patient at fault, and how many there
+  // are.
   [[noreturn]] void refuse() const;
 
  private:

@@ -1,8 +1,11 @@
-// How many visits each patient has: the ones of a mask that must be ones first and zeros after them.
+// How many visits each patient has: the ones of a mask that must be ones first and zeros after
+// them, or, for a packed batch, numbers that are known already.
 #pragma once
 
 #include <cstdint>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "common/tensors.h"
 
@@ -14,6 +17,8 @@ class VisitMask {
  public:
   // No mask: every slot is a visit.
   VisitMask(const OptionalTensor& mask, int64_t patients, int64_t slots);
+
+  explicit VisitMask(std::vector<int64_t> lengths) : slots_(0), lengths_(std::move(lengths)) {}
 
   // The numbers of visits of patients begin..end; kMalformed where the mask has a hole or a value
   // that is neither 0 nor 1.
@@ -30,6 +35,7 @@ class VisitMask {
  private:
   std::optional<Tensor> mask_;
   int64_t slots_;
+  std::vector<int64_t> lengths_;
 };
 
 }  // namespace ehrseq::survival

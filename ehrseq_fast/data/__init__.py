@@ -1,0 +1,23 @@
+"""Patient records: read them, describe and split them, cut them into batches."""
+
+from .dataset import PatientDataset
+from .describe import Description, describe
+from .omop import read_omop
+from .packed import packed_batch
+from .padded import PaddedBatch, padded_batch
+from .records import EventRecords, Vocabulary, select
+from .split import split_by_person
+
+__all__ = [
+    "Description",
+    "EventRecords",
+    "PaddedBatch",
+    "PatientDataset",
+    "Vocabulary",
+    "describe",
+    "packed_batch",
+    "padded_batch",
+    "read_omop",
+    "select",
+    "split_by_person",
+]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from ..visit_pool import visit_mean_pool
+from ..batch import PackedVisits
+from ..packed_lstm import PackedLSTM
+from ..rows import PackedRows
+from ..visit_pool import packed_visit_pool, visit_mean_pool
 from .pooling import plain_pool
 from .sequences import (
-    PackedOrder,
     check_padded_batch,
     check_sequence_mask,
     describe_code_outside_vocabulary,
-    real_code_slots,
+    is_fractional,
+    pack_padded_batch,
     real_lengths,
 )
 
@@ -32,12 +36,27 @@ class HiddenStates:
             the last dimension and need not know which.
         final: ``[B, D]``, the state after each patient's last real visit (both directions' ends for
             a bidirectional LSTM).
-        to_padded: brings anything computed from ``values`` to ``[B, V, ...]``, zeros on padding.
+        to_output: brings anything computed from ``values`` to the form that the caller gets:
+            ``[B, V, ...]`` with zeros on padding, or :class:`PackedRows` for a packed batch.
     """
 
     values: Tensor
     final: Tensor
-    to_padded: Callable[[Tensor], Tensor]
+    to_output: Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class VisitState:
+    """Where some patients stand after the visits seen so far; see ``model.start``.
+
+    Attributes:
+        h, c: ``[layers, B, H]``, the LSTM's state.
+        n_visits: how many visits went in.
+    """
+
+    h: Tensor
+    c: Tensor
+    n_visits: int
 
 
 class VisitSequenceModel(nn.Module):
@@ -48,7 +67,7 @@ class VisitSequenceModel(nn.Module):
     """
 
     embedding: nn.Embedding
-    lstm: nn.LSTM
+    lstm: PackedLSTM
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -65,8 +84,19 @@ class VisitSequenceModel(nn.Module):
             raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
         self._path = path
 
-    def _visit_rows(self, codes: Tensor, mask: Tensor | None) -> Tensor:
-        """Codes ``[n_visits, C]`` of real visits → visit vectors ``[n_visits, E]``."""
+    # What a subclass may override
+
+    def _pool_rows(self, batch: PackedVisits) -> Tensor:
+        """A packed batch → visit vectors ``[n_visits, E]``."""
+        return packed_visit_pool(
+            batch,
+            self.embedding.weight,
+            padding_idx=self.embedding.padding_idx,
+            sparse_grad=self.embedding.sparse,
+        )
+
+    def _pool_weighted_rows(self, codes: Tensor, mask: Tensor) -> Tensor:
+        """Codes ``[n_visits, C]`` and their weights → visit vectors ``[n_visits, E]``."""
         return visit_mean_pool(
             codes,
             self.embedding.weight,
@@ -83,27 +113,49 @@ class VisitSequenceModel(nn.Module):
         """Visit vectors ``[..., E]`` and what else is known of the visits → LSTM input."""
         return vectors
 
+    def _output(self, states: Tensor) -> Any:
+        """What the model says of patients whose last states are ``[B, H]``."""
+        raise NotImplementedError
+
+    # Whole records
+
     def _hidden_states(
         self,
-        visit_codes: Tensor,
+        visit_codes: Tensor | PackedVisits,
         visit_mask: Tensor | None,
         sequence_mask: Tensor | None,
         visit_features: Tensor | None = None,
     ) -> HiddenStates:
+        if isinstance(visit_codes, PackedVisits):
+            if visit_mask is not None or sequence_mask is not None or visit_features is not None:
+                raise ValueError(
+                    "a PackedVisits batch holds its masks and features itself: pass it alone"
+                )
+            return self._run_batch(visit_codes)
         check_padded_batch(visit_codes, visit_mask, sequence_mask)
-        run = {"fused": self._run_fused, "packed": self._run_packed, "padded": self._run_padded}
+        if self.path == "fused":
+            return self._run_fused(visit_codes, visit_mask, sequence_mask, visit_features)
+        run = self._run_packed if self.path == "packed" else self._run_padded
         try:
-            return run[self.path](visit_codes, visit_mask, sequence_mask, visit_features)
+            return run(visit_codes, visit_mask, sequence_mask, visit_features)
         except IndexError as error:
-            looked_up = None
-            if self.path == "fused":
-                looked_up = real_code_slots(visit_codes, visit_mask, sequence_mask)
-            message = describe_code_outside_vocabulary(
-                visit_codes, looked_up, self.embedding.num_embeddings
-            )
+            message = describe_code_outside_vocabulary(visit_codes, self.embedding.num_embeddings)
             if message is None:
                 raise
             raise IndexError(message) from error
+
+    def _run_batch(self, batch: PackedVisits) -> HiddenStates:
+        if len(batch) == 0:
+            raise ValueError("the batch holds no patient")
+
+        def packed(values: Tensor) -> PackedRows:
+            return PackedRows(values, batch)
+
+        if self.path == "fused":
+            return self._run_rows(batch, self._pool_rows(batch), batch.visit_features, packed)
+        features = None if batch.visit_features is None else batch.pad(batch.visit_features)
+        states = self._hidden_states(*batch.to_padded(), features)
+        return HiddenStates(batch.pack(states.values), states.final, packed)
 
     def _run_fused(
         self,
@@ -112,14 +164,37 @@ class VisitSequenceModel(nn.Module):
         sequence_mask: Tensor | None,
         visit_features: Tensor | None,
     ) -> HiddenStates:
-        order = PackedOrder.of(visit_codes, sequence_mask)
-        vectors = self._visit_rows(
-            order.gather(visit_codes), None if visit_mask is None else order.gather(visit_mask)
+        fractional = is_fractional(visit_mask)
+        batch = pack_padded_batch(
+            visit_codes,
+            (visit_mask != 0) if visit_mask is not None and fractional else visit_mask,
+            sequence_mask,
+            self.embedding.num_embeddings,
         )
-        if visit_features is not None:
-            visit_features = order.gather(visit_features)
-        states, (h_n, _) = self.lstm(order.pack(self._lstm_input(vectors, visit_features)))
-        return HiddenStates(states.data, self._last_layer(h_n), order.scatter)
+        if visit_mask is not None and fractional:
+            vectors = self._pool_weighted_rows(batch.pack(visit_codes), batch.pack(visit_mask))
+        else:
+            vectors = self._pool_rows(batch)
+        features = None if visit_features is None else batch.pack(visit_features)
+        n_visits = visit_codes.shape[1]
+        return self._run_rows(
+            batch, vectors, features, lambda values: batch.pad(values, total_length=n_visits)
+        )
+
+    def _run_rows(
+        self,
+        batch: PackedVisits,
+        vectors: Tensor,
+        visit_features: Tensor | None,
+        to_output: Callable[[Tensor], Any],
+    ) -> HiddenStates:
+        sequence = batch.as_packed_sequence(self._lstm_input(vectors, visit_features))
+        states, (h_n, _) = self.lstm(sequence)
+        return HiddenStates(states.data, self._last_layer(h_n), to_output)
+
+    def _plain_lstm(self, input: Tensor | PackedSequence) -> Any:
+        """PyTorch's own LSTM, which the packed and padded paths are there to show."""
+        return self.lstm(input, plain=True)
 
     def _run_packed(
         self,
@@ -135,7 +210,7 @@ class VisitSequenceModel(nn.Module):
             lengths = real_lengths(sequence_mask)
         vectors = self._lstm_input(self._visit_vectors(visit_codes, visit_mask), visit_features)
         packed = pack_padded_sequence(vectors, lengths, batch_first=True, enforce_sorted=False)
-        states, (h_n, _) = self.lstm(packed)
+        states, (h_n, _) = self._plain_lstm(packed)
         padded, _ = pad_packed_sequence(states, batch_first=True, total_length=visits)
         return HiddenStates(padded, self._last_layer(h_n), times_mask(sequence_mask))
 
@@ -149,7 +224,7 @@ class VisitSequenceModel(nn.Module):
         if sequence_mask is not None:
             check_sequence_mask(sequence_mask)
         vectors = self._lstm_input(self._visit_vectors(visit_codes, visit_mask), visit_features)
-        states, (h_n, _) = self.lstm(vectors)
+        states, (h_n, _) = self._plain_lstm(vectors)
         if sequence_mask is None:
             return HiddenStates(states, self._last_layer(h_n), times_mask(None))
         last_visit = (sequence_mask != 0).sum(1) - 1
@@ -166,6 +241,73 @@ class VisitSequenceModel(nn.Module):
         if self.lstm.bidirectional:
             return torch.cat([h_n[-2], h_n[-1]], dim=1)
         return h_n[-1]
+
+    # Records that grow
+
+    def start(self, n_patients: int = 1) -> VisitState:
+        """The state of patients with no visit yet, for :meth:`step`.
+
+        Raises:
+            ValueError: for a bidirectional model, whose states depend on visits still to come.
+
+        Example:
+            >>> import torch
+            >>> from ehrseq_fast import PackedVisits
+            >>> from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
+            >>> model = DiscreteTimeSurvivalLSTM(10, embedding_dim=4, hidden_dim=8).eval()
+            >>> state = model.start()
+            >>> for visit in ([3, 5], [2]):
+            ...     hazard, state = model.step(state, visit)
+            >>> whole = model(PackedVisits.from_lists([[[3, 5], [2]]]))
+            >>> torch.allclose(hazard, whole.last(), atol=1e-6)
+            True
+        """
+        if self.lstm.bidirectional:
+            raise ValueError(
+                "a bidirectional model cannot score record by record: its states depend on later "
+                "visits"
+            )
+        zeros = self.embedding.weight.new_zeros(
+            self.lstm.num_layers, n_patients, self.lstm.hidden_size
+        )
+        return VisitState(zeros, zeros, 0)
+
+    @torch.no_grad()
+    def step(
+        self,
+        state: VisitState,
+        visit: Sequence[int] | Sequence[Sequence[int]],
+        visit_features: Tensor | None = None,
+    ) -> tuple[Any, VisitState]:
+        """One more visit of each patient, at the cost of one LSTM step; no gradient.
+
+        Equal to the whole forward pass on the record so far. Call ``model.eval()`` first: dropout
+        is active in training mode.
+
+        Args:
+            state: from :meth:`start` or from the last step; it is left as it is.
+            visit: the codes of the new visit for one patient, or one list of codes per patient.
+            visit_features: ``[B, F]``, for a model that takes features of visits.
+
+        Returns:
+            What the model says after that visit (a survival model: hazards ``[B]``, with competing
+            risks ``[B, K]``; :class:`LSTMBaseline`: its dictionary), and the new state.
+
+        Raises:
+            ValueError: for another number of patients than ``state`` has.
+            IndexError: for codes outside the vocabulary.
+        """
+        patients = state.h.shape[1]
+        is_one_visit = all(not isinstance(code, Sequence) for code in visit)
+        visits: Any = [visit] if is_one_visit and patients == 1 else visit
+        if len(visits) != patients:
+            raise ValueError(f"state holds {patients} patients, and visit {len(visits)}")
+        batch = PackedVisits.from_lists(
+            [[codes] for codes in visits], vocab_size=self.embedding.num_embeddings
+        ).to(state.h.device)
+        vectors = self._lstm_input(self._pool_rows(batch), visit_features)
+        _, (h, c) = self.lstm(PackedSequence(vectors, batch.batch_sizes), (state.h, state.c))
+        return self._output(h[-1]), VisitState(h, c, state.n_visits + 1)
 
 
 def times_mask(sequence_mask: Tensor | None) -> Callable[[Tensor], Tensor]:

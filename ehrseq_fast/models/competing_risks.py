@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ..batch import PackedVisits
+from ..packed_lstm import PackedLSTM
+from ..survival_nll import packed_competing_risks_nll
 from .base import VisitSequenceModel, lstm_dropout
 from .survival_lstm import hazard_head
 
@@ -54,7 +59,7 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
             raise ValueError(f"num_event_types must be at least 1, got {num_event_types}")
         self.num_event_types = num_event_types
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
-        self.lstm = nn.LSTM(
+        self.lstm = PackedLSTM(
             embedding_dim,
             hidden_dim,
             num_layers,
@@ -66,12 +71,30 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
         )
 
     def forward(
-        self, visit_codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor | None
-    ) -> Tensor:
+        self,
+        visit_codes: Tensor | PackedVisits,
+        visit_mask: Tensor | None = None,
+        sequence_mask: Tensor | None = None,
+    ) -> Any:
         """Cause-specific hazards ``[B, V, K]`` in (0, 1); exactly 0 on padding.
 
-        Arguments and errors as in :meth:`DiscreteTimeSurvivalLSTM.forward`.
+        Of a :class:`~ehrseq_fast.PackedVisits` they are :class:`~ehrseq_fast.PackedRows`
+        ``[n_visits, K]``. Arguments and errors as in :meth:`DiscreteTimeSurvivalLSTM.forward`.
         """
         states = self._hidden_states(visit_codes, visit_mask, sequence_mask)
-        hazards = torch.cat([head(states.values) for head in self.hazard_heads], dim=-1)
-        return states.to_padded(hazards)
+        return states.to_output(self._output(states.values))
+
+    def _output(self, states: Tensor) -> Tensor:
+        return torch.cat([head(states) for head in self.hazard_heads], dim=-1)
+
+    def loss(self, batch: PackedVisits, **options: Any) -> Tensor:
+        """From codes to the negative log-likelihood of the batch's outcomes, nothing padded.
+
+        Args:
+            batch: patients with ``event_times`` and ``event_types``.
+            options: for :func:`ehrseq_fast.packed_competing_risks_nll`.
+
+        Raises:
+            ValueError: if the batch has no outcomes.
+        """
+        return packed_competing_risks_nll(self(batch).values, batch, **options)

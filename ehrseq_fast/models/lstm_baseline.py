@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..visit_pool import masked_pool, visit_mean_pool
+from ..batch import PackedVisits
+from ..packed_lstm import PackedLSTM
+from ..visit_pool import codes_in_use, masked_pool, packed_visit_pool, visit_mean_pool
 from .base import VisitSequenceModel, lstm_dropout
-from .pooling import attend, attend_codes, plain_pool
+from .pooling import attend, plain_pool
 
 AGGREGATIONS = ("mean", "sum", "max", "attention")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -93,28 +96,38 @@ class VisitEncoder(nn.Module):
             vectors = masked_pool(visit_embeddings, visit_mask, mode=self.aggregation)
         return self.dropout(vectors)
 
-    def encode_codes(
-        self, codes: Tensor, embedding: nn.Embedding, visit_mask: Tensor | None = None
-    ) -> Tensor:
-        """``[N, C]`` codes → ``[N, E]``, the same numbers with no ``[N, C, E]`` in between."""
+    def encode_batch(self, batch: PackedVisits, embedding: nn.Embedding) -> Tensor:
+        """A packed batch → ``[n_visits, E]``, the same numbers with no ``[N, C, E]`` in between.
+
+        An attention score depends on the code alone, so each code in use is scored once.
+        """
         if self.aggregation == "attention":
-            vectors = attend_codes(
-                codes,
-                embedding.weight,
-                visit_mask,
-                self.attention,
-                padding_idx=embedding.padding_idx,
-                sparse_grad=embedding.sparse,
-            )
+            # The rows in use alone: another code's row may hold anything, and 0 · NaN is NaN.
+            table = embedding(batch.index_codes)
+            scores = self.attention(table).squeeze(-1).to(table.dtype)
+            vectors = packed_visit_pool(codes_in_use(batch), table, mode="attention", scores=scores)
         else:
-            vectors = visit_mean_pool(
-                codes,
+            vectors = packed_visit_pool(
+                batch,
                 embedding.weight,
-                visit_mask,
                 mode=self.aggregation,
                 padding_idx=embedding.padding_idx,
                 sparse_grad=embedding.sparse,
             )
+        return self.dropout(vectors)
+
+    def encode_weighted(self, codes: Tensor, mask: Tensor, embedding: nn.Embedding) -> Tensor:
+        """Codes ``[N, C]`` with fractional weights → ``[N, E]``."""
+        if self.aggregation == "attention":
+            return self.encode_plain(embedding(codes.masked_fill(mask == 0, 0)), mask)
+        vectors = visit_mean_pool(
+            codes,
+            embedding.weight,
+            mask,
+            mode=self.aggregation,
+            padding_idx=embedding.padding_idx,
+            sparse_grad=embedding.sparse,
+        )
         return self.dropout(vectors)
 
     def encode_plain(self, visit_embeddings: Tensor, visit_mask: Tensor | None = None) -> Tensor:
@@ -202,7 +215,7 @@ class LSTMBaseline(VisitSequenceModel):
 
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=padding_idx)
         self.visit_encoder = VisitEncoder(embedding_dim, visit_aggregation, dropout)
-        self.lstm = nn.LSTM(
+        self.lstm = PackedLSTM(
             embedding_dim,
             hidden_dim,
             num_layers,
@@ -214,30 +227,35 @@ class LSTMBaseline(VisitSequenceModel):
         self.fc = nn.Linear(2 * hidden_dim if bidirectional else hidden_dim, output_dim)
         self.activation = ACTIVATIONS[task]()
 
-    def _visit_rows(self, codes: Tensor, mask: Tensor | None) -> Tensor:
-        return self.visit_encoder.encode_codes(codes, self.embedding, mask)
+    def _pool_rows(self, batch: PackedVisits) -> Tensor:
+        return self.visit_encoder.encode_batch(batch, self.embedding)
+
+    def _pool_weighted_rows(self, codes: Tensor, mask: Tensor) -> Tensor:
+        return self.visit_encoder.encode_weighted(codes, mask, self.embedding)
 
     def _visit_vectors(self, codes: Tensor, mask: Tensor | None) -> Tensor:
         return self.visit_encoder.encode_plain(self.embedding(codes), mask)
 
     def forward(
         self,
-        visit_codes: Tensor,
+        visit_codes: Tensor | PackedVisits,
         visit_mask: Tensor | None = None,
         sequence_mask: Tensor | None = None,
         return_hidden: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Predictions for a batch of patients.
 
         Args:
-            visit_codes: ``[B, V, C]`` int32 or int64.
+            visit_codes: ``[B, V, C]`` int32 or int64, or a :class:`~ehrseq_fast.PackedVisits` in
+                place of all three.
             visit_mask: ``[B, V, C]`` bool or numeric, or None; see the class.
             sequence_mask: ``[B, V]`` bool or numeric, or None; see the class.
             return_hidden: also return the LSTM's states.
 
         Returns:
             ``logits`` ``[B, O]``, ``predictions`` ``[B, O]`` (after the task's activation) and,
-            asked for, ``hidden_states`` ``[B, V, H]`` (2H if bidirectional), zeros on padding.
+            asked for, ``hidden_states`` ``[B, V, H]`` (2H if bidirectional), zeros on padding;
+            of a packed batch :class:`~ehrseq_fast.PackedRows` ``[n_visits, H]``.
 
         Raises:
             ValueError: for shapes that do not fit, patients without a visit, masks with holes.
@@ -245,11 +263,39 @@ class LSTMBaseline(VisitSequenceModel):
             TypeError: for codes that are not int32 or int64.
         """
         states = self._hidden_states(visit_codes, visit_mask, sequence_mask)
-        logits = self.fc(self.dropout(states.final))
-        output = {"logits": logits, "predictions": self.activation(logits)}
+        output = self._output(states.final)
         if return_hidden:
-            output["hidden_states"] = states.to_padded(states.values)
+            output["hidden_states"] = states.to_output(states.values)
         return output
+
+    def _output(self, states: Tensor) -> dict[str, Any]:
+        logits = self.fc(self.dropout(states))
+        return {"logits": logits, "predictions": self.activation(logits)}
+
+    def loss(self, batch: PackedVisits, target: str = "labels", **options: Any) -> Tensor:
+        """From codes to the task's loss, nothing padded.
+
+        Binary cross-entropy of logits, cross-entropy or squared error, by the model's task, of
+        ``batch.targets[target]``: ``[B]`` or ``[B, O]``, class indices ``[B]`` for multi_class.
+
+        Args:
+            batch: patients with that target.
+            target: its name.
+            options: for the torch function (``reduction``, ``weight``, ``pos_weight``, ...).
+
+        Raises:
+            KeyError: if the batch has no such target.
+        """
+        if target not in batch.targets:
+            raise KeyError(f"the batch has no target {target!r}; it has {sorted(batch.targets)}")
+        wanted = batch.targets[target]
+        logits = self(batch)["logits"]
+        if self.task == "multi_class":
+            return F.cross_entropy(logits, wanted, **options)
+        wanted = wanted.to(logits.dtype).reshape(logits.shape)
+        if self.task == "binary_classification":
+            return F.binary_cross_entropy_with_logits(logits, wanted, **options)
+        return F.mse_loss(logits, wanted, **options)
 
     def get_embeddings(self, codes: Tensor) -> Tensor:
         """Embeddings of codes, ``[...]`` → ``[..., E]``."""
@@ -258,7 +304,7 @@ class LSTMBaseline(VisitSequenceModel):
     @torch.no_grad()
     def predict(
         self,
-        visit_codes: Tensor,
+        visit_codes: Tensor | PackedVisits,
         visit_mask: Tensor | None = None,
         sequence_mask: Tensor | None = None,
     ) -> Tensor:

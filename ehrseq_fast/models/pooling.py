@@ -1,15 +1,10 @@
-"""Codes of a visit → one vector: the plain PyTorch way, and attention over real codes.
-
-Mean, sum and max of the fused path are :func:`ehrseq_fast.visit_pool.visit_mean_pool`; here is what
-that operation is compared with, and the attention that it does not cover.
-"""
+"""Codes of a visit → one vector, the plain PyTorch way: what the fused path is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,43 +55,3 @@ def attend(
     embeddings = embeddings.masked_fill(~real.unsqueeze(-1), 0.0)
     weights = softmax_over_real(score(embeddings).squeeze(-1), real)
     return (embeddings * weights.unsqueeze(-1).to(embeddings.dtype)).sum(-2)
-
-
-def attend_codes(
-    codes: Tensor,
-    weight: Tensor,
-    visit_mask: Tensor | None,
-    score: Callable[[Tensor], Tensor],
-    padding_idx: int | None = None,
-    sparse_grad: bool = False,
-) -> Tensor:
-    """Attention pooling straight from codes, ``[N, C]`` → ``[N, E]``; no ``[N, C, E]`` exists.
-
-    A score depends on the code alone, so each code in use is embedded and scored once. Codes that
-    only padded slots name are never read. On a GPU, finding the codes in use takes two
-    synchronisations.
-
-    Raises:
-        IndexError: for a real code outside the vocabulary.
-    """
-    if visit_mask is None:
-        visit_mask = torch.ones_like(codes, dtype=torch.bool)
-    real = visit_mask != 0
-    slots = real.flatten().nonzero().squeeze(1)
-    in_use, which = torch.unique(codes.flatten()[slots], return_inverse=True)
-    table = F.embedding(in_use, weight, padding_idx, sparse=sparse_grad)
-
-    # Scores are looked up as an embedding, whose gradient has a fixed order of summation.
-    scores = F.embedding(which, score(table)).squeeze(-1)
-    spread = scores.new_zeros(codes.numel()).index_copy(0, slots, scores).view(codes.shape)
-    weights = softmax_over_real(spread, real).flatten().index_select(0, slots)
-
-    counts = real.sum(-1)
-    pooled = F.embedding_bag(
-        which,
-        table.to(wide_dtype(table.dtype)),
-        counts.cumsum(0) - counts,
-        mode="sum",
-        per_sample_weights=weights.to(wide_dtype(table.dtype)),
-    )
-    return pooled.to(weight.dtype)

@@ -1,20 +1,16 @@
-"""Padded patients and their real visits: checks at the door, and the packed order of the rows.
+"""Padded patients at the door of a model: checks, lengths, and packing.
 
-A batch arrives padded at two levels: ``visit_codes`` ``[B, V, C]`` with ``visit_mask`` (codes of a
-visit) and ``sequence_mask`` ``[B, V]`` (visits of a patient). The fused path keeps one row per real
-visit, in the order of a :class:`~torch.nn.utils.rnn.PackedSequence`: first visits of all patients,
-longest patient first, then second visits, and so on.
+A batch may arrive padded at two levels: ``visit_codes`` ``[B, V, C]`` with ``visit_mask`` (codes of
+a visit) and ``sequence_mask`` ``[B, V]`` (visits of a patient). The fused path packs it once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from ..backend import validate_on_device
+from ..batch import PackedVisits
 
 CODE_DTYPES = (torch.int32, torch.int64)
 
@@ -105,70 +101,30 @@ def check_sequence_mask(sequence_mask: Tensor) -> None:
         real_lengths(sequence_mask)
 
 
-@dataclass(frozen=True)
-class PackedOrder:
-    """Where the real visits of a padded batch stand in a ``PackedSequence``.
-
-    Attributes:
-        slots: ``[n_visits]`` int64, for each packed row its slot in the flattened ``[B * V]``.
-        batch_sizes: int64 on the host, how many patients have a t-th visit.
-        sorted_indices, unsorted_indices: ``[B]``, patients by falling length, and back.
-        shape: ``(B, V)`` of the padded batch.
-    """
-
-    slots: Tensor
-    batch_sizes: Tensor
-    sorted_indices: Tensor
-    unsorted_indices: Tensor
-    shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, visit_codes: Tensor, sequence_mask: Tensor | None) -> PackedOrder:
-        """The order for a checked padded batch, on the device of ``visit_codes``."""
-        patients, visits = visit_codes.shape[:2]
-        if sequence_mask is None:
-            sequence_mask = torch.ones(patients, visits, dtype=torch.bool)
-        return cls.from_lengths(real_lengths(sequence_mask), visits, visit_codes.device)
-
-    @classmethod
-    @torch.compiler.disable
-    def from_lengths(cls, lengths: Tensor, visits: int, device: torch.device) -> PackedOrder:
-        """The order for ``lengths`` ``[B]`` on the host, in a batch padded to ``visits``."""
-        falling, by_length = torch.sort(lengths, descending=True, stable=True)
-        has_visit = torch.arange(int(falling[0]))[:, None] < falling
-        visit, rank = has_visit.nonzero(as_tuple=True)
-        back = torch.empty_like(by_length)
-        back[by_length] = torch.arange(len(lengths))
-        return cls(
-            slots=(by_length[rank] * visits + visit).to(device, non_blocking=True),
-            batch_sizes=has_visit.sum(1),
-            sorted_indices=by_length.to(device, non_blocking=True),
-            unsorted_indices=back.to(device, non_blocking=True),
-            shape=(len(lengths), visits),
-        )
-
-    def gather(self, padded: Tensor) -> Tensor:
-        """``[B, V, ...]`` → one row per real visit, ``[n_visits, ...]``."""
-        return padded.flatten(0, 1).index_select(0, self.slots)
-
-    def scatter(self, rows: Tensor) -> Tensor:
-        """``[n_visits, ...]`` → ``[B, V, ...]``, exact zeros on padding."""
-        patients, visits = self.shape
-        padded = rows.new_zeros(patients * visits, *rows.shape[1:])
-        return padded.index_copy(0, self.slots, rows).unflatten(0, self.shape)
-
-    def pack(self, rows: Tensor) -> PackedSequence:
-        """Rows in this order as the ``PackedSequence`` that they already are."""
-        return PackedSequence(rows, self.batch_sizes, self.sorted_indices, self.unsorted_indices)
+def is_fractional(visit_mask: Tensor | None) -> bool:
+    """Whether a mask weighs codes instead of keeping or dropping them. Waits for a GPU, unless the
+    mask is bool."""
+    if visit_mask is None or visit_mask.dtype == torch.bool:
+        return False
+    return bool(((visit_mask != 0) & (visit_mask != 1)).any())
 
 
-def describe_code_outside_vocabulary(
-    visit_codes: Tensor, looked_up: Tensor | None, vocab_size: int
-) -> str | None:
-    """Where the first code outside ``[0, vocab_size)`` stands, among the slots ``looked_up``."""
+@torch.compiler.disable
+def pack_padded_batch(
+    visit_codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor | None, vocab_size: int
+) -> PackedVisits:
+    """A checked padded triple, packed at the door. Any value but zero marks a real visit."""
+    return PackedVisits.from_padded(
+        visit_codes.detach(),
+        visit_mask,
+        None if sequence_mask is None else sequence_mask != 0,
+        vocab_size=vocab_size,
+    )
+
+
+def describe_code_outside_vocabulary(visit_codes: Tensor, vocab_size: int) -> str | None:
+    """Where the first code outside ``[0, vocab_size)`` stands, padded slots included."""
     outside = (visit_codes < 0) | (visit_codes >= vocab_size)
-    if looked_up is not None:
-        outside = outside & looked_up
     places = outside.nonzero()
     if len(places) == 0:
         return None
@@ -178,13 +134,3 @@ def describe_code_outside_vocabulary(
         f"Found {len(places)} codes outside the vocabulary of {vocab_size}. The first is code "
         f"{code} of patient {patient}, visit {visit}, slot {slot}."
     )
-
-
-def real_code_slots(
-    visit_codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor | None
-) -> Tensor:
-    """``[B, V, C]`` bool: codes that both masks call real."""
-    real = torch.ones_like(visit_codes, dtype=torch.bool) if visit_mask is None else visit_mask != 0
-    if sequence_mask is None:
-        return real
-    return real & (sequence_mask != 0).unsqueeze(-1)

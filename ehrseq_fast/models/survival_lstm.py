@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ..batch import PackedVisits
+from ..packed_lstm import PackedLSTM
+from ..rows import PackedRows
+from ..survival_nll import packed_survival_nll
 from .base import VisitSequenceModel, lstm_dropout
 from .pooling import wide_dtype
 
@@ -41,6 +47,15 @@ def survival_curve(hazards: Tensor) -> tuple[Tensor, Tensor]:
     hazards = hazards.to(wide_dtype(hazards.dtype))
     survival = torch.log1p(-hazards.clamp(max=LARGEST_HAZARD)).cumsum(1).exp()
     return survival, hazards.cumsum(1)
+
+
+def curves_of(hazards: Tensor | PackedRows) -> Any:
+    """:func:`survival_curve` of padded hazards or of packed rows, in the same form."""
+    if isinstance(hazards, Tensor):
+        return survival_curve(hazards)
+    batch = hazards.batch
+    survival, cumulative = survival_curve(hazards.to_padded())
+    return PackedRows(batch.pack(survival), batch), PackedRows(batch.pack(cumulative), batch)
 
 
 class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
@@ -116,7 +131,7 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
         self.bidirectional = bidirectional
 
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
-        self.lstm = nn.LSTM(
+        self.lstm = PackedLSTM(
             embedding_dim,
             hidden_dim,
             num_layers,
@@ -128,12 +143,18 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
         self.hazard_head = hazard_head(width, hidden_dim, dropout)
 
     def forward(
-        self, visit_codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor | None
-    ) -> Tensor:
+        self,
+        visit_codes: Tensor | PackedVisits,
+        visit_mask: Tensor | None = None,
+        sequence_mask: Tensor | None = None,
+    ) -> Any:
         """Hazards ``[B, V]`` in (0, 1), in the model's dtype; exactly 0 on padding.
 
+        Of a :class:`~ehrseq_fast.PackedVisits`, in place of all three arguments, they are
+        :class:`~ehrseq_fast.PackedRows` ``[n_visits]``.
+
         Args:
-            visit_codes: ``[B, V, C]`` int32 or int64.
+            visit_codes: ``[B, V, C]`` int32 or int64, or a packed batch.
             visit_mask: ``[B, V, C]`` bool or numeric, or None; see the class.
             sequence_mask: ``[B, V]`` bool or numeric, or None; see the class.
 
@@ -146,25 +167,44 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
 
     def _hazards(
         self,
-        visit_codes: Tensor,
+        visit_codes: Tensor | PackedVisits,
         visit_mask: Tensor | None,
         sequence_mask: Tensor | None,
         time_features: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         states = self._hidden_states(visit_codes, visit_mask, sequence_mask, time_features)
-        return states.to_padded(self.hazard_head(states.values).squeeze(-1))
+        return states.to_output(self._output(states.values))
+
+    def _output(self, states: Tensor) -> Tensor:
+        return self.hazard_head(states).squeeze(-1)
+
+    def loss(self, batch: PackedVisits, **options: Any) -> Tensor:
+        """From codes to the negative log-likelihood of the batch's outcomes, nothing padded.
+
+        Args:
+            batch: patients with ``event_times`` and ``event_indicators``.
+            options: for :func:`ehrseq_fast.packed_survival_nll` (``reduction``, ``sample_weight``,
+                ``censored_visit``, ...).
+
+        Raises:
+            ValueError: if the batch has no outcomes.
+        """
+        return packed_survival_nll(self(batch).values, batch, **options)
 
     def predict_survival(
-        self, visit_codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Survival probabilities and cumulative hazards, ``[B, V]`` each.
+        self,
+        visit_codes: Tensor | PackedVisits,
+        visit_mask: Tensor | None = None,
+        sequence_mask: Tensor | None = None,
+    ) -> Any:
+        """Survival probabilities and cumulative hazards, ``[B, V]`` each (or packed rows).
 
         ``S_t = Π_{k≤t} (1 − h_k)`` and ``H_t = Σ_{k≤t} h_k``; over padding both keep the value of
         the patient's last real visit. float32 for a 16-bit model, else the model's dtype.
         Arguments and errors as in :meth:`forward`. Call ``model.eval()`` first: dropout is active
         in training mode.
         """
-        return survival_curve(self(visit_codes, visit_mask, sequence_mask))
+        return curves_of(self(visit_codes, visit_mask, sequence_mask))
 
 
 class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
@@ -207,7 +247,7 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         )
         # The base class has built an LSTM already. Building a second one draws the random numbers
         # that the reference draws, so that one seed gives both packages the same weights.
-        self.lstm = nn.LSTM(
+        self.lstm = PackedLSTM(
             embedding_dim + time_encoding_dim,
             hidden_dim,
             num_layers,
@@ -218,17 +258,23 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
     def _lstm_input(self, vectors: Tensor, visit_features: Tensor | None) -> Tensor:
         if visit_features is None:
             visit_features = vectors.new_zeros(*vectors.shape[:-1], TIME_FEATURES)
+        if visit_features.shape[-1] != TIME_FEATURES:
+            raise ValueError(
+                f"visits must have {TIME_FEATURES} features (time since the last visit, since the "
+                f"first, index), and have {visit_features.shape[-1]}"
+            )
         encoded = self.time_encoder(visit_features.to(vectors.dtype))
         return torch.cat([vectors, encoded.to(vectors.dtype)], dim=-1)
 
     def forward(  # type: ignore[override]  # the reference's signature has one argument more
         self,
-        visit_codes: Tensor,
-        visit_mask: Tensor | None,
-        sequence_mask: Tensor | None,
+        visit_codes: Tensor | PackedVisits,
+        visit_mask: Tensor | None = None,
+        sequence_mask: Tensor | None = None,
         time_features: Tensor | None = None,
-    ) -> Tensor:
-        """Hazards ``[B, V]``, exactly 0 on padding.
+    ) -> Any:
+        """Hazards ``[B, V]``, exactly 0 on padding; of a packed batch, which brings its own
+        ``visit_features`` ``[n_visits, 3]``, packed rows.
 
         Args:
             visit_codes, visit_mask, sequence_mask: as in the base class.
@@ -239,7 +285,7 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         Raises:
             ValueError: also for time features that are not ``[B, V, 3]``; else as the base class.
         """
-        if time_features is not None:
+        if time_features is not None and isinstance(visit_codes, Tensor):
             expected = (*visit_codes.shape[:2], TIME_FEATURES)
             if time_features.shape != expected:
                 raise ValueError(
@@ -250,10 +296,10 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
 
     def predict_survival(
         self,
-        visit_codes: Tensor,
-        visit_mask: Tensor | None,
-        sequence_mask: Tensor | None,
+        visit_codes: Tensor | PackedVisits,
+        visit_mask: Tensor | None = None,
+        sequence_mask: Tensor | None = None,
         time_features: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Any:
         """Survival probabilities and cumulative hazards, as the base class has them."""
-        return survival_curve(self(visit_codes, visit_mask, sequence_mask, time_features))
+        return curves_of(self(visit_codes, visit_mask, sequence_mask, time_features))

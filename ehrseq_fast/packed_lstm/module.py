@@ -34,10 +34,11 @@ class PackedLSTM(nn.LSTM):
         True
     """
 
-    def forward(self, input, hx=None):
-        """As ``nn.LSTM.forward``: outputs and ``(h_n, c_n)``."""
+    def forward(self, input, hx=None, *, plain=False):
+        """As ``nn.LSTM.forward``: outputs and ``(h_n, c_n)``; ``plain=True`` asks for its way."""
         if (
-            self.proj_size == 0
+            not plain
+            and self.proj_size == 0
             and isinstance(input, PackedSequence)
             and backend.choose("packed_lstm", input.data.device.type, input.data.dtype) == "cpu"
         ):

@@ -27,6 +27,18 @@ def check_tensors(
 
     ``layout`` names the dimensions of ``hazards``: ``("B", "V")`` or ``("B", "V", "K")``.
     """
+    check_hazards(hazards, layout)
+    check_companions(
+        hazards, hazards.shape[0], event_times, event_types, entry_times, sample_weight
+    )
+    if sequence_mask is not None:
+        _check_companion(
+            hazards, hazards.shape[:2], "sequence_mask", sequence_mask, REAL, "a bool or numeric"
+        )
+
+
+def check_hazards(hazards: Tensor, layout: tuple[str, ...]) -> None:
+    """Refuse hazards that are not a floating-point tensor of these dimensions."""
     if not isinstance(hazards, Tensor):
         raise TypeError(f"hazards must be a tensor, got {type(hazards).__name__}")
     if hazards.dtype not in FLOATING:
@@ -35,18 +47,26 @@ def check_tensors(
         raise ValueError(
             f"hazards must have shape [{', '.join(layout)}], got {list(hazards.shape)}"
         )
-    _check_companion(hazards, "event_times", event_times, INTEGER, "an integer")
+
+
+def check_companions(
+    hazards: Tensor,
+    patients: int,
+    event_times: Tensor,
+    event_types: tuple[str, Tensor, frozenset[torch.dtype]],
+    entry_times: Tensor | None,
+    sample_weight: Tensor | None,
+) -> None:
+    """Refuse what is known of each patient, where it does not fit ``hazards``."""
+    shape = (patients,)
+    _check_companion(hazards, shape, "event_times", event_times, INTEGER, "an integer")
     name, types, allowed = event_types
     kind = "a bool, integer or floating-point" if allowed is REAL else "an integer or bool"
-    _check_companion(hazards, name, types, allowed, kind)
-    if sequence_mask is not None:
-        _check_companion(
-            hazards, "sequence_mask", sequence_mask, REAL, "a bool or numeric", dims=("B", "V")
-        )
+    _check_companion(hazards, shape, name, types, allowed, kind)
     if entry_times is not None:
-        _check_companion(hazards, "entry_times", entry_times, INTEGER, "an integer")
+        _check_companion(hazards, shape, "entry_times", entry_times, INTEGER, "an integer")
     if sample_weight is not None:
-        _check_companion(hazards, "sample_weight", sample_weight, REAL, "a real")
+        _check_companion(hazards, shape, "sample_weight", sample_weight, REAL, "a real")
         if sample_weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "sample_weight requires grad, but the loss has a gradient with respect to hazards "
@@ -56,19 +76,20 @@ def check_tensors(
 
 def _check_companion(
     hazards: Tensor,
+    shape: tuple[int, ...],
     name: str,
     tensor: Tensor,
     dtypes: frozenset[torch.dtype],
     kind: str,
-    dims: tuple[str, ...] = ("B",),
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must have {kind} dtype, got {tensor.dtype}")
-    if tensor.shape != hazards.shape[: len(dims)]:
+    if tensor.shape != shape:
+        dims = ("B", "V")[: len(shape)]
         raise ValueError(
-            f"{name} must have shape [{', '.join(dims)}] = {list(hazards.shape[: len(dims)])} "
+            f"{name} must have shape [{', '.join(dims)}] = {list(shape)} "
             f"to go with hazards {list(hazards.shape)}, got {list(tensor.shape)}"
         )
     if tensor.device != hazards.device:

@@ -156,21 +156,26 @@ def competing_risks_nll(
         entry_times,
         sample_weight,
     )
-    if link not in ("sigmoid", "softmax"):
-        raise ValueError(f"link must be 'sigmoid' or 'softmax', got {link!r}")
-    if link == "softmax" and not from_logits:
-        raise ValueError("link='softmax' takes logits: pass from_logits=True")
-    fewest = 2 if link == "softmax" else 1
-    if hazards.shape[2] < fewest:
-        raise ValueError(
-            f"hazards must have at least {fewest} values per visit with link={link!r}, "
-            f"got shape {list(hazards.shape)}"
-        )
+    check_link(hazards, link, from_logits)
     return _nll(
         (hazards, event_times, event_types, sequence_mask, entry_times, sample_weight),
         (link if from_logits else "probabilities", censored_visit, eps, reduction),
         validate,
     )
+
+
+def check_link(hazards: Tensor, link: str, from_logits: bool) -> None:
+    """Refuse an unknown link, and hazards whose last dimension does not fit it."""
+    if link not in ("sigmoid", "softmax"):
+        raise ValueError(f"link must be 'sigmoid' or 'softmax', got {link!r}")
+    if link == "softmax" and not from_logits:
+        raise ValueError("link='softmax' takes logits: pass from_logits=True")
+    fewest = 2 if link == "softmax" else 1
+    if hazards.shape[-1] < fewest:
+        raise ValueError(
+            f"hazards must have at least {fewest} values per visit with link={link!r}, "
+            f"got shape {list(hazards.shape)}"
+        )
 
 
 # hazards, event_times, event_types, sequence_mask, entry_times, sample_weight
@@ -182,14 +187,7 @@ Options = tuple[str, str, float, str]
 def _nll(inputs: Inputs, options: Options, validate: bool) -> Tensor:
     """Either loss: [B, V] hazards are one risk, [B, V, K] competing ones."""
     hazards = inputs[0]
-    _, censored_visit, eps, reduction = options
-    if censored_visit not in CENSORED_VISITS:
-        raise ValueError(f"censored_visit must be one of {CENSORED_VISITS}, got {censored_visit!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {tuple(REDUCTIONS)}, got {reduction!r}")
-    if not 0 <= eps < 0.5:
-        raise ValueError(f"eps must lie in [0, 0.5), got {eps}")
-
+    check_options(options)
     chosen = backend.choose("survival_nll", hazards.device.type, hazards.dtype)
     if chosen == "cpu":  # this kernel checks the values that it reads
         if hazards.requires_grad and torch.is_grad_enabled():
@@ -198,11 +196,23 @@ def _nll(inputs: Inputs, options: Options, validate: bool) -> Tensor:
     if not torch.compiler.is_compiling() and (
         hazards.device.type == "cpu" or validate or backend.validate_on_device()
     ):
-        _check_values(inputs, options)
-    return _reference(inputs, options)
+        check_outcomes(inputs, options)
+    return reference_nll(inputs, options)
 
 
-def _check_values(inputs: Inputs, options: Options) -> None:
+def check_options(options: Options) -> None:
+    """Refuse options that there are not."""
+    _, censored_visit, eps, reduction = options
+    if censored_visit not in CENSORED_VISITS:
+        raise ValueError(f"censored_visit must be one of {CENSORED_VISITS}, got {censored_visit!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {tuple(REDUCTIONS)}, got {reduction!r}")
+    if not 0 <= eps < 0.5:
+        raise ValueError(f"eps must lie in [0, 0.5), got {eps}")
+
+
+def check_outcomes(inputs: Inputs, options: Options) -> None:
+    """Refuse impossible patients; reads values."""
     hazards, event_times, event_types, sequence_mask, entry_times, _ = inputs
     competing = hazards.dim() == 3
     check_values(
@@ -216,7 +226,8 @@ def _check_values(inputs: Inputs, options: Options) -> None:
     )
 
 
-def _reference(inputs: Inputs, options: Options) -> Tensor:
+def reference_nll(inputs: Inputs, options: Options) -> Tensor:
+    """The definition, of padded hazards."""
     hazards, event_times, event_types, sequence_mask, entry_times, sample_weight = inputs
     link, censored_visit, eps, reduction = options
     common: dict[str, Any] = {
@@ -262,21 +273,28 @@ class _FusedNll(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         inputs, options = args[:6], args[6:]
         nll, grad = _fused(inputs, options, needs_grad=True)
-        ctx.save_for_backward(grad, *inputs)
-        ctx.options = options
+        ctx.save_for_backward(grad, inputs[0])
+        ctx.outcomes, ctx.options = inputs[1:], options
         return nll
 
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        grad, *inputs = ctx.saved_tensors
-        hazards = inputs[0]
+        grad, hazards = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: a gradient that has a gradient itself
-            nll = _reference(inputs, ctx.options)
+            nll = reference_nll((hazards, *ctx.outcomes), ctx.options)
             (grad,) = torch.autograd.grad(nll, hazards, grad_nll, create_graph=True)
-        elif not _is_one(grad_nll) or grad.dtype != hazards.dtype:
-            per_row = grad_nll.reshape(grad_nll.shape + (1,) * (hazards.dim() - 1))
-            grad = (grad * (per_row if grad_nll.dim() else grad_nll)).to(hazards.dtype)
+        else:
+            grad = scaled_gradient(grad, grad_nll, hazards)
         return grad, *(None,) * 9
+
+
+def scaled_gradient(grad: Tensor, grad_nll: Tensor, hazards: Tensor) -> Tensor:
+    """The saved gradient times that of the loss: a number, or one per row of ``hazards``."""
+    if _is_one(grad_nll) and grad.dtype == hazards.dtype:
+        return grad
+    if grad_nll.dim():
+        grad_nll = grad_nll.reshape(-1, *(1,) * (hazards.dim() - 1))
+    return (grad * grad_nll).to(hazards.dtype)
 
 
 def _is_one(grad_nll: Tensor) -> bool:
@@ -303,10 +321,16 @@ def _fake(
     reduction: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
+    return fake_nll_and_grad(hazards, hazards.shape[:1], reduction, needs_grad)
+
+
+def fake_nll_and_grad(
+    hazards: Tensor, patients: tuple[int, ...], reduction: int, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of loss and saved gradient (float32 for float16: see ``csrc``)."""
     wide = torch.float64 if hazards.dtype == torch.float64 else torch.float32
     saved = torch.float32 if hazards.dtype == torch.float16 else hazards.dtype
-    nll = hazards.new_empty(hazards.shape[:1] if reduction == REDUCTIONS["none"] else (), dtype=wide)
+    nll = hazards.new_empty(patients if reduction == REDUCTIONS["none"] else (), dtype=wide)
     return nll, hazards.new_empty(hazards.shape if needs_grad else (0,), dtype=saved)
 
 

@@ -101,11 +101,13 @@ def _bernoulli_nll(
         log_h, log_survival = logsigmoid(h), logsigmoid(-h)
     else:
         h = h.clamp(eps, 1 - eps)
-        log_h, log_survival = h.log(), (1 - h).log()
+        log_h, log_survival = h.log(), torch.log1p(-h)
     return -torch.where(event, log_h, torch.where(survived, log_survival, 0.0))
 
 
 def _reduced(nll: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
     if sample_weight is not None:
         nll = nll * sample_weight.to(nll.dtype)
-    return {"mean": nll.mean, "sum": nll.sum, "none": lambda: nll}[reduction]()
+    if reduction == "none":
+        return nll
+    return nll.mean() if reduction == "mean" else nll.sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,35 @@ PACKED_MODES = (*MODES, "attention")
 backend.register("packed_visit_pool", cpu=backend.Support("cpu"))
 
 
+class PackedCodes(NamedTuple):
+    """The codes of a :class:`~ehrseq_fast.PackedVisits`, without its patients and outcomes."""
+
+    codes: Tensor
+    code_offsets: Tensor
+    index_codes: Tensor
+    index_offsets: Tensor
+    index_visits: Tensor
+
+
+def codes_in_use(batch: PackedVisits) -> PackedCodes:
+    """The batch with its codes numbered by their place in ``batch.index_codes``.
+
+    For a table that holds only the rows in use, ``table[batch.index_codes]``.
+
+    Example:
+        >>> from ehrseq_fast import PackedVisits
+        >>> from ehrseq_fast.visit_pool import codes_in_use
+        >>> batch = PackedVisits.from_lists([[[70, 900], [900]]])
+        >>> batch.index_codes.tolist(), codes_in_use(batch).codes.tolist()
+        ([70, 900], [0, 1, 1])
+    """
+    ids = torch.arange(batch.index_codes.shape[0], dtype=torch.int32, device=batch.codes.device)
+    codes = torch.searchsorted(batch.index_codes, batch.codes, out_int32=True)
+    return PackedCodes(codes, batch.code_offsets, ids, batch.index_offsets, batch.index_visits)
+
+
 def packed_visit_pool(
-    batch: PackedVisits,
+    batch: PackedVisits | PackedCodes,
     weight: Tensor,
     *,
     mode: str = "mean",
@@ -230,7 +257,7 @@ def _(
 
 
 def _check_arguments(
-    batch: PackedVisits,
+    batch: PackedVisits | PackedCodes,
     weight: Tensor,
     mode: str,
     scores: Tensor | None,

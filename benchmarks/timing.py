@@ -1,0 +1,100 @@
+"""Time variants of one computation side by side.
+
+A machine's speed drifts while it is measured, so the variants take turns, and each round begins
+with another one; what is compared is their medians within one run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+from time import perf_counter
+
+Variants = Mapping[str, Callable[[], object]]
+Samples = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of the samples, in seconds."""
+
+    lower: float
+    median: float
+    upper: float
+    count: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Spread:
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1)
+        lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(lower, median, upper, len(samples))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many rounds, and how often each variant runs within a round.
+
+    Once ``budget_s`` seconds are spent no further round begins, but ``least_rounds`` there are.
+    """
+
+    rounds: int
+    per_round: Mapping[str, int]
+    budget_s: float = inf
+    least_rounds: int = 1
+
+    @property
+    def runs(self) -> int:
+        return self.rounds * sum(self.per_round.values())
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+def plan(
+    estimates: Mapping[str, float],
+    budget_s: float,
+    *,
+    least_rounds: int = 3,
+    most_rounds: int = 15,
+    most_per_round: int = 5,
+) -> Plan:
+    """Fit the rounds into ``budget_s`` seconds, given roughly how long each variant takes.
+
+    Quick variants run several times a round, up to about a quarter of what the slowest takes. No
+    variant runs fewer than ``least_rounds`` times, whatever the budget. The estimates may be off,
+    or the machine grow busier: the budget holds all the same.
+    """
+    slowest = max(estimates.values())
+    per_round = {
+        name: max(1, min(most_per_round, int(slowest / (4 * estimate))))
+        for name, estimate in estimates.items()
+    }
+    round_s = sum(per_round[name] * estimate for name, estimate in estimates.items())
+    rounds = max(least_rounds, min(most_rounds, int(budget_s / round_s)))
+    return Plan(rounds, per_round, budget_s, least_rounds)
+
+
+def interleaved(
+    variants: Variants, planned: Plan, *, after_each: Callable[[str], object] | None = None
+) -> Samples:
+    """Seconds of every run of every variant; ``after_each`` hears the variant's name, untimed."""
+    names = list(variants)
+    samples: Samples = {name: [] for name in names}
+    start = perf_counter()
+    for round_ in range(planned.rounds):
+        if round_ >= planned.least_rounds and perf_counter() - start > planned.budget_s:
+            break
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            for _ in range(planned.per_round[name]):
+                samples[name].append(seconds(variants[name]))
+                if after_each is not None:
+                    after_each(name)
+    return samples

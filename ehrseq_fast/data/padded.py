@@ -1,0 +1,81 @@
+"""Padded batches, the form that most EHR models take: patients x visits x codes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .records import EventRecords, spans
+
+
+class PaddedBatch(NamedTuple):
+    """B patients, padded to the most visits V and the most codes per visit C among them.
+
+    Attributes:
+        visit_codes: int64 ``[B, V, C]``, 0 on padding; the codes of a visit come first.
+        visit_mask: bool ``[B, V, C]``, true where there is a code.
+        sequence_mask: bool ``[B, V]``, true where there is a visit; a patient's visits come first.
+        time_features: float32 ``[B, V, 3]``, see :meth:`EventRecords.time_features`; 0 on padding.
+        event_times: int64 ``[B]``, see :class:`EventRecords`.
+        event_indicators: uint8 ``[B]``.
+    """
+
+    visit_codes: Tensor
+    visit_mask: Tensor
+    sequence_mask: Tensor
+    time_features: Tensor
+    event_times: Tensor
+    event_indicators: Tensor
+
+
+def padded_batch(records: EventRecords, patients: ArrayLike) -> PaddedBatch:
+    """The given patients (indices into ``records``, in that order, at least one) as one batch.
+
+    Raises:
+        ValueError: if no patient is given.
+        IndexError: if an index is not that of a patient.
+    """
+    chosen = checked_patients(records, patients)
+    starts = records.patient_offsets[chosen]
+    row, column, visit = spans(starts, records.patient_offsets[chosen + 1] - starts)
+    first_code = records.visit_offsets[visit]
+    of_visit, slot, code = spans(first_code, records.visit_offsets[visit + 1] - first_code)
+
+    n_visits, n_codes = int(column.max()) + 1, int(slot.max(initial=-1)) + 1
+    sequence_mask = np.zeros((len(chosen), n_visits), bool)
+    sequence_mask[row, column] = True
+    visit_codes = np.zeros((len(chosen), n_visits, n_codes), np.int64)
+    visit_codes[row[of_visit], column[of_visit], slot] = records.codes[code]
+    time_features = np.zeros((len(chosen), n_visits, 3), np.float32)
+    time_features[row, column] = records.time_features()[visit]
+    codes = torch.from_numpy(visit_codes)
+    return PaddedBatch(
+        visit_codes=codes,
+        visit_mask=codes != 0,
+        sequence_mask=torch.from_numpy(sequence_mask),
+        time_features=torch.from_numpy(time_features),
+        event_times=torch.from_numpy(records.event_times[chosen]),
+        event_indicators=torch.from_numpy(records.event_indicators[chosen]),
+    )
+
+
+def checked_patients(records: EventRecords, patients: ArrayLike) -> NDArray[np.int64]:
+    """Indices of patients, as int64; refused where they are not."""
+    chosen = np.asarray(patients)
+    if chosen.ndim != 1 or len(chosen) == 0:
+        raise ValueError(
+            f"a batch needs a list of at least one patient, but got shape {list(chosen.shape)}"
+        )
+    if not np.issubdtype(chosen.dtype, np.integer):
+        raise TypeError(f"patients must be integer indices, but got {chosen.dtype}")
+    wrong = (chosen < 0) | (chosen >= records.n_patients)
+    if wrong.any():
+        raise IndexError(
+            f"patient {chosen[wrong][0]} is not among the {records.n_patients} of these records "
+            f"({int(wrong.sum())} such)"
+        )
+    return chosen.astype(np.int64)

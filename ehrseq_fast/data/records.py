@@ -1,0 +1,149 @@
+"""Ragged patient records as flat arrays: what the readers make and the batches are cut from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The codes of a model: index 0 is padding, 1.. are concepts in ascending order of their id.
+
+    ``concept_ids`` int64 ``[size]`` and ``names`` (one string each, ``""`` where the source names
+    none) both begin with an entry for padding.
+    """
+
+    concept_ids: Ints
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.concept_ids) != len(self.names):
+            raise ValueError(
+                f"a vocabulary needs one name per concept: {len(self.concept_ids)} concepts, "
+                f"{len(self.names)} names"
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index_of(self, concept_id: int) -> int:
+        """The code of one concept. ``KeyError`` where the vocabulary lacks it."""
+        at = int(np.searchsorted(self.concept_ids[1:], concept_id)) + 1
+        if at == len(self) or self.concept_ids[at] != concept_id:
+            raise KeyError(f"concept {concept_id} is not in this vocabulary")
+        return at
+
+
+@dataclass(frozen=True)
+class EventRecords:
+    """Patients, their visits, the codes of each visit, and one outcome per patient.
+
+    Flat arrays with offsets, nothing padded: visit ``v`` holds ``codes[visit_offsets[v]:
+    visit_offsets[v + 1]]``, patient ``p`` the visits ``patient_offsets[p]`` up to
+    ``patient_offsets[p + 1]``, in order of time.
+
+    Attributes:
+        codes: int32 ``[n_codes]``, indices into ``vocabulary``, never 0, ascending and distinct
+            within a visit.
+        visit_offsets: int64 ``[n_visits + 1]`` into ``codes``.
+        patient_offsets: int64 ``[n_patients + 1]`` into the visits; every patient has a visit.
+        visit_days: ``datetime64[D]`` ``[n_visits]``.
+        person_ids: int64 ``[n_patients]``, the source's identifiers.
+        event_times: int64 ``[n_patients]``, 0-based index of the visit whose hazard the outcome
+            belongs to: the last visit of the record.
+        event_indicators: uint8 ``[n_patients]``: 1 = the event follows at the next visit,
+            0 = censored.
+        vocabulary: the meaning of the codes.
+        left_out: what the reader did not take up, by reason.
+    """
+
+    codes: NDArray[np.int32]
+    visit_offsets: Ints
+    patient_offsets: Ints
+    visit_days: NDArray[np.datetime64]
+    person_ids: Ints
+    event_times: Ints
+    event_indicators: NDArray[np.uint8]
+    vocabulary: Vocabulary
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def n_patients(self) -> int:
+        return len(self.person_ids)
+
+    @property
+    def n_visits(self) -> int:
+        return len(self.visit_days)
+
+    @property
+    def visits_per_patient(self) -> Ints:
+        """int64 ``[n_patients]``."""
+        return np.diff(self.patient_offsets)
+
+    @property
+    def codes_per_visit(self) -> Ints:
+        """int64 ``[n_visits]``."""
+        return np.diff(self.visit_offsets)
+
+    def time_features(self) -> NDArray[np.float32]:
+        """float32 ``[n_visits, 3]``, made once: days since the patient's last visit, days since the
+        first, and the visit's index. All three are 0 at a patient's first visit.
+
+        The days are not scaled: what suits a model is the model's to know.
+        """
+        return self._time_features
+
+    @cached_property
+    def _time_features(self) -> NDArray[np.float32]:
+        days = self.visit_days.astype(np.int64)
+        first = np.repeat(self.patient_offsets[:-1], self.visits_per_patient)
+        since_last = np.diff(days, prepend=days[:1])
+        since_last[self.patient_offsets[:-1]] = 0
+        index = np.arange(self.n_visits) - first
+        return np.stack([since_last, days - days[first], index], axis=1).astype(np.float32)
+
+
+def select(records: EventRecords, patients: Ints) -> EventRecords:
+    """The given patients alone, in that order; vocabulary and ``left_out`` stay as they are."""
+    starts = records.patient_offsets[patients]
+    lengths = records.patient_offsets[patients + 1] - starts
+    visit = spans(starts, lengths)[2]
+    widths = records.codes_per_visit[visit]
+    return replace(
+        records,
+        codes=records.codes[spans(records.visit_offsets[visit], widths)[2]],
+        visit_offsets=_offsets(widths),
+        patient_offsets=_offsets(lengths),
+        visit_days=records.visit_days[visit],
+        person_ids=records.person_ids[patients],
+        event_times=records.event_times[patients],
+        event_indicators=records.event_indicators[patients],
+    )
+
+
+def _offsets(lengths: Ints) -> Ints:
+    return np.append(0, np.cumsum(lengths))
+
+
+def spans(starts: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
+    """Enumerate ragged rows: the positions ``starts[i] .. starts[i] + lengths[i]`` of every row i.
+
+    Returns three int64 arrays of ``lengths.sum()`` entries: the row, the place within the row, and
+    the position.
+
+    Example:
+        >>> row, place, position = spans(np.array([10, 20]), np.array([2, 1]))
+        >>> row.tolist(), place.tolist(), position.tolist()
+        ([0, 0, 1], [0, 1, 0], [10, 11, 20])
+    """
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    before = np.cumsum(lengths) - lengths
+    place = np.arange(len(row)) - before[row]
+    return row, place, starts[row] + place

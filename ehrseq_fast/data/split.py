@@ -1,0 +1,55 @@
+"""Split patients by a hash of who they are, so that nobody moves when the data set grows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def split_by_person(
+    person_ids: NDArray[np.int64],
+    fractions: Mapping[str, float] = {"train": 0.8, "held_out": 0.2},
+    *,
+    seed: int = 0,
+) -> dict[str, NDArray[np.int64]]:
+    """The patients of each part, as ascending indices into ``person_ids``.
+
+    A person's part depends on the identifier and the seed alone, not on who else is there or in
+    what order. The parts have the fractions' sizes up to chance.
+
+    Raises:
+        ValueError: if the fractions are negative or do not sum to 1.
+
+    Example:
+        >>> parts = split_by_person(np.arange(1000), {"train": 0.9, "held_out": 0.1})
+        >>> len(parts["train"]) + len(parts["held_out"])
+        1000
+        >>> alone = split_by_person(np.array([parts["held_out"][0]]))["held_out"]
+        >>> alone.tolist()
+        [0]
+    """
+    shares = np.array(list(fractions.values()), dtype=np.float64)
+    if (shares < 0).any() or not np.isclose(shares.sum(), 1.0):
+        raise ValueError(f"fractions must be non-negative and sum to 1, but got {dict(fractions)}")
+    place = _uniform_hash(np.asarray(person_ids), seed)
+    edges = np.append(0.0, np.cumsum(shares))
+    edges[-1] = np.inf
+    return {
+        name: np.flatnonzero((edges[i] <= place) & (place < edges[i + 1]))
+        for i, name in enumerate(fractions)
+    }
+
+
+def _uniform_hash(ids: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each id: the splitmix64 mix (Steele, Lea and Flood, 2014)."""
+    mixed = _splitmix64(ids.astype(np.uint64) ^ _splitmix64(np.array([seed], np.uint64)))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,314 @@
+"""Models on PackedVisits: the numbers of the padded paths, losses from codes, growing records."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ehrseq_fast import (
+    CompetingRisksSurvivalLoss,
+    DiscreteTimeSurvivalLoss,
+    PackedRows,
+    PackedVisits,
+)
+from ehrseq_fast.losses import FixedHorizonProgressionLoss, compute_masked_loss
+from ehrseq_fast.models import (
+    CompetingRisksSurvivalLSTM,
+    DiscreteTimeSurvivalLSTM,
+    DiscreteTimeSurvivalLSTMWithTime,
+    LSTMBaseline,
+)
+
+VOCABULARY = 13
+RECORDS = [[[1, 2], [3], [], [4, 4, 5]], [[6]], [[7, 8, 9], [1, 10]], [[2], [], [12]]]
+
+
+def batch(**fields):
+    generator = torch.Generator().manual_seed(1)
+    features = [torch.rand(len(visits), 3, generator=generator) for visits in RECORDS]
+    outcomes = {
+        "event_times": torch.tensor([3, 0, 1, 1]),
+        "event_indicators": torch.tensor([1, 0, 1, 0]),
+        "event_types": torch.tensor([2, 0, 1, 0]),
+        "targets": {"labels": torch.tensor([1, 0, 0, 1])},
+    }
+    return PackedVisits.from_lists(
+        RECORDS, vocab_size=VOCABULARY, visit_features=features, **{**outcomes, **fields}
+    )
+
+
+MODELS = {
+    "survival": lambda **k: DiscreteTimeSurvivalLSTM(VOCABULARY, 6, 7, dropout=0.0, **k),
+    "survival, two layers": lambda **k: DiscreteTimeSurvivalLSTM(
+        VOCABULARY, 6, 7, num_layers=2, dropout=0.0, **k
+    ),
+    "with time": lambda **k: DiscreteTimeSurvivalLSTMWithTime(VOCABULARY, 6, 7, dropout=0.0, **k),
+    "competing risks": lambda **k: CompetingRisksSurvivalLSTM(
+        VOCABULARY, 3, 6, 7, dropout=0.0, **k
+    ),
+    **{
+        f"baseline, {aggregation}": lambda aggregation=aggregation, **k: LSTMBaseline(
+            VOCABULARY, 6, 7, dropout=0.0, visit_aggregation=aggregation, **k
+        )
+        for aggregation in ("mean", "sum", "max", "attention")
+    },
+}
+
+
+def build(name, **options):
+    torch.manual_seed(3)
+    return MODELS[name](**options).eval()
+
+
+def padded_loss(name, model, packed):
+    """The loss by the padded way: the model on the triple, the criterion with its mask."""
+    codes, visit_mask, sequence_mask = packed.to_padded()
+    if name.startswith("baseline"):
+        logits = model(codes, visit_mask, sequence_mask)["logits"]
+        return F.binary_cross_entropy_with_logits(
+            logits.squeeze(1), packed.targets["labels"].to(logits.dtype)
+        )
+    inputs = [codes, visit_mask, sequence_mask]
+    if name == "with time":
+        inputs.append(packed.pad(packed.visit_features))
+    hazards = model(*inputs)
+    if name == "competing risks":
+        criterion, outcome = CompetingRisksSurvivalLoss(), packed.event_types
+    else:
+        criterion, outcome = DiscreteTimeSurvivalLoss(), packed.event_indicators
+    return criterion(hazards, packed.event_times, outcome, sequence_mask)
+
+
+@pytest.mark.parametrize("path", ["fused", "packed", "padded"])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_the_padded_ones(backend, name, path):
+    packed = batch()
+    model, plain = build(name, path=path), build(name, path="padded")
+    loss, expected = model.loss(packed), padded_loss(name, plain, packed)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    for (key, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_packed_rows(backend, name):
+    packed = batch()
+    model = build(name)
+    codes, visit_mask, sequence_mask = packed.to_padded()
+    if name.startswith("baseline"):
+        ours = model(packed, return_hidden=True)
+        theirs = model(codes, visit_mask, sequence_mask, return_hidden=True)
+        torch.testing.assert_close(ours["logits"], theirs["logits"])
+        torch.testing.assert_close(model.predict(packed), theirs["predictions"])
+        rows, padded = ours["hidden_states"], theirs["hidden_states"]
+    else:
+        rows = model(packed)
+        features = [packed.pad(packed.visit_features)] if name == "with time" else []
+        padded = model(codes, visit_mask, sequence_mask, *features)
+    assert isinstance(rows, PackedRows)
+    assert rows.values.shape[0] == packed.n_visits
+    torch.testing.assert_close(rows.to_padded(), padded)
+    assert rows.to_padded(total_length=9).shape[1] == 9
+    last = torch.tensor([len(visits) - 1 for visits in RECORDS])
+    torch.testing.assert_close(rows.last(), padded[torch.arange(4), last])
+
+
+def test_survival_curves_are_packed_too(backend):
+    packed, model = batch(), build("survival")
+    survival, cumulative = model.predict_survival(packed)
+    padded_survival, padded_cumulative = model.predict_survival(*packed.to_padded())
+    torch.testing.assert_close(survival.values, packed.pack(padded_survival))
+    torch.testing.assert_close(
+        cumulative.to_padded(),
+        packed.pack(padded_cumulative).new_tensor(
+            packed.pad(packed.pack(padded_cumulative)).tolist()
+        ),
+    )
+
+
+@pytest.mark.parametrize("n_patients", [1, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_growing_records_give_the_whole_forward(backend, name, n_patients):
+    """After every visit, the state's answer is that of the record so far."""
+    model = build(name)
+    records = [
+        [[3, 5], [2], [], [7, 7, 1]],
+        [[1], [4], [9, 2], []],
+        [[], [8], [6], [5]],
+        [[12]] * 4,
+    ]
+    records = records[:n_patients]
+    features = torch.rand(n_patients, 4, 3) if name == "with time" else None
+    state = model.start(n_patients)
+    for t in range(4):
+        visit = [visits[t] for visits in records]
+        answer, state = model.step(
+            state,
+            visit[0] if n_patients == 1 else visit,
+            None if features is None else features[:, t],
+        )
+        so_far = PackedVisits.from_lists(
+            [visits[: t + 1] for visits in records],
+            visit_features=None if features is None else list(features[:, : t + 1]),
+        )
+        whole = model(so_far)
+        if name.startswith("baseline"):
+            answer, whole = answer["logits"], whole["logits"]
+        else:
+            whole = whole.last()
+        assert answer.shape == whole.shape
+        torch.testing.assert_close(answer, whole, rtol=0, atol=1e-6)
+        assert state.n_visits == t + 1
+    assert not answer.requires_grad
+
+
+def test_a_state_is_not_written_to(backend):
+    model = build("survival")
+    start = model.start()
+    first, after = model.step(start, [1, 2])
+    model.step(after, [3])
+    again, _ = model.step(start, [1, 2])
+    assert torch.equal(first, again)
+    assert (start.h == 0).all()
+
+
+def test_visit_level_criteria_work_on_rows(backend):
+    labels = [torch.randint(0, 2, (len(visits),)) for visits in RECORDS]
+    packed = batch(visit_targets={"progression": labels})
+    rows = build("survival")(packed)
+    logits, wanted = rows.values, packed.visit_targets["progression"]
+    padded, mask = rows.to_padded(), packed.to_padded()[2]
+    padded_labels = packed.pad(wanted, -1)
+    criterion = FixedHorizonProgressionLoss()
+    torch.testing.assert_close(
+        criterion(logits, wanted, torch.ones_like(wanted)), criterion(padded, padded_labels, mask)
+    )
+    torch.testing.assert_close(
+        F.binary_cross_entropy(logits, wanted.float()),
+        compute_masked_loss(
+            torch.nn.BCELoss(), padded, padded_labels.float().clamp(min=0), packed.lengths
+        ),
+    )
+
+
+def test_multi_class_and_regression_losses(backend):
+    packed = batch(
+        targets={"kind": torch.tensor([2, 0, 1, 1]), "score": torch.tensor([0.5, 1.0, -1.0, 2.0])}
+    )
+    classes = LSTMBaseline(VOCABULARY, 6, 7, task="multi_class", output_dim=3).eval()
+    expected = F.cross_entropy(classes(packed)["logits"], packed.targets["kind"])
+    torch.testing.assert_close(classes.loss(packed, "kind"), expected)
+    scores = LSTMBaseline(VOCABULARY, 6, 7, task="regression").eval()
+    expected = F.mse_loss(scores(packed)["logits"].squeeze(1), packed.targets["score"])
+    torch.testing.assert_close(scores.loss(packed, "score"), expected)
+
+
+@pytest.mark.parametrize("name", ["survival", "baseline, attention"])
+def test_more_padding_changes_no_bit(backend, name):
+    packed, model = batch(), build(name)
+    codes, visit_mask, sequence_mask = packed.to_padded()
+    wide = torch.full((4, 11, 9), -7)
+    wide[:, :4, : codes.shape[2]] = codes
+    wide_visit_mask = torch.zeros(4, 11, 9, dtype=torch.bool)
+    wide_visit_mask[:, :4, : codes.shape[2]] = visit_mask
+    wide_sequence_mask = torch.zeros(4, 11, dtype=torch.bool)
+    wide_sequence_mask[:, :4] = sequence_mask
+    narrow = model(codes, visit_mask, sequence_mask)
+    broad = model(wide, wide_visit_mask, wide_sequence_mask)
+    if name == "survival":
+        assert torch.equal(broad[:, :4], narrow)
+        assert (broad[:, 4:] == 0).all()
+    else:
+        assert torch.equal(broad["logits"], narrow["logits"])
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "sum", "max", "attention"])
+def test_fractional_masks_still_weigh(backend, aggregation):
+    """PackedVisits holds codes without weights; a fractional mask takes the padded way in."""
+    codes, visit_mask, sequence_mask = batch().to_padded()
+    weights = visit_mask * (0.25 + torch.rand(visit_mask.shape))
+    model = build(f"baseline, {aggregation}")
+    fused = model(codes, weights, sequence_mask)["logits"]
+    model.path = "padded"
+    torch.testing.assert_close(fused, model(codes, weights, sequence_mask)["logits"])
+
+
+BAD = {
+    "masks beside a packed batch": (
+        lambda: build("survival")(batch(), torch.ones(4, 4, 3)),
+        ValueError,
+        "a PackedVisits batch holds its masks",
+    ),
+    "features beside a packed batch": (
+        lambda: build("with time")(batch(), time_features=torch.ones(4, 4, 3)),
+        ValueError,
+        "a PackedVisits batch holds its masks and features",
+    ),
+    "no outcomes": (
+        lambda: build("survival").loss(PackedVisits.from_lists(RECORDS)),
+        ValueError,
+        "there are no outcomes",
+    ),
+    "no event types": (
+        lambda: build("competing risks").loss(PackedVisits.from_lists(RECORDS)),
+        ValueError,
+        "there are no outcomes: give event_times and event_types",
+    ),
+    "no such target": (
+        lambda: build("baseline, mean").loss(batch(), "readmission"),
+        KeyError,
+        r"no target 'readmission'; it has \['labels'\]",
+    ),
+    "no patient": (
+        lambda: build("survival")(PackedVisits.from_lists([])),
+        ValueError,
+        "holds no patient",
+    ),
+    "code outside the vocabulary": (
+        lambda: build("survival")(PackedVisits.from_lists([[[VOCABULARY]]])),
+        IndexError,
+        "Found 1 codes outside the vocabulary of 13 codes",
+    ),
+    "features of another width": (
+        lambda: build("with time")(
+            PackedVisits.from_lists([[[1]]], visit_features=[torch.ones(1, 2)])
+        ),
+        ValueError,
+        "visits must have 3 features",
+    ),
+    "step of a bidirectional model": (
+        lambda: DiscreteTimeSurvivalLSTM(9, 4, 4, bidirectional=True).start(),
+        ValueError,
+        "bidirectional model cannot score",
+    ),
+    "step of other patients": (
+        lambda: build("survival").step(build("survival").start(2), [[1]]),
+        ValueError,
+        "state holds 2 patients, and visit 1",
+    ),
+    "step with an unknown code": (
+        lambda: build("survival").step(build("survival").start(), [99]),
+        IndexError,
+        "outside the vocabulary",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(backend, name):
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_models_train_from_codes(backend, dtype):
+    model, wide = build("survival").to(dtype), build("survival")
+    loss = model.loss(batch())
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, wide.loss(batch()), rtol=0.05, atol=0.05)
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
