@@ -28,6 +28,16 @@ LENGTHS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Batches of tests are small, and threads that wait for each other only slow a busy machine.
+    The tests that are about threads set their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def sizes_of(lengths):
     return torch.tensor([sum(n > t for n in lengths) for t in range(max(lengths))])
 
