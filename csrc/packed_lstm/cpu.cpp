@@ -19,9 +19,10 @@ namespace ehrseq::packed_lstm {
 
 namespace {
 
-enum class InstructionSet { baseline, avx2, avx512 };
+enum class InstructionSet { baseline, avx2, avx512, avx512_bf16 };
 
-// EHRSEQ_FAST_CPU_CAPABILITY=baseline|avx2 holds the kernels back, to test those of lesser CPUs.
+// EHRSEQ_FAST_CPU_CAPABILITY=baseline|avx2|avx512 holds the kernels back, to test those of lesser
+// CPUs.
 InstructionSet instruction_set() {
 #ifdef EHRSEQ_HAS_X86_KERNELS
   const char* asked = std::getenv("EHRSEQ_FAST_CPU_CAPABILITY");
@@ -32,33 +33,58 @@ InstructionSet instruction_set() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
   if (!has_avx2 || most == "baseline") return InstructionSet::baseline;
-  return has_avx512 && most != "avx2" ? InstructionSet::avx512 : InstructionSet::avx2;
+  if (!has_avx512 || most == "avx2") return InstructionSet::avx2;
+  if (!__builtin_cpu_supports("avx512bf16") || most == "avx512") return InstructionSet::avx512;
+  return InstructionSet::avx512_bf16;
 #else
   return InstructionSet::baseline;
 #endif
 }
 
+InstructionSet running() {
+  static const InstructionSet known = instruction_set();
+  return known;
+}
+
 }  // namespace
 
+#ifdef EHRSEQ_HAS_X86_KERNELS
 template <>
 const Kernels<float>& kernels<float>() {
-  static const InstructionSet running = instruction_set();
-#ifdef EHRSEQ_HAS_X86_KERNELS
-  if (running == InstructionSet::avx512) return avx512::float_kernels();
-  if (running == InstructionSet::avx2) return avx2::float_kernels();
-#endif
+  if (running() >= InstructionSet::avx512) return avx512::float_kernels();
+  if (running() == InstructionSet::avx2) return avx2::float_kernels();
   return baseline::float_kernels();
 }
 
 template <>
 const Kernels<double>& kernels<double>() {
-  static const InstructionSet running = instruction_set();
-#ifdef EHRSEQ_HAS_X86_KERNELS
-  if (running == InstructionSet::avx512) return avx512::double_kernels();
-  if (running == InstructionSet::avx2) return avx2::double_kernels();
-#endif
+  if (running() >= InstructionSet::avx512) return avx512::double_kernels();
+  if (running() == InstructionSet::avx2) return avx2::double_kernels();
   return baseline::double_kernels();
 }
+
+template <>
+const Kernels<BFloat16>& kernels<BFloat16>() {
+  return avx512_bf16::bfloat16_kernels();
+}
+#else
+template <>
+const Kernels<float>& kernels<float>() {
+  return baseline::float_kernels();
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  return baseline::double_kernels();
+}
+
+template <>
+const Kernels<BFloat16>& kernels<BFloat16>() {
+  throw std::logic_error("packed_lstm: no bfloat16 kernels on this CPU");
+}
+#endif
+
+bool has_bfloat16_kernels() { return running() == InstructionSet::avx512_bf16; }
 
 namespace {
 
@@ -153,30 +179,35 @@ Shape checked_shape(const Tensor& input, const std::vector<int64_t>& batch_sizes
   return shape;
 }
 
-// Tensors as the kernels read them: contiguous, in the type that they compute in. Converted copies
-// live as long as this does.
 template <typename T>
-class Operands {
- public:
-  const T* operator()(const Tensor& tensor) {
-    held_.push_back(torch::stable::contiguous(torch::stable::to(tensor, dtype())));
-    return static_cast<const T*>(held_.back().data_ptr());
-  }
-
-  const T* operator()(const OptionalTensor& tensor) { return tensor ? (*this)(*tensor) : nullptr; }
-
-  static ScalarType dtype() {
-    return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  }
-
- private:
-  std::vector<Tensor> held_;
-};
+constexpr ScalarType dtype_of() {
+  if (std::is_same_v<T, double>) return ScalarType::Double;
+  return std::is_same_v<T, BFloat16> ? ScalarType::BFloat16 : ScalarType::Float;
+}
 
 template <typename T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
+
+// Tensors as the kernels read them: contiguous, in the type that they take. Converted copies live
+// as long as this does.
+class Operands {
+ public:
+  template <typename T>
+  const T* as(const Tensor& tensor) {
+    held_.push_back(torch::stable::contiguous(torch::stable::to(tensor, dtype_of<T>())));
+    return data<T>(held_.back());
+  }
+
+  template <typename T>
+  const T* as(const OptionalTensor& tensor) {
+    return tensor ? as<T>(*tensor) : nullptr;
+  }
+
+ private:
+  std::vector<Tensor> held_;
+};
 
 // Fresh memory costs a page fault per page at its first touch; with large pages, few.
 void prefer_large_pages(const Tensor& tensor) {
@@ -192,7 +223,7 @@ void prefer_large_pages(const Tensor& tensor) {
 
 template <typename T>
 Tensor scratch(const Tensor& like, const std::vector<int64_t>& shape) {
-  Tensor tensor = empty(like, shape, Operands<T>::dtype());
+  Tensor tensor = empty(like, shape, dtype_of<T>());
   prefer_large_pages(tensor);
   return tensor;
 }
@@ -203,14 +234,14 @@ struct Plan {
   int64_t shared_from;
 };
 
-template <typename T>
+template <typename S>
 Plan plan_for(const Shape& shape, const std::vector<Step>& steps) {
   // Below about this many multiplications waking a thread costs more than it brings.
   constexpr int64_t kWorthAThread = 1 << 20;
   const int64_t work = shape.visits * kGates * shape.hidden * (shape.hidden + shape.inputs);
   const int64_t most = std::max<int64_t>(1, work / kWorthAThread);
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), most);
-  const int64_t few = kernels<T>().tile_rows * threads;
+  const int64_t few = kernels<S>().tile_rows * threads;
   int64_t time = static_cast<int64_t>(steps.size());
   while (time > 0 && steps[time - 1].patients < few) --time;
   return {threads, time};
@@ -257,30 +288,30 @@ void scan(const std::vector<Step>& steps, Times times, const Plan& plan, int64_t
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <typename T>
+template <typename S>
 ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_sizes,
                       const Tensor& weight_ih, const Tensor& weight_hh,
                       const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
                       const OptionalTensor& h0, const OptionalTensor& c0, bool reverse,
                       bool training) {
-  const Kernels<T>& run = kernels<T>();
+  const Kernels<S>& run = kernels<S>();
   const Shape shape = checked_shape(input, batch_sizes, weight_ih, weight_hh, h0, c0);
   expect_shape(bias_ih, "bias_ih", {kGates * shape.hidden}, "[4 * hidden]");
   expect_shape(bias_hh, "bias_hh", {kGates * shape.hidden}, "[4 * hidden]");
 
   const std::vector<Step> steps = steps_of(batch_sizes, reverse);
-  const Plan plan = plan_for<T>(shape, steps);
+  const Plan plan = plan_for<S>(shape, steps);
   const int64_t padded = shape.padded_hidden();
   const int64_t projected_from = first_row_of(shape, steps, plan.shared_from);
 
-  Tensor output = scratch<T>(input, {shape.visits, shape.hidden});
-  Tensor last_hidden = scratch<T>(input, {shape.patients, shape.hidden});
-  Tensor last_cell = scratch<T>(input, {shape.patients, shape.hidden});
-  Tensor cells = scratch<T>(input, {training ? shape.visits : shape.patients, padded});
+  Tensor output = scratch<S>(input, {shape.visits, shape.hidden});
+  Tensor last_hidden = scratch<S>(input, {shape.patients, shape.hidden});
+  Tensor last_cell = scratch<S>(input, {shape.patients, shape.hidden});
+  Tensor cells = scratch<Sum<S>>(input, {training ? shape.visits : shape.patients, padded});
   // Where gates are kept, projections lie where the gates of their row will.
   Tensor gates =
-      scratch<T>(input, {shape.visits - (training ? 0 : projected_from), kGates * padded});
-  T* projected = data<T>(gates) + (training ? projected_from * kGates * padded : 0);
+      scratch<Sum<S>>(input, {shape.visits - (training ? 0 : projected_from), kGates * padded});
+  Sum<S>* projected = data<Sum<S>>(gates) + (training ? projected_from * kGates * padded : 0);
 
   const int64_t blocks = (shape.hidden + run.lanes - 1) / run.lanes;
   if (training && blocks * run.lanes < padded) {
@@ -288,31 +319,32 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
     torch::stable::zero_(cells);
   }
   const Tensor panels =
-      scratch<T>(input, {blocks, (shape.inputs + shape.hidden) * kGates * run.lanes});
-  const Tensor bias = scratch<T>(input, {blocks * kGates * run.lanes});
+      scratch<S>(input, {blocks, (shape.inputs + shape.hidden) * kGates * run.lanes});
+  const Tensor bias = scratch<Sum<S>>(input, {blocks * kGates * run.lanes});
 
-  Operands<T> operand;
-  const Weights<T> weights{operand(weight_ih), operand(weight_hh), operand(bias_ih),
+  Operands operands;
+  const auto operand = [&](const auto& tensor) { return operands.as<S>(tensor); };
+  const Weights<S> weights{operand(weight_ih), operand(weight_hh), operand(bias_ih),
                            operand(bias_hh)};
-  const Forward<T> layer{shape,
+  const Forward<S> layer{shape,
                          steps,
                          reverse,
                          operand(input),
                          operand(h0),
                          operand(c0),
-                         data<T>(panels),
-                         data<T>(bias),
-                         data<T>(output),
-                         data<T>(last_hidden),
-                         data<T>(last_cell),
-                         training ? data<T>(gates) : nullptr,
-                         data<T>(cells),
+                         data<S>(panels),
+                         data<Sum<S>>(bias),
+                         data<S>(output),
+                         data<S>(last_hidden),
+                         data<S>(last_cell),
+                         training ? data<Sum<S>>(gates) : nullptr,
+                         data<Sum<S>>(cells),
                          training,
                          projected_from,
                          projected};
 
   share_out(blocks, plan.threads, [&](int64_t from, int64_t to, int64_t) {
-    run.pack_gate_panels(shape, weights, from, to, data<T>(panels), data<T>(bias));
+    run.pack_gate_panels(shape, weights, from, to, data<S>(panels), data<Sum<S>>(bias));
   });
   share_out(shape.visits - projected_from, plan.threads, [&](int64_t from, int64_t to, int64_t) {
     run.project_inputs(layer, projected_from + from, projected_from + to);
@@ -325,8 +357,8 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
   const ScalarType dtype = input.scalar_type();
   const auto rounded = [&](const Tensor& tensor) { return torch::stable::to(tensor, dtype); };
   if (!training) {
-    gates = scratch<T>(input, {0});
-    cells = scratch<T>(input, {0});
+    gates = scratch<Sum<S>>(input, {0});
+    cells = scratch<Sum<S>>(input, {0});
   }
   return {rounded(output), rounded(last_hidden), rounded(last_cell), gates, cells};
 }
@@ -356,14 +388,14 @@ std::vector<Times> chunks_of(const std::vector<Step>& steps, int64_t rows, bool 
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <typename T>
+template <typename S>
 BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor& grad_last_hidden,
                         const OptionalTensor& grad_last_cell, const Tensor& input,
                         const std::vector<int64_t>& batch_sizes, const Tensor& weight_ih,
                         const Tensor& weight_hh, const OptionalTensor& h0, const OptionalTensor& c0,
                         const Tensor& output, const Tensor& gates, const Tensor& cells,
                         bool reverse, bool need_input, bool need_weights, bool need_states) {
-  const Kernels<T>& run = kernels<T>();
+  const Kernels<S>& run = kernels<S>();
   const Shape shape = checked_shape(input, batch_sizes, weight_ih, weight_hh, h0, c0);
   const int64_t padded = shape.padded_hidden();
   expect_shape(output, "output", {shape.visits, shape.hidden}, "[visits, hidden]");
@@ -374,12 +406,12 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   expect_shape(cells, "cells", {shape.visits, padded}, "[visits, padded hidden]");
 
   const std::vector<Step> steps = steps_of(batch_sizes, reverse);
-  const Plan plan = plan_for<T>(shape, steps);
+  const Plan plan = plan_for<S>(shape, steps);
   const int64_t blocks = (shape.hidden + run.lanes - 1) / run.lanes;
   const int64_t input_blocks = (shape.inputs + run.lanes - 1) / run.lanes;
   const int64_t panel = blocks * kGates * run.lanes * run.lanes;
 
-  const int64_t chunk_rows = kChunkBytes / (kGates * padded * static_cast<int64_t>(sizeof(T)));
+  const int64_t chunk_rows = kChunkBytes / (kGates * padded * static_cast<int64_t>(sizeof(S)));
   const std::vector<Times> chunks = chunks_of(steps, chunk_rows, reverse);
   const auto rows_before = [&](int64_t time) { return first_row_of(shape, steps, time); };
   int64_t chunk_size = 0;
@@ -388,7 +420,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   }
 
   const auto wanted = [&](bool need, const std::vector<int64_t>& sizes) {
-    return scratch<T>(input, need ? sizes : std::vector<int64_t>{0});
+    return scratch<S>(input, need ? sizes : std::vector<int64_t>{0});
   };
   const Tensor grad_input = wanted(need_input, {shape.visits, shape.inputs});
   const Tensor grad_h0 = wanted(need_states, {shape.patients, shape.hidden});
@@ -397,17 +429,19 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   const Tensor grad_weight_hh = wanted(need_weights, {kGates * shape.hidden, shape.hidden});
   const Tensor grad_bias = wanted(need_weights, {kGates * shape.hidden});
 
-  const Tensor grad_gates = scratch<T>(input, {blocks * kGates, chunk_size, run.lanes});
-  const Tensor grad_hidden = scratch<T>(input, {shape.patients, padded});
-  const Tensor grad_cell = scratch<T>(input, {shape.patients, padded});
-  const Tensor hidden_panels = scratch<T>(input, {blocks, panel});
+  const Tensor grad_gates = scratch<S>(input, {blocks * kGates, chunk_size, run.lanes});
+  const Tensor grad_hidden = scratch<Sum<S>>(input, {shape.patients, padded});
+  const Tensor grad_cell = scratch<Sum<S>>(input, {shape.patients, padded});
+  const Tensor hidden_panels = scratch<S>(input, {blocks, panel});
   const Tensor input_panels = wanted(need_input, {input_blocks, panel});
   const int64_t width = run.padded_factors(shape);
   const int64_t summed = blocks * kGates * run.lanes;
-  Tensor weight_sums = wanted(need_weights, {summed, width});
-  Tensor bias_sums = wanted(need_weights, {summed});
+  Tensor weight_sums = scratch<Sum<S>>(input, {need_weights ? summed * width : 0});
+  Tensor bias_sums = scratch<Sum<S>>(input, {need_weights ? summed : 0});
   torch::stable::zero_(weight_sums);
   torch::stable::zero_(bias_sums);
+  Tensor zeros = wanted(need_weights, {width});
+  torch::stable::zero_(zeros);
   const Tensor factors = wanted(need_weights, {plan.threads, kWeightDepth * width});
 
   std::vector<int64_t> row_before, patient;
@@ -422,44 +456,46 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
     }
   }
 
-  Operands<T> operand;
-  Backward<T> layer{shape,
+  Operands operands;
+  const auto operand = [&](const auto& tensor) { return operands.as<S>(tensor); };
+  Backward<S> layer{shape,
                     steps,
                     reverse,
                     operand(input),
                     operand(h0),
                     operand(c0),
                     operand(output),
-                    operand(gates),
-                    operand(cells),
+                    operands.as<Sum<S>>(gates),
+                    operands.as<Sum<S>>(cells),
                     operand(grad_output),
                     operand(grad_last_hidden),
                     operand(grad_last_cell),
-                    data<T>(hidden_panels),
-                    data<T>(input_panels),
+                    data<S>(hidden_panels),
+                    data<S>(input_panels),
                     row_before.data(),
                     patient.data(),
+                    data<S>(zeros),
                     0,
                     chunk_size,
-                    data<T>(grad_gates),
-                    data<T>(grad_hidden),
-                    data<T>(grad_cell),
-                    data<T>(grad_input),
-                    need_states ? data<T>(grad_h0) : nullptr,
-                    data<T>(weight_sums),
-                    data<T>(bias_sums),
-                    data<T>(grad_weight_ih),
-                    data<T>(grad_weight_hh),
-                    data<T>(grad_bias)};
+                    data<S>(grad_gates),
+                    data<Sum<S>>(grad_hidden),
+                    data<Sum<S>>(grad_cell),
+                    data<S>(grad_input),
+                    need_states ? data<S>(grad_h0) : nullptr,
+                    data<Sum<S>>(weight_sums),
+                    data<Sum<S>>(bias_sums),
+                    data<S>(grad_weight_ih),
+                    data<S>(grad_weight_hh),
+                    data<S>(grad_bias)};
 
-  const T* hidden_hidden = operand(weight_hh);
+  const S* hidden_hidden = operand(weight_hh);
   share_out(blocks, plan.threads, [&](int64_t from, int64_t to, int64_t) {
-    run.pack_column_panels(shape, hidden_hidden, shape.hidden, from, to, data<T>(hidden_panels));
+    run.pack_column_panels(shape, hidden_hidden, shape.hidden, from, to, data<S>(hidden_panels));
   });
   if (need_input) {
-    const T* input_hidden = operand(weight_ih);
+    const S* input_hidden = operand(weight_ih);
     share_out(input_blocks, plan.threads, [&](int64_t from, int64_t to, int64_t) {
-      run.pack_column_panels(shape, input_hidden, shape.inputs, from, to, data<T>(input_panels));
+      run.pack_column_panels(shape, input_hidden, shape.inputs, from, to, data<S>(input_panels));
     });
   }
 
@@ -488,15 +524,15 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
     if (need_weights) {
       share_out(blocks * kGates, plan.threads, [&](int64_t from, int64_t to, int64_t share) {
         run.add_to_weights(layer, row, rows, from, to,
-                           data<T>(factors) + share * kWeightDepth * width);
+                           data<S>(factors) + share * kWeightDepth * width);
       });
     }
   }
   if (need_weights) run.finish_weights(layer, 0, blocks * kGates);
   if (need_states) {
     for (int64_t p = 0; p < shape.patients; ++p) {
-      std::memcpy(data<T>(grad_c0) + p * shape.hidden, data<T>(grad_cell) + p * padded,
-                  shape.hidden * sizeof(T));
+      std::copy_n(data<Sum<S>>(grad_cell) + p * padded, shape.hidden,
+                  data<S>(grad_c0) + p * shape.hidden);
     }
   }
 
@@ -519,11 +555,18 @@ void expect_one_dtype(const Tensor& input, std::initializer_list<OptionalTensor>
   }
 }
 
-// 16-bit layers are computed, state and all, in float32, and only their results are rounded.
+// The type that a layer is computed in. 16 bits are widened to float32 at the door and only results
+// are rounded, save where the CPU multiplies bfloat16: there the operands of products are bfloat16,
+// sums, cells and activations float32. (Such products come in pairs: widths must be even.)
 template <typename Result, typename Body>
-Result in_accumulator_type(const Tensor& input, const Body& body) {
+Result in_type_for(const Tensor& input, const Tensor& weight_hh, const Body& body) {
+  const ScalarType dtype = input.scalar_type();
+  const bool even = input.size(1) % 2 == 0 && weight_hh.size(-1) % 2 == 0;
+  if (dtype == ScalarType::BFloat16 && even && has_bfloat16_kernels()) {
+    return body(TypeTag<BFloat16>{});
+  }
   std::optional<Result> result;
-  dispatch_floating(input.scalar_type(), "packed_lstm", [&](auto tag) {
+  dispatch_floating(dtype, "packed_lstm", [&](auto tag) {
     result = body(TypeTag<accumulator_t<typename decltype(tag)::type>>{});
   });
   return *result;
@@ -534,7 +577,7 @@ ForwardResult packed_lstm_layer(Tensor input, Tensor batch_sizes, Tensor weight_
                                 OptionalTensor h0, OptionalTensor c0, bool reverse, bool training) {
   expect_one_dtype(input, {weight_ih, weight_hh, bias_ih, bias_hh, h0, c0});
   const auto sizes = checked_batch_sizes(batch_sizes, input.size(0));
-  return in_accumulator_type<ForwardResult>(input, [&](auto tag) {
+  return in_type_for<ForwardResult>(input, weight_hh, [&](auto tag) {
     return forward<typename decltype(tag)::type>(input, sizes, weight_ih, weight_hh, bias_ih,
                                                  bias_hh, h0, c0, reverse, training);
   });
@@ -548,7 +591,7 @@ BackwardResult packed_lstm_layer_backward(OptionalTensor grad_output, OptionalTe
                                           bool need_weights, bool need_states) {
   expect_one_dtype(input, {weight_ih, weight_hh, h0, c0, output});
   const auto sizes = checked_batch_sizes(batch_sizes, input.size(0));
-  return in_accumulator_type<BackwardResult>(input, [&](auto tag) {
+  return in_type_for<BackwardResult>(input, weight_hh, [&](auto tag) {
     return backward<typename decltype(tag)::type>(
         grad_output, grad_h_n, grad_c_n, input, sizes, weight_ih, weight_hh, h0, c0, output, gates,
         cells, reverse, need_input, need_weights, need_states);

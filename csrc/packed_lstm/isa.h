@@ -17,4 +17,7 @@ EHRSEQ_DECLARE_KERNELS(baseline)
 #ifdef EHRSEQ_HAS_X86_KERNELS
 EHRSEQ_DECLARE_KERNELS(avx2)
 EHRSEQ_DECLARE_KERNELS(avx512)
+namespace ehrseq::packed_lstm::avx512_bf16 {
+const Kernels<BFloat16>& bfloat16_kernels();
+}
 #endif

@@ -10,6 +10,7 @@
 //   gate panels     [block][k][gate][L]: the weights as the forward pass reads them, k running
 //                   over the inputs and then the hidden units
 //   column panels   [block of columns][block][gate][L][L]: as the backward pass reads them
+//   (in bfloat16, both in pairs along what is summed over: [k / 2][gate][L][k % 2] and so on)
 //   gates           [row][block][gate][L]: activations, saved for the backward pass
 //   cells           [row][block][L]
 //   gate gradients  [block][gate][row of the chunk][L]: both products over them then read rows of
@@ -20,6 +21,8 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "common/dtypes.h"
 
 namespace ehrseq::packed_lstm {
 
@@ -53,73 +56,78 @@ struct Shape {
   int64_t padded_hidden() const { return round_up(hidden, kUnitPadding); }
 };
 
-template <typename T>
+// S is the type that inputs, weights and states are stored in; everything that adds up is Sum<S>.
+template <typename S>
+using Sum = accumulator_t<S>;
+
+template <typename S>
 struct Weights {
-  const T* input_hidden;   // [4 * hidden, inputs]
-  const T* hidden_hidden;  // [4 * hidden, hidden]
-  const T* input_bias;     // [4 * hidden], or null
-  const T* hidden_bias;
+  const S* input_hidden;   // [4 * hidden, inputs]
+  const S* hidden_hidden;  // [4 * hidden, hidden]
+  const S* input_bias;     // [4 * hidden], or null
+  const S* hidden_bias;
 };
 
 // Null pointers: h0 and c0 are zeros; gates are not kept.
-template <typename T>
+template <typename S>
 struct Forward {
   Shape shape;
   const std::vector<Step>& steps;
   bool reverse;
-  const T* input;
-  const T* h0;
-  const T* c0;
-  const T* panels;
-  const T* bias;  // [block][gate][L]
-  T* output;
-  T* last_hidden;
-  T* last_cell;
-  T* gates;
-  T* cells;
+  const S* input;
+  const S* h0;
+  const S* c0;
+  const S* panels;
+  const Sum<S>* bias;  // [block][gate][L]
+  S* output;
+  S* last_hidden;
+  S* last_cell;
+  Sum<S>* gates;
+  Sum<S>* cells;
   bool cells_per_visit;    // else one row of cells per patient, updated in place
   int64_t projected_from;  // rows from here on have their input products in `projected`
-  T* projected;            // laid out as gates; the same memory where gates are kept
+  Sum<S>* projected;       // laid out as gates; the same memory where gates are kept
 };
 
 // The backward pass goes through the visits a chunk of times after the other, so that the gate
 // gradients of one chunk stay in the cache until everything is computed from them, and those of all
 // visits never stand in memory at once. Null pointers: a gradient that is zero, coming in, or that
 // nobody needs, going out.
-template <typename T>
+template <typename S>
 struct Backward {
   Shape shape;
   const std::vector<Step>& steps;
   bool reverse;
-  const T* input;
-  const T* h0;
-  const T* c0;
-  const T* output;
-  const T* gates;
-  const T* cells;
-  const T* grad_output;
-  const T* grad_last_hidden;
-  const T* grad_last_cell;
-  const T* hidden_panels;
-  const T* input_panels;
+  const S* input;
+  const S* h0;
+  const S* c0;
+  const S* output;
+  const Sum<S>* gates;
+  const Sum<S>* cells;
+  const S* grad_output;
+  const S* grad_last_hidden;
+  const S* grad_last_cell;
+  const S* hidden_panels;
+  const S* input_panels;
   const int64_t* row_before;  // of each visit; -1 where its patient starts
   const int64_t* patient;     // of each visit
+  const S* zeros;             // padded_factors of them
 
   int64_t chunk_row;   // the first row of the chunk
   int64_t chunk_size;  // rows that `grad_gates` has room for
-  T* grad_gates;
+  S* grad_gates;
   // What the scan hands from visit to visit: [patient][padded hidden]. That of the hidden state
   // only from chunk to chunk: within one it stays in registers.
-  T* grad_hidden;
-  T* grad_cell;
+  Sum<S>* grad_hidden;
+  Sum<S>* grad_cell;
 
-  T* grad_input;
-  T* grad_h0;
-  T* weight_sums;  // [gate of a block][L][padded inputs + hidden]
-  T* bias_sums;    // [gate of a block][L]
-  T* grad_input_hidden;
-  T* grad_hidden_hidden;
-  T* grad_bias;
+  S* grad_input;
+  S* grad_h0;
+  Sum<S>* weight_sums;  // [gate of a block][L][padded inputs + hidden]
+  Sum<S>* bias_sums;    // [gate of a block][L]
+  S* grad_input_hidden;
+  S* grad_hidden_hidden;
+  S* grad_bias;
 };
 
 // Times [first, last).
@@ -128,43 +136,44 @@ struct Times {
   int64_t last;
 };
 
-template <typename T>
+template <typename S>
 struct Kernels {
   int64_t lanes;
   int64_t tile_rows;
 
   // Both take blocks [from, to).
-  void (*pack_gate_panels)(const Shape&, const Weights<T>&, int64_t from, int64_t to, T* panels,
-                           T* bias);
-  void (*pack_column_panels)(const Shape&, const T* weight, int64_t columns, int64_t from,
-                             int64_t to, T* panels);
+  void (*pack_gate_panels)(const Shape&, const Weights<S>&, int64_t from, int64_t to, S* panels,
+                           Sum<S>* bias);
+  void (*pack_column_panels)(const Shape&, const S* weight, int64_t columns, int64_t from,
+                             int64_t to, S* panels);
 
   // Input products of rows [from, to), for the steps that have too few visits to share a reading of
   // the weights.
-  void (*project_inputs)(const Forward<T>&, int64_t from, int64_t to);
+  void (*project_inputs)(const Forward<S>&, int64_t from, int64_t to);
   // Some times, patients [from, to).
-  void (*scan_patients)(const Forward<T>&, Times, int64_t from, int64_t to);
+  void (*scan_patients)(const Forward<S>&, Times, int64_t from, int64_t to);
   // One time, all patients, hidden blocks [from, to); inputs already projected.
-  void (*scan_units)(const Forward<T>&, int64_t time, int64_t from, int64_t to);
+  void (*scan_units)(const Forward<S>&, int64_t time, int64_t from, int64_t to);
 
   // As above; `chunk` is all its times, [from, to) patients or blocks.
-  void (*scan_patients_back)(const Backward<T>&, Times chunk, Times, int64_t from, int64_t to);
-  void (*scan_units_back)(const Backward<T>&, Times chunk, int64_t time, int64_t from, int64_t to);
+  void (*scan_patients_back)(const Backward<S>&, Times chunk, Times, int64_t from, int64_t to);
+  void (*scan_units_back)(const Backward<S>&, Times chunk, int64_t time, int64_t from, int64_t to);
   // To the chunk that is next in the scan, and to h0: patients [from, to).
-  void (*hand_back_hidden)(const Backward<T>&, Times chunk, int64_t from, int64_t to);
+  void (*hand_back_hidden)(const Backward<S>&, Times chunk, int64_t from, int64_t to);
   // Rows [from, to).
-  void (*grad_input)(const Backward<T>&, int64_t from, int64_t to);
+  void (*grad_input)(const Backward<S>&, int64_t from, int64_t to);
   // Adds rows [row, row + rows) to the sums of gates [from, to), all blocks' gates being counted
   // through. `scratch` holds kWeightDepth * padded_factors elements.
-  void (*add_to_weights)(const Backward<T>&, int64_t row, int64_t rows, int64_t from, int64_t to,
-                         T* scratch);
-  void (*finish_weights)(const Backward<T>&, int64_t from, int64_t to);
+  void (*add_to_weights)(const Backward<S>&, int64_t row, int64_t rows, int64_t from, int64_t to,
+                         S* scratch);
+  void (*finish_weights)(const Backward<S>&, int64_t from, int64_t to);
   int64_t (*padded_factors)(const Shape&);
 };
 
-// The kernels for the running CPU.
-template <typename T>
-const Kernels<T>& kernels();
+// The kernels for the running CPU. Those of bfloat16 are there only where it multiplies bfloat16.
+template <typename S>
+const Kernels<S>& kernels();
+bool has_bfloat16_kernels();
 
 // Rows of `depth` visits are packed at a time for the weight gradients.
 constexpr int64_t kWeightDepth = 256;

@@ -6,6 +6,7 @@
 //   EHRSEQ_TILE_ROWS     rows of a tile: with four vectors side by side, their sums, factors and
 //   one
 //                        weight fill the registers
+//   EHRSEQ_BFLOAT16_DOTS   defined where products are those of bfloat16 pairs (AVX512-BF16)
 
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC diagnostic ignored "-Wignored-attributes"
@@ -20,14 +21,20 @@ namespace ehrseq::packed_lstm::EHRSEQ_ISA {
 #include "packed_lstm/scan_forward.h"
 #include "packed_lstm/weight_gradient.h"
 
-template <typename T>
-Kernels<T> table() {
-  return {kLanes<T>,          EHRSEQ_TILE_ROWS,    pack_gate_panels<T>, pack_column_panels<T>,
-          project_inputs<T>,  scan_patients<T>,    scan_units<T>,       scan_patients_back<T>,
-          scan_units_back<T>, hand_back_hidden<T>, grad_input<T>,       add_to_weights<T>,
-          finish_weights<T>,  padded_factors<T>};
+template <typename S>
+Kernels<S> table() {
+  return {kLanes<S>,          EHRSEQ_TILE_ROWS,    pack_gate_panels<S>, pack_column_panels<S>,
+          project_inputs<S>,  scan_patients<S>,    scan_units<S>,       scan_patients_back<S>,
+          scan_units_back<S>, hand_back_hidden<S>, grad_input<S>,       add_to_weights<S>,
+          finish_weights<S>,  padded_factors<S>};
 }
 
+#ifdef EHRSEQ_BFLOAT16_DOTS
+const Kernels<BFloat16>& bfloat16_kernels() {
+  static const Kernels<BFloat16> kernels = table<BFloat16>();
+  return kernels;
+}
+#else
 const Kernels<float>& float_kernels() {
   static const Kernels<float> kernels = table<float>();
   return kernels;
@@ -37,5 +44,6 @@ const Kernels<double>& double_kernels() {
   static const Kernels<double> kernels = table<double>();
   return kernels;
 }
+#endif
 
 }  // namespace ehrseq::packed_lstm::EHRSEQ_ISA

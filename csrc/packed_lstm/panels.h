@@ -1,51 +1,93 @@
 // Weights in the order in which the tiles read them, packed once per call. Included once per
 // instruction set (see kernels_impl.h).
 
-template <typename T>
+template <typename S>
 int64_t blocks_of(int64_t units) {
-  return (units + kLanes<T> - 1) / kLanes<T>;
+  return (units + kLanes<S> - 1) / kLanes<S>;
 }
 
 // How many units of `block` there are; fewer than the lanes in the last one.
-template <typename T>
+template <typename S>
 EHRSEQ_INLINE int64_t units_in(int64_t block, int64_t units) {
-  return std::min(kLanes<T>, units - block * kLanes<T>);
+  return std::min(kLanes<S>, units - block * kLanes<S>);
 }
 
-template <typename T>
+template <typename S>
 int64_t gate_panel_size(const Shape& shape) {
-  return (shape.inputs + shape.hidden) * kGates * kLanes<T>;
+  return (shape.inputs + shape.hidden) * kGates * kLanes<S>;
 }
 
-// Columns of `weight` [4 * hidden, columns] for the units of one block: [column][gate][L].
-template <typename T>
-void pack_columns_of_block(const Shape& shape, const T* weight, int64_t columns, int64_t block,
-                           T* panel) {
-  constexpr int64_t L = kLanes<T>;
-  const int64_t units = units_in<T>(block, shape.hidden);
-  for (int64_t gate = 0; gate < kGates; ++gate) {
-    const T* rows = weight + (gate * shape.hidden + block * L) * columns;
-    for (int64_t k = 0; k < columns; ++k) {
-      T* lanes = panel + (k * kGates + gate) * L;
-      for (int64_t unit = 0; unit < units; ++unit) lanes[unit] = rows[unit * columns + k];
-      for (int64_t unit = units; unit < L; ++unit) lanes[unit] = 0;
+// A pack as one word, to be moved about.
+template <typename S>
+using Word = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+
+// Transposes a square of words by swapping ever larger blocks across its diagonal.
+template <typename W, int64_t L>
+EHRSEQ_INLINE void transpose(Vector<W> (&rows)[L]) {
+#pragma GCC unroll 8
+  for (int64_t side = 1; side < L; side *= 2) {
+    Vector<W> upper = {}, lower = {};
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i) {
+      upper[i] = i & side ? L + i - side : i;
+      lower[i] = i & side ? L + i : i + side;
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i) {
+      if (i & side) continue;
+      const Vector<W> above = rows[i];
+      rows[i] = __builtin_shuffle(above, rows[i + side], upper);
+      rows[i + side] = __builtin_shuffle(above, rows[i + side], lower);
     }
   }
 }
 
-template <typename T>
-void pack_gate_panels(const Shape& shape, const Weights<T>& weights, int64_t from, int64_t to,
-                      T* panels, T* bias) {
-  constexpr int64_t L = kLanes<T>;
+// Columns of `weight` [4 * hidden, columns] for the units of one block: [column][gate][L], in
+// packs.
+template <typename S>
+void pack_columns_of_block(const Shape& shape, const S* weight, int64_t columns, int64_t block,
+                           S* panel) {
+  constexpr int64_t L = kLanes<S>;
+  constexpr int64_t P = kPack<S>;
+  static_assert(sizeof(Word<S>) == P * sizeof(S));
+  const int64_t units = units_in<S>(block, shape.hidden);
+  for (int64_t gate = 0; gate < kGates; ++gate) {
+    const S* rows = weight + (gate * shape.hidden + block * L) * columns;
+    for (int64_t k = 0; k < columns; k += L * P) {
+      const int64_t taken = std::min(L * P, columns - k);
+      Vector<Word<S>> square[L];
+      for (int64_t unit = 0; unit < L; ++unit) {
+        const S* row = rows + unit * columns + k;
+        square[unit] = Vector<Word<S>>{};
+        if (unit >= units) continue;
+        if (taken == L * P) {
+          std::memcpy(&square[unit], row, sizeof(square[unit]));
+        } else {
+          std::memcpy(&square[unit], row, taken * sizeof(S));
+        }
+      }
+      transpose<Word<S>, L>(square);
+      for (int64_t pack = 0; pack < taken / P; ++pack) {
+        S* to = panel + ((k / P + pack) * kGates + gate) * L * P;
+        std::memcpy(to, &square[pack], sizeof(square[pack]));
+      }
+    }
+  }
+}
+
+template <typename S>
+void pack_gate_panels(const Shape& shape, const Weights<S>& weights, int64_t from, int64_t to,
+                      S* panels, Sum<S>* bias) {
+  constexpr int64_t L = kLanes<S>;
   for (int64_t block = from; block < to; ++block) {
-    T* panel = panels + block * gate_panel_size<T>(shape);
+    S* panel = panels + block * gate_panel_size<S>(shape);
     pack_columns_of_block(shape, weights.input_hidden, shape.inputs, block, panel);
     pack_columns_of_block(shape, weights.hidden_hidden, shape.hidden, block,
                           panel + shape.inputs * kGates * L);
     for (int64_t gate = 0; gate < kGates; ++gate) {
       for (int64_t unit = 0; unit < L; ++unit) {
         const int64_t at = gate * shape.hidden + block * L + unit;
-        T sum = 0;
+        Sum<S> sum = 0;
         if (block * L + unit < shape.hidden) {
           if (weights.input_bias) sum += weights.input_bias[at];
           if (weights.hidden_bias) sum += weights.hidden_bias[at];
@@ -56,23 +98,28 @@ void pack_gate_panels(const Shape& shape, const Weights<T>& weights, int64_t fro
   }
 }
 
-template <typename T>
+template <typename S>
 int64_t column_panel_size(const Shape& shape) {
-  return blocks_of<T>(shape.hidden) * kGates * kLanes<T> * kLanes<T>;
+  return blocks_of<S>(shape.hidden) * kGates * kLanes<S> * kLanes<S>;
 }
 
-template <typename T>
-void pack_column_panels(const Shape& shape, const T* weight, int64_t columns, int64_t from,
-                        int64_t to, T* panels) {
-  constexpr int64_t L = kLanes<T>;
+template <typename S>
+void pack_column_panels(const Shape& shape, const S* weight, int64_t columns, int64_t from,
+                        int64_t to, S* panels) {
+  constexpr int64_t L = kLanes<S>;
+  constexpr int64_t P = kPack<S>;
   for (int64_t block = from; block < to; ++block) {
-    T* lanes = panels + block * column_panel_size<T>(shape);
-    const int64_t width = units_in<T>(block, columns);
-    for (int64_t units = 0; units < blocks_of<T>(shape.hidden); ++units) {
+    S* lanes = panels + block * column_panel_size<S>(shape);
+    const int64_t width = units_in<S>(block, columns);
+    for (int64_t units = 0; units < blocks_of<S>(shape.hidden); ++units) {
       for (int64_t gate = 0; gate < kGates; ++gate) {
-        for (int64_t unit = units * L; unit < (units + 1) * L; ++unit, lanes += L) {
-          const T* row = weight + (gate * shape.hidden + unit) * columns + block * L;
-          store(lanes, unit < shape.hidden ? load_some(row, width) : Vector<T>{});
+        for (int64_t unit = units * L; unit < (units + 1) * L; ++unit) {
+          const S* row = weight + (gate * shape.hidden + unit) * columns + block * L;
+          const int64_t filled = unit < shape.hidden ? width : 0;
+          S* packs = lanes + unit % P;
+          for (int64_t lane = 0; lane < filled; ++lane) packs[lane * P] = row[lane];
+          for (int64_t lane = filled; lane < L; ++lane) packs[lane * P] = 0;
+          if (unit % P == P - 1) lanes += L * P;
         }
       }
     }

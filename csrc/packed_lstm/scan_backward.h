@@ -1,44 +1,45 @@
 // The backward scan and the products that follow it. Included once per instruction set (see
 // kernels_impl.h).
 
-template <typename T>
-EHRSEQ_INLINE T* gate_gradient(const Backward<T>& layer, int64_t block_and_gate, int64_t row) {
-  return layer.grad_gates + (block_and_gate * layer.chunk_size + row - layer.chunk_row) * kLanes<T>;
+template <typename S>
+EHRSEQ_INLINE S* gate_gradient(const Backward<S>& layer, int64_t block_and_gate, int64_t row) {
+  return layer.grad_gates + (block_and_gate * layer.chunk_size + row - layer.chunk_row) * kLanes<S>;
 }
 
 // Adds (gate gradients of R rows) x (V blocks of columns of a weight).
-template <typename T, int R, int V>
-EHRSEQ_INLINE void add_column_products(const Backward<T>& layer, const T* panels, int64_t block,
-                                       int64_t row, Tile<T, R, V>& tile) {
-  constexpr int64_t L = kLanes<T>;
-  const int64_t panel = column_panel_size<T>(layer.shape);
-  const T* columns = panels + block * panel;
-  for (int64_t gate = 0; gate < blocks_of<T>(layer.shape.hidden) * kGates; ++gate) {
-    const T* ahead = gate_gradient(layer, gate + 2, row);
+template <typename S, int R, int V>
+EHRSEQ_INLINE void add_column_products(const Backward<S>& layer, const S* panels, int64_t block,
+                                       int64_t row, Tile<Sum<S>, R, V>& tile) {
+  constexpr int64_t L = kLanes<S>;
+  constexpr int64_t P = kPack<S>;
+  const int64_t panel = column_panel_size<S>(layer.shape);
+  const S* columns = panels + block * panel;
+  for (int64_t gate = 0; gate < blocks_of<S>(layer.shape.hidden) * kGates; ++gate) {
+    const S* ahead = gate_gradient(layer, gate + 2, row);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * L);
-    add_products(tile, Left<T>{gate_gradient(layer, gate, row), L, 1}, Right<T>{columns, panel, L},
-                 L);
+    add_products(tile, Left<S>{gate_gradient(layer, gate, row), L, P},
+                 Right<S>{columns, panel, L * P}, L / P);
     columns += L * L;
   }
 }
 
 // One visit's gradients, for the units of one block, from `grad_hidden`, what the visit after it
 // hands back through h.
-template <typename T>
-EHRSEQ_INLINE void finish_visit_back(const Backward<T>& layer, const Step& step, int64_t block,
-                                     int64_t p, Vector<T> grad_hidden) {
-  constexpr int64_t L = kLanes<T>;
+template <typename S>
+EHRSEQ_INLINE void finish_visit_back(const Backward<S>& layer, const Step& step, int64_t block,
+                                     int64_t p, Vector<Sum<S>> grad_hidden) {
+  constexpr int64_t L = kLanes<S>;
   const Shape& shape = layer.shape;
   const int64_t row = step.first_row + p;
   const int64_t unit = block * L;
-  const int64_t units = units_in<T>(block, shape.hidden);
+  const int64_t units = units_in<S>(block, shape.hidden);
   const int64_t padded = shape.padded_hidden();
-  T* carried = layer.grad_cell + p * padded + unit;
+  Sum<S>* carried = layer.grad_cell + p * padded + unit;
 
   if (layer.grad_output)
     grad_hidden += load_some(layer.grad_output + row * shape.hidden + unit, units);
-  Vector<T> grad_cell = {};
+  Vector<Sum<S>> grad_cell = {};
   if (p < step.staying) {
     grad_cell = load(carried);
   } else {
@@ -47,20 +48,20 @@ EHRSEQ_INLINE void finish_visit_back(const Backward<T>& layer, const Step& step,
     if (layer.grad_last_cell) grad_cell = load_some(layer.grad_last_cell + last, units);
   }
 
-  const T* gates = layer.gates + row * kGates * padded + block * kGates * L;
-  const Vector<T> in = load(gates);
-  const Vector<T> forget = load(gates + L);
-  const Vector<T> candidate = load(gates + 2 * L);
-  const Vector<T> out = load(gates + 3 * L);
-  const Vector<T> tanh_cell = tanh(load(layer.cells + row * padded + unit));
-  Vector<T> before = {};
+  const Sum<S>* gates = layer.gates + row * kGates * padded + block * kGates * L;
+  const Vector<Sum<S>> in = load(gates);
+  const Vector<Sum<S>> forget = load(gates + L);
+  const Vector<Sum<S>> candidate = load(gates + 2 * L);
+  const Vector<Sum<S>> out = load(gates + 3 * L);
+  const Vector<Sum<S>> tanh_cell = tanh(load(layer.cells + row * padded + unit));
+  Vector<Sum<S>> before = {};
   if (p < step.continuing) {
     before = load(layer.cells + (step.row_before + p) * padded + unit);
   } else if (layer.c0) {
     before = load_some(layer.c0 + p * shape.hidden + unit, units);
   }
 
-  const T one = 1;
+  const Sum<S> one = 1;
   grad_cell += grad_hidden * out * (one - tanh_cell * tanh_cell);
   const int64_t gate = block * kGates;
   store(gate_gradient(layer, gate, row), grad_cell * candidate * in * (one - in));
@@ -73,10 +74,10 @@ EHRSEQ_INLINE void finish_visit_back(const Backward<T>& layer, const Step& step,
 // Where the gradient of a tile's hidden states comes from, apart from the outputs.
 enum class FromAfter { nothing, gates_after, handed_back };
 
-template <typename T, int V, int R>
-void scan_tile_back(const Backward<T>& layer, const Step& step, int64_t block, int64_t p,
+template <typename S, int V, int R>
+void scan_tile_back(const Backward<S>& layer, const Step& step, int64_t block, int64_t p,
                     FromAfter after) {
-  Tile<T, R, V> tile;
+  Tile<Sum<S>, R, V> tile;
   clear(tile);
   if (after == FromAfter::gates_after) {
     add_column_products(layer, layer.hidden_panels, block, step.row_after + p, tile);
@@ -84,13 +85,13 @@ void scan_tile_back(const Backward<T>& layer, const Step& step, int64_t block, i
     const int64_t padded = layer.shape.padded_hidden();
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < V; ++v) {
-        tile.sum[r][v] = load(layer.grad_hidden + (p + r) * padded + (block + v) * kLanes<T>);
+        tile.sum[r][v] = load(layer.grad_hidden + (p + r) * padded + (block + v) * kLanes<S>);
       }
     }
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
-      finish_visit_back<T>(layer, step, block + v, p + r, tile.sum[r][v]);
+      finish_visit_back<S>(layer, step, block + v, p + r, tile.sum[r][v]);
     }
   }
 }
@@ -102,8 +103,8 @@ EHRSEQ_INLINE void for_block_groups(int64_t from, int64_t to, const Body& body) 
   for (; from < to; ++from) body(from, Count<1>{});
 }
 
-template <typename T>
-void scan_blocks_back(const Backward<T>& layer, Times chunk, int64_t time, int64_t first_block,
+template <typename S>
+void scan_blocks_back(const Backward<S>& layer, Times chunk, int64_t time, int64_t first_block,
                       int64_t last_block, int64_t from, int64_t to) {
   const Step& step = layer.steps[time];
   const bool opens_chunk = time == (layer.reverse ? chunk.first : chunk.last - 1);
@@ -112,7 +113,7 @@ void scan_blocks_back(const Backward<T>& layer, Times chunk, int64_t time, int64
     constexpr int V = decltype(vectors)::value;
     const auto tiles = [&](int64_t first, int64_t last, FromAfter source) {
       for_row_tiles(first, last, [&](int64_t p, auto rows) {
-        scan_tile_back<T, V, decltype(rows)::value>(layer, step, block, p, source);
+        scan_tile_back<S, V, decltype(rows)::value>(layer, step, block, p, source);
       });
     };
     tiles(from, std::min(to, step.staying), after);
@@ -120,52 +121,52 @@ void scan_blocks_back(const Backward<T>& layer, Times chunk, int64_t time, int64
   });
 }
 
-template <typename T>
-void scan_patients_back(const Backward<T>& layer, Times chunk, Times times, int64_t from,
+template <typename S>
+void scan_patients_back(const Backward<S>& layer, Times chunk, Times times, int64_t from,
                         int64_t to) {
-  const int64_t blocks = blocks_of<T>(layer.shape.hidden);
+  const int64_t blocks = blocks_of<S>(layer.shape.hidden);
   for (int64_t i = 0; i < times.last - times.first; ++i) {
     const int64_t time = layer.reverse ? times.first + i : times.last - 1 - i;
     scan_blocks_back(layer, chunk, time, 0, blocks, from, to);
   }
 }
 
-template <typename T>
-void scan_units_back(const Backward<T>& layer, Times chunk, int64_t time, int64_t from,
+template <typename S>
+void scan_units_back(const Backward<S>& layer, Times chunk, int64_t time, int64_t from,
                      int64_t to) {
   scan_blocks_back(layer, chunk, time, from, to, 0, layer.steps[time].patients);
 }
 
-template <typename T, int V, int R>
-void column_product_tile(const Backward<T>& layer, const T* panels, int64_t columns, int64_t block,
-                         int64_t row, T* out, int64_t out_stride) {
-  Tile<T, R, V> tile;
+template <typename S, int V, int R, typename Out>
+void column_product_tile(const Backward<S>& layer, const S* panels, int64_t columns, int64_t block,
+                         int64_t row, Out* out, int64_t out_stride) {
+  Tile<Sum<S>, R, V> tile;
   clear(tile);
   add_column_products(layer, panels, block, row, tile);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      store_some(out + r * out_stride + (block + v) * kLanes<T>, tile.sum[r][v],
-                 units_in<T>(block + v, columns));
+      store_some(out + r * out_stride + (block + v) * kLanes<S>, tile.sum[r][v],
+                 units_in<S>(block + v, columns));
     }
   }
 }
 
 // out [to - from, columns] = (gate gradients of rows [from, to)) x weight.
-template <typename T>
-void column_products(const Backward<T>& layer, const T* panels, int64_t columns, int64_t from,
-                     int64_t to, T* out, int64_t out_stride) {
-  for_block_groups(0, blocks_of<T>(columns), [&](int64_t block, auto vectors) {
+template <typename S, typename Out>
+void column_products(const Backward<S>& layer, const S* panels, int64_t columns, int64_t from,
+                     int64_t to, Out* out, int64_t out_stride) {
+  for_block_groups(0, blocks_of<S>(columns), [&](int64_t block, auto vectors) {
     for_row_tiles(from, to, [&](int64_t row, auto rows) {
-      column_product_tile<T, decltype(vectors)::value, decltype(rows)::value>(
+      column_product_tile<S, decltype(vectors)::value, decltype(rows)::value>(
           layer, panels, columns, block, row, out + (row - from) * out_stride, out_stride);
     });
   });
 }
 
-template <typename T>
-void grad_input(const Backward<T>& layer, int64_t from, int64_t to) {
+template <typename S>
+void grad_input(const Backward<S>& layer, int64_t from, int64_t to) {
   // Few enough rows for their gate gradients to stay in the second-level cache.
   constexpr int64_t kRows = 96;
   const int64_t inputs = layer.shape.inputs;
@@ -175,10 +176,10 @@ void grad_input(const Backward<T>& layer, int64_t from, int64_t to) {
   }
 }
 
-template <typename T>
-void hand_back_hidden(const Backward<T>& layer, Times chunk, int64_t from, int64_t to) {
+template <typename S>
+void hand_back_hidden(const Backward<S>& layer, Times chunk, int64_t from, int64_t to) {
   const Shape& shape = layer.shape;
-  const auto products = [&](const Step& step, int64_t first, int64_t last, T* out,
+  const auto products = [&](const Step& step, int64_t first, int64_t last, auto* out,
                             int64_t out_stride) {
     first = std::max(from, first);
     last = std::min(to, last);

@@ -7,35 +7,69 @@
 template <typename T>
 using Vector __attribute__((vector_size(EHRSEQ_VECTOR_BYTES))) = T;
 
-template <typename T>
-constexpr int64_t kLanes = EHRSEQ_VECTOR_BYTES / sizeof(T);
+template <typename S>
+constexpr int64_t kLanes = EHRSEQ_VECTOR_BYTES / sizeof(Sum<S>);
 
-template <typename T>
-EHRSEQ_INLINE Vector<T> load(const T* from) {
-  Vector<T> value;
-  __builtin_memcpy(&value, from, sizeof(value));
-  return value;
+template <typename S>
+constexpr bool kIsBFloat16 = std::is_same_v<S, BFloat16>;
+
+// How many products go into a sum at once.
+template <typename S>
+constexpr int64_t kPack = kIsBFloat16<S> ? 2 : 1;
+
+typedef uint16_t HalfWords __attribute__((vector_size(EHRSEQ_VECTOR_BYTES / 2)));
+
+EHRSEQ_INLINE Vector<float> widen(HalfWords bits) {
+  return (Vector<float>)(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
 }
 
-template <typename T, typename Value>
-EHRSEQ_INLINE void store(T* to, Value value) {
-  static_assert(std::is_same_v<Value, Vector<T>>);
-  __builtin_memcpy(to, &value, sizeof(value));
+// To nearest, ties to even; a NaN stays one.
+EHRSEQ_INLINE HalfWords narrow(Vector<float> value) {
+  const Vector<uint32_t> bits = (Vector<uint32_t>)value;
+  const Vector<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Vector<uint32_t> nan = Vector<uint32_t>{} + 0x7fc0u;
+  return __builtin_convertvector(value == value ? rounded : nan, HalfWords);
+}
+
+template <typename S>
+EHRSEQ_INLINE Vector<Sum<S>> load(const S* from) {
+  if constexpr (kIsBFloat16<S>) {
+    HalfWords bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    return widen(bits);
+  } else {
+    Vector<S> value;
+    __builtin_memcpy(&value, from, sizeof(value));
+    return value;
+  }
+}
+
+template <typename S, typename Value>
+EHRSEQ_INLINE void store(S* to, Value value) {
+  static_assert(std::is_same_v<Value, Vector<Sum<S>>>);
+  if constexpr (kIsBFloat16<S>) {
+    const HalfWords bits = narrow(value);
+    __builtin_memcpy(to, &bits, sizeof(bits));
+  } else {
+    __builtin_memcpy(to, &value, sizeof(value));
+  }
 }
 
 // The first `count` lanes; zeros in the others.
-template <typename T>
-EHRSEQ_INLINE Vector<T> load_some(const T* from, int64_t count) {
-  if (count >= kLanes<T>) return load(from);
-  Vector<T> value = {};
-  __builtin_memcpy(&value, from, count * sizeof(T));
-  return value;
+template <typename S>
+EHRSEQ_INLINE Vector<Sum<S>> load_some(const S* from, int64_t count) {
+  if (count >= kLanes<S>) return load(from);
+  S values[kLanes<S>] = {};
+  __builtin_memcpy(values, from, count * sizeof(S));
+  return load(values);
 }
 
-template <typename T, typename Value>
-EHRSEQ_INLINE void store_some(T* to, Value value, int64_t count) {
-  if (count >= kLanes<T>) return store(to, value);
-  __builtin_memcpy(to, &value, count * sizeof(T));
+template <typename S, typename Value>
+EHRSEQ_INLINE void store_some(S* to, Value value, int64_t count) {
+  if (count >= kLanes<S>) return store(to, value);
+  S values[kLanes<S>];
+  store(values, value);
+  __builtin_memcpy(to, values, count * sizeof(S));
 }
 
 template <typename T>
@@ -57,33 +91,65 @@ EHRSEQ_INLINE void clear(Tile<T, R, V>& tile) {
   }
 }
 
-// Where the tile's R left factors lie: element k of row r is at[r * row_stride + k * step].
-template <typename T>
+// Where the tile's R left factors lie: pack k of row r is at[r * row_stride + k * step].
+template <typename S>
 struct Left {
-  const T* at;
+  const S* at;
   int64_t row_stride;
   int64_t step;
 };
 
-// Where the V vectors of right factors lie: vector v of k is at[v * vector_stride + k * step].
-template <typename T>
+// Where the V vectors of right factors lie: vector v of pack k is at[v * vector_stride + k * step].
+template <typename S>
 struct Right {
-  const T* at;
+  const S* at;
   int64_t vector_stride;
   int64_t step;
 };
 
-template <typename T, int R, int V>
-EHRSEQ_INLINE void add_products(Tile<T, R, V>& tile, Left<T> left, Right<T> right, int64_t depth) {
+// One pack of factors in every lane, and a vector of packs.
+template <typename S>
+using Packs = Vector<std::conditional_t<kIsBFloat16<S>, uint32_t, Sum<S>>>;
+
+template <typename S>
+EHRSEQ_INLINE Packs<S> splat_pack(const S* from) {
+  if constexpr (kIsBFloat16<S>) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, from, sizeof(pair));
+    return splat(pair);
+  } else {
+    return splat(*from);
+  }
+}
+
+template <typename S>
+EHRSEQ_INLINE Packs<S> load_packs(const S* from) {
+  Packs<S> packs;
+  __builtin_memcpy(&packs, from, sizeof(packs));
+  return packs;
+}
+
+template <typename S>
+EHRSEQ_INLINE void multiply_add(Vector<Sum<S>>& sum, Packs<S> factor, Packs<S> weight) {
+#ifdef EHRSEQ_BFLOAT16_DOTS
+  sum = (Vector<Sum<S>>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)factor, (__m512bh)weight);
+#else
+  sum += factor * weight;
+#endif
+}
+
+// `depth` counts packs.
+template <typename S, typename T, int R, int V>
+EHRSEQ_INLINE void add_products(Tile<T, R, V>& tile, Left<S> left, Right<S> right, int64_t depth) {
   for (int64_t k = 0; k < depth; ++k) {
-    Vector<T> factor[R];
+    Packs<S> factor[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) factor[r] = splat(left.at[r * left.row_stride]);
+    for (int r = 0; r < R; ++r) factor[r] = splat_pack(left.at + r * left.row_stride);
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const Vector<T> weight = load(right.at + v * right.vector_stride);
+      const Packs<S> weight = load_packs(right.at + v * right.vector_stride);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) tile.sum[r][v] += factor[r] * weight;
+      for (int r = 0; r < R; ++r) multiply_add<S>(tile.sum[r][v], factor[r], weight);
     }
     left.at += left.step;
     right.at += right.step;

@@ -1,4 +1,4 @@
-// Gradients of both weights and of the bias: (gate gradients)^T x [input, state before the visit],
+// Gradients of both weights and of the bias: (gate gradients)^S x [input, state before the visit],
 // summed over visits. Included once per instruction set (see kernels_impl.h).
 //
 // Visits are taken kWeightDepth at a time; the sums of one such slice are formed in registers and
@@ -7,89 +7,130 @@
 
 constexpr int64_t kPanelVectors = 4;
 
-template <typename T>
+template <typename S>
 int64_t panels_of_factors(const Shape& shape) {
-  return (shape.inputs + shape.hidden + kPanelVectors * kLanes<T> - 1) /
-         (kPanelVectors * kLanes<T>);
+  return (shape.inputs + shape.hidden + kPanelVectors * kLanes<S> - 1) /
+         (kPanelVectors * kLanes<S>);
 }
 
-template <typename T>
+template <typename S>
 int64_t padded_factors(const Shape& shape) {
-  return panels_of_factors<T>(shape) * kPanelVectors * kLanes<T>;
+  return panels_of_factors<S>(shape) * kPanelVectors * kLanes<S>;
 }
 
-// One row [input, state before] of visit `row`, spread over the panels at depth k.
-template <typename T>
-void pack_factors(const Backward<T>& layer, int64_t row, int64_t k, T* panels) {
-  constexpr int64_t kWidth = kPanelVectors * kLanes<T>;
+// The factors [input, state before] of one pack of visits from `row` on, spread over the panels; of
+// visits from `end` on, zeros.
+template <typename S>
+void pack_factors(const Backward<S>& layer, int64_t row, int64_t end, int64_t pack, S* panels) {
+  constexpr int64_t P = kPack<S>;
+  constexpr int64_t kWidth = kPanelVectors * kLanes<S>;
   const Shape& shape = layer.shape;
+  const S* inputs[P];
+  const S* states[P];
+  const S* nothing[P];
+  for (int64_t i = 0; i < P; ++i) {
+    inputs[i] = states[i] = nothing[i] = layer.zeros;
+    if (row + i >= end) continue;
+    inputs[i] = layer.input + (row + i) * shape.inputs;
+    const int64_t before = layer.row_before[row + i];
+    if (before >= 0) {
+      states[i] = layer.output + before * shape.hidden;
+    } else if (layer.h0) {
+      states[i] = layer.h0 + layer.patient[row + i] * shape.hidden;
+    }
+  }
+
   int64_t at = 0;
-  const auto append = [&](const T* values, int64_t count) {
-    while (count > 0) {
-      const int64_t run = std::min(count, kWidth - at % kWidth);
-      T* to = panels + (at / kWidth * kWeightDepth + k) * kWidth + at % kWidth;
-      if (values) {
-        std::memcpy(to, values, run * sizeof(T));
-        values += run;
+  const auto append = [&](const S* const(&values)[P], int64_t count) {
+    for (int64_t taken = 0; taken < count;) {
+      const int64_t run = std::min(count - taken, kWidth - at % kWidth);
+      S* to = panels + at / kWidth * kWidth * kWeightDepth + (pack * kWidth + at % kWidth) * P;
+      if constexpr (P == 1) {
+        std::memcpy(to, values[0] + taken, run * sizeof(S));
       } else {
-        std::memset(to, 0, run * sizeof(T));
+        const S* first = values[0] + taken;
+        const S* second = values[1] + taken;
+        for (int64_t i = 0; i < run; ++i) {
+          to[2 * i] = first[i];
+          to[2 * i + 1] = second[i];
+        }
       }
       at += run;
-      count -= run;
+      taken += run;
     }
   };
-  append(layer.input + row * shape.inputs, shape.inputs);
-  const int64_t before = layer.row_before[row];
-  if (before >= 0) {
-    append(layer.output + before * shape.hidden, shape.hidden);
-  } else {
-    append(layer.h0 ? layer.h0 + layer.patient[row] * shape.hidden : nullptr, shape.hidden);
-  }
-  append(nullptr, padded_factors<T>(shape) - at);
+  append(inputs, shape.inputs);
+  append(states, shape.hidden);
+  append(nothing, padded_factors<S>(shape) - at);
 }
 
-template <typename T, int R>
-void weight_tile(const T* gates, const T* panel, int64_t depth, T* sums, int64_t row_stride) {
-  constexpr int64_t L = kLanes<T>;
-  Tile<T, R, kPanelVectors> tile;
+template <typename S, int R>
+void weight_tile(const S* gates, const S* panel, int64_t packs, Sum<S>* sums, int64_t row_stride) {
+  constexpr int64_t L = kLanes<S>;
+  constexpr int64_t P = kPack<S>;
+  Tile<Sum<S>, R, kPanelVectors> tile;
   clear(tile);
-  add_products(tile, Left<T>{gates, 1, L}, Right<T>{panel, L, kPanelVectors * L}, depth);
+  add_products(tile, Left<S>{gates, P, L * P}, Right<S>{panel, L * P, kPanelVectors * L * P},
+               packs);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kPanelVectors; ++v) {
-      T* sum = sums + r * row_stride + v * L;
+      Sum<S>* sum = sums + r * row_stride + v * L;
       store(sum, load(sum) + tile.sum[r][v]);
     }
   }
 }
 
-template <typename T>
-void add_weight_slice(const Backward<T>& layer, int64_t gate, int64_t first_row, int64_t depth,
-                      const T* panels, T* sums, T* bias) {
-  constexpr int64_t L = kLanes<T>;
-  const int64_t width = padded_factors<T>(layer.shape);
-  const T* gates = gate_gradient(layer, gate, first_row);
+// Gate gradients [depth][L] in packs along the depth.
+template <typename S>
+void pack_gates(const S* gates, int64_t depth, const S* zeros, S* packs) {
+  constexpr int64_t L = kLanes<S>;
+  for (int64_t k = 0; k < depth; k += 2, packs += 2 * L) {
+    const S* first = gates + k * L;
+    const S* second = k + 1 < depth ? first + L : zeros;
+    for (int64_t unit = 0; unit < L; ++unit) {
+      packs[2 * unit] = first[unit];
+      packs[2 * unit + 1] = second[unit];
+    }
+  }
+}
+
+template <typename S>
+void add_weight_slice(const Backward<S>& layer, int64_t gate, int64_t first_row, int64_t depth,
+                      const S* panels, Sum<S>* sums, Sum<S>* bias) {
+  constexpr int64_t L = kLanes<S>;
+  constexpr int64_t P = kPack<S>;
+  const int64_t width = padded_factors<S>(layer.shape);
+  const S* gates = gate_gradient(layer, gate, first_row);
+  const S* packed = gates;
+  S buffer[P == 1 ? 1 : kWeightDepth * L];
+  if constexpr (P == 2) {
+    pack_gates(gates, depth, layer.zeros, buffer);
+    packed = buffer;
+  }
   for_row_tiles(0, L, [&](int64_t unit, auto rows) {
-    for (int64_t panel = 0; panel < panels_of_factors<T>(layer.shape); ++panel) {
-      weight_tile<T, decltype(rows)::value>(
-          gates + unit, panels + panel * kWeightDepth * kPanelVectors * L, depth,
+    for (int64_t panel = 0; panel < panels_of_factors<S>(layer.shape); ++panel) {
+      weight_tile<S, decltype(rows)::value>(
+          packed + unit * P, panels + panel * kWeightDepth * kPanelVectors * L, (depth + P - 1) / P,
           sums + unit * width + panel * kPanelVectors * L, width);
     }
   });
-  Vector<T> sum = {};
+  Vector<Sum<S>> sum = {};
   for (int64_t k = 0; k < depth; ++k) sum += load(gates + k * L);
   store(bias, load(bias) + sum);
 }
 
-template <typename T>
-void add_to_weights(const Backward<T>& layer, int64_t row, int64_t rows, int64_t from, int64_t to,
-                    T* scratch) {
-  constexpr int64_t L = kLanes<T>;
-  const int64_t width = padded_factors<T>(layer.shape);
+template <typename S>
+void add_to_weights(const Backward<S>& layer, int64_t row, int64_t rows, int64_t from, int64_t to,
+                    S* scratch) {
+  constexpr int64_t L = kLanes<S>;
+  const int64_t width = padded_factors<S>(layer.shape);
   for (const int64_t last = row + rows; row < last; row += kWeightDepth) {
     const int64_t depth = std::min(kWeightDepth, last - row);
-    for (int64_t k = 0; k < depth; ++k) pack_factors(layer, row + k, k, scratch);
+    for (int64_t k = 0; k < depth; k += kPack<S>) {
+      pack_factors(layer, row + k, last, k / kPack<S>, scratch);
+    }
     for (int64_t gate = from; gate < to; ++gate) {
       add_weight_slice(layer, gate, row, depth, scratch, layer.weight_sums + gate * L * width,
                        layer.bias_sums + gate * L);
@@ -97,18 +138,17 @@ void add_to_weights(const Backward<T>& layer, int64_t row, int64_t rows, int64_t
   }
 }
 
-template <typename T>
-void finish_weights(const Backward<T>& layer, int64_t from, int64_t to) {
-  constexpr int64_t L = kLanes<T>;
+template <typename S>
+void finish_weights(const Backward<S>& layer, int64_t from, int64_t to) {
+  constexpr int64_t L = kLanes<S>;
   const Shape& shape = layer.shape;
   for (int64_t gate = from; gate < to; ++gate) {
     const int64_t block = gate / kGates;
-    for (int64_t unit = 0; unit < units_in<T>(block, shape.hidden); ++unit) {
+    for (int64_t unit = 0; unit < units_in<S>(block, shape.hidden); ++unit) {
       const int64_t at = gate % kGates * shape.hidden + block * L + unit;
-      const T* sum = layer.weight_sums + (gate * L + unit) * padded_factors<T>(shape);
-      std::memcpy(layer.grad_input_hidden + at * shape.inputs, sum, shape.inputs * sizeof(T));
-      std::memcpy(layer.grad_hidden_hidden + at * shape.hidden, sum + shape.inputs,
-                  shape.hidden * sizeof(T));
+      const Sum<S>* sum = layer.weight_sums + (gate * L + unit) * padded_factors<S>(shape);
+      std::copy_n(sum, shape.inputs, layer.grad_input_hidden + at * shape.inputs);
+      std::copy_n(sum + shape.inputs, shape.hidden, layer.grad_hidden_hidden + at * shape.hidden);
       layer.grad_bias[at] = layer.bias_sums[gate * L + unit];
     }
   }

@@ -275,7 +275,7 @@ def _in_dtype(dtype: torch.dtype, weights, hx):
 
 
 # A step of at most this many patients is left to torch.lstm_cell.
-_FEW_PATIENTS = 64
+_FEW_PATIENTS = 4
 
 
 def packed_lstm(
@@ -297,7 +297,9 @@ def packed_lstm(
     Args:
         sequence: data ``[visits, E]`` with its batch sizes, as ``pack_padded_sequence`` and
             ``pack_sequence`` build it. float32, float64, bfloat16 or float16; 16-bit types are
-            computed in float32, states included, and rounded once at the end of each layer.
+            computed in float32, states included, and rounded once at the end of each layer. (On
+            CPUs with AVX512-BF16, bfloat16 layers of even width multiply bfloat16, hidden states
+            and gate gradients being rounded for it; sums, cells and activations are float32.)
         weights: per layer and direction (forward, then reverse) the tensors ``weight_ih``
             ``[4H, E]``, ``weight_hh`` ``[4H, H]`` and both biases ``[4H]`` or none of them: what
             ``nn.LSTM.all_weights`` holds.
