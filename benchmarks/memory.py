@@ -9,10 +9,10 @@ kernel), allocations made on a worker thread inside a parallel loop, and the int
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from torch.autograd import DeviceType
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 MIB = 2**20
@@ -26,11 +26,26 @@ def peak_memory(run: Callable[[], object]) -> int:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in events
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
-    ]
-    changes.sort(key=lambda change: change[0])
-    return max(accumulate((size for _, size in changes), initial=0))
+    kineto: Any = profiler.profiler
+    changes = sorted(
+        _changes(kineto.kineto_results.experimental_event_tree()), key=lambda change: change[0]
+    )
+    taken: dict[int, int] = {}
+    level = peak = 0
+    for _, address, size in changes:
+        if size > 0:
+            taken[address] = size
+            level += size
+            peak = max(peak, level)
+        else:
+            level -= taken.pop(address, 0)
+    return peak
+
+
+def _changes(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """When, where and how much was taken (or, negative, given back)."""
+    for event in events:
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            fields = event.extra_fields
+            yield event.start_time_ns, fields.ptr, fields.alloc_size
+        yield from _changes(event.children)
