@@ -136,7 +136,9 @@ def test_layer_equals_definition(compiled, reverse, given_states):
     x = torch.randn(sum(lengths), 5, dtype=torch.float64)
     weights = [torch.randn(s, dtype=x.dtype) for s in [(28, 5), (28, 7), (28,), (28,)]]
     states = [torch.randn(6, 7, dtype=x.dtype) for _ in range(2)] if given_states else [None, None]
-    actual = torch.ops.ehrseq_fast.packed_lstm_layer(x, sizes, *weights, *states, reverse, False)
+    actual = torch.ops.ehrseq_fast.packed_lstm_layer(
+        x, sizes, *weights, *states, reverse, False, False
+    )
     expected = reference.packed_lstm_layer(x, sizes, *weights, *states, reverse)
     close(actual[:3], expected, 1e-12)
 
@@ -493,20 +495,65 @@ def layer_operands(dtype=torch.float32, states=True):
 @pytest.mark.parametrize("states", [False, True])
 def test_opcheck_forward(compiled, dtype, training, states):
     torch.library.opcheck(
-        torch.ops.ehrseq_fast.packed_lstm_layer, (*layer_operands(dtype, states), False, training)
+        torch.ops.ehrseq_fast.packed_lstm_layer,
+        (*layer_operands(dtype, states), False, training, dtype == torch.float32),
     )
 
 
+@pytest.mark.parametrize("keep_gates", [True, False])
 @pytest.mark.parametrize("need", [(True, True, True), (True, False, False), (False, True, False)])
-def test_opcheck_backward(compiled, need):
-    x, sizes, w_ih, w_hh, b_ih, b_hh, h0, c0 = layer_operands()
+def test_opcheck_backward(compiled, need, keep_gates):
+    operands = layer_operands()
     output, h_n, c_n, gates, cells = torch.ops.ehrseq_fast.packed_lstm_layer(
-        x, sizes, w_ih, w_hh, b_ih, b_hh, h0, c0, False, True
+        *operands, False, True, keep_gates
     )
     torch.library.opcheck(
         torch.ops.ehrseq_fast.packed_lstm_layer_backward,
-        (output, h_n, c_n, x, sizes, w_ih, w_hh, h0, c0, output, gates, cells, False, *need),
+        (output, h_n, c_n, *operands, output, gates, cells, False, *need),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("given_states", [False, True])
+@pytest.mark.parametrize(("inputs", "hidden"), [(3, 5), (16, 64), (7, 101)])
+def test_gates_computed_again_give_the_same_bits(
+    compiled, dtype, bidirectional, bias, given_states, inputs, hidden
+):
+    """In the backward pass of 130 patients, some of one visit and some of 90."""
+    torch.manual_seed(0)
+    lstm = PackedLSTM(inputs, hidden, 2, bidirectional=bidirectional, bias=bias).to(dtype)
+    lengths = [1, 90, 40, 40, 2] + [1 + 7 * i % 23 for i in range(125)]
+    packed = pack_sequence(
+        [torch.randn(n, inputs).to(dtype) for n in lengths], enforce_sorted=False
+    )
+    data = packed.data.requires_grad_()
+    layers = 4 if bidirectional else 2
+    states = [torch.randn(layers, 130, hidden).to(dtype).requires_grad_() for _ in range(2)]
+    leaves = [data, *lstm.parameters(), *(states if given_states else [])]
+    results = []
+    for keep_gates in (True, False):
+        lstm.keep_gates = keep_gates
+        output, (h_n, c_n) = lstm(
+            PackedSequence(data, *packed[1:]), tuple(states) if given_states else None
+        )
+        loss = output.data.float().sin().sum() + h_n.float().sum() - c_n.float().cos().sum()
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert all(map(torch.equal, *results))
+
+
+def test_gates_that_are_not_kept_take_no_memory(compiled):
+    lstm = PackedLSTM(32, 64)
+    packed = pack_sequence([torch.randn(100, 32) for _ in range(50)])
+    held = {}
+    for keep_gates in (True, False):
+        lstm.keep_gates = keep_gates
+        output = lstm(packed)[0].data
+        held[keep_gates] = sum(
+            tensor.numel() for tensor in output.grad_fn.saved_tensors if tensor is not None
+        )
+    assert held[True] - held[False] == 5000 * 4 * 64
 
 
 @pytest.mark.parametrize("given_states", [False, True])

@@ -196,6 +196,27 @@ def test_gradcheck(backend, mode):
     torch.autograd.gradcheck(pool, inputs)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_double_backward_is_refused_or_right(compiled, mode):
+    """Mean, sum and max are linear in the table: their gradient has no derivative by it. That of
+    attention has one, and where it is asked for, it is refused."""
+    batch = PackedVisits.from_lists(records())
+    weight = torch.randn(VOCABULARY, 4, requires_grad=True)
+    scores = torch.randn(VOCABULARY, requires_grad=True) if mode == "attention" else None
+    with use_backend("cpu"):
+        pooled = packed_visit_pool(batch, weight, mode=mode, scores=scores)
+        (grad,) = torch.autograd.grad(pooled.sum(), weight, create_graph=True)
+        if mode == "attention":
+            with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+                grad.square().sum().backward()
+        else:
+            assert not grad.requires_grad
+        pooled = packed_visit_pool(batch, weight, mode=mode, scores=scores)
+        (grad,) = torch.autograd.grad(pooled.square().sum(), weight, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"differentiate twice|cannot be differentiated"):
+            grad.sum().backward()
+
+
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_opcheck(compiled, mode):
     ops = torch.ops.ehrseq_fast

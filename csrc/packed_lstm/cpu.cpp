@@ -293,7 +293,8 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
                       const Tensor& weight_ih, const Tensor& weight_hh,
                       const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
                       const OptionalTensor& h0, const OptionalTensor& c0, bool reverse,
-                      bool training) {
+                      bool training, bool keep_gates) {
+  keep_gates = keep_gates && training;
   const Kernels<S>& run = kernels<S>();
   const Shape shape = checked_shape(input, batch_sizes, weight_ih, weight_hh, h0, c0);
   expect_shape(bias_ih, "bias_ih", {kGates * shape.hidden}, "[4 * hidden]");
@@ -310,8 +311,8 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
   Tensor cells = scratch<Sum<S>>(input, {training ? shape.visits : shape.patients, padded});
   // Where gates are kept, projections lie where the gates of their row will.
   Tensor gates =
-      scratch<Sum<S>>(input, {shape.visits - (training ? 0 : projected_from), kGates * padded});
-  Sum<S>* projected = data<Sum<S>>(gates) + (training ? projected_from * kGates * padded : 0);
+      scratch<Sum<S>>(input, {shape.visits - (keep_gates ? 0 : projected_from), kGates * padded});
+  Sum<S>* projected = data<Sum<S>>(gates) + (keep_gates ? projected_from * kGates * padded : 0);
 
   const int64_t blocks = (shape.hidden + run.lanes - 1) / run.lanes;
   if (training && blocks * run.lanes < padded) {
@@ -337,7 +338,7 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
                          data<S>(output),
                          data<S>(last_hidden),
                          data<S>(last_cell),
-                         training ? data<Sum<S>>(gates) : nullptr,
+                         keep_gates ? data<Sum<S>>(gates) : nullptr,
                          data<Sum<S>>(cells),
                          training,
                          projected_from,
@@ -356,15 +357,15 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
 
   const ScalarType dtype = input.scalar_type();
   const auto rounded = [&](const Tensor& tensor) { return torch::stable::to(tensor, dtype); };
-  if (!training) {
-    gates = scratch<Sum<S>>(input, {0});
-    cells = scratch<Sum<S>>(input, {0});
-  }
+  if (!keep_gates) gates = scratch<Sum<S>>(input, {0});
+  if (!training) cells = scratch<Sum<S>>(input, {0});
   return {rounded(output), rounded(last_hidden), rounded(last_cell), gates, cells};
 }
 
-// Gate gradients of one chunk of the backward pass: a share of a common last-level cache.
-constexpr int64_t kChunkBytes = int64_t{8} << 20;
+// Gate gradients of one chunk of the backward pass (and as much for its gates, where they are
+// computed again): a share of a common last-level cache. Sums over visits are cut where chunks are,
+// so that this is part of the numbers.
+constexpr int64_t kChunkBytes = int64_t{4} << 20;
 
 // The chunks of the backward pass, in its order: consecutive times, as many as fit `rows`, one at
 // least.
@@ -392,9 +393,11 @@ template <typename S>
 BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor& grad_last_hidden,
                         const OptionalTensor& grad_last_cell, const Tensor& input,
                         const std::vector<int64_t>& batch_sizes, const Tensor& weight_ih,
-                        const Tensor& weight_hh, const OptionalTensor& h0, const OptionalTensor& c0,
-                        const Tensor& output, const Tensor& gates, const Tensor& cells,
-                        bool reverse, bool need_input, bool need_weights, bool need_states) {
+                        const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                        const OptionalTensor& bias_hh, const OptionalTensor& h0,
+                        const OptionalTensor& c0, const Tensor& output, const Tensor& gates,
+                        const Tensor& cells, bool reverse, bool need_input, bool need_weights,
+                        bool need_states) {
   const Kernels<S>& run = kernels<S>();
   const Shape shape = checked_shape(input, batch_sizes, weight_ih, weight_hh, h0, c0);
   const int64_t padded = shape.padded_hidden();
@@ -402,7 +405,10 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   expect_shape(grad_output, "grad_output", {shape.visits, shape.hidden}, "[visits, hidden]");
   expect_shape(grad_last_hidden, "grad_h_n", {shape.patients, shape.hidden}, "[patients, hidden]");
   expect_shape(grad_last_cell, "grad_c_n", {shape.patients, shape.hidden}, "[patients, hidden]");
-  expect_shape(gates, "gates", {shape.visits, kGates * padded}, "[visits, 4 * padded hidden]");
+  const bool recomputes = gates.numel() == 0;  // the forward pass kept none
+  if (!recomputes) {
+    expect_shape(gates, "gates", {shape.visits, kGates * padded}, "[visits, 4 * padded hidden]");
+  }
   expect_shape(cells, "cells", {shape.visits, padded}, "[visits, padded hidden]");
 
   const std::vector<Step> steps = steps_of(batch_sizes, reverse);
@@ -444,8 +450,16 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   torch::stable::zero_(zeros);
   const Tensor factors = wanted(need_weights, {plan.threads, kWeightDepth * width});
 
+  const Tensor chunk_gates =
+      scratch<Sum<S>>(input, {recomputes ? chunk_size * kGates * padded : 0});
+  const Tensor gate_panels = scratch<S>(
+      input, {recomputes ? blocks * (shape.inputs + shape.hidden) * kGates * run.lanes : 0});
+  const Tensor packed_bias = scratch<Sum<S>>(input, {recomputes ? blocks * kGates * run.lanes : 0});
+  const Tensor states =
+      scratch<S>(input, {recomputes ? plan.threads * kRecomputedRows * shape.hidden : 0});
+
   std::vector<int64_t> row_before, patient;
-  if (need_weights) {
+  if (need_weights || recomputes) {
     row_before.reserve(shape.visits);
     patient.reserve(shape.visits);
     for (const Step& step : steps) {
@@ -465,15 +479,15 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                     operand(h0),
                     operand(c0),
                     operand(output),
-                    operands.as<Sum<S>>(gates),
+                    recomputes ? data<Sum<S>>(chunk_gates) : operands.as<Sum<S>>(gates),
+                    0,
                     operands.as<Sum<S>>(cells),
                     operand(grad_output),
                     operand(grad_last_hidden),
                     operand(grad_last_cell),
                     data<S>(hidden_panels),
                     data<S>(input_panels),
-                    row_before.data(),
-                    patient.data(),
+                    {row_before.data(), patient.data()},
                     data<S>(zeros),
                     0,
                     chunk_size,
@@ -488,12 +502,37 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                     data<S>(grad_weight_hh),
                     data<S>(grad_bias)};
 
-  const S* hidden_hidden = operand(weight_hh);
+  const Weights<S> weights{operand(weight_ih), operand(weight_hh), operand(bias_ih),
+                           operand(bias_hh)};
+  const Forward<S> again{shape,
+                         steps,
+                         reverse,
+                         layer.input,
+                         layer.h0,
+                         nullptr,
+                         data<S>(gate_panels),
+                         data<Sum<S>>(packed_bias),
+                         const_cast<S*>(layer.output),  // read alone
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         true,
+                         shape.visits,
+                         nullptr};
+  if (recomputes) {
+    share_out(blocks, plan.threads, [&](int64_t from, int64_t to, int64_t) {
+      run.pack_gate_panels(shape, weights, from, to, data<S>(gate_panels),
+                           data<Sum<S>>(packed_bias));
+    });
+  }
+
+  const S* hidden_hidden = weights.hidden_hidden;
   share_out(blocks, plan.threads, [&](int64_t from, int64_t to, int64_t) {
     run.pack_column_panels(shape, hidden_hidden, shape.hidden, from, to, data<S>(hidden_panels));
   });
   if (need_input) {
-    const S* input_hidden = operand(weight_ih);
+    const S* input_hidden = weights.input_hidden;
     share_out(input_blocks, plan.threads, [&](int64_t from, int64_t to, int64_t) {
       run.pack_column_panels(shape, input_hidden, shape.inputs, from, to, data<S>(input_panels));
     });
@@ -503,6 +542,14 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
     const int64_t row = rows_before(chunk.first);
     const int64_t rows = rows_before(chunk.last) - row;
     layer.chunk_row = row;
+    if (recomputes) {
+      layer.gates_row = row;
+      share_out(rows, plan.threads, [&](int64_t from, int64_t to, int64_t share) {
+        run.recompute_gates(again, layer.order, row + from, row + to,
+                            data<S>(states) + share * kRecomputedRows * shape.hidden,
+                            data<Sum<S>>(chunk_gates) + from * kGates * padded);
+      });
+    }
     scan(
         steps, chunk, plan, blocks, !reverse,
         [&](Times times, int64_t from, int64_t to) {
@@ -574,27 +621,29 @@ Result in_type_for(const Tensor& input, const Tensor& weight_hh, const Body& bod
 
 ForwardResult packed_lstm_layer(Tensor input, Tensor batch_sizes, Tensor weight_ih,
                                 Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh,
-                                OptionalTensor h0, OptionalTensor c0, bool reverse, bool training) {
+                                OptionalTensor h0, OptionalTensor c0, bool reverse, bool training,
+                                bool keep_gates) {
   expect_one_dtype(input, {weight_ih, weight_hh, bias_ih, bias_hh, h0, c0});
   const auto sizes = checked_batch_sizes(batch_sizes, input.size(0));
   return in_type_for<ForwardResult>(input, weight_hh, [&](auto tag) {
     return forward<typename decltype(tag)::type>(input, sizes, weight_ih, weight_hh, bias_ih,
-                                                 bias_hh, h0, c0, reverse, training);
+                                                 bias_hh, h0, c0, reverse, training, keep_gates);
   });
 }
 
 BackwardResult packed_lstm_layer_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
                                           OptionalTensor grad_c_n, Tensor input, Tensor batch_sizes,
-                                          Tensor weight_ih, Tensor weight_hh, OptionalTensor h0,
-                                          OptionalTensor c0, Tensor output, Tensor gates,
-                                          Tensor cells, bool reverse, bool need_input,
+                                          Tensor weight_ih, Tensor weight_hh,
+                                          OptionalTensor bias_ih, OptionalTensor bias_hh,
+                                          OptionalTensor h0, OptionalTensor c0, Tensor output,
+                                          Tensor gates, Tensor cells, bool reverse, bool need_input,
                                           bool need_weights, bool need_states) {
-  expect_one_dtype(input, {weight_ih, weight_hh, h0, c0, output});
+  expect_one_dtype(input, {weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, output});
   const auto sizes = checked_batch_sizes(batch_sizes, input.size(0));
   return in_type_for<BackwardResult>(input, weight_hh, [&](auto tag) {
     return backward<typename decltype(tag)::type>(
-        grad_output, grad_h_n, grad_c_n, input, sizes, weight_ih, weight_hh, h0, c0, output, gates,
-        cells, reverse, need_input, need_weights, need_states);
+        grad_output, grad_h_n, grad_c_n, input, sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0,
+        c0, output, gates, cells, reverse, need_input, need_weights, need_states);
   });
 }
 

@@ -89,6 +89,13 @@ struct Forward {
   Sum<S>* projected;       // laid out as gates; the same memory where gates are kept
 };
 
+// Of each visit: the row of the one before it in the scan, -1 where its patient starts, and whose
+// it is.
+struct Order {
+  const int64_t* row_before;
+  const int64_t* patient;
+};
+
 // The backward pass goes through the visits a chunk of times after the other, so that the gate
 // gradients of one chunk stay in the cache until everything is computed from them, and those of all
 // visits never stand in memory at once. Null pointers: a gradient that is zero, coming in, or that
@@ -102,16 +109,16 @@ struct Backward {
   const S* h0;
   const S* c0;
   const S* output;
-  const Sum<S>* gates;
+  const Sum<S>* gates;  // from row `gates_row` on
+  int64_t gates_row;
   const Sum<S>* cells;
   const S* grad_output;
   const S* grad_last_hidden;
   const S* grad_last_cell;
   const S* hidden_panels;
   const S* input_panels;
-  const int64_t* row_before;  // of each visit; -1 where its patient starts
-  const int64_t* patient;     // of each visit
-  const S* zeros;             // padded_factors of them
+  Order order;
+  const S* zeros;  // padded_factors of them
 
   int64_t chunk_row;   // the first row of the chunk
   int64_t chunk_size;  // rows that `grad_gates` has room for
@@ -168,6 +175,11 @@ struct Kernels {
                          S* scratch);
   void (*finish_weights)(const Backward<S>&, int64_t from, int64_t to);
   int64_t (*padded_factors)(const Shape&);
+
+  // The gates of rows [from, to), from the states of all visits; `states` holds kRecomputedRows
+  // rows of [hidden].
+  void (*recompute_gates)(const Forward<S>&, const Order&, int64_t from, int64_t to, S* states,
+                          Sum<S>* gates);
 };
 
 // The kernels for the running CPU. Those of bfloat16 are there only where it multiplies bfloat16.
@@ -177,5 +189,9 @@ bool has_bfloat16_kernels();
 
 // Rows of `depth` visits are packed at a time for the weight gradients.
 constexpr int64_t kWeightDepth = 256;
+
+// Rows whose gates are computed again together: their states and inputs stay in the second-level
+// cache beside a block's weights.
+constexpr int64_t kRecomputedRows = 96;
 
 }  // namespace ehrseq::packed_lstm

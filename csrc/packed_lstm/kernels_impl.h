@@ -16,17 +16,20 @@ namespace ehrseq::packed_lstm::EHRSEQ_ISA {
 #include "packed_lstm/tile.h"
 // Order matters from here on: each builds on those before.
 #include "packed_lstm/activations.h"
+#include "packed_lstm/gates.h"
 #include "packed_lstm/panels.h"
 #include "packed_lstm/scan_backward.h"
 #include "packed_lstm/scan_forward.h"
 #include "packed_lstm/weight_gradient.h"
+
+#include "packed_lstm/recompute.h"
 
 template <typename S>
 Kernels<S> table() {
   return {kLanes<S>,          EHRSEQ_TILE_ROWS,    pack_gate_panels<S>, pack_column_panels<S>,
           project_inputs<S>,  scan_patients<S>,    scan_units<S>,       scan_patients_back<S>,
           scan_units_back<S>, hand_back_hidden<S>, grad_input<S>,       add_to_weights<S>,
-          finish_weights<S>,  padded_factors<S>};
+          finish_weights<S>,  padded_factors<S>,   recompute_gates<S>};
 }
 
 #ifdef EHRSEQ_BFLOAT16_DOTS

@@ -48,7 +48,8 @@ EHRSEQ_INLINE void finish_visit_back(const Backward<S>& layer, const Step& step,
     if (layer.grad_last_cell) grad_cell = load_some(layer.grad_last_cell + last, units);
   }
 
-  const Sum<S>* gates = layer.gates + row * kGates * padded + block * kGates * L;
+  const Sum<S>* gates =
+      layer.gates + (row - layer.gates_row) * kGates * padded + block * kGates * L;
   const Vector<Sum<S>> in = load(gates);
   const Vector<Sum<S>> forget = load(gates + L);
   const Vector<Sum<S>> candidate = load(gates + 2 * L);

@@ -88,21 +88,15 @@ EHRSEQ_INLINE void finish_visit(const Forward<S>& layer, const Step& step, int64
   const int64_t unit = block * kLanes<S>;
   const int64_t units = units_in<S>(block, shape.hidden);
 
-  const Vector<Sum<S>> in = sigmoid(sum[0]);
-  const Vector<Sum<S>> forget = sigmoid(sum[1]);
-  const Vector<Sum<S>> candidate = tanh(sum[2]);
-  const Vector<Sum<S>> out = sigmoid(sum[3]);
-  const Vector<Sum<S>> cell = forget * cell_before(layer, step, block, p) + in * candidate;
-  const Vector<Sum<S>> hidden = out * tanh(cell);
+  const Gates<S> gates = activate<S>(sum);
+  const Vector<Sum<S>> cell =
+      gates.forget * cell_before(layer, step, block, p) + gates.in * gates.candidate;
+  const Vector<Sum<S>> hidden = gates.out * tanh(cell);
 
   store(layer.cells + (layer.cells_per_visit ? row : p) * shape.padded_hidden() + unit, cell);
   store_some(layer.output + row * shape.hidden + unit, hidden, units);
   if (layer.gates) {
-    Sum<S>* gates = layer.gates + row * gates_stride<S>(shape) + block_of_gates<S>(block);
-    store(gates, in);
-    store(gates + kLanes<S>, forget);
-    store(gates + 2 * kLanes<S>, candidate);
-    store(gates + 3 * kLanes<S>, out);
+    store_gates<S>(layer.gates + row * gates_stride<S>(shape) + block_of_gates<S>(block), gates);
   }
   if (p >= step.staying) {
     store_some(layer.last_hidden + p * shape.hidden + unit, hidden, units);

@@ -32,11 +32,11 @@ void pack_factors(const Backward<S>& layer, int64_t row, int64_t end, int64_t pa
     inputs[i] = states[i] = nothing[i] = layer.zeros;
     if (row + i >= end) continue;
     inputs[i] = layer.input + (row + i) * shape.inputs;
-    const int64_t before = layer.row_before[row + i];
+    const int64_t before = layer.order.row_before[row + i];
     if (before >= 0) {
       states[i] = layer.output + before * shape.hidden;
     } else if (layer.h0) {
-      states[i] = layer.h0 + layer.patient[row + i] * shape.hidden;
+      states[i] = layer.h0 + layer.order.patient[row + i] * shape.hidden;
     }
   }
 

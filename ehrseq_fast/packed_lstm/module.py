@@ -34,6 +34,9 @@ class PackedLSTM(nn.LSTM):
         True
     """
 
+    #: As in :func:`packed_lstm`; may be set on an instance.
+    keep_gates = True
+
     def forward(self, input, hx=None, *, plain=False):
         """As ``nn.LSTM.forward``: outputs and ``(h_n, c_n)``; ``plain=True`` asks for its way."""
         if (
@@ -49,5 +52,6 @@ class PackedLSTM(nn.LSTM):
                 bidirectional=self.bidirectional,
                 dropout=self.dropout,
                 training=self.training,
+                keep_gates=self.keep_gates,
             )
         return super().forward(input, hx)

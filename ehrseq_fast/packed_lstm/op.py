@@ -26,7 +26,17 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.register_fake("ehrseq_fast::packed_lstm_layer")
 def _layer_shapes(
-    input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse, training
+    input,
+    batch_sizes,
+    weight_ih,
+    weight_hh,
+    bias_ih,
+    bias_hh,
+    h0,
+    c0,
+    reverse,
+    training,
+    keep_gates,
 ):
     visits, hidden = input.shape[0], weight_hh.shape[1]
     # How many patients there are is a value, batch_sizes[0]; given states tell it too.
@@ -38,7 +48,7 @@ def _layer_shapes(
         input.new_empty(visits, hidden),
         input.new_empty(patients, hidden),
         input.new_empty(patients, hidden),
-        input.new_empty((visits, 4 * padded) if training else (0,), dtype=kept),
+        input.new_empty((visits, 4 * padded) if training and keep_gates else (0,), dtype=kept),
         input.new_empty((visits, padded) if training else (0,), dtype=kept),
     )
 
@@ -52,6 +62,8 @@ def _layer_backward_shapes(
     batch_sizes,
     weight_ih,
     weight_hh,
+    bias_ih,
+    bias_hh,
     h0,
     c0,
     output,
@@ -79,13 +91,24 @@ def _layer_backward_shapes(
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse):
+    def forward(
+        ctx,
+        input,
+        batch_sizes,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        h0,
+        c0,
+        reverse,
+        keep_gates,
+    ):
+        operands = (input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)
         output, h_n, c_n, gates, cells = torch.ops.ehrseq_fast.packed_lstm_layer(
-            input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse, True
+            *operands, reverse, True, keep_gates
         )
-        ctx.save_for_backward(
-            input, batch_sizes, weight_ih, weight_hh, h0, c0, output, gates, cells
-        )
+        ctx.save_for_backward(*operands, output, gates, cells)
         ctx.reverse = reverse
         ctx.set_materialize_grads(False)
         return output, h_n, c_n
@@ -112,6 +135,7 @@ class _Layer(torch.autograd.Function):
             grad_bias if need[5] else None,
             grad_h0 if need[6] else None,
             grad_c0 if need[7] else None,
+            None,
             None,
         )
 
@@ -140,15 +164,18 @@ def _layer(
     h0: Tensor | None,
     c0: Tensor | None,
     reverse: bool,
+    keep_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias_ih, bias_hh = weights[2:] if len(weights) == 4 else (None, None)
     operands = (input, *weights, h0, c0)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        # 16-bit states were rounded on their way out, and would not give the same gates again.
+        keep_gates = keep_gates or input.dtype not in (torch.float32, torch.float64)
         return _Layer.apply(
-            input, batch_sizes, weights[0], weights[1], bias_ih, bias_hh, h0, c0, reverse
+            input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse, keep_gates
         )
     output, h_n, c_n, _, _ = torch.ops.ehrseq_fast.packed_lstm_layer(
-        input, batch_sizes, weights[0], weights[1], bias_ih, bias_hh, h0, c0, reverse, False
+        input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse, False, False
     )
     return output, h_n, c_n
 
@@ -160,6 +187,7 @@ def _layers(
     states: States | None,
     directions: int,
     dropout: float,
+    keep_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     finals: list[States] = []
     for first in range(0, len(weights), directions):
@@ -168,7 +196,7 @@ def _layers(
         outputs = []
         for i in range(first, first + directions):
             h0, c0 = (None, None) if states is None else (states[0][i], states[1][i])
-            output, *final = _layer(data, batch_sizes, weights[i], h0, c0, i > first)
+            output, *final = _layer(data, batch_sizes, weights[i], h0, c0, i > first, keep_gates)
             outputs.append(output)
             finals.append((final[0], final[1]))
         data = outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
@@ -286,6 +314,7 @@ def packed_lstm(
     bidirectional: bool = False,
     dropout: float = 0.0,
     training: bool = False,
+    keep_gates: bool = True,
 ) -> tuple[PackedSequence, States]:
     """The LSTM of :class:`torch.nn.LSTM` over a packed batch of sequences, nothing padded.
 
@@ -309,6 +338,10 @@ def packed_lstm(
         dropout: probability with which outputs of every layer but the last are zeroed, the others
             being scaled by 1 / (1 - dropout); in training alone.
         training: whether dropout applies.
+        keep_gates: whether the forward pass keeps the gates of every visit, ``[visits, 4H]``, for
+            the backward pass. Without them it computes them again, to the same bits: one more
+            product of those of a layer's six that are over inputs and states, for less than half
+            of the memory. 16-bit layers keep them always.
 
     Returns:
         The outputs of the last layer, packed as ``sequence`` is, ``[visits, directions * H]``, and
@@ -359,7 +392,7 @@ def packed_lstm(
         assert hx is not None
         output, h_n, c_n = _one_step(data, weights, hx)
     else:
-        output, h_n, c_n = _layers(data, batch_sizes, weights, hx, directions, rate)
+        output, h_n, c_n = _layers(data, batch_sizes, weights, hx, directions, rate, keep_gates)
 
     if unsorted_indices is not None:
         h_n, c_n = h_n.index_select(1, unsorted_indices), c_n.index_select(1, unsorted_indices)

@@ -184,12 +184,32 @@ class _PackedAttentionPool(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        grad_weight, grad_scores = torch.ops.ehrseq_fast.packed_attention_pool_backward.default(
-            grad, *ctx.saved_tensors, ctx.padding_row
-        )
+        operands = (grad, *ctx.saved_tensors, ctx.padding_row)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grad_weight, grad_scores = _PackedAttentionGradient.apply(*operands)
+        else:
+            grad_weight, grad_scores = torch.ops.ehrseq_fast.packed_attention_pool_backward.default(
+                *operands
+            )
         return None, None, None, None, None, grad_weight, grad_scores, None
+
+
+class _PackedAttentionGradient(torch.autograd.Function):
+    """The gradients under ``create_graph=True``, tied to the table and the scores that they depend
+    on, so that differentiating them is an error: ``once_differentiable`` looks at the incoming
+    gradient alone, and where that is a constant it would hand out these as constants too."""
+
+    @staticmethod
+    def forward(ctx, *operands):
+        return torch.ops.ehrseq_fast.packed_attention_pool_backward.default(*operands)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "packed_visit_pool: attention's gradients cannot be differentiated again; compute this "
+            'part under ehrseq_fast.use_backend("reference")'
+        )
 
 
 @torch.library.register_fake("ehrseq_fast::packed_visit_pool")
