@@ -647,11 +647,12 @@ for dtype, bound in [(torch.float64, 1e-11), (torch.float32, 1e-5)]:
         visits = records([9, 4, 4, 1] + [2] * 30, 11, dtype)
         hx = states_for(plain, 34, dtype)
         close(everything(fast, visits, hx), everything(plain, visits, hx), bound)
+test_16_bits_near_float32(None, torch.bfloat16, 8)
 print("equal")
 """
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_kernels_of_lesser_cpus(compiled, capability):
     environment = {**os.environ, "EHRSEQ_FAST_CPU_CAPABILITY": capability}
     run = subprocess.run(

@@ -68,6 +68,12 @@ template <typename S, int R>
 void weight_tile(const S* gates, const S* panel, int64_t packs, Sum<S>* sums, int64_t row_stride) {
   constexpr int64_t L = kLanes<S>;
   constexpr int64_t P = kPack<S>;
+  // The sums of all gates do not fit the second-level cache.
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) __builtin_prefetch(sums + r * row_stride + v * L, 1);
+  }
   Tile<Sum<S>, R, kPanelVectors> tile;
   clear(tile);
   add_products(tile, Left<S>{gates, P, L * P}, Right<S>{panel, L * P, kPanelVectors * L * P},
