@@ -54,7 +54,8 @@ def states_for(lstm, patients, dtype=torch.float64):
 
 def weighted(tensor, seed=5):
     generator = torch.Generator().manual_seed(seed)
-    return (tensor * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)).sum()
+    weights = torch.randn(tensor.shape, generator=generator).bfloat16()  # exact in every dtype
+    return (tensor * weights.to(tensor.dtype)).sum()
 
 
 def twins(*args, dtype=torch.float64, **kwargs):
@@ -190,7 +191,7 @@ def test_16_bits_near_float32(compiled, dtype, inputs):
     assert all(a.dtype == dtype for a in actual)
     expected = everything(plain, raised, None)
     close([a.float() for a in actual[:3]], expected[:3], 2 * ROUNDOFF[dtype])
-    close([a.float() for a in actual[3:]], expected[3:], 8 * ROUNDOFF[dtype])
+    close([a.float() for a in actual[3:]], expected[3:], 2 * ROUNDOFF[dtype])
 
 
 def test_saturated_gates_stay_finite(compiled):
