@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import growth, main_job, ops, plot
+from . import growth, main_job, ops, packed_lstm, plot
 from .workloads import MissingPackageError
 
 # name -> module with SUMMARY, add_arguments(parser) and run(args)
-COMMANDS = {"main": main_job, "ops": ops, "growth": growth, "plot": plot}
+COMMANDS = {"main": main_job, "ops": ops, "growth": growth, "lstm": packed_lstm, "plot": plot}
 
 
 def build_parser() -> argparse.ArgumentParser:

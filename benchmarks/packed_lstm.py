@@ -1,7 +1,7 @@
 """The packed LSTM alone, against every way that PyTorch has, and against its own products.
 
 The records are synthetic: lengths log-normal (median 8, sigma 1.1, at most 200), as records of
-patients are. ``python -m benchmarks.packed_lstm`` prints the table of all sizes.
+patients are. ``python -m benchmarks lstm`` prints the table of all sizes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ehrseq_fast import PackedLSTM
 
+from .machine import describe_machine
+from .report import add_saving_arguments, describe_run, save
 from .timing import Samples, interleaved, plan, seconds
+
+SUMMARY = "the packed LSTM alone, over batch sizes and widths, against PyTorch's ways and floors"
 
 OURS = "ehrseq_fast"
 PACK_PAD = "pack, nn.LSTM, pad"
@@ -190,35 +195,61 @@ def floors(work: Workload, backward: bool) -> dict[str, Run]:
     return {PRODUCTS: products, READING: reading}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patients", type=int, nargs="+", default=[32, 64, 256, 1024])
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--leave-out", nargs="+", choices=PYTORCH, default=[])
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds per size and pass")
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds per size and pass")
     parser.add_argument("--dtype", default="float32")
-    asked = parser.parse_args()
+    add_saving_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    machine = describe_machine()
+    print(describe_run(machine))
+    cells = []
     for backward in (True, False):
-        names = [OURS, *PYTORCH, PRODUCTS, READING]
-        title = "forward and backward" if backward else "forward"
-        print(f"\n{title}: ms of ours, and how many times that the others take")
-        print(" | ".join(["patients", "hidden", *names]))
-        for patients in asked.patients:
-            for hidden in asked.hidden:
+        title = "forward and backward" if backward else "forward alone"
+        print(f"\n{title}: ms of ours, and how many times that the others take", flush=True)
+        print(" | ".join(["patients", "hidden", OURS, *PYTORCH, PRODUCTS, READING]))
+        for patients in args.patients:
+            for hidden in args.hidden:
                 samples = measure(
                     patients,
                     hidden,
                     backward=backward,
-                    dtype=getattr(torch, asked.dtype),
-                    leave_out=asked.leave_out,
-                    budget_s=asked.budget,
+                    dtype=getattr(torch, args.dtype),
+                    leave_out=args.leave_out,
+                    budget_s=args.budget,
                 )
-                ours = median(samples[OURS])
-                row = [f"{patients}", f"{hidden}", f"{1e3 * ours:.2f}"]
-                for name in names[1:]:
-                    row.append(f"{median(samples[name]) / ours:.2f}" if name in samples else "")
-                print(" | ".join(row), flush=True)
+                medians = {name: median(taken) for name, taken in samples.items()}
+                cells.append(
+                    {
+                        "patients": patients,
+                        "hidden": hidden,
+                        "backward": backward,
+                        "median_s": medians,
+                        "runs": {name: len(taken) for name, taken in samples.items()},
+                    }
+                )
+                print(cell_text(cells[-1]), flush=True)
+    results = {
+        "command": "lstm",
+        "machine": machine,
+        "dtype": args.dtype,
+        "inputs": 128,
+        "cells": cells,
+    }
+    save(results, args)
+    return results
 
 
-if __name__ == "__main__":
-    main()
+def cell_text(cell: dict[str, Any]) -> str:
+    """One row of the table."""
+    medians = cell["median_s"]
+    ours = medians[OURS]
+    others = [
+        f"{medians[name] / ours:.2f}" if name in medians else ""
+        for name in (*PYTORCH, PRODUCTS, READING)
+    ]
+    return " | ".join([f"{cell['patients']}", f"{cell['hidden']}", f"{1e3 * ours:.2f}", *others])

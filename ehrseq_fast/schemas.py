@@ -58,11 +58,11 @@ SCHEMAS = (
     " bool censored_included, float eps, int reduction, bool needs_grad)"
     " -> (Tensor nll, Tensor grad)",
     # packed_lstm: one direction of one layer, rows and states in PackedSequence's order. gates and
-    # cells are what the backward pass needs, in the kernel's own layout; empty without training. It
-    # computes the gates again where they were not kept.
+    # cells are what the backward pass needs, in the kernel's own layout; empty without training.
+    # Gates are those of the first `kept` visits: the backward pass computes the others again.
     "packed_lstm_layer(Tensor input, Tensor batch_sizes, Tensor weight_ih, Tensor weight_hh,"
     " Tensor? bias_ih, Tensor? bias_hh, Tensor? h0, Tensor? c0, bool reverse, bool training,"
-    " bool keep_gates) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+    " SymInt kept) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
     "packed_lstm_layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n,"
     " Tensor input, Tensor batch_sizes, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih,"
     " Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor output, Tensor gates, Tensor cells,"

@@ -137,9 +137,7 @@ def test_layer_equals_definition(compiled, reverse, given_states):
     x = torch.randn(sum(lengths), 5, dtype=torch.float64)
     weights = [torch.randn(s, dtype=x.dtype) for s in [(28, 5), (28, 7), (28,), (28,)]]
     states = [torch.randn(6, 7, dtype=x.dtype) for _ in range(2)] if given_states else [None, None]
-    actual = torch.ops.ehrseq_fast.packed_lstm_layer(
-        x, sizes, *weights, *states, reverse, False, False
-    )
+    actual = torch.ops.ehrseq_fast.packed_lstm_layer(x, sizes, *weights, *states, reverse, False, 0)
     expected = reference.packed_lstm_layer(x, sizes, *weights, *states, reverse)
     close(actual[:3], expected, 1e-12)
 
@@ -497,16 +495,16 @@ def layer_operands(dtype=torch.float32, states=True):
 def test_opcheck_forward(compiled, dtype, training, states):
     torch.library.opcheck(
         torch.ops.ehrseq_fast.packed_lstm_layer,
-        (*layer_operands(dtype, states), False, training, dtype == torch.float32),
+        (*layer_operands(dtype, states), False, training, 5 if training else 0),
     )
 
 
-@pytest.mark.parametrize("keep_gates", [True, False])
+@pytest.mark.parametrize("kept", [8, 3, 0])
 @pytest.mark.parametrize("need", [(True, True, True), (True, False, False), (False, True, False)])
-def test_opcheck_backward(compiled, need, keep_gates):
+def test_opcheck_backward(compiled, need, kept):
     operands = layer_operands()
     output, h_n, c_n, gates, cells = torch.ops.ehrseq_fast.packed_lstm_layer(
-        *operands, False, True, keep_gates
+        *operands, False, True, kept
     )
     torch.library.opcheck(
         torch.ops.ehrseq_fast.packed_lstm_layer_backward,
@@ -534,27 +532,29 @@ def test_gates_computed_again_give_the_same_bits(
     states = [torch.randn(layers, 130, hidden).to(dtype).requires_grad_() for _ in range(2)]
     leaves = [data, *lstm.parameters(), *(states if given_states else [])]
     results = []
-    for keep_gates in (True, False):
+    for keep_gates in (1.0, 0.4, 0.0):
         lstm.keep_gates = keep_gates
         output, (h_n, c_n) = lstm(
             PackedSequence(data, *packed[1:]), tuple(states) if given_states else None
         )
         loss = output.data.float().sin().sum() + h_n.float().sum() - c_n.float().cos().sum()
         results.append([loss, *torch.autograd.grad(loss, leaves)])
-    assert all(map(torch.equal, *results))
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
 
 
 def test_gates_that_are_not_kept_take_no_memory(compiled):
     lstm = PackedLSTM(32, 64)
     packed = pack_sequence([torch.randn(100, 32) for _ in range(50)])
     held = {}
-    for keep_gates in (True, False):
+    for keep_gates in (1.0, 0.4, 0.0):
         lstm.keep_gates = keep_gates
         output = lstm(packed)[0].data
         held[keep_gates] = sum(
             tensor.numel() for tensor in output.grad_fn.saved_tensors if tensor is not None
         )
-    assert held[True] - held[False] == 5000 * 4 * 64
+    assert held[1.0] - held[0.0] == 5000 * 4 * 64
+    assert held[0.4] - held[0.0] == 5000 * 25 // 64 * 4 * 64
 
 
 @pytest.mark.parametrize("given_states", [False, True])

@@ -482,7 +482,10 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
 
 @pytest.mark.parametrize("instructions", ["baseline", "avx2"])
 def test_on_lesser_processors(compiled, instructions):
-    environment = os.environ | {"EHRSEQ_FAST_ISA": instructions, "EHRSEQ_FAST_BACKEND": "cpu"}
+    environment = os.environ | {
+        "EHRSEQ_FAST_CPU_CAPABILITY": instructions,
+        "EHRSEQ_FAST_BACKEND": "cpu",
+    }
     subprocess.run([sys.executable, "-c", ON_ONE_INSTRUCTION_SET], env=environment, check=True)
 
 

@@ -10,7 +10,7 @@
 // What the file calls from elsewhere keeps the baseline's instructions, so no function that another
 // translation unit could share is compiled for more than every x86-64 has.
 //
-// EHRSEQ_FAST_ISA=baseline or avx2 in the environment holds the choice down, for tests.
+// EHRSEQ_FAST_CPU_CAPABILITY=baseline or avx2 in the environment holds the choice down, for tests.
 
 // Vectors are passed between inlined helpers only, so no call depends on the ABI that this is
 // about.

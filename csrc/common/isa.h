@@ -16,7 +16,7 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 inline Isa best_isa() {
 #if EHRSEQ_HAS_ISAS
-  const char* asked = std::getenv("EHRSEQ_FAST_ISA");
+  const char* asked = std::getenv("EHRSEQ_FAST_CPU_CAPABILITY");
   const bool at_most_avx2 = asked != nullptr && std::strcmp(asked, "avx2") == 0;
   const bool baseline = asked != nullptr && std::strcmp(asked, "baseline") == 0;
   if (baseline || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||

@@ -293,8 +293,7 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
                       const Tensor& weight_ih, const Tensor& weight_hh,
                       const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
                       const OptionalTensor& h0, const OptionalTensor& c0, bool reverse,
-                      bool training, bool keep_gates) {
-  keep_gates = keep_gates && training;
+                      bool training, int64_t kept) {
   const Kernels<S>& run = kernels<S>();
   const Shape shape = checked_shape(input, batch_sizes, weight_ih, weight_hh, h0, c0);
   expect_shape(bias_ih, "bias_ih", {kGates * shape.hidden}, "[4 * hidden]");
@@ -309,10 +308,16 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
   Tensor last_hidden = scratch<S>(input, {shape.patients, shape.hidden});
   Tensor last_cell = scratch<S>(input, {shape.patients, shape.hidden});
   Tensor cells = scratch<Sum<S>>(input, {training ? shape.visits : shape.patients, padded});
-  // Where gates are kept, projections lie where the gates of their row will.
-  Tensor gates =
-      scratch<Sum<S>>(input, {shape.visits - (keep_gates ? 0 : projected_from), kGates * padded});
-  Sum<S>* projected = data<Sum<S>>(gates) + (keep_gates ? projected_from * kGates * padded : 0);
+  if (kept < 0 || kept > (training ? shape.visits : 0)) {
+    throw std::invalid_argument("packed_lstm: kept must count visits, and none without training");
+  }
+  // Where all gates are kept, projections lie where the gates of their row will.
+  const bool keeps_all = kept == shape.visits;
+  Tensor gates = scratch<Sum<S>>(input, {kept, kGates * padded});
+  const Tensor projections =
+      scratch<Sum<S>>(input, {keeps_all ? 0 : shape.visits - projected_from, kGates * padded});
+  Sum<S>* projected = keeps_all ? data<Sum<S>>(gates) + projected_from * kGates * padded
+                                : data<Sum<S>>(projections);
 
   const int64_t blocks = (shape.hidden + run.lanes - 1) / run.lanes;
   if (training && blocks * run.lanes < padded) {
@@ -338,7 +343,8 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
                          data<S>(output),
                          data<S>(last_hidden),
                          data<S>(last_cell),
-                         keep_gates ? data<Sum<S>>(gates) : nullptr,
+                         data<Sum<S>>(gates),
+                         kept,
                          data<Sum<S>>(cells),
                          training,
                          projected_from,
@@ -357,7 +363,6 @@ ForwardResult forward(const Tensor& input, const std::vector<int64_t>& batch_siz
 
   const ScalarType dtype = input.scalar_type();
   const auto rounded = [&](const Tensor& tensor) { return torch::stable::to(tensor, dtype); };
-  if (!keep_gates) gates = scratch<Sum<S>>(input, {0});
   if (!training) cells = scratch<Sum<S>>(input, {0});
   return {rounded(output), rounded(last_hidden), rounded(last_cell), gates, cells};
 }
@@ -405,10 +410,9 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
   expect_shape(grad_output, "grad_output", {shape.visits, shape.hidden}, "[visits, hidden]");
   expect_shape(grad_last_hidden, "grad_h_n", {shape.patients, shape.hidden}, "[patients, hidden]");
   expect_shape(grad_last_cell, "grad_c_n", {shape.patients, shape.hidden}, "[patients, hidden]");
-  const bool recomputes = gates.numel() == 0;  // the forward pass kept none
-  if (!recomputes) {
-    expect_shape(gates, "gates", {shape.visits, kGates * padded}, "[visits, 4 * padded hidden]");
-  }
+  const int64_t kept = gates.dim() == 2 ? gates.size(0) : 0;
+  expect_shape(gates, "gates", {kept, kGates * padded}, "[kept visits, 4 * padded hidden]");
+  const bool recomputes = kept < shape.visits;
   expect_shape(cells, "cells", {shape.visits, padded}, "[visits, padded hidden]");
 
   const std::vector<Step> steps = steps_of(batch_sizes, reverse);
@@ -479,7 +483,7 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                     operand(h0),
                     operand(c0),
                     operand(output),
-                    recomputes ? data<Sum<S>>(chunk_gates) : operands.as<Sum<S>>(gates),
+                    nullptr,
                     0,
                     operands.as<Sum<S>>(cells),
                     operand(grad_output),
@@ -516,10 +520,12 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
                          nullptr,
                          nullptr,
                          nullptr,
+                         0,
                          nullptr,
                          true,
                          shape.visits,
                          nullptr};
+  const Sum<S>* kept_gates = operands.as<Sum<S>>(gates);
   if (recomputes) {
     share_out(blocks, plan.threads, [&](int64_t from, int64_t to, int64_t) {
       run.pack_gate_panels(shape, weights, from, to, data<S>(gate_panels),
@@ -542,7 +548,10 @@ BackwardResult backward(const OptionalTensor& grad_output, const OptionalTensor&
     const int64_t row = rows_before(chunk.first);
     const int64_t rows = rows_before(chunk.last) - row;
     layer.chunk_row = row;
-    if (recomputes) {
+    layer.gates = kept_gates;
+    layer.gates_row = 0;
+    if (row + rows > kept) {
+      layer.gates = data<Sum<S>>(chunk_gates);
       layer.gates_row = row;
       share_out(rows, plan.threads, [&](int64_t from, int64_t to, int64_t share) {
         run.recompute_gates(again, layer.order, row + from, row + to,
@@ -622,12 +631,12 @@ Result in_type_for(const Tensor& input, const Tensor& weight_hh, const Body& bod
 ForwardResult packed_lstm_layer(Tensor input, Tensor batch_sizes, Tensor weight_ih,
                                 Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh,
                                 OptionalTensor h0, OptionalTensor c0, bool reverse, bool training,
-                                bool keep_gates) {
+                                int64_t kept) {
   expect_one_dtype(input, {weight_ih, weight_hh, bias_ih, bias_hh, h0, c0});
   const auto sizes = checked_batch_sizes(batch_sizes, input.size(0));
   return in_type_for<ForwardResult>(input, weight_hh, [&](auto tag) {
     return forward<typename decltype(tag)::type>(input, sizes, weight_ih, weight_hh, bias_ih,
-                                                 bias_hh, h0, c0, reverse, training, keep_gates);
+                                                 bias_hh, h0, c0, reverse, training, kept);
   });
 }
 

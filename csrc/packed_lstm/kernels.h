@@ -68,7 +68,7 @@ struct Weights {
   const S* hidden_bias;
 };
 
-// Null pointers: h0 and c0 are zeros; gates are not kept.
+// Null pointers: h0 and c0 are zeros.
 template <typename S>
 struct Forward {
   Shape shape;
@@ -83,10 +83,11 @@ struct Forward {
   S* last_hidden;
   S* last_cell;
   Sum<S>* gates;
+  int64_t kept;  // gates of rows below this are kept for the backward pass
   Sum<S>* cells;
   bool cells_per_visit;    // else one row of cells per patient, updated in place
   int64_t projected_from;  // rows from here on have their input products in `projected`
-  Sum<S>* projected;       // laid out as gates; the same memory where gates are kept
+  Sum<S>* projected;       // laid out as gates; the same memory where all gates are kept
 };
 
 // Of each visit: the row of the one before it in the scan, -1 where its patient starts, and whose

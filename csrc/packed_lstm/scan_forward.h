@@ -95,7 +95,7 @@ EHRSEQ_INLINE void finish_visit(const Forward<S>& layer, const Step& step, int64
 
   store(layer.cells + (layer.cells_per_visit ? row : p) * shape.padded_hidden() + unit, cell);
   store_some(layer.output + row * shape.hidden + unit, hidden, units);
-  if (layer.gates) {
+  if (row < layer.kept) {
     store_gates<S>(layer.gates + row * gates_stride<S>(shape) + block_of_gates<S>(block), gates);
   }
   if (p >= step.staying) {

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import PackedVisits
-from ..packed_lstm import PackedLSTM
 from ..survival_nll import packed_competing_risks_nll
-from .base import VisitSequenceModel, lstm_dropout
-from .survival_lstm import hazard_head
+from .base import VisitSequenceModel, lstm_dropout, visit_lstm
+from .survival_lstm import hazard_head, hazards_of
 
 
 class CompetingRisksSurvivalLSTM(VisitSequenceModel):
@@ -59,11 +58,10 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
             raise ValueError(f"num_event_types must be at least 1, got {num_event_types}")
         self.num_event_types = num_event_types
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
-        self.lstm = PackedLSTM(
+        self.lstm = visit_lstm(
             embedding_dim,
             hidden_dim,
             num_layers,
-            batch_first=True,
             dropout=lstm_dropout(dropout, num_layers),
         )
         self.hazard_heads = nn.ModuleList(
@@ -85,7 +83,9 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
         return states.to_output(self._output(states.values))
 
     def _output(self, states: Tensor) -> Tensor:
-        return torch.cat([head(states) for head in self.hazard_heads], dim=-1)
+        return torch.cat(
+            [hazards_of(cast(nn.Sequential, head), states) for head in self.hazard_heads], dim=-1
+        )
 
     def loss(self, batch: PackedVisits, **options: Any) -> Tensor:
         """From codes to the negative log-likelihood of the batch's outcomes, nothing padded.

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import PackedVisits
-from ..packed_lstm import PackedLSTM
 from ..visit_pool import codes_in_use, masked_pool, packed_visit_pool, visit_mean_pool
-from .base import VisitSequenceModel, lstm_dropout
+from .base import VisitSequenceModel, lstm_dropout, visit_lstm
 from .pooling import attend, plain_pool
 
 AGGREGATIONS = ("mean", "sum", "max", "attention")
@@ -215,11 +214,10 @@ class LSTMBaseline(VisitSequenceModel):
 
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=padding_idx)
         self.visit_encoder = VisitEncoder(embedding_dim, visit_aggregation, dropout)
-        self.lstm = PackedLSTM(
+        self.lstm = visit_lstm(
             embedding_dim,
             hidden_dim,
             num_layers,
-            batch_first=True,
             dropout=lstm_dropout(dropout, num_layers),
             bidirectional=bidirectional,
         )

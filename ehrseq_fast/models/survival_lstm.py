@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import PackedVisits
-from ..packed_lstm import PackedLSTM
 from ..rows import PackedRows
 from ..survival_nll import packed_survival_nll
-from .base import VisitSequenceModel, lstm_dropout
+from .base import VisitSequenceModel, lstm_dropout, visit_lstm
+from .head import head_logits
 from .pooling import wide_dtype
 
 TIME_FEATURES = 3
@@ -29,6 +29,11 @@ def hazard_head(width: int, hidden_dim: int, dropout: float) -> nn.Sequential:
         nn.Linear(hidden_dim, 1),
         nn.Sigmoid(),
     )
+
+
+def hazards_of(head: nn.Sequential, states: Tensor) -> Tensor:
+    """Hazards ``[..., 1]`` of states ``[..., width]``."""
+    return head[4](head_logits(head, states))
 
 
 def survival_curve(hazards: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,11 +136,10 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
         self.bidirectional = bidirectional
 
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
-        self.lstm = PackedLSTM(
+        self.lstm = visit_lstm(
             embedding_dim,
             hidden_dim,
             num_layers,
-            batch_first=True,
             dropout=lstm_dropout(dropout, num_layers),
             bidirectional=bidirectional,
         )
@@ -176,7 +180,7 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
         return states.to_output(self._output(states.values))
 
     def _output(self, states: Tensor) -> Tensor:
-        return self.hazard_head(states).squeeze(-1)
+        return hazards_of(self.hazard_head, states).squeeze(-1)
 
     def loss(self, batch: PackedVisits, **options: Any) -> Tensor:
         """From codes to the negative log-likelihood of the batch's outcomes, nothing padded.
@@ -247,11 +251,10 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         )
         # The base class has built an LSTM already. Building a second one draws the random numbers
         # that the reference draws, so that one seed gives both packages the same weights.
-        self.lstm = PackedLSTM(
+        self.lstm = visit_lstm(
             embedding_dim + time_encoding_dim,
             hidden_dim,
             num_layers,
-            batch_first=True,
             dropout=lstm_dropout(dropout, num_layers),
         )
 

@@ -35,7 +35,7 @@ class PackedLSTM(nn.LSTM):
     """
 
     #: As in :func:`packed_lstm`; may be set on an instance.
-    keep_gates = True
+    keep_gates = 1.0
 
     def forward(self, input, hx=None, *, plain=False):
         """As ``nn.LSTM.forward``: outputs and ``(h_n, c_n)``; ``plain=True`` asks for its way."""

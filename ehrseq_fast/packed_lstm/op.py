@@ -36,20 +36,20 @@ def _layer_shapes(
     c0,
     reverse,
     training,
-    keep_gates,
+    kept,
 ):
     visits, hidden = input.shape[0], weight_hh.shape[1]
     # How many patients there are is a value, batch_sizes[0]; given states tell it too.
     state = next((s for s in (h0, c0) if s is not None), None)
     patients = torch.library.get_ctx().new_dynamic_size() if state is None else state.shape[0]
     padded = (hidden + _UNIT_PADDING - 1) // _UNIT_PADDING * _UNIT_PADDING
-    kept = _accumulator(input.dtype)
+    wide = _accumulator(input.dtype)
     return (
         input.new_empty(visits, hidden),
         input.new_empty(patients, hidden),
         input.new_empty(patients, hidden),
-        input.new_empty((visits, 4 * padded) if training and keep_gates else (0,), dtype=kept),
-        input.new_empty((visits, padded) if training else (0,), dtype=kept),
+        input.new_empty((kept, 4 * padded), dtype=wide),
+        input.new_empty((visits, padded) if training else (0,), dtype=wide),
     )
 
 
@@ -102,11 +102,11 @@ class _Layer(torch.autograd.Function):
         h0,
         c0,
         reverse,
-        keep_gates,
+        kept,
     ):
         operands = (input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)
         output, h_n, c_n, gates, cells = torch.ops.ehrseq_fast.packed_lstm_layer(
-            *operands, reverse, True, keep_gates
+            *operands, reverse, True, kept
         )
         ctx.save_for_backward(*operands, output, gates, cells)
         ctx.reverse = reverse
@@ -164,20 +164,28 @@ def _layer(
     h0: Tensor | None,
     c0: Tensor | None,
     reverse: bool,
-    keep_gates: bool,
+    keep_gates: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias_ih, bias_hh = weights[2:] if len(weights) == 4 else (None, None)
     operands = (input, *weights, h0, c0)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        # 16-bit states were rounded on their way out, and would not give the same gates again.
-        keep_gates = keep_gates or input.dtype not in (torch.float32, torch.float64)
         return _Layer.apply(
-            input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse, keep_gates
+            *(input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse),
+            _kept_visits(input, keep_gates),
         )
     output, h_n, c_n, _, _ = torch.ops.ehrseq_fast.packed_lstm_layer(
-        input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse, False, False
+        input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse, False, 0
     )
     return output, h_n, c_n
+
+
+def _kept_visits(input: Tensor, keep_gates: float) -> int:
+    """How many visits' gates to keep: that share, in 64ths."""
+    if torch.compiler.is_compiling() or input.dtype not in (torch.float32, torch.float64):
+        # A share of a size that is traced has no name in the graph.
+        # 16-bit states were rounded on their way out, and would not give the same gates again.
+        return input.shape[0]
+    return input.shape[0] * int(64 * keep_gates) // 64
 
 
 def _layers(
@@ -187,7 +195,7 @@ def _layers(
     states: States | None,
     directions: int,
     dropout: float,
-    keep_gates: bool,
+    keep_gates: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     finals: list[States] = []
     for first in range(0, len(weights), directions):
@@ -242,6 +250,7 @@ def _check(
     hx: States | None,
     directions: int,
     dropout: float,
+    keep_gates: float,
 ) -> None:
     if not isinstance(sequence, PackedSequence):
         raise TypeError(
@@ -257,6 +266,10 @@ def _check(
         raise ValueError(
             f"packed_lstm: weights must hold one entry per layer and direction, {directions} per "
             f"layer, and holds {len(weights)}"
+        )
+    if not 0 <= keep_gates <= 1:
+        raise ValueError(
+            f"packed_lstm: keep_gates must be a share of the visits, and is {keep_gates}"
         )
     if not 0 <= dropout <= 1:
         raise ValueError(f"packed_lstm: dropout must be a probability, and is {dropout}")
@@ -314,7 +327,7 @@ def packed_lstm(
     bidirectional: bool = False,
     dropout: float = 0.0,
     training: bool = False,
-    keep_gates: bool = True,
+    keep_gates: float = 1.0,
 ) -> tuple[PackedSequence, States]:
     """The LSTM of :class:`torch.nn.LSTM` over a packed batch of sequences, nothing padded.
 
@@ -338,10 +351,10 @@ def packed_lstm(
         dropout: probability with which outputs of every layer but the last are zeroed, the others
             being scaled by 1 / (1 - dropout); in training alone.
         training: whether dropout applies.
-        keep_gates: whether the forward pass keeps the gates of every visit, ``[visits, 4H]``, for
-            the backward pass. Without them it computes them again, to the same bits: one more
-            product of those of a layer's six that are over inputs and states, for less than half
-            of the memory. 16-bit layers keep them always.
+        keep_gates: the share of visits whose gates the forward pass keeps for the backward pass,
+            4H values a visit; of the others it computes them again, to the same bits. All of them
+            are half of what the step holds; none cost one product more, of six. 16-bit layers keep
+            all, and so does ``torch.compile``.
 
     Returns:
         The outputs of the last layer, packed as ``sequence`` is, ``[visits, directions * H]``, and
@@ -375,7 +388,7 @@ def packed_lstm(
     directions = 2 if bidirectional else 1
     if torch.is_autocast_enabled("cpu") and isinstance(sequence, PackedSequence):
         weights, hx = _in_dtype(sequence.data.dtype, weights, hx)
-    _check(sequence, weights, hx, directions, dropout)
+    _check(sequence, weights, hx, directions, dropout, keep_gates)
     data, batch_sizes, sorted_indices, unsorted_indices = sequence
     if hx is not None and sorted_indices is not None:
         hx = (hx[0].index_select(1, sorted_indices), hx[1].index_select(1, sorted_indices))
