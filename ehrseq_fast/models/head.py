@@ -77,7 +77,8 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, last_weight, hidden = ctx.saved_tensors
         # Zero where the ReLU or the dropout made it so, and there alone.
-        grad_hidden = torch.mm(grad, last_weight).mul_(hidden > 0)
+        grad_hidden = torch.mm(grad, last_weight)
+        torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
         if ctx.scale != 1.0:
             grad_hidden.mul_(ctx.scale)
         return (
