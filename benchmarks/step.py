@@ -66,7 +66,7 @@ class TrainingStep:
         )
         self.model.to(dtype)
         self.loss = DiscreteTimeSurvivalLoss()
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=True)
 
     def _backends(self) -> AbstractContextManager[None]:
         return nullcontext() if self.fused else use_backend("reference")

@@ -8,7 +8,6 @@
 #include <tuple>
 
 #ifdef __linux__
-#include <sys/mman.h>
 #endif
 
 #include "common/tensors.h"
@@ -209,23 +208,9 @@ class Operands {
   std::vector<Tensor> held_;
 };
 
-// Fresh memory costs a page fault per page at its first touch; with large pages, few.
-void prefer_large_pages(const Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t end = begin + tensor.numel() * tensor.element_size();
-  const uintptr_t first = (begin + kLargePage - 1) & ~(kLargePage - 1);
-  const uintptr_t last = end & ~(kLargePage - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 template <typename T>
 Tensor scratch(const Tensor& like, const std::vector<int64_t>& shape) {
-  Tensor tensor = empty(like, shape, dtype_of<T>());
-  prefer_large_pages(tensor);
-  return tensor;
+  return empty(like, shape, dtype_of<T>());
 }
 
 // Threads, and from which time on they share each step.
