@@ -6,11 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import growth, main_job, ops, packed_lstm, plot
+from . import growth, main_job, ops, packed_lstm, plot, readme
 from .workloads import MissingPackageError
 
 # name -> module with SUMMARY, add_arguments(parser) and run(args)
-COMMANDS = {"main": main_job, "ops": ops, "growth": growth, "lstm": packed_lstm, "plot": plot}
+COMMANDS = {
+    "main": main_job,
+    "ops": ops,
+    "growth": growth,
+    "lstm": packed_lstm,
+    "plot": plot,
+    "readme": readme,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,6 +6,8 @@ visit vectors), :func:`packed_lstm` (visit vectors → hidden states), and the s
 Models stand in :mod:`ehrseq_fast.models`, data in :mod:`ehrseq_fast.data`.
 """
 
+from typing import Any
+
 from .backend import use_backend
 from .batch import PackedVisits
 from .packed_lstm import PackedLSTM, packed_lstm
@@ -36,3 +38,17 @@ __all__ = [
     "use_backend",
     "visit_mean_pool",
 ]
+
+_SUBMODULES = ("data", "losses", "metrics", "models")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        from importlib import import_module
+
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_SUBMODULES]

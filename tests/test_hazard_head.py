@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ehrseq_fast.models.head import head_logits
+from ehrseq_fast import PackedVisits, use_backend
+from ehrseq_fast import backend as backends
+from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
+from ehrseq_fast.models.head import hazards_of
 from ehrseq_fast.models.survival_lstm import hazard_head
 
 
@@ -19,9 +22,11 @@ def results(run, head, rows):
 def test_logits_and_gradients_are_those_of_the_modules(visits, width, hidden):
     head = hazard_head(width, hidden, 0.0)
     rows = torch.randn(visits, width, requires_grad=True)
-    ours = results(lambda x: head_logits(head, x), head, rows)
-    theirs = results(head[:4], head, rows)
-    assert type(head_logits(head, rows).grad_fn).__name__ == "_HeadBackward"
+    ours = results(lambda x: hazards_of(head, x), head, rows)
+    theirs = results(head, head, rows)
+    if backends.why_not_loaded("cpu") is None:
+        node = hazards_of(head, rows).grad_fn.next_functions[0][0]
+        assert type(node).__name__ == "_HeadBackward"
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -32,37 +37,66 @@ def test_dropout_zeroes_and_scales():
     with torch.no_grad():
         head[0].weight.copy_(torch.eye(400))
         head[0].bias.zero_()
-        head[3].weight.fill_(1.0)
+        head[3].weight.fill_(1 / 400)
         head[3].bias.zero_()
     rows = torch.ones(200, 400, requires_grad=True)
-    logits = head_logits(head, rows)
+    logits = hazards_of(head, rows).logit()
     (grad,) = torch.autograd.grad(logits.sum(), rows)
     kept = grad != 0
     assert abs(kept.float().mean() - 0.75) < 0.01
-    torch.testing.assert_close(grad[kept], torch.full_like(grad[kept], 1 / 0.75))
-    torch.testing.assert_close(logits.squeeze(1), kept.sum(1) / 0.75)
-    head.eval()
-    torch.testing.assert_close(head_logits(head, rows), head[:4](rows))
+    torch.testing.assert_close(400 * grad[kept], torch.full_like(grad[kept], 1 / 0.75))
+    torch.testing.assert_close(logits.squeeze(1), kept.float().mean(1) / 0.75)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_dropout_module_says_whether_it_drops(training):
+    """Dropout may be on in an evaluated model (Monte Carlo), and frozen in a trained one."""
+    head = hazard_head(8, 64, 0.5).train(not training)
+    head[2].train(training)
+    rows = torch.randn(5, 8)
+    assert torch.equal(hazards_of(head, rows), hazards_of(head, rows)) is not training
 
 
 def test_all_dropped():
     head = hazard_head(4, 4, 1.0).train()
     rows = torch.randn(3, 4, requires_grad=True)
-    logits = head_logits(head, rows)
-    assert torch.equal(logits, head[3].bias.expand(3, 1))
-    assert (torch.autograd.grad(logits.sum(), rows)[0] == 0).all()
+    hazards = hazards_of(head, rows)
+    assert torch.equal(hazards, head[3].bias.sigmoid().expand(3, 1))
+    assert (torch.autograd.grad(hazards.sum(), rows)[0] == 0).all()
 
 
-def test_hooks_see_their_modules():
-    head, seen = hazard_head(4, 4, 0.0), []
-    head[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    head_logits(head, torch.randn(3, 4))
-    assert len(seen) == 1
-
-
-def test_double_backward_is_refused():
+def test_changed_and_watched_heads_run_as_modules():
+    rows = torch.randn(3, 4)
+    for place in (None, 1):
+        head, seen = hazard_head(4, 4, 0.0), []
+        watched = head if place is None else head[place]
+        watched.register_forward_hook(lambda *call, seen=seen: seen.append(call))
+        hazards_of(head, rows)
+        assert len(seen) == 1
     head = hazard_head(4, 4, 0.0)
-    rows = torch.randn(3, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(head_logits(head, rows).square().sum(), rows, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
+    head[1] = torch.nn.GELU()
+    assert torch.equal(hazards_of(head, rows), head(rows))
+
+
+def test_no_term_of_a_double_backward_is_lost():
+    """Refused by whatever the gradient depends on; right on the backend ``reference``."""
+    batch = PackedVisits.from_lists(
+        [[[1, 2], [3]], [[4]]], event_times=[1, 0], event_indicators=[1, 1]
+    )
+
+    def penalty(model):
+        loss = model.loss(batch)
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        total = sum(gradient.square().sum() for gradient in gradients)
+        return torch.autograd.grad(total, parameters)
+
+    model = DiscreteTimeSurvivalLSTM(5, 3, 4, dropout=0.0)
+    if backends.why_not_loaded("cpu") is None:
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            penalty(model)
+    with use_backend("reference"):
+        ours = penalty(model)
+        model.path = "padded"
+        for mine, theirs in zip(ours, penalty(model), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)

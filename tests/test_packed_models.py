@@ -289,6 +289,28 @@ BAD = {
         ValueError,
         "state holds 2 patients, and visit 1",
     ),
+    "step with features that do not fit": (
+        lambda: build("with time").step(build("with time").start(), [1], torch.ones(5, 3)),
+        ValueError,
+        r"visit_features must be \[B, F\] = \[1, 3\], got \[5, 3\]",
+    ),
+    "step with features that are not taken": (
+        lambda: build("survival").step(build("survival").start(), [1], torch.ones(1, 3)),
+        ValueError,
+        "DiscreteTimeSurvivalLSTM takes no visit_features",
+    ),
+    "target of another shape": (
+        lambda: build("baseline, mean").loss(batch(targets={"labels": torch.ones(4, 2)})),
+        ValueError,
+        r"target 'labels' must be \[B, O\] = \[4, 1\], got shape \[4, 2\]",
+    ),
+    "NaN in a mask": (
+        lambda: build("survival")(
+            torch.ones(1, 2, 1, dtype=torch.long), None, torch.tensor([[1.0, float("nan")]])
+        ),
+        ValueError,
+        "sequence_mask holds NaN for 1 patients. The first is patient 0",
+    ),
     "step with an unknown code": (
         lambda: build("survival").step(build("survival").start(), [99]),
         IndexError,

@@ -287,11 +287,15 @@ def test_gradcheck_masked_pool(backend, mode):
 def test_double_backward_is_refused(compiled):
     codes, mask, weight = ragged_batch()
     weight.requires_grad_()
+    embeddings = torch.randn(4, 6, 7, 8, requires_grad=True)
     with use_backend("cpu"):
-        pooled = visit_mean_pool(codes, weight, mask).square().sum()
-        (grad,) = torch.autograd.grad(pooled, weight, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            grad.sum().backward()
+        for source, pool in (
+            (weight, lambda: visit_mean_pool(codes, weight, mask)),
+            (embeddings, lambda: masked_pool(embeddings, mask)),
+        ):
+            (grad,) = torch.autograd.grad(pool().square().sum(), source, create_graph=True)
+            with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+                torch.autograd.grad(grad.sum(), source)
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])

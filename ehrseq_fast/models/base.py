@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -73,6 +74,7 @@ class VisitSequenceModel(nn.Module):
 
     embedding: nn.Embedding
     lstm: PackedLSTM
+    _n_visit_features = 0
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -299,30 +301,39 @@ class VisitSequenceModel(nn.Module):
             risks ``[B, K]``; :class:`LSTMBaseline`: its dictionary), and the new state.
 
         Raises:
-            ValueError: for another number of patients than ``state`` has.
+            ValueError: for another number of patients than ``state`` has, or features that do not
+                fit.
             IndexError: for codes outside the vocabulary.
         """
         patients = state.h.shape[1]
-        is_one_visit = all(not isinstance(code, Sequence) for code in visit)
+        is_one_visit = all(np.ndim(code) == 0 for code in visit)
         visits: Any = [visit] if is_one_visit and patients == 1 else visit
         if len(visits) != patients:
             raise ValueError(f"state holds {patients} patients, and visit {len(visits)}")
         batch = PackedVisits.from_lists(
             [[codes] for codes in visits], vocab_size=self.embedding.num_embeddings
         ).to(state.h.device)
+        if visit_features is not None:
+            expected = [patients, self._n_visit_features]
+            if not self._n_visit_features or list(visit_features.shape) != expected:
+                raise ValueError(
+                    f"visit_features must be [B, F] = {expected}, got {list(visit_features.shape)}"
+                    if self._n_visit_features
+                    else f"{type(self).__name__} takes no visit_features"
+                )
         vectors = self._lstm_input(self._pool_rows(batch), visit_features)
         _, (h, c) = self.lstm(PackedSequence(vectors, batch.batch_sizes), (state.h, state.c))
         return self._output(h[-1]), VisitState(h, c, state.n_visits + 1)
 
 
 def times_mask(sequence_mask: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Multiply ``[B, V, ...]`` by the mask, keeping its dtype; nothing to do without a mask."""
+    """Zeros on padding, ``[B, V, ...]``, whatever stands there; nothing to do without a mask."""
 
     def masked(padded: Tensor) -> Tensor:
         if sequence_mask is None:
             return padded
-        real = (sequence_mask != 0).to(padded.dtype)
-        return padded * real.reshape(*real.shape, *[1] * (padded.dim() - 2))
+        padding = sequence_mask == 0
+        return padded.masked_fill(padding.reshape(*padding.shape, *[1] * (padded.dim() - 2)), 0)
 
     return masked
 

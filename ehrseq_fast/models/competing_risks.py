@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..batch import PackedVisits
 from ..survival_nll import packed_competing_risks_nll
 from .base import VisitSequenceModel, lstm_dropout, visit_lstm
-from .survival_lstm import hazard_head, hazards_of
+from .head import hazards_of
+from .survival_lstm import hazard_head
 
 
 class CompetingRisksSurvivalLSTM(VisitSequenceModel):

@@ -12,7 +12,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from .. import backend
+from ..autograd import once
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -25,32 +27,46 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 )
 
 
-def head_logits(head: nn.Sequential, rows: Tensor) -> Tensor:
-    """What ``head`` (Linear, ReLU, Dropout, Linear, ...) gives before its last activation.
+def hazards_of(head: nn.Sequential, states: Tensor) -> Tensor:
+    """``head`` (Linear, ReLU, Dropout, Linear, Sigmoid) of states: ``[..., D]`` → ``[..., 1]``.
 
-    ``rows`` ``[..., D]`` → ``[..., 1]``. As one function for float32 rows of a packed batch on the
-    CPU, where no module of the head has hooks; differentiating it twice is refused. Elsewhere, and
-    under autocast and ``torch.compile``, as the modules stand.
+    Its first four modules as one function for float32 rows of a packed batch on the CPU, where they
+    are what they were built as and nothing watches them. Elsewhere, on the backend ``reference``,
+    and under autocast and ``torch.compile``, as the modules stand.
     """
+    if not _is_as_built(head) or not _takes_onednn(states, head):
+        return head(states)
     hidden, last = cast(nn.Linear, head[0]), cast(nn.Linear, head[3])
     dropout = cast(nn.Dropout, head[2])
-    as_one = (
-        _HAS_ONEDNN
-        and rows.device.type == "cpu"
-        and rows.dim() == 2
-        and rows.dtype == hidden.weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in head)
-    )
-    if not as_one:
-        return head[:4](rows)
     kept = None
-    if head.training and dropout.p > 0:
-        kept = torch.empty(len(rows), hidden.out_features, dtype=torch.bool)
+    if dropout.training and dropout.p > 0:
+        kept = torch.empty(len(states), hidden.out_features, dtype=torch.bool)
         kept.bernoulli_(1 - dropout.p)
     scale = 1 / (1 - dropout.p) if dropout.p < 1 else 0.0
-    return _Head.apply(rows, hidden.weight, hidden.bias, last.weight, last.bias, kept, scale)
+    logits = _Head.apply(states, hidden.weight, hidden.bias, last.weight, last.bias, kept, scale)
+    return head[4](logits)
+
+
+_BUILT_AS = (nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.Sigmoid)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_as_built(head: nn.Sequential) -> bool:
+    return tuple(map(type, head)) == _BUILT_AS and not any(
+        getattr(module, hooks) for module in (head, *head) for hooks in _HOOKS
+    )
+
+
+def _takes_onednn(states: Tensor, head: nn.Sequential) -> bool:
+    return (
+        _HAS_ONEDNN
+        and states.device.type == "cpu"
+        and states.dim() == 2
+        and states.dtype == head[0].weight.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and backend.choose("packed_lstm", "cpu", torch.float32) == "cpu"
+    )
 
 
 class _Head(torch.autograd.Function):
@@ -73,20 +89,22 @@ class _Head(torch.autograd.Function):
         return torch.addmm(last_bias, hidden, last_weight.t())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, last_weight, hidden = ctx.saved_tensors
-        # Zero where the ReLU or the dropout made it so, and there alone.
-        grad_hidden = torch.mm(grad, last_weight)
-        torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
-        if ctx.scale != 1.0:
-            grad_hidden.mul_(ctx.scale)
-        return (
-            _linear(grad_hidden, weight.t(), None, "none"),
-            grad_hidden.t() @ rows,
-            grad_hidden.sum(0),
-            grad.t() @ hidden,
-            grad.sum(0),
-            None,
-            None,
-        )
+        with torch.no_grad():
+            # Zero where the ReLU or the dropout made it so, and there alone.
+            grad_hidden = torch.mm(grad, last_weight)
+            torch.ops.aten.threshold_backward.grad_input(
+                grad_hidden, hidden, 0, grad_input=grad_hidden
+            )
+            if ctx.scale != 1.0:
+                grad_hidden.mul_(ctx.scale)
+            gradients = (
+                _linear(grad_hidden, weight.t(), None, "none"),
+                grad_hidden.t() @ rows,
+                grad_hidden.sum(0),
+                grad.t() @ hidden,
+                grad.sum(0),
+            )
+        sources = (grad, rows, weight, last_weight)
+        return *once("the hazard head", gradients, sources), None, None

@@ -283,13 +283,24 @@ class LSTMBaseline(VisitSequenceModel):
 
         Raises:
             KeyError: if the batch has no such target.
+            ValueError: if its shape does not fit.
         """
         if target not in batch.targets:
             raise KeyError(f"the batch has no target {target!r}; it has {sorted(batch.targets)}")
         wanted = batch.targets[target]
         logits = self(batch)["logits"]
         if self.task == "multi_class":
-            return F.cross_entropy(logits, wanted, **options)
+            if wanted.shape != logits.shape[:1]:
+                raise ValueError(
+                    f"target {target!r} must be [B] = {[len(batch)]} class indices, "
+                    f"got shape {list(wanted.shape)}"
+                )
+            return F.cross_entropy(logits, wanted.long(), **options)
+        if wanted.numel() != logits.numel() or len(wanted) != len(batch):
+            raise ValueError(
+                f"target {target!r} must be [B, O] = {list(logits.shape)}, "
+                f"got shape {list(wanted.shape)}"
+            )
         wanted = wanted.to(logits.dtype).reshape(logits.shape)
         if self.task == "binary_classification":
             return F.binary_cross_entropy_with_logits(logits, wanted, **options)

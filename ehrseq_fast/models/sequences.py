@@ -113,7 +113,19 @@ def is_fractional(visit_mask: Tensor | None) -> bool:
 def pack_padded_batch(
     visit_codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor | None, vocab_size: int
 ) -> PackedVisits:
-    """A checked padded triple, packed at the door. Any value but zero marks a real visit."""
+    """A checked padded triple, packed at the door. Any value but zero marks a real visit.
+
+    Raises:
+        ValueError: on the CPU, for a mask that holds NaN.
+    """
+    for name, mask in (("visit_mask", visit_mask), ("sequence_mask", sequence_mask)):
+        if mask is not None and mask.is_floating_point() and mask.device.type == "cpu":
+            holds = mask.isnan().flatten(1).any(1)
+            if holds.any():
+                raise ValueError(
+                    f"{name} holds NaN for {int(holds.sum())} patients. The first is patient "
+                    f"{int(holds.int().argmax())}."
+                )
     return PackedVisits.from_padded(
         visit_codes.detach(),
         visit_mask,

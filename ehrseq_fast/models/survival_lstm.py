@@ -11,7 +11,7 @@ from ..batch import PackedVisits
 from ..rows import PackedRows
 from ..survival_nll import packed_survival_nll
 from .base import VisitSequenceModel, lstm_dropout, visit_lstm
-from .head import head_logits
+from .head import hazards_of
 from .pooling import wide_dtype
 
 TIME_FEATURES = 3
@@ -29,11 +29,6 @@ def hazard_head(width: int, hidden_dim: int, dropout: float) -> nn.Sequential:
         nn.Linear(hidden_dim, 1),
         nn.Sigmoid(),
     )
-
-
-def hazards_of(head: nn.Sequential, states: Tensor) -> Tensor:
-    """Hazards ``[..., 1]`` of states ``[..., width]``."""
-    return head[4](head_logits(head, states))
 
 
 def survival_curve(hazards: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,9 +76,10 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
 
     A visit without a real code is a visit like others; its vector is zero.
 
-    On a GPU the fused and packed paths wait once per call for the lengths, which a PackedSequence
-    needs on the host; with ``sequence_mask=None`` they do not. ``torch.compile`` works with graph
-    breaks there and at ``nn.LSTM``, which torch does not trace; ``fullgraph=True`` does not.
+    On a GPU the fused and packed paths wait once per call for the sizes of padded tensors, and once
+    more for a ``visit_mask`` that is not bool; with a :class:`~ehrseq_fast.PackedVisits` never.
+    ``torch.compile`` works with graph breaks there and at ``nn.LSTM``, which torch does not trace;
+    ``fullgraph=True`` does not.
 
     Where this differs from the reference, whose results depend on padding or fail there: a NaN or
     an invalid code in a padded slot changes nothing (fused path); bidirectional hazards do not
@@ -231,6 +227,8 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         >>> model(visit_codes, visit_codes != 0, torch.ones(1, 2), time_features=months).shape
         torch.Size([1, 2])
     """
+
+    _n_visit_features = TIME_FEATURES
 
     def __init__(
         self,

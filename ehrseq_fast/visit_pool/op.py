@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backend
+from ..autograd import once
 from . import reference
 
 MODES = {"mean": 0, "sum": 1, "max": 2}
@@ -150,16 +150,19 @@ class _VisitPool(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         codes, weight, visit_mask, arg_max = ctx.saved_tensors
         arguments = (grad, codes, weight, visit_mask, arg_max, ctx.mode, ctx.padding_row)
-        if ctx.sparse_grad:
-            code_ids, rows = torch.ops.ehrseq_fast.visit_pool_backward_sparse.default(*arguments)
-            gradient = sparse_rows(code_ids, rows, weight.shape)
-        else:
-            gradient = torch.ops.ehrseq_fast.visit_pool_backward.default(*arguments)
-        return None, gradient, None, None, None, None
+        with torch.no_grad():
+            if ctx.sparse_grad:
+                code_ids, rows = torch.ops.ehrseq_fast.visit_pool_backward_sparse.default(
+                    *arguments
+                )
+                gradient = sparse_rows(code_ids, rows, weight.shape)
+            else:
+                gradient = torch.ops.ehrseq_fast.visit_pool_backward.default(*arguments)
+        (tied,) = once("visit_mean_pool", [gradient], [grad, weight])
+        return None, tied, None, None, None, None
 
 
 class _MaskedPool(torch.autograd.Function):
@@ -172,13 +175,14 @@ class _MaskedPool(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         mask, arg_max = ctx.saved_tensors
-        gradient = torch.ops.ehrseq_fast.masked_pool_backward.default(
-            grad, mask, arg_max, ctx.n_slots, ctx.mode
-        )
-        return gradient, None, None
+        with torch.no_grad():
+            gradient = torch.ops.ehrseq_fast.masked_pool_backward.default(
+                grad, mask, arg_max, ctx.n_slots, ctx.mode
+            )
+        (tied,) = once("masked_pool", [gradient], [grad])
+        return tied, None, None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backend
+from ..autograd import once
 from . import reference
 from .op import MODES, fake_arg_max, must_check_values, padding_row, sparse_rows
 
@@ -148,17 +148,19 @@ class _PackedVisitPool(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         arguments = (grad, *ctx.saved_tensors, ctx.mode, ctx.padding_row)
-        if ctx.sparse_grad:
-            code_ids, rows = torch.ops.ehrseq_fast.packed_visit_pool_backward_sparse.default(
-                *arguments
-            )
-            gradient = sparse_rows(code_ids, rows, ctx.saved_tensors[4].shape)
-        else:
-            gradient = torch.ops.ehrseq_fast.packed_visit_pool_backward.default(*arguments)
-        return None, None, None, None, None, gradient, None, None, None
+        weight = ctx.saved_tensors[4]
+        with torch.no_grad():
+            if ctx.sparse_grad:
+                code_ids, rows = torch.ops.ehrseq_fast.packed_visit_pool_backward_sparse.default(
+                    *arguments
+                )
+                gradient = sparse_rows(code_ids, rows, weight.shape)
+            else:
+                gradient = torch.ops.ehrseq_fast.packed_visit_pool_backward.default(*arguments)
+        (tied,) = once("packed_visit_pool", [gradient], [grad, weight])
+        return None, None, None, None, None, tied, None, None, None
 
 
 class _PackedAttentionPool(torch.autograd.Function):
@@ -185,31 +187,13 @@ class _PackedAttentionPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        operands = (grad, *ctx.saved_tensors, ctx.padding_row)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad_weight, grad_scores = _PackedAttentionGradient.apply(*operands)
-        else:
-            grad_weight, grad_scores = torch.ops.ehrseq_fast.packed_attention_pool_backward.default(
-                *operands
+        weight, scores = ctx.saved_tensors[5:]
+        with torch.no_grad():
+            gradients = torch.ops.ehrseq_fast.packed_attention_pool_backward.default(
+                grad, *ctx.saved_tensors, ctx.padding_row
             )
-        return None, None, None, None, None, grad_weight, grad_scores, None
-
-
-class _PackedAttentionGradient(torch.autograd.Function):
-    """The gradients under ``create_graph=True``, tied to the table and the scores that they depend
-    on, so that differentiating them is an error: ``once_differentiable`` looks at the incoming
-    gradient alone, and where that is a constant it would hand out these as constants too."""
-
-    @staticmethod
-    def forward(ctx, *operands):
-        return torch.ops.ehrseq_fast.packed_attention_pool_backward.default(*operands)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "packed_visit_pool: attention's gradients cannot be differentiated again; compute this "
-            'part under ehrseq_fast.use_backend("reference")'
-        )
+        gradients = once("packed_visit_pool", gradients, [grad, weight, scores])
+        return None, None, None, None, None, *gradients, None
 
 
 @torch.library.register_fake("ehrseq_fast::packed_visit_pool")

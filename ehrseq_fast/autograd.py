@@ -1,0 +1,38 @@
+"""Gradients that must not be differentiated again without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def once(
+    name: str, gradients: Sequence[Tensor | None], sources: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """``gradients`` of the operation ``name``, tied to what they were computed from.
+
+    Called in a backward pass. Under ``create_graph=True`` differentiating the results by anything
+    that ``sources`` depend on raises ``RuntimeError``. (``once_differentiable`` does not connect
+    its error to the sources: ``torch.autograd.grad`` would pass it by, and leave out a term.)
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tuple(gradients)
+    given = [gradient for gradient in gradients if gradient is not None]
+    tied = iter(_Once.apply(name, len(given), *given, *sources))
+    return tuple(None if gradient is None else next(tied) for gradient in gradients)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name, count, *tensors):
+        ctx.name = name
+        return tuple(gradient.detach() for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            f"{ctx.name}: the compiled kernel's gradient cannot be differentiated again; compute "
+            'this part under ehrseq_fast.use_backend("reference")'
+        )

@@ -1,0 +1,43 @@
+"""The README's Python runs as printed, and its table is that of the committed results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import ehrseq_fast
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_snippets_run():
+    visit_codes = torch.tensor([[[12, 7], [3, 0]], [[5, 0], [0, 0]]])
+    old = ehrseq_fast.models.DiscreteTimeSurvivalLSTM(20)
+    names = {
+        "ehrseq_fast": ehrseq_fast,
+        "vocab_size": 20,
+        "old": old,
+        "embedding": old.embedding,
+        "visit_codes": visit_codes,
+        "visit_mask": visit_codes != 0,
+        "sequence_mask": (visit_codes != 0).any(2),
+        "hazards": torch.rand(2, 2),
+        "event_times": torch.tensor([1, 0]),
+        "event_indicators": torch.tensor([1, 0]),
+    }
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet, names)
+    assert names["visits"].shape == (2, 2, 128)
+    assert names["hazard"].shape == (1,)
+
+
+def test_the_table_is_that_of_the_newest_results():
+    pytest.importorskip("duckdb")
+    from benchmarks import readme
+
+    assert readme.section() in README
