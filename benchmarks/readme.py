@@ -77,7 +77,7 @@ def step_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
 OPERATIONS = {
     "visit pooling": ("visit_mean_pool", visit_pool.OURS),
     "survival NLL": ("discrete_time_survival_nll", "ehrseq_fast"),
-    "building a batch": ("building a batch", batching.OURS),
+    "a packed batch": ("building a batch", batching.OURS),
 }
 
 
