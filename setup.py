@@ -107,12 +107,12 @@ def write_record(command: Any, **record: str) -> None:
 
 
 def without_compiled_parts(reason: str) -> dict[str, Any]:
-    if WANTED == "1":
-        raise SystemExit(f"EHRSEQ_FAST_CPP=1 asks for the compiled kernels, but {reason}.")
     from setuptools.command.build_py import build_py
 
     class BuildPlain(build_py):
         def run(self) -> None:
+            if WANTED == "1":
+                raise SystemExit(f"EHRSEQ_FAST_CPP=1 asks for the compiled kernels, but {reason}.")
             super().run()
             print(
                 f"\nehrseq_fast: installing without compiled kernels, because {reason}. The "

@@ -55,11 +55,13 @@ def _torch_requirement() -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_requirement()
+    torch = _torch_requirement()  # first: setup.py is run to answer the rest
+    return build_meta.get_requires_for_build_wheel(config_settings) + torch
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()
+    torch = _torch_requirement()
+    return build_meta.get_requires_for_build_editable(config_settings) + torch
 
 
 def prepare_metadata_for_build_wheel(directory: str, config_settings: Any = None) -> str:
