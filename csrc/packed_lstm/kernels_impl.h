@@ -3,9 +3,8 @@
 // (target_clones cannot serve here: GCC takes wide vectors apart before it clones.)
 //   EHRSEQ_ISA           namespace
 //   EHRSEQ_VECTOR_BYTES  width of a vector
-//   EHRSEQ_TILE_ROWS     rows of a tile: with four vectors side by side, their sums, factors and
-//   one
-//                        weight fill the registers
+//   EHRSEQ_TILE_ROWS     rows of a tile: four vectors side by side and their factors fill the
+//                        registers
 //   EHRSEQ_BFLOAT16_DOTS   defined where products are those of bfloat16 pairs (AVX512-BF16)
 
 #pragma GCC diagnostic ignored "-Wpsabi"

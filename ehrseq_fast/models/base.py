@@ -29,7 +29,7 @@ PATHS = ("fused", "packed", "padded")
 
 # Share of the visits whose gates the models' LSTM keeps for the backward pass. A third is what
 # brings the peak of a training step on real records to 1/20 of the padded step's (all of them:
-# 1/15), for a tenth more time. ``model.lstm.keep_gates = 1.0`` keeps all.
+# 1/14), for a tenth more time. ``model.lstm.keep_gates = 1.0`` keeps all.
 KEEP_GATES = 0.34
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import dropout as drop
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import backend
+from ..autograd import once
 
 backend.register("packed_lstm", cpu=backend.Support("cpu"))
 
@@ -121,10 +122,9 @@ class _Layer(torch.autograd.Function):
             *ctx.saved_tensors,
             *(ctx.reverse, need[0], any(need[2:6]), any(need[6:8])),
         )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _LayerGradient.apply(*operands)
-        else:
+        with torch.no_grad():
             grads = torch.ops.ehrseq_fast.packed_lstm_layer_backward(*operands)
+        grads = once("packed_lstm", grads, operands[:11])
         grad_input, grad_weight_ih, grad_weight_hh, grad_bias, grad_h0, grad_c0 = grads
         return (
             grad_input if need[0] else None,
@@ -137,23 +137,6 @@ class _Layer(torch.autograd.Function):
             grad_c0 if need[7] else None,
             None,
             None,
-        )
-
-
-class _LayerGradient(torch.autograd.Function):
-    """The gradients under ``create_graph=True``, tied to what they were computed from: so that
-    differentiating them is an error. (``once_differentiable`` looks at the incoming gradients
-    alone, and would hand out the others as constants.)"""
-
-    @staticmethod
-    def forward(ctx, *operands):
-        return torch.ops.ehrseq_fast.packed_lstm_layer_backward(*operands)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "packed_lstm: the compiled kernel's gradients cannot be differentiated again; compute "
-            'this part under ehrseq_fast.use_backend("reference")'
         )
 
 
@@ -181,8 +164,9 @@ def _layer(
 
 def _kept_visits(input: Tensor, keep_gates: float) -> int:
     """How many visits' gates to keep: that share, in 64ths."""
-    if torch.compiler.is_compiling() or input.dtype not in (torch.float32, torch.float64):
-        # A share of a size that is traced has no name in the graph.
+    if torch.compiler.is_compiling():  # a share of a size has no name in the traced graph
+        return input.shape[0]
+    if input.dtype not in (torch.float32, torch.float64):
         # 16-bit states were rounded on their way out, and would not give the same gates again.
         return input.shape[0]
     return input.shape[0] * int(64 * keep_gates) // 64
