@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def once(
@@ -36,3 +37,22 @@ class _Once(torch.autograd.Function):
             f"{ctx.name}: the compiled kernel's gradient cannot be differentiated again; compute "
             'this part under ehrseq_fast.use_backend("reference")'
         )
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation or a transform of ``torch.func`` (grad, jvp, vmap, and
+    what is built of them) is at work on ``tensors``.
+
+    Kernels know neither tangents nor batched tensors: an operation then has to be computed by its
+    reference, which PyTorch differentiates and batches in every mode. (An input without
+    ``requires_grad`` would go straight to the operator, which drops its tangent: a derivative of
+    zero, without an error.)
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    )

@@ -225,7 +225,8 @@ def why_not(operation: str, backend: str, device: str, dtype: torch.dtype) -> st
     if serves.device != device:
         return f"it serves {serves.device} tensors, and these are on {device}"
     if dtype not in serves.dtypes:
-        return f"its {operation} has no kernel for {dtype}"
+        emulator = " in its emulator" if serves.emulated else ""
+        return f"its {operation} has no kernel for {dtype}{emulator}"
     return None
 
 

@@ -34,4 +34,13 @@ void dispatch_floating(ScalarType dtype, const char* operation, Body&& body) {
   }
 }
 
+template <typename T>
+constexpr ScalarType kDtypeOf = ScalarType::Undefined;
+template <>
+inline constexpr ScalarType kDtypeOf<float> = ScalarType::Float;
+template <>
+inline constexpr ScalarType kDtypeOf<double> = ScalarType::Double;
+template <>
+inline constexpr ScalarType kDtypeOf<BFloat16> = ScalarType::BFloat16;
+
 }  // namespace ehrseq

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/dtypes.h"
+#include "common/shapes.h"
 
 namespace ehrseq {
 
@@ -36,18 +37,6 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
   Tensor tensor = torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
   prefer_large_pages(tensor);
   return tensor;
-}
-
-inline std::vector<int64_t> shape_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-// The shape without its last `dropped` dimensions.
-inline std::vector<int64_t> leading_shape(const Tensor& tensor, int64_t dropped) {
-  auto shape = shape_of(tensor);
-  shape.resize(shape.size() - dropped);
-  return shape;
 }
 
 }  // namespace ehrseq

@@ -1,6 +1,5 @@
 // The packed LSTM on the CPU: checks at the door, memory, and the order of the phases. The kernels
 // are in kernels_impl.h; how threads share the work is in team.h.
-#include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
 #include <sstream>
@@ -10,6 +9,7 @@
 #ifdef __linux__
 #endif
 
+#include "common/operators.h"
 #include "common/tensors.h"
 #include "packed_lstm/isa.h"
 #include "packed_lstm/team.h"
@@ -646,6 +646,7 @@ BackwardResult packed_lstm_layer_backward(OptionalTensor grad_output, OptionalTe
 }  // namespace ehrseq::packed_lstm
 
 STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
-  m.impl("packed_lstm_layer", TORCH_BOX(&ehrseq::packed_lstm::packed_lstm_layer));
-  m.impl("packed_lstm_layer_backward", TORCH_BOX(&ehrseq::packed_lstm::packed_lstm_layer_backward));
+  m.impl("packed_lstm_layer", EHRSEQ_BOX(&ehrseq::packed_lstm::packed_lstm_layer));
+  m.impl("packed_lstm_layer_backward",
+         EHRSEQ_BOX(&ehrseq::packed_lstm::packed_lstm_layer_backward));
 }

@@ -1,8 +1,6 @@
 // survival_nll and competing_risks_nll on the CPU: loss and gradient in one pass over the visits at
 // risk.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "common/dtypes.h"
+#include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
 #include "survival_nll/outcomes.h"
@@ -20,21 +19,6 @@
 
 namespace ehrseq::survival {
 namespace {
-
-template <typename T>
-struct DtypeOf;
-template <>
-struct DtypeOf<float> {
-  static constexpr ScalarType value = ScalarType::Float;
-};
-template <>
-struct DtypeOf<double> {
-  static constexpr ScalarType value = ScalarType::Double;
-};
-template <>
-struct DtypeOf<BFloat16> {
-  static constexpr ScalarType value = ScalarType::BFloat16;
-};
 
 template <typename scalar_t>
 std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
@@ -45,9 +29,9 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
   const int64_t row_length = settings.slots * settings.classes;
 
   Tensor nll = empty(hazards, reduces ? std::vector<int64_t>{} : std::vector{settings.patients},
-                     DtypeOf<nll_t>::value);
-  Tensor grad = empty(hazards, needs_grad ? shape_of(hazards) : std::vector<int64_t>{0},
-                      DtypeOf<grad_t>::value);
+                     kDtypeOf<nll_t>);
+  Tensor grad =
+      empty(hazards, needs_grad ? shape_of(hazards) : std::vector<int64_t>{0}, kDtypeOf<grad_t>);
   const scalar_t* hazards_data = static_cast<const scalar_t*>(hazards.const_data_ptr());
   nll_t* nll_data = static_cast<nll_t*>(nll.mutable_data_ptr());
   grad_t* grad_data = needs_grad ? static_cast<grad_t*>(grad.mutable_data_ptr()) : nullptr;
@@ -157,6 +141,6 @@ std::tuple<Tensor, Tensor> competing_risks_nll(const Tensor& hazards, const Tens
 }  // namespace ehrseq::survival
 
 STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
-  m.impl("survival_nll", TORCH_BOX(&ehrseq::survival::survival_nll));
-  m.impl("competing_risks_nll", TORCH_BOX(&ehrseq::survival::competing_risks_nll));
+  m.impl("survival_nll", EHRSEQ_BOX(&ehrseq::survival::survival_nll));
+  m.impl("competing_risks_nll", EHRSEQ_BOX(&ehrseq::survival::competing_risks_nll));
 }

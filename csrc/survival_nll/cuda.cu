@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/cuda/launch.h"
+#include "common/operators.h"
 #include "survival_nll/kernels.cuh"
 
 namespace ehrseq::survival::cuda {
@@ -397,8 +398,8 @@ Tensor survival_nll_scale(const Tensor& grad, const Tensor& grad_nll,
 }  // namespace ehrseq::survival::cuda
 
 EHRSEQ_CUDA_LIBRARY(m) {
-  m.impl("survival_nll", TORCH_BOX(&ehrseq::survival::cuda::survival_nll));
-  m.impl("competing_risks_nll", TORCH_BOX(&ehrseq::survival::cuda::competing_risks_nll));
-  m.impl("packed_survival_nll", TORCH_BOX(&ehrseq::survival::cuda::packed_survival_nll));
-  m.impl("survival_nll_scale", TORCH_BOX(&ehrseq::survival::cuda::survival_nll_scale));
+  m.impl("survival_nll", EHRSEQ_BOX(&ehrseq::survival::cuda::survival_nll));
+  m.impl("competing_risks_nll", EHRSEQ_BOX(&ehrseq::survival::cuda::competing_risks_nll));
+  m.impl("packed_survival_nll", EHRSEQ_BOX(&ehrseq::survival::cuda::packed_survival_nll));
+  m.impl("survival_nll_scale", EHRSEQ_BOX(&ehrseq::survival::cuda::survival_nll_scale));
 }

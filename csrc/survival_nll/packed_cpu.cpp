@@ -3,8 +3,6 @@
 // patients are taken in the order of their ranks, some at a time: their visits are turned into rows
 // of the padded layout, given to its kernel, and their gradients turned back.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "common/dtypes.h"
+#include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
 #include "survival_nll/outcomes.h"
@@ -162,15 +161,6 @@ std::vector<Outcome> read_all(const Outcomes& outcomes, int64_t patients) {
   return all;
 }
 
-template <typename T>
-constexpr ScalarType kDtypeOf = ScalarType::Undefined;
-template <>
-constexpr ScalarType kDtypeOf<float> = ScalarType::Float;
-template <>
-constexpr ScalarType kDtypeOf<double> = ScalarType::Double;
-template <>
-constexpr ScalarType kDtypeOf<BFloat16> = ScalarType::BFloat16;
-
 template <typename scalar_t>
 std::tuple<Tensor, Tensor> run(const Settings& settings, const PackedLayout& layout,
                                const Tensor& hazards, const Outcomes& outcomes, bool needs_grad) {
@@ -263,5 +253,5 @@ std::tuple<Tensor, Tensor> packed_survival_nll(
 }  // namespace ehrseq::survival
 
 STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
-  m.impl("packed_survival_nll", TORCH_BOX(&ehrseq::survival::packed_survival_nll));
+  m.impl("packed_survival_nll", EHRSEQ_BOX(&ehrseq::survival::packed_survival_nll));
 }

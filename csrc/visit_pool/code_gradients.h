@@ -8,10 +8,16 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "common/tensors.h"
 #include "visit_pool/code_index.h"
+#include "visit_pool/modes.h"
 #include "visit_pool/segments.h"
 
 namespace ehrseq {
+
+inline const int32_t* winners_or_null(const OptionalTensor& arg_max, int64_t mode) {
+  return mode == kMax ? static_cast<const int32_t*>(arg_max->data_ptr()) : nullptr;
+}
 
 constexpr int64_t kEntriesPerTask = 4096;
 

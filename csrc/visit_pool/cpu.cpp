@@ -3,13 +3,12 @@
 // (packed_cpu.cpp takes input that is in that form already). segments.h holds the arithmetic,
 // code_index.h the transpose, code_gradients.h the gradient from it.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cstring>
 #include <string>
 #include <tuple>
 
+#include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
 #include "visit_pool/code_gradients.h"
@@ -201,10 +200,6 @@ void with_padded_index(const Tensor& grad, const Tensor& codes, const Tensor& we
   });
 }
 
-const int32_t* winners_or_null(const OptionalTensor& arg_max, int64_t mode) {
-  return mode == kMax ? static_cast<const int32_t*>(arg_max->data_ptr()) : nullptr;
-}
-
 Tensor visit_pool_backward(Tensor grad, Tensor codes, Tensor weight, OptionalTensor visit_mask,
                            OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
   const int64_t row_size = weight.size(1);
@@ -250,7 +245,7 @@ std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes,
 }  // namespace ehrseq
 
 STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
-  m.impl("visit_pool", TORCH_BOX(&ehrseq::visit_pool));
-  m.impl("visit_pool_backward", TORCH_BOX(&ehrseq::visit_pool_backward));
-  m.impl("visit_pool_backward_sparse", TORCH_BOX(&ehrseq::visit_pool_backward_sparse));
+  m.impl("visit_pool", EHRSEQ_BOX(&ehrseq::visit_pool));
+  m.impl("visit_pool_backward", EHRSEQ_BOX(&ehrseq::visit_pool_backward));
+  m.impl("visit_pool_backward_sparse", EHRSEQ_BOX(&ehrseq::visit_pool_backward_sparse));
 }

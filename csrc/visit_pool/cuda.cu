@@ -5,12 +5,11 @@
 // attention. A padded batch has its index built first, by 3 launches for each 10 bits of the
 // vocabulary's size. Nothing waits for the device, but for the size of a sparse gradient.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <tuple>
 
 #include "common/cuda/launch.h"
+#include "common/operators.h"
 #include "visit_pool/cuda_launch.h"
 #include "visit_pool/sorted_batch.h"
 
@@ -173,9 +172,9 @@ std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes,
 }  // namespace ehrseq::cuda
 
 EHRSEQ_CUDA_LIBRARY(m) {
-  m.impl("visit_pool", TORCH_BOX(&ehrseq::cuda::visit_pool));
-  m.impl("visit_pool_backward", TORCH_BOX(&ehrseq::cuda::visit_pool_backward));
-  m.impl("visit_pool_backward_sparse", TORCH_BOX(&ehrseq::cuda::visit_pool_backward_sparse));
-  m.impl("masked_pool", TORCH_BOX(&ehrseq::cuda::masked_pool));
-  m.impl("masked_pool_backward", TORCH_BOX(&ehrseq::cuda::masked_pool_backward));
+  m.impl("visit_pool", EHRSEQ_BOX(&ehrseq::cuda::visit_pool));
+  m.impl("visit_pool_backward", EHRSEQ_BOX(&ehrseq::cuda::visit_pool_backward));
+  m.impl("visit_pool_backward_sparse", EHRSEQ_BOX(&ehrseq::cuda::visit_pool_backward_sparse));
+  m.impl("masked_pool", EHRSEQ_BOX(&ehrseq::cuda::masked_pool));
+  m.impl("masked_pool_backward", EHRSEQ_BOX(&ehrseq::cuda::masked_pool_backward));
 }

@@ -112,7 +112,7 @@ struct PooledRows {
         arg_max(empty(like, mode == kMax ? shape : std::vector<int64_t>{0}, ScalarType::Int)) {}
 };
 
-// Modes mean, sum and max of a source made by make_source(accumulator tag).
+// Modes mean, sum and max.
 template <typename scalar_t, typename Source>
 void pool_in_mode(int64_t mode, const Source& source, int64_t n_visits, int64_t codes_per_visit,
                   const Tensor& table, const PooledRows& out, cudaStream_t stream) {

@@ -1,12 +1,11 @@
 // Pooling of embeddings that already exist ([..., C, E] -> [..., E]) on the CPU: the loop of
 // visit_pool, with the embeddings themselves as the table.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cstring>
 #include <tuple>
 
+#include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
 #include "visit_pool/masks.h"
@@ -146,6 +145,6 @@ Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg
 }  // namespace ehrseq
 
 STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
-  m.impl("masked_pool", TORCH_BOX(&ehrseq::masked_pool));
-  m.impl("masked_pool_backward", TORCH_BOX(&ehrseq::masked_pool_backward));
+  m.impl("masked_pool", EHRSEQ_BOX(&ehrseq::masked_pool));
+  m.impl("masked_pool_backward", EHRSEQ_BOX(&ehrseq::masked_pool_backward));
 }

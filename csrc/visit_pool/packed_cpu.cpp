@@ -2,13 +2,12 @@
 // that the batch builder made. Nothing is padded and nothing is searched for; the modes mean, sum
 // and max share the loops of cpu.cpp, and attention adds a softmax over the codes of each visit.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <string>
 #include <tuple>
 
+#include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
 #include "visit_pool/code_gradients.h"
@@ -105,10 +104,6 @@ PackedIndex packed_index(const Tensor& index_codes, const Tensor& index_offsets,
   if (!sound)
     throw std::invalid_argument("packed_visit_pool: the code index is not one of a batch");
   return in;
-}
-
-const int32_t* winners_or_null(const OptionalTensor& arg_max, int64_t mode) {
-  return mode == kMax ? static_cast<const int32_t*>(arg_max->data_ptr()) : nullptr;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -388,10 +383,10 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
 }  // namespace ehrseq
 
 STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
-  m.impl("packed_visit_pool", TORCH_BOX(&ehrseq::packed_visit_pool));
-  m.impl("packed_visit_pool_backward", TORCH_BOX(&ehrseq::packed_visit_pool_backward));
+  m.impl("packed_visit_pool", EHRSEQ_BOX(&ehrseq::packed_visit_pool));
+  m.impl("packed_visit_pool_backward", EHRSEQ_BOX(&ehrseq::packed_visit_pool_backward));
   m.impl("packed_visit_pool_backward_sparse",
-         TORCH_BOX(&ehrseq::packed_visit_pool_backward_sparse));
-  m.impl("packed_attention_pool", TORCH_BOX(&ehrseq::packed_attention_pool));
-  m.impl("packed_attention_pool_backward", TORCH_BOX(&ehrseq::packed_attention_pool_backward));
+         EHRSEQ_BOX(&ehrseq::packed_visit_pool_backward_sparse));
+  m.impl("packed_attention_pool", EHRSEQ_BOX(&ehrseq::packed_attention_pool));
+  m.impl("packed_attention_pool_backward", EHRSEQ_BOX(&ehrseq::packed_attention_pool_backward));
 }

@@ -1,12 +1,11 @@
 // Visit pooling of packed batches on the GPU: what each operator launches. Nothing is padded, and
 // the transposed index comes with the batch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <tuple>
 
 #include "common/cuda/launch.h"
+#include "common/operators.h"
 #include "visit_pool/cuda_launch.h"
 
 namespace ehrseq::cuda {
@@ -247,11 +246,11 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
 }  // namespace ehrseq::cuda
 
 EHRSEQ_CUDA_LIBRARY(m) {
-  m.impl("packed_visit_pool", TORCH_BOX(&ehrseq::cuda::packed_visit_pool));
-  m.impl("packed_visit_pool_backward", TORCH_BOX(&ehrseq::cuda::packed_visit_pool_backward));
+  m.impl("packed_visit_pool", EHRSEQ_BOX(&ehrseq::cuda::packed_visit_pool));
+  m.impl("packed_visit_pool_backward", EHRSEQ_BOX(&ehrseq::cuda::packed_visit_pool_backward));
   m.impl("packed_visit_pool_backward_sparse",
-         TORCH_BOX(&ehrseq::cuda::packed_visit_pool_backward_sparse));
-  m.impl("packed_attention_pool", TORCH_BOX(&ehrseq::cuda::packed_attention_pool));
+         EHRSEQ_BOX(&ehrseq::cuda::packed_visit_pool_backward_sparse));
+  m.impl("packed_attention_pool", EHRSEQ_BOX(&ehrseq::cuda::packed_attention_pool));
   m.impl("packed_attention_pool_backward",
-         TORCH_BOX(&ehrseq::cuda::packed_attention_pool_backward));
+         EHRSEQ_BOX(&ehrseq::cuda::packed_attention_pool_backward));
 }

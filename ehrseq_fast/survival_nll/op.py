@@ -339,10 +339,10 @@ def _(
     reduction: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    return fake_nll_and_grad(hazards, hazards.shape[:1], reduction, needs_grad)
+    return empty_nll_and_grad(hazards, hazards.shape[:1], reduction, needs_grad)
 
 
-def fake_nll_and_grad(
+def empty_nll_and_grad(
     hazards: Tensor, patients: tuple[int, ...], reduction: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of loss and saved gradient (float32 for float16: see ``csrc``)."""

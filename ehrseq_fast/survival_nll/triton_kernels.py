@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..backend import implemented_in_triton
 from ..triton_support import current, interpreted, launch
+from .op import empty_nll_and_grad
 
 # As the operators number them (schemas.py).
 PROBABILITIES: tl.constexpr = tl.constexpr(0)
@@ -466,10 +467,7 @@ def _launch_nll(
     if slots * classes >= 2**31:  # positions within a row are int32
         raise ValueError("hazards: a patient's row has more than 2^31 - 1 values")
     device = hazards.device
-    wide = torch.float64 if hazards.dtype == torch.float64 else torch.float32
-    saved = torch.float32 if hazards.dtype == torch.float16 else hazards.dtype
-    nll = torch.empty([] if reduction else [patients], dtype=wide, device=device)
-    grad = torch.empty(hazards.shape if needs_grad else [0], dtype=saved, device=device)
+    nll, grad = empty_nll_and_grad(hazards, (patients,), reduction, needs_grad)
     if patients == 0 and not reduction:
         return nll, grad
 

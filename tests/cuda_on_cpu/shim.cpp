@@ -134,8 +134,6 @@ struct Grid {
   unsigned threads = 0;
   unsigned alive = 0;
   unsigned at_barrier = 0;
-  unsigned votes = 0;
-  unsigned vote_result = 0;
   char* shared = nullptr;
   Context scheduler;
   void* scheduler_fake_stack = nullptr;
@@ -196,13 +194,11 @@ void enter_fiber(Fiber& fiber) {
 
 void release_barrier_if_all_are_there() {
   if (grid.at_barrier == 0 || grid.at_barrier != grid.alive) return;
-  grid.vote_result = grid.votes;
-  grid.at_barrier = grid.votes = 0;
+  grid.at_barrier = 0;
   for (unsigned i = 0; i < grid.threads; ++i) {
     Fiber& fiber = grid.fibers[i];
     if (fiber.state != State::kAtBarrier) continue;
     fiber.state = State::kReady;
-    fiber.result = grid.vote_result;
   }
 }
 
@@ -348,7 +344,7 @@ void run_block() {
     fiber.context.start_at(fiber_main, fiber.stack, kStackBytes);
   }
   grid.alive = grid.threads;
-  grid.at_barrier = grid.votes = 0;
+  grid.at_barrier = 0;
 
   while (grid.alive > 0) {
     bool progress = false;
@@ -387,14 +383,12 @@ unsigned ballot(unsigned mask, bool vote) {
 void sync_warp(unsigned mask) { meet(Kind::kSync, mask, 0, 0); }
 void trap() { fail("__trap()"); }
 
-unsigned sync_block(bool vote) {
+void sync_block() {
   Fiber& self = current();
   self.state = State::kAtBarrier;
   ++grid.at_barrier;
-  grid.votes += vote;
   release_barrier_if_all_are_there();
   if (self.state == State::kAtBarrier) leave_fiber(self, false);
-  return static_cast<unsigned>(self.result);
 }
 
 cudaError_t run_grid(const cudaLaunchConfig_t& config, void (*body)(void*), void* argument) {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "common/cuda/device.cuh"
+#include "common/shapes.h"
 
 // Where the operators are registered; the tests' build for the host names another place.
 #ifndef EHRSEQ_CUDA_NAMESPACE
@@ -96,18 +97,6 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
 // Spares the common case a call of torch's dispatcher.
 inline Tensor made_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline std::vector<int64_t> shape_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-// The shape without its last `dropped` dimensions.
-inline std::vector<int64_t> leading_shape(const Tensor& tensor, int64_t dropped) {
-  auto shape = shape_of(tensor);
-  shape.resize(shape.size() - dropped);
-  return shape;
 }
 
 template <typename T>

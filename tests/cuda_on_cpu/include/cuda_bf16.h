@@ -13,14 +13,6 @@ struct __nv_bfloat16 {
   }
   operator float() const { return cuda_on_cpu::bit_cast<float>(uint32_t{bits} << 16); }
 };
-struct alignas(4) __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
 
-inline __nv_bfloat16 __float2bfloat16(float x) { return __nv_bfloat16(x); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
-  return {__nv_bfloat16(x), __nv_bfloat16(y)};
-}
-inline float2 __bfloat1622float2(__nv_bfloat162 x) { return {x.x, x.y}; }

@@ -12,16 +12,7 @@ struct __half {
 struct alignas(4) __half2 {
   __half x, y;
 };
-using half = __half;
-using half2 = __half2;
 
-inline __half __float2half(float x) { return __half(x); }
 inline __half __float2half_rn(float x) { return __half(x); }
-inline __half __double2half(double x) {
-  __half result;
-  result.value = static_cast<_Float16>(x);
-  return result;
-}
 inline float __half2float(__half x) { return x; }
-inline __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }
 inline float2 __half22float2(__half2 x) { return {x.x, x.y}; }

@@ -115,7 +115,7 @@ enum class BlockVote { kSync, kCount };
 uint64_t shuffle(unsigned mask, uint64_t bits, unsigned source_lane);
 unsigned ballot(unsigned mask, bool vote);
 void sync_warp(unsigned mask);
-unsigned sync_block(bool vote);  // how many voted
+void sync_block();
 [[noreturn]] void trap();
 
 template <typename T>
@@ -128,8 +128,8 @@ T shuffle_value(unsigned mask, T value, unsigned source_lane) {
   return value;
 }
 
-inline unsigned last_of_group(int width) { return lane | (unsigned(width) - 1); }
 inline unsigned first_of_group(int width) { return lane & ~(unsigned(width) - 1); }
+inline unsigned last_of_group(int width) { return lane | (unsigned(width) - 1); }
 
 }  // namespace cuda_on_cpu
 
@@ -169,22 +169,10 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   const bool inside = lane >= cuda_on_cpu::first_of_group(width) + delta;
   return cuda_on_cpu::shuffle_value(mask, value, inside ? lane - delta : lane);
 }
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  const unsigned lane = cuda_on_cpu::lane;
-  const bool inside = lane + delta <= cuda_on_cpu::last_of_group(width);
-  return cuda_on_cpu::shuffle_value(mask, value, inside ? lane + delta : lane);
-}
 inline unsigned __ballot_sync(unsigned mask, int vote) { return cuda_on_cpu::ballot(mask, vote); }
-inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
-inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == mask; }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::sync_warp(mask); }
-inline void __syncthreads() { cuda_on_cpu::sync_block(false); }
-inline int __syncthreads_count(int vote) { return int(cuda_on_cpu::sync_block(vote)); }
-inline int __syncthreads_or(int vote) { return cuda_on_cpu::sync_block(vote) != 0; }
-inline int __syncthreads_and(int vote) { return cuda_on_cpu::sync_block(!vote) == 0; }
+inline void __syncthreads() { cuda_on_cpu::sync_block(); }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 [[noreturn]] inline void __trap() { cuda_on_cpu::trap(); }
 
 template <typename T>
@@ -194,32 +182,9 @@ std::enable_if_t<std::is_integral_v<T>, T> atomicAdd(T* at, std::common_type_t<T
   return before;
 }
 template <typename T>
-std::enable_if_t<std::is_integral_v<T>, T> atomicMax(T* at, std::common_type_t<T> value) {
-  const T before = *at;
-  *at = before < value ? value : before;
-  return before;
-}
-template <typename T>
 std::enable_if_t<std::is_integral_v<T>, T> atomicMin(T* at, std::common_type_t<T> value) {
   const T before = *at;
   *at = value < before ? value : before;
-  return before;
-}
-template <typename T>
-std::enable_if_t<std::is_integral_v<T>, T> atomicOr(T* at, std::common_type_t<T> value) {
-  const T before = *at;
-  *at |= value;
-  return before;
-}
-template <typename T>
-std::enable_if_t<std::is_integral_v<T>, T> atomicExch(T* at, std::common_type_t<T> value) {
-  return std::exchange(*at, value);
-}
-template <typename T>
-std::enable_if_t<std::is_integral_v<T>, T> atomicCAS(T* at, std::common_type_t<T> expected,
-                                                     std::common_type_t<T> value) {
-  const T before = *at;
-  if (before == expected) *at = value;
   return before;
 }
 inline unsigned atomicInc(unsigned* at, unsigned last) {
@@ -233,29 +198,12 @@ T __ldg(const T* from) {
   return *from;
 }
 template <typename T>
-T __ldcs(const T* from) {
-  return *from;
-}
-template <typename T>
 T __ldcg(const T* from) {
   return *from;
 }
-template <typename T>
-void __stcs(T* to, T value) {
-  *to = value;
-}
-template <typename T>
-void __stcg(T* to, T value) {
-  *to = value;
-}
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(unsigned(bits)); }
-inline int __clzll(long long bits) {
-  return bits == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(bits));
-}
 
 namespace cuda_on_cpu {
 template <typename To, typename From>
@@ -267,18 +215,7 @@ To bit_cast(From from) {
 }
 }  // namespace cuda_on_cpu
 
-inline int __float_as_int(float x) { return cuda_on_cpu::bit_cast<int>(x); }
-inline unsigned __float_as_uint(float x) { return cuda_on_cpu::bit_cast<unsigned>(x); }
-inline float __int_as_float(int x) { return cuda_on_cpu::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_on_cpu::bit_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return cuda_on_cpu::bit_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return cuda_on_cpu::bit_cast<double>(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1 / x; }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
 
 template <typename T>
 constexpr std::enable_if_t<std::is_arithmetic_v<T>, T> min(T a, std::common_type_t<T> b) {

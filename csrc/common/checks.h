@@ -1,0 +1,130 @@
+// Checks of what raw operators are called with. They are public (torch.ops.ehrseq_fast.*) and are
+// reached by export and torch.compile, so every operator checks whatever it indexes by: a message
+// says which operator, which argument, what was expected, and what it got.
+//
+// Free of CPU and CUDA specifics; used by both. std::invalid_argument becomes a ValueError.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/dtypes.h"
+#include "common/shapes.h"
+
+namespace ehrseq {
+
+constexpr int64_t kAnySize = -1;
+
+inline std::string as_text(const std::vector<int64_t>& shape) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < shape.size(); ++i) {
+    text << (i ? ", " : "");
+    if (shape[i] == kAnySize) {
+      text << '*';
+    } else {
+      text << shape[i];
+    }
+  }
+  text << ']';
+  return text.str();
+}
+
+inline std::string as_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return "another dtype";
+  }
+}
+
+[[noreturn]] inline void refuse(const char* operation, const char* name,
+                                const std::string& expected, const std::string& got) {
+  throw std::invalid_argument(std::string(operation) + ": " + name + " must be " + expected +
+                              ", got " + got);
+}
+
+// `shape` may hold kAnySize; `names` is the shape in words, such as "[B, V]".
+inline void expect_shape(const torch::stable::Tensor& tensor, const char* operation,
+                         const char* name, const std::vector<int64_t>& shape, const char* names) {
+  bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; fits && i < shape.size(); ++i) {
+    fits = shape[i] == kAnySize || tensor.size(i) == shape[i];
+  }
+  if (!fits) {
+    refuse(operation, name, std::string(names) + " = " + as_text(shape),
+           "shape " + as_text(shape_of(tensor)));
+  }
+}
+
+inline void expect_dim(const torch::stable::Tensor& tensor, const char* operation, const char* name,
+                       int64_t dim, const char* names) {
+  if (tensor.dim() != dim) {
+    refuse(operation, name, names, "shape " + as_text(shape_of(tensor)));
+  }
+}
+
+inline void expect_dtype(const torch::stable::Tensor& tensor, const char* operation,
+                         const char* name, std::initializer_list<ScalarType> dtypes) {
+  std::string expected;
+  for (const ScalarType dtype : dtypes) {
+    if (tensor.scalar_type() == dtype) return;
+    expected += (expected.empty() ? "" : " or ") + as_text(dtype);
+  }
+  refuse(operation, name, expected, as_text(tensor.scalar_type()));
+}
+
+inline void expect_floating(const torch::stable::Tensor& tensor, const char* operation,
+                            const char* name) {
+  expect_dtype(tensor, operation, name,
+               {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
+}
+
+inline void expect_integer(const torch::stable::Tensor& tensor, const char* operation,
+                           const char* name) {
+  expect_dtype(
+      tensor, operation, name,
+      {ScalarType::Byte, ScalarType::Char, ScalarType::Short, ScalarType::Int, ScalarType::Long});
+}
+
+// An option that operators take as a number (schemas.py): one of first..last.
+inline void expect_option(int64_t value, const char* operation, const char* name, int64_t first,
+                          int64_t last) {
+  if (value < first || value > last) {
+    refuse(operation, name, "in " + std::to_string(first) + ".." + std::to_string(last),
+           std::to_string(value));
+  }
+}
+
+inline void expect_contiguous(const torch::stable::Tensor& tensor, const char* operation,
+                              const char* name) {
+  if (!tensor.is_contiguous()) refuse(operation, name, "contiguous", "another layout");
+}
+
+}  // namespace ehrseq
