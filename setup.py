@@ -39,9 +39,12 @@ CUDA_WANTED = os.environ.get("EHRSEQ_FAST_CUDA", "")
 STABLE_ABI_2_10 = "0x020a000000000000"
 
 
-def sources(*folders: str) -> list[str]:
-    found = [path for folder in folders for path in sorted((ROOT / "csrc" / folder).glob("*.cpp"))]
-    return [str(path.relative_to(ROOT)) for path in found]
+def sources(extension: str) -> list[str]:
+    """Every operation's C++ (``csrc/<operation>/*.cpp``, what they share included) is of ``_C``, and
+    the packing of records (``csrc/batching``) of ``_batching``. Nothing is listed by hand."""
+    found = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.cpp"))
+    is_batching = extension == "_batching"
+    return [str(path) for path in found if (path.parts[1] == "batching") == is_batching]
 
 
 def is_gcc() -> bool:
@@ -125,7 +128,7 @@ def compiled_parts() -> dict[str, Any]:
         "ext_modules": [
             CppExtension(
                 "ehrseq_fast._C",
-                sources("visit_pool", "survival_nll", "packed_lstm"),
+                sources("_C"),
                 include_dirs=[include],
                 extra_compile_args=[*flags, *stable],
                 extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
@@ -135,7 +138,7 @@ def compiled_parts() -> dict[str, Any]:
             Extension("ehrseq_fast._C_cuda", [], py_limited_api=True, optional=True),
             Extension(
                 "ehrseq_fast._batching",
-                sources("batching"),
+                sources("_batching"),
                 include_dirs=[pybind11.get_include(), include],
                 extra_compile_args=flags,
                 language="c++",
