@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import ehrseq_fast
 from ehrseq_fast import PackedLSTM, packed_lstm, use_backend
+from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 from ehrseq_fast.packed_lstm import reference
 from tests.tolerances import ROUNDOFF
 
@@ -668,3 +669,29 @@ def test_kernels_of_lesser_cpus(compiled, capability):
 
 def test_public_names():
     assert {"PackedLSTM", "packed_lstm"} <= set(ehrseq_fast.__all__)
+
+
+@pytest.mark.parametrize("path", ["fused", "packed", "padded"])
+def test_a_model_takes_any_nn_lstm(unemulated, path):
+    """Instead of its own, and one whose class or forward was changed is called as it stands."""
+    model = DiscreteTimeSurvivalLSTM(9, 4, 6, dropout=0.0, path=path)
+    codes = torch.tensor([[[1, 2], [3, 0]], [[4, 5], [0, 0]]])
+    masks = codes != 0, (codes != 0).any(2)
+    expected = model(codes, *masks)
+    for batch_first in (True, False):
+        plain = nn.LSTM(4, 6, batch_first=batch_first)
+        plain.load_state_dict(model.lstm.state_dict())
+        model.lstm = plain
+        torch.testing.assert_close(model(codes, *masks), expected, rtol=0, atol=1e-6)
+
+    seen = []
+
+    class Watched(nn.LSTM):
+        def forward(self, input, hx=None):
+            seen.append(type(input))
+            return super().forward(input, hx)
+
+    model.lstm = Watched(4, 6, batch_first=True)
+    model.lstm.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(model(codes, *masks), expected, rtol=0, atol=1e-6)
+    assert len(seen) == 1

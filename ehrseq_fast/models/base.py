@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from ..backend import use_backend
 from ..batch import PackedVisits
 from ..packed_lstm import PackedLSTM
 from ..rows import PackedRows
@@ -199,9 +200,15 @@ class VisitSequenceModel(nn.Module):
         states, (h_n, _) = self.lstm(sequence)
         return HiddenStates(states.data, self._last_layer(h_n), to_output)
 
+    @torch.compiler.disable
     def _plain_lstm(self, input: Tensor | PackedSequence) -> Any:
-        """PyTorch's own LSTM, which the packed and padded paths are there to show."""
-        return self.lstm(input, plain=True)
+        """PyTorch's own LSTM, which the packed and padded paths are there to show. ``self.lstm``
+        may be any ``nn.LSTM``, and is called as it stands."""
+        with use_backend("reference"):
+            if isinstance(input, PackedSequence) or self.lstm.batch_first:
+                return self.lstm(input)
+            states, final = self.lstm(input.transpose(0, 1))
+            return states.transpose(0, 1), final
 
     def _run_packed(
         self,

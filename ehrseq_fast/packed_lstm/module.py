@@ -37,11 +37,10 @@ class PackedLSTM(nn.LSTM):
     #: As in :func:`packed_lstm`; may be set on an instance.
     keep_gates = 1.0
 
-    def forward(self, input, hx=None, *, plain=False):
-        """As ``nn.LSTM.forward``: outputs and ``(h_n, c_n)``; ``plain=True`` asks for its way."""
+    def forward(self, input, hx=None):
+        """As ``nn.LSTM.forward``: outputs and ``(h_n, c_n)``."""
         if (
-            not plain
-            and self.proj_size == 0
+            self.proj_size == 0
             and isinstance(input, PackedSequence)
             and backend.choose("packed_lstm", input.data.device.type, input.data.dtype) == "cpu"
         ):
