@@ -40,8 +40,8 @@ STABLE_ABI_2_10 = "0x020a000000000000"
 
 
 def sources(extension: str) -> list[str]:
-    """Every operation's C++ (``csrc/<operation>/*.cpp``, what they share included) is of ``_C``, and
-    the packing of records (``csrc/batching``) of ``_batching``. Nothing is listed by hand."""
+    """The C++ of every operation, and of what they share, is of ``_C``; the packing of records
+    (``csrc/batching``) of ``_batching``. Found, not listed."""
     found = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.cpp"))
     is_batching = extension == "_batching"
     return [str(path) for path in found if (path.parts[1] == "batching") == is_batching]
