@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import backend
 from ..autograd import once
+from .reading import are_plain
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -48,13 +49,15 @@ def hazards_of(head: nn.Sequential, states: Tensor) -> Tensor:
 
 
 _BUILT_AS = (nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.Sigmoid)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _is_as_built(head: nn.Sequential) -> bool:
-    return tuple(map(type, head)) == _BUILT_AS and not any(
-        getattr(module, hooks) for module in (head, *head) for hooks in _HOOKS
-    )
+def _is_as_built(head: nn.Module) -> bool:
+    return are_plain(head, _BUILT_AS) and _has_biases(cast(nn.Sequential, head))
+
+
+def _has_biases(head: nn.Sequential) -> bool:
+    hidden, last = cast(nn.Linear, head[0]), cast(nn.Linear, head[3])
+    return hidden.bias is not None and last.bias is not None and last.out_features == 1
 
 
 def _takes_onednn(states: Tensor, head: nn.Sequential) -> bool:
@@ -62,7 +65,7 @@ def _takes_onednn(states: Tensor, head: nn.Sequential) -> bool:
         _HAS_ONEDNN
         and states.device.type == "cpu"
         and states.dim() == 2
-        and states.dtype == head[0].weight.dtype == torch.float32
+        and states.dtype == head[0].weight.dtype == head[3].weight.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and backend.choose("packed_lstm", "cpu", torch.float32) == "cpu"

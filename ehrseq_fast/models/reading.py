@@ -1,0 +1,104 @@
+"""Whether a module's weights may be read in place of calling the module.
+
+The fused path computes from the weights of modules (the embedding table, the hazard head) without
+calling their ``forward``. That is right only while calling them would do nothing else. Whoever
+reads weights asks here first, and calls the module where the answer is no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules import module as _module
+
+_Kind = TypeVar("_Kind", bound=type[nn.Module])
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+
+# What `forward` was when the class was defined: it may be replaced on the class itself.
+_FORWARDS: dict[type[nn.Module], Any] = {}
+_CALL = nn.Module.__call__
+
+
+def readable(kind: _Kind) -> _Kind:
+    """Say that the package knows what ``kind.forward`` computes. Decorates its own modules."""
+    _FORWARDS[kind] = kind.forward
+    return kind
+
+
+for _torchs in (nn.Embedding, nn.Linear, nn.ReLU, nn.Tanh, nn.Dropout, nn.Sigmoid, nn.Sequential):
+    readable(_torchs)
+
+
+def is_plain(module: object, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` computes what ``kind`` defines and nothing else.
+
+    False for a subclass (parametrizations make one), for a wrapper, and where a hook is registered
+    on the module or on all modules (pruning and weight normalisation of the old style are hooks),
+    ``forward`` was replaced, the module was compiled, or a weight is of a tensor subclass.
+
+    Example:
+        >>> from torch import nn
+        >>> from ehrseq_fast.models.reading import is_plain
+        >>> layer = nn.Linear(2, 2)
+        >>> is_plain(layer, nn.Linear)
+        True
+        >>> handle = layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+        >>> is_plain(layer, nn.Linear)
+        False
+    """
+    if type(module) is not kind:
+        return False
+    assert isinstance(module, nn.Module)
+    own = module.__dict__
+    return (
+        "forward" not in own
+        and kind.forward is _FORWARDS[kind]
+        and not any(own[hooks] for hooks in _HOOKS)
+        and own.get("_compiled_call_impl") is None
+        and _holds_plain_tensors(own)
+        and not _all_modules_are_watched()
+    )
+
+
+def are_plain(modules: Any, kinds: Sequence[type[nn.Module]]) -> bool:
+    """Whether ``modules`` is an ``nn.Sequential`` of exactly these ``kinds``, each plain."""
+    return (
+        is_plain(modules, nn.Sequential)
+        and len(modules) == len(kinds)
+        and all(map(is_plain, modules, kinds))
+    )
+
+
+def is_plain_embedding(embedding: object) -> bool:
+    """Whether ``embedding`` is a table of rows and no option asks for more than looking them up.
+
+    ``max_norm`` rewrites the table in ``forward``, ``scale_grad_by_freq`` counts codes there.
+    """
+    return (
+        is_plain(embedding, nn.Embedding)
+        and embedding.max_norm is None  # type: ignore[attr-defined]
+        and not embedding.scale_grad_by_freq  # type: ignore[attr-defined]
+    )
+
+
+def _holds_plain_tensors(own: dict[str, Any]) -> bool:
+    # Replicas of DataParallel hold their weights as attributes, not as parameters.
+    held = [*own["_parameters"].values(), *(own.get(name) for name in ("weight", "bias"))]
+    return all(tensor is None or type(tensor) in _PLAIN_TENSORS for tensor in held)
+
+
+def _all_modules_are_watched() -> bool:
+    if nn.Module.__call__ is not _CALL:
+        return not torch.compiler.is_compiling()
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
