@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 # the operators must be defined (schemas) before a library implements them
-from . import _batching_reference, schemas
+from . import schemas
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -148,11 +148,18 @@ _kernels = {
 }
 _operations: dict[str, frozenset[str]] = {}
 _requested: str | None = None
+_reference_builder: ModuleType
 
 
 def register(operation: str, *backends: str) -> None:
     """Say which backends have kernels for ``operation``; every room calls this once."""
     _operations[operation] = frozenset(backends)
+
+
+def register_batch_builder(reference: ModuleType) -> None:
+    """Say what builds batches where the compiled builder does not."""
+    global _reference_builder  # noqa: PLW0603  (set once, when ``batch`` is imported)
+    _reference_builder = reference
 
 
 def operations() -> tuple[str, ...]:
@@ -258,7 +265,7 @@ def _has_kernels(operation: str, backend: str) -> bool:
 
 def batch_builder() -> ModuleType:
     """What builds :class:`~ehrseq_fast.PackedVisits` on the host: the compiled ``_batching``, or
-    its NumPy twin ``_batching_reference`` where nothing is compiled or ``reference`` is asked for.
+    its NumPy twin ``batch.reference`` where nothing is compiled or ``reference`` is asked for.
 
     Raises:
         RuntimeError: if ``cpu`` was asked for and ``_batching`` did not load, with the reason.
@@ -268,7 +275,7 @@ def batch_builder() -> ModuleType:
             f"backend 'cpu' was asked for, but cannot build batches: {compiled_batching.reason}"
         )
     if _batching is None or _requested == "reference":
-        return _batching_reference
+        return _reference_builder
     return _batching
 
 

@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from ehrseq_fast import backend as backends
-from ehrseq_fast.batch import PackedVisits, _mask_states, _pack_on_device
+from ehrseq_fast.batch import PackedVisits
+from ehrseq_fast.batch.checks import mask_states
+from ehrseq_fast.batch.device import pack_on_device
 
 REFERENCE = "reference"
 
@@ -675,7 +677,7 @@ def test_packing_on_a_device_reads_once(patients, extra_visits, extra_codes, kno
 
             patch.setattr(torch.Tensor, name, counted)
         with RefuseWaitsBeforeTheRead(reads):
-            batch = _pack_on_device(
+            batch = pack_on_device(
                 codes,
                 visit_mask.view(torch.uint8),
                 sequence_mask.view(torch.uint8),
@@ -685,7 +687,7 @@ def test_packing_on_a_device_reads_once(patients, extra_visits, extra_codes, kno
             )
     assert reads.count("tolist") == 1
     assert reads[0] == "tolist"
-    assert_same(batch, expected)
+    assert_same(PackedVisits(*batch, 13), expected)
 
 
 class RefuseWaitsBeforeTheRead(RefuseWaits):
@@ -1188,10 +1190,10 @@ def test_a_device_notices_what_the_host_refuses(what):
     wrong = dict(WRONG_ON_A_DEVICE.get(what, {}))
     codes, visit_mask, sequence_mask = wrong.pop("triple", masks())
     lengths, vocab_size = wrong.pop("lengths", None), wrong.pop("vocab_size", None)
-    batch = _pack_on_device(
+    batch = pack_on_device(
         codes,
-        _mask_states(visit_mask),
-        _mask_states(sequence_mask),
+        mask_states(visit_mask),
+        mask_states(sequence_mask),
         None if lengths is None else np.array(lengths),
         vocab_size,
         tuple(wrong.get(name) for name in OUTCOMES),
@@ -1207,11 +1209,9 @@ def test_a_device_notices_what_the_host_refuses(what):
 
 def test_the_builder_is_chosen_visibly():
     with backends.use_backend(REFERENCE):
-        assert backends.batch_builder().__name__ == "ehrseq_fast._batching_reference"
+        assert backends.batch_builder().__name__ == "ehrseq_fast.batch.reference"
     name = backends.batch_builder().__name__
-    assert name == (
-        "ehrseq_fast._batching_reference" if not_compiled() else "ehrseq_fast._batching"
-    )
+    assert name == ("ehrseq_fast.batch.reference" if not_compiled() else "ehrseq_fast._batching")
 
 
 def test_without_compiled_parts_the_twin_builds():

@@ -1,5 +1,5 @@
 // What is wrong with a batch, where it is first wrong, and how often. The messages are the same,
-// word for word, in ehrseq_fast/_batching_reference.py.
+// word for word, in ehrseq_fast/batch/reference.py.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // The module ehrseq_fast._batching: NumPy arrays in, NumPy arrays out, the GIL released in between.
-// Shapes and dtypes were checked by ehrseq_fast/batch.py; values are checked here.
+// Shapes and dtypes were checked by ehrseq_fast/batch/; values are checked here.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

@@ -3,7 +3,7 @@ bit, the same errors word for word (``csrc/batching``). It serves where nothing 
 what the compiled builder is tested against.
 
 Each function returns ``(sizes, host, fields, source_rows)``; ``csrc/batching/pack.h`` and
-``ehrseq_fast/batch.py`` say what lies where in ``host`` and ``fields``.
+``layout.py`` say what lies where in ``host`` and ``fields``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""From batches to a batch: slices and concatenation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import backend
+from .builder import Contents
+from .checks import Array, code_limit
+from .layout import OUTCOMES, layout_of
+
+if TYPE_CHECKING:
+    from .packed_visits import PackedVisits
+
+
+class _Flat(NamedTuple):
+    """Some patients of a batch, flat, in the order in which they were chosen."""
+
+    codes: Array
+    codes_per_visit: Array
+    visits_per_patient: Array
+    rows: Array  # which row of the batch each visit was
+    chosen: Array  # which patient of the batch each patient was
+
+
+def _flatten(batch: PackedVisits, chosen: Array) -> _Flat:
+    lengths = batch.lengths.numpy()[chosen]
+    time = np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
+    ranks = batch.unsorted_indices.numpy()[chosen]
+    rows = batch.row_starts.numpy()[time] + np.repeat(ranks, lengths)
+    offsets = batch.code_offsets.numpy().astype(np.int64)
+    counts = offsets[rows + 1] - offsets[rows]
+    places = np.repeat(offsets[rows] - _starts(counts), counts) + np.arange(counts.sum())
+    return _Flat(batch.codes.numpy()[places], counts, lengths, rows, chosen)
+
+
+def _starts(counts: Array) -> Array:
+    return np.cumsum(counts) - counts
+
+
+def join(batches: Sequence[PackedVisits], chosen: Sequence[Array]) -> Contents:
+    """One batch of the chosen patients of each of ``batches``, with all that these hold, on the
+    device of the first."""
+    first = batches[0]
+    parts = [_flatten(b.to("cpu"), some) for b, some in zip(batches, chosen, strict=True)]
+
+    def gather(values: list[Any], rows: list[Array]) -> Tensor:
+        picked = [
+            value.index_select(0, torch.from_numpy(row).to(value.device))
+            for value, row in zip(values, rows, strict=True)
+        ]
+        return torch.cat([part.to(first.device) for part in picked])
+
+    def of_patients(values: list[Any]) -> Tensor:
+        return gather(values, [part.chosen for part in parts])
+
+    def of_visits(values: list[Any]) -> Tensor:
+        return gather(values, [part.rows for part in parts])[order]
+
+    def offsets(counts: list[Array]) -> Array:
+        return np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+
+    outcomes = [
+        of_patients([getattr(b, name) for b in batches]).cpu().numpy()
+        if name in first._layout.outcomes
+        else None
+        for name in OUTCOMES
+    ]
+    sizes, host, fields, rows = backend.batch_builder().pack_flat(
+        np.concatenate([part.codes for part in parts]),
+        offsets([part.codes_per_visit for part in parts]),
+        offsets([part.visits_per_patient for part in parts]),
+        None,
+        code_limit(first.vocab_size),
+        *outcomes,
+        True,
+    )
+    order = torch.from_numpy(rows).to(first.device)
+    features = [b.visit_features for b in batches]
+    return Contents(
+        layout_of(sizes, outcomes),
+        torch.from_numpy(host),
+        torch.from_numpy(fields).to(first.device),
+        first.vocab_size,
+        None if first.visit_features is None else of_visits(features),
+        {name: of_patients([b.targets[name] for b in batches]) for name in first.targets},
+        {name: of_visits([b.visit_targets[name] for b in batches]) for name in first.visit_targets},
+    )
+
+
+def check_alike(batches: Sequence[PackedVisits]) -> None:
+    def holds(batch: PackedVisits) -> tuple[Any, ...]:
+        names = sorted(batch.targets), sorted(batch.visit_targets)
+        return batch._layout.outcomes, batch.visit_features is not None, *names, batch.vocab_size
+
+    for at, batch in enumerate(batches):
+        if holds(batch) != holds(batches[0]):
+            raise ValueError(
+                "PackedVisits.cat expects batches that hold the same (outcomes, features, targets, "
+                f"visit targets, vocab_size): batch 0 holds {holds(batches[0])}, "
+                f"batch {at} {holds(batch)}"
+            )

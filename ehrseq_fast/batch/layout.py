@@ -1,0 +1,47 @@
+"""What lies where in the two buffers that hold a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+MOST_CODES = 2**31 - 1  # code ids stay below this, with or without a vocabulary
+OUTCOMES = ("event_times", "event_indicators", "event_types")
+
+
+class Layout(NamedTuple):
+    """What lies where in a batch's buffers."""
+
+    n_patients: int
+    max_visits: int
+    n_visits: int
+    n_codes: int
+    n_distinct: int
+    outcomes: tuple[str, ...]
+
+    def longs(self) -> list[int]:
+        """Sizes of the int64 fields, then of all int32 fields together (in int64)."""
+        b = self.n_patients
+        return [
+            b,
+            b,
+            b,
+            self.max_visits + 1,
+            *[b] * len(self.outcomes),
+            (sum(self.ints()) + 1) // 2,
+        ]
+
+    def ints(self) -> list[int]:
+        """Sizes of the int32 fields, without the one that may pad them to a whole int64."""
+        return [
+            self.n_visits + 1,
+            self.n_codes,
+            self.n_codes,
+            self.n_distinct,
+            self.n_distinct + 1,
+        ]
+
+
+def layout_of(sizes: tuple[int, int, int, int, int], outcomes: Sequence[Any]) -> Layout:
+    there = tuple(name for name, given in zip(OUTCOMES, outcomes, strict=True) if given is not None)
+    return Layout(*sizes, there)
