@@ -2,10 +2,11 @@
 
 Four backends give the same numbers: ``cuda`` and ``cpu`` (compiled), ``triton``, and ``reference``
 (plain PyTorch, any device). The first of these that serves the tensors' device and dtype is taken,
-unless one is asked for with the environment variable ``EHRSEQ_FAST_BACKEND`` or with
-:func:`use_backend`; asking for one that cannot run is an error, never a silent downgrade. An
-operation that has no kernels of the asked-for backend on any device (the packed LSTM has none in
-Triton) is computed as if nothing were asked for; ``python -m ehrseq_fast info`` lists which.
+unless one is asked for with the environment variable ``EHRSEQ_FAST_BACKEND`` or, in one thread or
+task, with :func:`use_backend`; asking for one that cannot run is an error, never a silent
+downgrade. An operation that has no kernels of the asked-for backend on any device (the packed LSTM
+has none in Triton) is computed as if nothing were asked for; ``python -m ehrseq_fast info`` lists
+which.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import os
 import shutil
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -86,11 +89,10 @@ def _import_batching() -> tuple[ModuleType | None, Loaded]:
         return None, Loaded("EHRSEQ_FAST_NO_COMPILED is set")
     try:
         module = importlib.import_module("._batching", __package__)
-    except ModuleNotFoundError:
-        return None, Loaded(
-            build_record().get("skipped", "_batching was not built, or was deleted")
-        )
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == f"{__package__}._batching":
+            reason = build_record().get("skipped", "_batching was not built, or was deleted")
+            return None, Loaded(reason)
         return None, Loaded(f"_batching did not load: {error}")
     return module, Loaded(None, module.__file__)
 
@@ -147,8 +149,26 @@ _kernels = {
     "triton": _triton_kernels(),
 }
 _operations: dict[str, frozenset[str]] = {}
-_requested: str | None = None
 _reference_builder: ModuleType
+_by_environment: str | None = None
+
+# The use_backend blocks that the current context is in, outermost first: what identifies the block,
+# and its backend. A context variable, so that neither threads nor the tasks of an event loop see
+# each other's; and a block takes away its own entry alone, since generators that hold blocks open
+# may be closed in any order, in any context.
+_Blocks = tuple[tuple[object, str | None], ...]
+_blocks: ContextVar[_Blocks] = ContextVar("ehrseq_fast_backend", default=())
+
+
+class _Traced(threading.local):
+    """The innermost block of this thread again, for ``torch.compile``: it cannot read a context
+    variable, and guards on this."""
+
+    def __init__(self) -> None:
+        self.innermost: tuple[str | None, ...] = ()
+
+
+_traced = _Traced()
 
 
 def register(operation: str, *backends: str) -> None:
@@ -243,13 +263,14 @@ def choose(operation: str, device: str, dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: if a backend was asked for and cannot run this call, with the reason.
     """
-    if _requested is not None and _has_kernels(operation, _requested):
-        reason = why_not(operation, _requested, device, dtype)
+    asked = requested()
+    if asked is not None and _has_kernels(operation, asked):
+        reason = why_not(operation, asked, device, dtype)
         if reason is not None:
             raise RuntimeError(
-                f"backend {_requested!r} was asked for, but cannot run {operation}: {reason}"
+                f"backend {asked!r} was asked for, but cannot run {operation}: {reason}"
             )
-        return _requested
+        return asked
     for backend in BACKENDS:
         emulated = backend in _kernels and _kernels[backend].emulated
         if not emulated and why_not(operation, backend, device, dtype) is None:
@@ -270,32 +291,38 @@ def batch_builder() -> ModuleType:
     Raises:
         RuntimeError: if ``cpu`` was asked for and ``_batching`` did not load, with the reason.
     """
-    if _requested == "cpu" and _batching is None:
+    asked = requested()
+    if asked == "cpu" and _batching is None:
         raise RuntimeError(
             f"backend 'cpu' was asked for, but cannot build batches: {compiled_batching.reason}"
         )
-    if _batching is None or _requested == "reference":
+    if _batching is None or asked == "reference":
         return _reference_builder
     return _batching
 
 
 def requested() -> str | None:
     """The backend that was asked for; None where the package chooses."""
-    return _requested
+    if torch.compiler.is_compiling():
+        innermost = _traced.innermost
+        return innermost[0] if innermost else _by_environment
+    blocks = _blocks.get()
+    return blocks[-1][1] if blocks else _by_environment
 
 
-def _request(backend: str | None) -> None:
-    global _requested  # noqa: PLW0603  (one process-wide choice, as torch.backends has)
-    if backend is not None:
-        reason = why_not_loaded(backend)
-        if reason is not None:
-            raise RuntimeError(f"backend {backend!r} was asked for, but cannot run: {reason}")
-    _requested = backend
+def _enter(blocks: _Blocks) -> None:
+    _blocks.set(blocks)
+    _traced.innermost = blocks[-1][1:] if blocks else ()
 
 
 @contextlib.contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Ask for one backend inside the ``with`` block (process-wide); None lets the package choose.
+    """Ask for one backend inside the ``with`` block; None lets the package choose.
+
+    It holds for this thread, and for the tasks that an event loop starts inside the block
+    (:mod:`contextvars`). A thread started inside does not take it over, unless it runs in a
+    ``contextvars.copy_context()``; a backward pass computes with the backend of its forward pass,
+    wherever it runs. ``EHRSEQ_FAST_BACKEND`` asks for the whole process.
 
     Raises:
         RuntimeError: if that backend cannot run here, with the reason.
@@ -308,12 +335,15 @@ def use_backend(backend: str | None) -> Iterator[None]:
         tensor([[0.0000, 0.5000, 0.5000],
                 [0.0000, 0.0000, 1.0000]])
     """
-    before = _requested
-    _request(backend)
+    reason = None if backend is None else why_not_loaded(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} was asked for, but cannot run: {reason}")
+    block = object()
+    _enter((*_blocks.get(), (block, backend)))
     try:
         yield
     finally:
-        _request(before)
+        _enter(tuple(entry for entry in _blocks.get() if entry[0] is not block))
 
 
 def validate_on_device() -> bool:
@@ -334,8 +364,8 @@ def must_check_values(chosen: str, device: str, validate: bool) -> bool:
 def request_from_environment() -> None:
     """Take up ``EHRSEQ_FAST_BACKEND``. Importing never fails, so a backend that cannot run is kept
     as asked for and refused at the first call."""
-    global _requested  # noqa: PLW0603
-    _requested = os.environ.get("EHRSEQ_FAST_BACKEND") or None
+    global _by_environment  # noqa: PLW0603
+    _by_environment = os.environ.get("EHRSEQ_FAST_BACKEND") or None
 
 
 request_from_environment()
