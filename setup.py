@@ -8,13 +8,15 @@
 Environment: ``EHRSEQ_FAST_CPP=1`` makes a missing compiler fatal, ``EHRSEQ_FAST_CPP=0`` leaves the
 compiled parts out; ``EHRSEQ_FAST_CUDA`` does the same for ``_C_cuda`` alone;
 ``TORCH_CUDA_ARCH_LIST`` names the GPUs that it is built for; ``MAX_JOBS`` bounds the compilers that
-run at once.
+run at once. ``EHRSEQ_FAST_PREBUILT`` names a folder with a ``_C`` (and ``_C_cuda``) built before,
+which serve every Python: ``_batching`` alone is compiled, which takes no torch (``tools/release``).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +38,9 @@ CUDA_HOME) and run the same pip command again; EHRSEQ_FAST_CUDA=1 makes their ab
 
 WANTED = os.environ.get("EHRSEQ_FAST_CPP", "")
 CUDA_WANTED = os.environ.get("EHRSEQ_FAST_CUDA", "")
+PREBUILT = os.environ.get("EHRSEQ_FAST_PREBUILT", "")
 STABLE_ABI_2_10 = "0x020a000000000000"
+PLAIN_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden"]
 
 
 def sources(extension: str) -> list[str]:
@@ -72,7 +76,7 @@ def compiled_parts() -> dict[str, Any]:
     from setuptools import Extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    flags = [*PLAIN_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
     # GCC would trade the register accumulators of segments.h for scalar code
     flags += ["-fno-loop-unroll-and-jam"] if is_gcc() else []
     stable = [
@@ -148,6 +152,37 @@ def compiled_parts() -> dict[str, Any]:
     }
 
 
+def batching_with_prebuilt_kernels(folder: Path) -> dict[str, Any]:
+    import pybind11
+    from setuptools import Extension
+    from setuptools.command.build_ext import build_ext
+
+    libraries = sorted(folder.glob("_C*.abi3.so"))
+    if not any(library.name == "_C.abi3.so" for library in libraries):
+        raise SystemExit(f"EHRSEQ_FAST_PREBUILT must hold _C.abi3.so, got {folder} without it")
+
+    class BuildBatching(build_ext):
+        def run(self) -> None:
+            super().run()
+            package = ROOT if self.inplace else Path(self.build_lib)
+            for library in libraries:
+                shutil.copy(library, package / "ehrseq_fast" / library.name)
+            shutil.copy(folder / "_build_record.json", package / "ehrseq_fast")
+
+    return {
+        "ext_modules": [
+            Extension(
+                "ehrseq_fast._batching",
+                sources("_batching"),
+                include_dirs=[pybind11.get_include(), str(ROOT.resolve() / "csrc")],
+                extra_compile_args=PLAIN_FLAGS,
+                language="c++",
+            )
+        ],
+        "cmdclass": {"build_ext": BuildBatching},
+    }
+
+
 def write_record(command: Any, **record: str) -> None:
     base = ROOT if getattr(command, "inplace", False) else Path(command.build_lib)
     path = base / "ehrseq_fast" / "_build_record.json"
@@ -178,5 +213,9 @@ def without_compiled_parts(reason: str) -> dict[str, Any]:
     return {"cmdclass": {"build_py": BuildPlain}}
 
 
-reason = why_no_compiled_parts()
-setup(**(compiled_parts() if reason is None else without_compiled_parts(reason)))
+if PREBUILT:
+    options = batching_with_prebuilt_kernels(Path(PREBUILT))
+else:
+    reason = why_no_compiled_parts()
+    options = compiled_parts() if reason is None else without_compiled_parts(reason)
+setup(**options)

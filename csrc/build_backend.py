@@ -50,7 +50,11 @@ def _reach_installed_torch() -> bool:
 
 def _torch_requirement() -> list[str]:
     """A torch to build against, only where there is none and something is going to be compiled."""
-    compiles = find_compiler() is not None and os.environ.get("EHRSEQ_FAST_CPP") != "0"
+    compiles = (
+        find_compiler() is not None
+        and os.environ.get("EHRSEQ_FAST_CPP") != "0"
+        and not os.environ.get("EHRSEQ_FAST_PREBUILT")  # only _batching is, which takes no torch
+    )
     return ["torch>=2.10"] if compiles and not _reach_installed_torch() else []
 
 
