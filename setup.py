@@ -10,6 +10,8 @@ compiled parts out; ``EHRSEQ_FAST_CUDA`` does the same for ``_C_cuda`` alone;
 ``TORCH_CUDA_ARCH_LIST`` names the GPUs that it is built for; ``MAX_JOBS`` bounds the compilers that
 run at once. ``EHRSEQ_FAST_PREBUILT`` names a folder with a ``_C`` (and ``_C_cuda``) built before,
 which serve every Python: ``_batching`` alone is compiled, which takes no torch (``tools/release``).
+``EHRSEQ_FAST_BUILD_FLAGS`` stand after the flags of ``_C`` and ``_batching``, for the
+compiler and the linker: the sanitized builds of ``tests/sanitized.py`` need them last.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ def compiled_parts() -> dict[str, Any]:
     flags = [*PLAIN_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
     # GCC would trade the register accumulators of segments.h for scalar code
     flags += ["-fno-loop-unroll-and-jam"] if is_gcc() else []
+    last = os.environ.get("EHRSEQ_FAST_BUILD_FLAGS", "").split()
     stable = [
         f"-DTORCH_TARGET_VERSION={STABLE_ABI_2_10}",
         "-DTORCH_STABLE_ONLY",
@@ -134,8 +137,8 @@ def compiled_parts() -> dict[str, Any]:
                 "ehrseq_fast._C",
                 sources("_C"),
                 include_dirs=[include],
-                extra_compile_args=[*flags, *stable],
-                extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
+                extra_compile_args=[*flags, *stable, *last],
+                extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", *last],
                 py_limited_api=True,
             ),
             # Its sources are nvcc's business (csrc/build_cuda.py), and it may be missing.
@@ -144,7 +147,8 @@ def compiled_parts() -> dict[str, Any]:
                 "ehrseq_fast._batching",
                 sources("_batching"),
                 include_dirs=[pybind11.get_include(), include],
-                extra_compile_args=flags,
+                extra_compile_args=[*flags, *last],
+                extra_link_args=last,
                 language="c++",
             ),
         ],

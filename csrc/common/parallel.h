@@ -10,7 +10,17 @@
 #include <limits>
 #include <mutex>
 
+// Where threads come from. The tests' build for the thread sanitizer names another namespace, whose
+// threads the sanitizer can follow: it knows nothing of OpenMP's.
+#ifdef EHRSEQ_THREADS
+#include EHRSEQ_THREADS_HEADER
+#else
+#define EHRSEQ_THREADS torch::stable
+#endif
+
 namespace ehrseq {
+
+inline int64_t num_threads() { return EHRSEQ_THREADS::get_num_threads(); }
 
 template <typename Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
@@ -28,7 +38,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
       }
     }
   };
-  torch::stable::parallel_for(begin, end, grain, kept);
+  EHRSEQ_THREADS::parallel_for(begin, end, grain, kept);
   if (first_error) std::rethrow_exception(first_error);
 }
 

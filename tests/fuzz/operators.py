@@ -1,0 +1,286 @@
+"""A call of every raw operator, valid until :mod:`.arguments` changes it.
+
+Expected results are those of the references, in the dtype of the call where they differentiate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ehrseq_fast import schemas
+from ehrseq_fast.packed_lstm import reference as lstm_reference
+from ehrseq_fast.survival_nll import reference as nll_reference
+from ehrseq_fast.visit_pool import reference as pool_reference
+
+from .arguments import FLOATING, INTEGER, Call, Draw
+
+MODES = ("mean", "sum", "max")
+REDUCTIONS = ("none", "mean", "sum")
+NAMES = tuple(schema.partition("(")[0] for schema in schemas.SCHEMAS)
+# The CPU has no kernel of it: there, autograd scales the saved gradient.
+NOT_ON_CPU = ("survival_nll_scale",)
+
+_makers: dict[str, Callable[[Draw, Any], Call]] = {}
+
+
+def call_of(name: str, draw: Draw) -> Call:
+    """A valid call of the operator ``name``."""
+    return _makers[name](draw, torch.ops.ehrseq_fast)
+
+
+def makes(*names: str) -> Callable[[Callable[..., Call]], Callable[..., Call]]:
+    def register(maker: Callable[..., Call]) -> Callable[..., Call]:
+        for name in names:
+            _makers[name] = lambda draw, ops, name=name: maker(draw, ops, name)
+        return maker
+
+    return register
+
+
+def known_operators() -> tuple[str, ...]:
+    return tuple(_makers)
+
+
+def gradient(
+    forward: Callable[..., Tensor], inputs: Sequence[Tensor], incoming: Tensor
+) -> tuple[Tensor, ...]:
+    """By autograd through a reference, in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in inputs]
+    result = forward(*leaves)
+    return torch.autograd.grad(result, leaves, incoming.double(), allow_unused=True)
+
+
+# Visit pooling ------------------------------------------------------------------------------------
+
+
+def _table(draw: Draw, dtype: torch.dtype) -> Tensor:
+    return draw.floats((draw.whole(1, 9), draw.one_of((0, 1, 3, 8, 16, 17, 40))), dtype)
+
+
+@makes("visit_pool", "visit_pool_backward", "visit_pool_backward_sparse")
+def _pool(draw: Draw, ops: Any, name: str) -> Call:
+    weight = _table(draw, draw.one_of(FLOATING))
+    shape = [draw.whole(0, 4) for _ in range(draw.whole(1, 3))]
+    codes = draw.integers(0, len(weight), shape, draw.one_of(INTEGER))
+    mask, mode = draw.mask(shape), draw.whole(0, 2)
+
+    def forward(table: Tensor, padding_idx: int | None = None) -> Tensor:
+        return pool_reference.visit_mean_pool(
+            codes, table, mask, mode=MODES[mode], padding_idx=padding_idx
+        )
+
+    if name == "visit_pool":
+        return Call(
+            ops.visit_pool,
+            [codes, weight, mask, mode],
+            lambda: [forward(weight.double())],
+        )
+    pooled, arg_max = ops.visit_pool(codes, weight, mask, mode)
+    grad, padding = draw.floats(pooled.shape, weight.dtype), draw.whole(-1, len(weight) - 1)
+
+    def expected() -> list[Tensor]:
+        no_row = None if padding < 0 else padding
+        return list(gradient(lambda table: forward(table, no_row), [weight], grad))
+
+    return Call(
+        getattr(ops, name),
+        [grad, codes, weight, mask, arg_max if mode == 2 else None, mode, padding],
+        expected if name == "visit_pool_backward" else None,
+    )
+
+
+@makes("masked_pool", "masked_pool_backward")
+def _masked(draw: Draw, ops: Any, name: str) -> Call:
+    shape = [draw.whole(0, 4) for _ in range(draw.whole(1, 3))]
+    width = draw.one_of((0, 1, 3, 8, 17))
+    embeddings = draw.floats((*shape, width), draw.one_of(FLOATING))
+    mask, mode = draw.mask(shape), draw.whole(0, 2)
+
+    def forward(values: Tensor) -> Tensor:
+        return pool_reference.masked_pool(values, mask, mode=MODES[mode])
+
+    if name == "masked_pool":
+        return Call(
+            ops.masked_pool, [embeddings, mask, mode], lambda: [forward(embeddings.double())]
+        )
+    pooled, arg_max = ops.masked_pool(embeddings, mask, mode)
+    grad = draw.floats(pooled.shape, embeddings.dtype)
+    return Call(
+        ops.masked_pool_backward,
+        [grad, mask, arg_max if mode == 2 else None, shape[-1], mode],
+        lambda: list(gradient(forward, [embeddings], grad)),
+    )
+
+
+def _packed_codes(draw: Draw, vocabulary: int) -> tuple[Tensor, ...]:
+    """Codes by visit, their offsets, and the transposed index."""
+    counts = draw.integers(0, 5, (draw.whole(0, 6),))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    codes = draw.integers(0, vocabulary, (int(offsets[-1]),), torch.int32)
+    visits = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+    order = torch.argsort(codes, stable=True)
+    kinds, times = codes.unique(return_counts=True)
+    index_offsets = torch.cat([times.new_zeros(1), times.cumsum(0)]).int()
+    return codes, offsets, kinds.int(), index_offsets, visits[order]
+
+
+@makes(
+    "packed_visit_pool",
+    "packed_visit_pool_backward",
+    "packed_visit_pool_backward_sparse",
+    "packed_attention_pool",
+    "packed_attention_pool_backward",
+)
+def _packed(draw: Draw, ops: Any, name: str) -> Call:
+    weight = _table(draw, draw.one_of(FLOATING))
+    codes, offsets, *index = _packed_codes(draw, len(weight))
+    scores = draw.floats(weight.shape[:1], weight.dtype)
+    mode, padding = draw.whole(0, 2), draw.whole(-1, len(weight) - 1)
+    no_row = None if padding < 0 else padding
+
+    def pooled_by(table: Tensor) -> Tensor:
+        return pool_reference.packed_visit_pool(
+            codes, offsets, table, mode=MODES[mode], padding_idx=no_row
+        )
+
+    def attended(table: Tensor, of_codes: Tensor) -> Tensor:
+        return pool_reference.packed_visit_pool(
+            codes, offsets, table, mode="attention", scores=of_codes, padding_idx=no_row
+        )
+
+    if name == "packed_visit_pool":
+        arguments = [codes, offsets, weight, mode]
+        return Call(ops.packed_visit_pool, arguments, lambda: [pooled_by(weight.double())])
+    if name == "packed_attention_pool":
+        return Call(
+            ops.packed_attention_pool,
+            [codes, offsets, weight, scores],
+            lambda: [attended(weight.double(), scores.double())],
+        )
+    if name == "packed_attention_pool_backward":
+        pooled, *kept = ops.packed_attention_pool(codes, offsets, weight, scores)
+        grad = draw.floats(pooled.shape, weight.dtype)
+        return Call(
+            ops.packed_attention_pool_backward,
+            [grad, pooled, *kept, *index, weight, scores, padding],
+            lambda: list(gradient(attended, [weight, scores], grad)),
+        )
+    pooled, arg_max = ops.packed_visit_pool(codes, offsets, weight, mode)
+    grad = draw.floats(pooled.shape, weight.dtype)
+    return Call(
+        getattr(ops, name),
+        [grad, offsets, *index, weight, arg_max if mode == 2 else None, mode, padding],
+        (lambda: list(gradient(pooled_by, [weight], grad)))
+        if name == "packed_visit_pool_backward"
+        else None,
+    )
+
+
+# Survival losses ----------------------------------------------------------------------------------
+
+
+@makes("survival_nll", "competing_risks_nll", "packed_survival_nll")
+def _nll(draw: Draw, ops: Any, name: str) -> Call:
+    patients, slots, causes = draw.whole(1, 6), draw.whole(1, 7), draw.whole(1, 3)
+    competing = name == "competing_risks_nll" or (name[0] == "p" and draw.chance(0.5))
+    link = draw.whole(0, 2 if competing else 1)
+    lengths = draw.integers(1, slots + 1, (patients,))
+    lengths[0] = slots
+    times = (torch.from_numpy(draw.random.random(patients)) * lengths).long()
+    types = draw.integers(0, (causes if competing else 1) + 1, (patients,))
+    shape = (patients, slots, causes + (link == 2)) if competing else (patients, slots)
+    hazards = draw.floats(shape, torch.float64)
+    hazards = (hazards if link else hazards.sigmoid().clamp(0.01, 0.9)).to(draw.one_of(FLOATING))
+    mask = torch.arange(slots) < lengths[:, None]
+    entries = None if draw.chance(0.5) else (times * draw.random.random()).long()
+    weights = None if draw.chance(0.5) else draw.floats((patients,)).abs()
+    included, reduction = draw.chance(0.5), draw.whole(0, 2)
+    options: dict[str, Any] = {
+        "from_logits": link > 0,
+        "censored_visit": "included" if included else "excluded",
+        "entry_times": entries,
+        "sample_weight": None if weights is None else weights.double(),
+        "reduction": REDUCTIONS[reduction],
+    }
+    if competing:
+        options["link"] = "softmax" if link == 2 else "sigmoid"
+    formula = (
+        nll_reference.competing_risks_nll if competing else nll_reference.discrete_time_survival_nll
+    )
+    last = [link, included, 1e-7, reduction, True]
+
+    def forward(padded: Tensor) -> Tensor:
+        return formula(padded, times, types, mask, **options)
+
+    def expected() -> list[Tensor]:
+        value = forward(hazards.double())
+        grad = gradient(forward, [hazards], torch.ones_like(value))[0]
+        return [value, grad if name[0] != "p" else grad.flatten(0, 1)[rows]]
+
+    companions = [entries, weights, *last]
+    if name[0] != "p":
+        given = draw.one_of((mask, mask.to(torch.float32), mask.to(torch.int64)))
+        return Call(getattr(ops, name), [hazards, times, types, given, *companions], expected)
+    order = torch.sort(lengths, descending=True, stable=True).indices
+    ranks = torch.empty_like(order).scatter_(0, order, torch.arange(patients))
+    sizes = mask.sum(0)[mask.sum(0) > 0]
+    starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    rows = torch.cat([order[:size] * slots + t for t, size in enumerate(sizes.tolist())])
+    last_rows = starts[lengths - 1] + ranks
+    packed = hazards.flatten(0, 1)[rows].contiguous()
+    return Call(
+        ops.packed_survival_nll,
+        [packed, starts, ranks, last_rows, times, types, *companions],
+        expected,
+    )
+
+
+# Packed LSTM --------------------------------------------------------------------------------------
+
+
+@makes("packed_lstm_layer", "packed_lstm_layer_backward")
+def _lstm(draw: Draw, ops: Any, name: str) -> Call:
+    dtype = draw.one_of(FLOATING)
+    inputs, hidden = draw.whole(0, 9), draw.one_of((1, 2, 7, 16, 17, 33))
+    sizes = torch.sort(draw.integers(1, 6, (draw.whole(1, 6),)), descending=True).values
+    visits, patients = int(sizes.sum()), int(sizes[0])
+    input = draw.floats((visits, inputs), dtype)
+    weights = [
+        draw.floats((4 * hidden, inputs), dtype) * 0.3,
+        draw.floats((4 * hidden, hidden), dtype) * 0.3,
+    ]
+    biases: list[Any] = [None, None]
+    if draw.chance(0.7):
+        biases = [draw.floats((4 * hidden,), dtype) for _ in range(2)]
+    states: list[Any] = [None, None]
+    if draw.chance(0.5):
+        states = [draw.floats((patients, hidden), dtype) for _ in range(2)]
+    reverse = draw.chance(0.5)
+    # gates of 16-bit layers are never computed again
+    kept = draw.whole(0, visits) if dtype in (torch.float32, torch.float64) else visits
+    operands = [input, sizes, *weights, *biases, *states]
+
+    def expected() -> list[Tensor]:
+        double = [None if x is None else x.double() for x in (input, *weights, *biases, *states)]
+        return list(
+            lstm_reference.packed_lstm_layer(double[0], sizes, *double[1:], reverse)  # type: ignore[arg-type]
+        )
+
+    if name == "packed_lstm_layer":
+        training = draw.chance(0.5)
+        return Call(
+            ops.packed_lstm_layer,
+            [*operands, reverse, training, kept if training else 0],
+            expected,
+        )
+    output, h_n, c_n, gates, cells = ops.packed_lstm_layer(*operands, reverse, True, kept)
+    grads = [draw.floats(x.shape, dtype) if draw.chance(0.8) else None for x in (output, h_n, c_n)]
+    needs = [draw.chance(0.7) for _ in range(3)]
+    return Call(
+        ops.packed_lstm_layer_backward,
+        [*grads, *operands, output, gates, cells, reverse, *needs],
+    )
