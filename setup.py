@@ -79,7 +79,7 @@ def compiled_parts() -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags = [*PLAIN_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
-    # GCC would trade the register accumulators of segments.h for scalar code
+    # GCC would trade the register accumulators of row_kernels.h for scalar code
     flags += ["-fno-loop-unroll-and-jam"] if is_gcc() else []
     last = os.environ.get("EHRSEQ_FAST_BUILD_FLAGS", "").split()
     stable = [

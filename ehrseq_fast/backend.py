@@ -12,6 +12,7 @@ which.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -142,6 +143,18 @@ def _why_triton_cannot_launch() -> str | None:
 
 compiled_cpu = _load_library("_C")
 _batching, compiled_batching = _import_batching()
+
+
+def cpu_capability() -> str | None:
+    """The instruction set that the ``cpu`` kernels use: ``baseline``, ``avx2``, ``avx512`` or
+    ``avx512_bf16``, the best that this processor has and ``EHRSEQ_FAST_CPU_CAPABILITY`` allows; why
+    there is none where that variable holds something else; None where they are not loaded."""
+    if compiled_cpu.reason is not None or compiled_cpu.path is None:
+        return None
+    function = ctypes.CDLL(compiled_cpu.path).ehrseq_fast_cpu_capability
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
 
 _kernels = {
     "cuda": _cuda_kernels(),

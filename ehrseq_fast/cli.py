@@ -63,7 +63,8 @@ def describe() -> str:
         f"ehrseq_fast {_version('ehrseq_fast')}  ({ehrseq_fast.__path__[0]})",
         f"Python {platform.python_version()}, {platform.platform()}",
         ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
-        f"CPU: {torch.get_num_threads()} threads, {_simd()}; CUDA: "
+        f"CPU: {torch.get_num_threads()} threads, {_simd()}; kernels for: "
+        f"{backend.cpu_capability() or 'none loaded'}; CUDA: "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"),
         "Built with: " + (", ".join(f"{k} {v}" for k, v in record.items()) or "no record"),
         "",

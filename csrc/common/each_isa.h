@@ -1,16 +1,18 @@
-// Compiles one file for several instruction sets, each in a namespace of its own, and picks the
-// best one that the running CPU has. For code in the compiler's vector types, where EHRSEQ_SIMD
-// does not do: GCC takes comparisons of wide vectors apart into scalars before it clones a
-// function.
+// One source, several instruction sets: compiles one file for the baseline, for AVX2 and for
+// AVX-512, each in a namespace of its own, and picks the one that common/isa.h chose. So a wheel
+// runs on any x86-64 and is not held to the machine that built it.
 //
-//   #define EHRSEQ_ISA_FILE "room/kernels.h"   // defines ehrseq::room::EHRSEQ_ISA::name
-//   #include "common/each_isa.h"                 // all standard headers come before
-//   const auto* chosen = EHRSEQ_BEST_ISA(ehrseq::room, name);
+//   #define EHRSEQ_ISA_FILE "visit_pool/row_kernels.h"  // defines
+//   ehrseq::pooling::EHRSEQ_ISA::name #include "common/each_isa.h"                        // all
+//   standard headers come before const auto* chosen = EHRSEQ_BEST_ISA(ehrseq::pooling, name);
 //
 // What the file calls from elsewhere keeps the baseline's instructions, so no function that another
 // translation unit could share is compiled for more than every x86-64 has.
 //
-// EHRSEQ_FAST_CPU_CAPABILITY=baseline or avx2 in the environment holds the choice down, for tests.
+// EHRSEQ_ISA_LEVEL is 0, 1 and 2 in their order, for what has to be said in intrinsics.
+//
+// (Not target_clones: GCC takes comparisons of wide vectors apart into scalars before it clones a
+// function, and the loader's choice among clones cannot be held down.)
 
 // Vectors are passed between inlined helpers only, so no call depends on the ABI that this is
 // about.
@@ -18,35 +20,47 @@
 
 #include "common/isa.h"
 
+#if EHRSEQ_HAS_ISAS
+// GCC 12 says it of its own intrinsics, which begin with a vector that they do not set.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#endif
+
 #define EHRSEQ_ISA baseline
+#define EHRSEQ_ISA_LEVEL 0
 #include EHRSEQ_ISA_FILE
 #undef EHRSEQ_ISA
+#undef EHRSEQ_ISA_LEVEL
 
 #if EHRSEQ_HAS_ISAS
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt")
 #define EHRSEQ_ISA avx2
+#define EHRSEQ_ISA_LEVEL 1
 #include EHRSEQ_ISA_FILE
 #undef EHRSEQ_ISA
+#undef EHRSEQ_ISA_LEVEL
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target( \
     "avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt,avx512f,avx512vl,avx512bw,avx512dq,avx512cd")
 #define EHRSEQ_ISA avx512
+#define EHRSEQ_ISA_LEVEL 2
 #include EHRSEQ_ISA_FILE
 #undef EHRSEQ_ISA
+#undef EHRSEQ_ISA_LEVEL
 #pragma GCC pop_options
 
 #define EHRSEQ_BEST_ISA(scope, name)                                     \
-  (::ehrseq::best_isa() == ::ehrseq::Isa::kAvx512 ? &scope::avx512::name \
-   : ::ehrseq::best_isa() == ::ehrseq::Isa::kAvx2 ? &scope::avx2::name   \
+  (::ehrseq::best_isa() >= ::ehrseq::Isa::kAvx512 ? &scope::avx512::name \
+   : ::ehrseq::best_isa() >= ::ehrseq::Isa::kAvx2 ? &scope::avx2::name   \
                                                   : &scope::baseline::name)
 
 #else
 
-#define EHRSEQ_BEST_ISA(scope, name) (&scope::baseline::name)
+#define EHRSEQ_BEST_ISA(scope, name) ((void)::ehrseq::best_isa(), &scope::baseline::name)
 
 #endif
 

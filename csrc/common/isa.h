@@ -1,8 +1,6 @@
-// The instruction set that kernels of common/each_isa.h are chosen for.
+// The one choice of instruction set: every kernel of the package that comes in several variants
+// (common/each_isa.h, packed_lstm) asks best_isa().
 #pragma once
-
-#include <cstdlib>
-#include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(EHRSEQ_NO_CLONES)
 #define EHRSEQ_HAS_ISAS 1
@@ -12,26 +10,11 @@
 
 namespace ehrseq {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+// In rising order: each has what those before it have.
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
-inline Isa best_isa() {
-#if EHRSEQ_HAS_ISAS
-  const char* asked = std::getenv("EHRSEQ_FAST_CPU_CAPABILITY");
-  const bool at_most_avx2 = asked != nullptr && std::strcmp(asked, "avx2") == 0;
-  const bool baseline = asked != nullptr && std::strcmp(asked, "baseline") == 0;
-  if (baseline || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
-      !__builtin_cpu_supports("bmi2")) {
-    return Isa::kBaseline;
-  }
-  if (at_most_avx2 || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") ||
-      !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512cd")) {
-    return Isa::kAvx2;
-  }
-  return Isa::kAvx512;
-#else
-  return Isa::kBaseline;
-#endif
-}
+// What this CPU has, or less where EHRSEQ_FAST_CPU_CAPABILITY holds it down. Read once. Throws
+// std::invalid_argument, at every call, where that variable names no instruction set.
+Isa best_isa();
 
 }  // namespace ehrseq

@@ -97,10 +97,17 @@ EHRSEQ_INLINE Lanes<float> load(const BFloat16* from) {
 
 EHRSEQ_INLINE Lanes<float> load(const Half* from) {
   const Lanes<uint32_t> half = load_sixteen_bits(from);
-  // The exponent's bias differs by 112; the multiplication also makes subnormals normal.
-  const Lanes<float> magnitude = (Lanes<float>)((half & 0x7fff) << 13) * 0x1p112f;
-  const Lanes<uint32_t> not_finite = (Lanes<uint32_t>)((half & 0x7c00) == 0x7c00) & 0x7f800000;
-  return (Lanes<float>)((Lanes<uint32_t>)magnitude | not_finite | ((half & 0x8000) << 16));
+  const Lanes<uint32_t> magnitude = half & 0x7fff;
+  // The exponent's bias differs by 112. Subnormal numbers are counted in units of 2^-24: there is
+  // no subnormal float on the way, which a processor may have been told to take for zero.
+  const Lanes<uint32_t> normal = (magnitude << 13) + (uint32_t{112} << 23);
+  const Lanes<float> subnormal =
+      __builtin_convertvector((Mask<float>)magnitude, Lanes<float>) * 0x1p-24f;
+  const Lanes<uint32_t> is_subnormal = (Lanes<uint32_t>)(magnitude < 0x400);
+  const Lanes<uint32_t> not_finite = (Lanes<uint32_t>)(magnitude >= 0x7c00) & 0x7f800000;
+  const Lanes<uint32_t> bits =
+      (is_subnormal & (Lanes<uint32_t>)subnormal) | (~is_subnormal & (normal | not_finite));
+  return (Lanes<float>)(bits | ((half & 0x8000) << 16));
 }
 
 EHRSEQ_INLINE void store(float* to, const Lanes<float>& lanes) {

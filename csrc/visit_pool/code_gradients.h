@@ -21,18 +21,6 @@ inline const int32_t* winners_or_null(const OptionalTensor& arg_max, int64_t mod
 
 constexpr int64_t kEntriesPerTask = 4096;
 
-// A view of an index, whoever built it: visit_pool for padded input, the batch builder for packed.
-template <typename acc_t>
-struct IndexView {
-  const int32_t* codes;  // distinct, ascending
-  const int32_t* offsets;
-  const int32_t* visits;
-  const acc_t* weights;  // nullptr where all are 1
-  int64_t n_codes;
-
-  int32_t n_entries() const { return offsets[n_codes]; }
-};
-
 // For modes mean and sum (arg_max null) the weighted sum of the visits' gradients; for max, of the
 // columns that the code won.
 template <typename scalar_t, typename acc_t>
@@ -41,11 +29,11 @@ void sum_piece(const scalar_t* grad, const int32_t* arg_max, int64_t row_size,
   if (arg_max == nullptr) {
     const int32_t offsets[2] = {piece.begin, piece.end};
     const Segments<acc_t> segment{index.visits, index.weights, nullptr, offsets};
-    sum_segments(grad, row_size, segment, 0, 1, sums);
+    row_kernels<scalar_t>().sum_segments_wide(grad, row_size, segment, 0, 1, sums);
   } else {
     const bool continues = piece.begin != index.offsets[piece.segment];
-    sum_won_columns(grad, arg_max, row_size, index.codes[piece.segment], index.visits, piece.begin,
-                    piece.end, continues, sums);
+    row_kernels<scalar_t>().sum_won_columns(grad, arg_max, row_size, index.codes[piece.segment],
+                                            index.visits, piece.begin, piece.end, continues, sums);
   }
 }
 

@@ -1,6 +1,6 @@
 // Visit pooling on the CPU: codes -> one vector per visit, gather, mask and mean in one pass, and
 // its gradient. Padded input ([..., C] with a mask) is reduced to its real codes tile by tile
-// (packed_cpu.cpp takes input that is in that form already). segments.h holds the arithmetic,
+// (packed_cpu.cpp takes input that is in that form already). row_kernels.h holds the arithmetic,
 // code_index.h the transpose, code_gradients.h the gradient from it.
 
 #include <algorithm>
@@ -103,13 +103,13 @@ template <typename scalar_t>
 void pool_tile(const Tile<accumulator_t<scalar_t>>& tile, bool weighted, int64_t mode,
                const scalar_t* weight, int64_t row_size, scalar_t* out, int32_t* arg_max) {
   if (mode == kMax) {
-    max_segments(weight, row_size, tile.rows.data(), tile.offsets.data(), 0, tile.n_visits(), out,
-                 arg_max);
+    row_kernels<scalar_t>().max_segments(weight, row_size, tile.rows.data(), tile.rows.data(),
+                                         tile.offsets.data(), 0, tile.n_visits(), out, arg_max);
   } else {
     const Segments<accumulator_t<scalar_t>> segments{
         tile.rows.data(), weighted ? tile.weights.data() : nullptr,
         mode == kMean ? tile.scales.data() : nullptr, tile.offsets.data()};
-    sum_segments(weight, row_size, segments, 0, tile.n_visits(), out);
+    row_kernels<scalar_t>().sum_segments(weight, row_size, segments, 0, tile.n_visits(), out);
   }
 }
 

@@ -22,14 +22,17 @@ int64_t product(const std::vector<int64_t>& shape) {
 }
 
 // Rows are counted from the tile's first visit, so that they fit 32 bits whatever the batch.
+// `slots` says of each which slot of its visit it is.
 template <typename acc_t, typename mask_t>
 void collect_real_slots(const OptionalTensor& mask, int64_t n_slots, int64_t first, int64_t last,
-                        Tile<acc_t>& tile) {
+                        Tile<acc_t>& tile, std::vector<int32_t>& slots) {
   tile.clear();
+  slots.clear();
   for (int64_t visit = first; visit < last; ++visit) {
     for_each_real_slot(mask_of_visit<mask_t>(mask, visit, n_slots), n_slots,
                        [&](int64_t slot, double weight) {
                          tile.add(static_cast<int32_t>((visit - first) * n_slots + slot), weight);
+                         slots.push_back(static_cast<int32_t>(slot));
                        });
     tile.end_visit();
   }
@@ -56,45 +59,27 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
       using mask_t = typename decltype(mask_tag)::type;
       parallel_for(0, n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
         Tile<acc_t> tile;
+        std::vector<int32_t> slots;
         for (int64_t first = begin; first < end; first += kTileVisits) {
           const int64_t last = std::min(first + kTileVisits, end);
-          collect_real_slots<acc_t, mask_t>(real, n_slots, first, last, tile);
+          collect_real_slots<acc_t, mask_t>(real, n_slots, first, last, tile, slots);
           const scalar_t* base = rows + first * n_slots * row_size;
           if (mode == kMax) {
-            int32_t* won = winners + first * row_size;
-            max_segments(base, row_size, tile.rows.data(), tile.offsets.data(), 0, last - first,
-                         out + first * row_size, won);
-            // from a row of the tile to a slot of the visit
-            for (int64_t i = 0; i < (last - first) * row_size; ++i) {
-              if (won[i] >= 0) won[i] -= static_cast<int32_t>(i / row_size * n_slots);
-            }
+            row_kernels<scalar_t>().max_segments(
+                base, row_size, tile.rows.data(), slots.data(), tile.offsets.data(), 0,
+                last - first, out + first * row_size, winners + first * row_size);
           } else {
             const Segments<acc_t> segments{
                 tile.rows.data(), is_weighted(real) ? tile.weights.data() : nullptr,
                 mode == kMean ? tile.scales.data() : nullptr, tile.offsets.data()};
-            sum_segments(base, row_size, segments, 0, last - first, out + first * row_size);
+            row_kernels<scalar_t>().sum_segments(base, row_size, segments, 0, last - first,
+                                                 out + first * row_size);
           }
         }
       });
     });
   });
   return {pooled, arg_max};
-}
-
-template <typename scalar_t, typename acc_t>
-EHRSEQ_SIMD void write_scaled_row(const scalar_t* grad, acc_t factor, int64_t row_size,
-                                  scalar_t* out) {
-  for (int64_t column = 0; column < row_size; ++column) {
-    out[column] = static_cast<scalar_t>(factor * static_cast<acc_t>(grad[column]));
-  }
-}
-
-template <typename scalar_t>
-EHRSEQ_SIMD void write_won_columns(const scalar_t* grad, const int32_t* winners, int32_t slot,
-                                   int64_t row_size, scalar_t* out) {
-  for (int64_t column = 0; column < row_size; ++column) {
-    out[column] = winners[column] == slot ? grad[column] : scalar_t(0);
-  }
 }
 
 Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg_max,
@@ -114,24 +99,26 @@ Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg
     const auto* grad_rows = static_cast<const scalar_t*>(rows.data_ptr());
     const auto* winners = mode == kMax ? static_cast<const int32_t*>(arg_max->data_ptr()) : nullptr;
     auto* out = static_cast<scalar_t*>(grad_embeddings.data_ptr());
+    const auto& kernels = row_kernels<scalar_t>();
     dispatch_mask(real, [&](auto mask_tag) {
       using mask_t = typename decltype(mask_tag)::type;
       parallel_for(0, n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
         Tile<acc_t> tile;
+        std::vector<int32_t> slots;
         for (int64_t visit = begin; visit < end; ++visit) {
-          collect_real_slots<acc_t, mask_t>(real, n_slots, visit, visit + 1, tile);
+          collect_real_slots<acc_t, mask_t>(real, n_slots, visit, visit + 1, tile, slots);
           const scalar_t* grad_row = grad_rows + visit * row_size;
           scalar_t* visit_out = out + visit * n_slots * row_size;
           std::memset(static_cast<void*>(visit_out), 0, n_slots * row_size * sizeof(scalar_t));
           for (size_t i = 0; i < tile.rows.size(); ++i) {
             const int32_t slot = tile.rows[i];
             if (mode == kMax) {
-              write_won_columns(grad_row, winners + visit * row_size, slot, row_size,
-                                visit_out + slot * row_size);
+              kernels.keep_won_columns(grad_row, winners + visit * row_size, slot, row_size,
+                                       visit_out + slot * row_size);
             } else {
               const acc_t scale = mode == kMean ? tile.scales[0] : acc_t(1);
-              write_scaled_row(grad_row, scale * tile.weights[i], row_size,
-                               visit_out + slot * row_size);
+              kernels.scale_row(grad_row, scale * tile.weights[i], row_size,
+                                visit_out + slot * row_size);
             }
           }
         }

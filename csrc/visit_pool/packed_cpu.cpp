@@ -126,8 +126,9 @@ std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, 
     auto* winners = static_cast<int32_t*>(arg_max.data_ptr());
     parallel_for(0, in.n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
       if (mode == kMax) {
-        max_segments(rows, row_size, in.codes, in.offsets, begin, end, out + begin * row_size,
-                     winners + begin * row_size);
+        row_kernels<scalar_t>().max_segments(rows, row_size, in.codes, in.codes, in.offsets, begin,
+                                             end, out + begin * row_size,
+                                             winners + begin * row_size);
         return;
       }
       std::vector<acc_t> scales(mode == kMean ? end - begin : 0);
@@ -137,7 +138,8 @@ std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, 
       }
       const Segments<acc_t> segments{in.codes, nullptr, mode == kMean ? scales.data() : nullptr,
                                      in.offsets + begin};
-      sum_segments(rows, row_size, segments, 0, end - begin, out + begin * row_size);
+      row_kernels<scalar_t>().sum_segments(rows, row_size, segments, 0, end - begin,
+                                           out + begin * row_size);
     });
   });
   return {pooled, arg_max};
@@ -280,50 +282,11 @@ std::tuple<Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offse
       }
       const Segments<acc_t> segments{in.codes + first_entry, attention.data(), nullptr,
                                      offsets.data()};
-      sum_segments(rows, row_size, segments, 0, end - begin, out + begin * row_size);
+      row_kernels<scalar_t>().sum_segments(rows, row_size, segments, 0, end - begin,
+                                           out + begin * row_size);
     });
   });
   return {pooled, normaliser};
-}
-
-// g . (w - o), in sixteen running sums so that it vectorises without reordering by the compiler.
-template <typename scalar_t, typename acc_t>
-EHRSEQ_INLINE acc_t dot_with_difference(const scalar_t* g, const scalar_t* w, const scalar_t* o,
-                                        int64_t size) {
-  acc_t lanes[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= size; i += 16) {
-    for (int lane = 0; lane < 16; ++lane) {
-      lanes[lane] += static_cast<acc_t>(g[i + lane]) *
-                     (static_cast<acc_t>(w[i + lane]) - static_cast<acc_t>(o[i + lane]));
-    }
-  }
-  for (; i < size; ++i) {
-    lanes[0] += static_cast<acc_t>(g[i]) * (static_cast<acc_t>(w[i]) - static_cast<acc_t>(o[i]));
-  }
-  acc_t sum = 0;
-  for (const acc_t lane : lanes) sum += lane;
-  return sum;
-}
-
-// d score[k] = sum over the visits v that hold k of a (g . (table[k] - o)), with a the attention
-// and g, o the visit's gradient and output. The difference is taken first: summed apart, its two
-// halves are large and cancel.
-template <typename scalar_t, typename acc_t>
-EHRSEQ_SIMD void sum_score_gradients(const scalar_t* grad, const scalar_t* table,
-                                     const scalar_t* pooled, int64_t row_size,
-                                     const IndexView<acc_t>& index, int64_t first, int64_t last,
-                                     scalar_t* grad_scores) {
-  for (int64_t segment = first; segment < last; ++segment) {
-    const scalar_t* row = table + index.codes[segment] * row_size;
-    acc_t sum = 0;
-    for (int32_t i = index.offsets[segment]; i < index.offsets[segment + 1]; ++i) {
-      const int64_t visit = index.visits[i] * row_size;
-      sum += index.weights[i] *
-             dot_with_difference<scalar_t, acc_t>(grad + visit, row, pooled + visit, row_size);
-    }
-    grad_scores[index.codes[segment]] = static_cast<scalar_t>(sum);
-  }
 }
 
 std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor pooled,
@@ -371,9 +334,9 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
     }
     zero_absent_rows(index.codes, index.n_codes, vocabulary, 1, out_scores);
     parallel_for(0, index.n_codes, 16, [&](int64_t begin, int64_t end) {
-      sum_score_gradients(visit_grads, static_cast<const scalar_t*>(table.data_ptr()),
-                          static_cast<const scalar_t*>(pooled.data_ptr()), row_size, view, begin,
-                          end, out_scores);
+      row_kernels<scalar_t>().sum_score_gradients(
+          visit_grads, static_cast<const scalar_t*>(table.data_ptr()),
+          static_cast<const scalar_t*>(pooled.data_ptr()), row_size, view, begin, end, out_scores);
     });
   });
   return {grad_weight, grad_scores};
