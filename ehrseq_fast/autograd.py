@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,17 @@ class _Once(torch.autograd.Function):
             f"{ctx.name}: the compiled kernel's gradient cannot be differentiated again; compute "
             'this part under ehrseq_fast.use_backend("reference")'
         )
+
+
+@contextlib.contextmanager
+def outside_inference() -> Iterator[None]:
+    """In the block new tensors are ordinary ones, even under ``torch.inference_mode``: what is kept
+    beyond a call may be trained on later. Gradients stay as switched on or off as they are."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def transformed(*tensors: Tensor | None) -> bool:

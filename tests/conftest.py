@@ -81,6 +81,15 @@ def kernels(request):
         yield name
 
 
+@pytest.fixture(params=["compiled", "reference"])
+def builder(request):
+    """Run the test once with the compiled builder and once with its NumPy twin."""
+    if request.param == "compiled" and backends.compiled_batching.reason:
+        pytest.skip(f"no compiled builder: {backends.compiled_batching.reason}")
+    with backends.use_backend("reference" if request.param == "reference" else None):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

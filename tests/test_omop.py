@@ -120,8 +120,10 @@ def test_outcomes_are_of_the_next_visit_or_censored_at_the_last(records):
 
 def test_what_is_left_out_is_counted(records):
     assert records.left_out == {
+        "rows without a person": 0,
         "rows without a known concept": 3,
         "rows without a date": 1,
+        "persons whose rows are all left out": 1,
         "persons with the event in their first visit": 1,
     }
 

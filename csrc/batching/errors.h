@@ -3,10 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
 namespace ehrseq::batching {
+
+// What int32 offsets can count.
+constexpr int64_t kMostEntries = std::numeric_limits<int32_t>::max() - 1;
 
 inline std::string text(int64_t number) { return std::to_string(number); }
 
@@ -16,6 +20,15 @@ inline std::string text(int64_t number) { return std::to_string(number); }
 
 [[noreturn]] inline void refuse_index(const std::string& message) {
   throw std::out_of_range(message);  // IndexError in Python
+}
+
+[[noreturn]] inline void refuse_race(const std::string& what) {
+  throw std::runtime_error(what + " changed while the batch was built from them.");
+}
+
+[[noreturn]] inline void refuse_visit_count(int64_t most) {
+  refuse_value("A batch holds at most " + text(most) + " codes and as many visits; this one has " +
+               "more visits.");
 }
 
 // Counts offenders and remembers where the first of them stands.

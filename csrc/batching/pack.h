@@ -107,11 +107,14 @@ Sizes measure(const Records& records, const PatientOrder& order) {
   sizes.patients = records.n_patients();
   sizes.max_visits = static_cast<int64_t>(order.batch_sizes.size());
   sizes.visits = order.row_starts.back();
-  for (int64_t patient = 0; patient < sizes.patients; ++patient)
-    sizes.codes += records.count_codes(patient);
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 1;
-  if (sizes.codes > kMost || sizes.visits > kMost)
-    refuse_value("A batch holds at most " + text(kMost) +
+  if (sizes.visits > kMostEntries) refuse_visit_count(kMostEntries);
+  constexpr int64_t kMostCounted = std::numeric_limits<int64_t>::max();
+  for (int64_t patient = 0; patient < sizes.patients; ++patient) {
+    const int64_t codes = records.count_codes(patient);
+    sizes.codes = codes > kMostCounted - sizes.codes ? kMostCounted : sizes.codes + codes;
+  }
+  if (sizes.codes > kMostEntries)
+    refuse_value("A batch holds at most " + text(kMostEntries) +
                  " codes and as many visits; this one has " + text(sizes.codes) + " codes and " +
                  text(sizes.visits) + " visits.");
   return sizes;

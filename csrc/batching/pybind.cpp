@@ -1,11 +1,14 @@
 // The module ehrseq_fast._batching: NumPy arrays in, NumPy arrays out, the GIL released in between.
-// Shapes and dtypes were checked by ehrseq_fast/batch/; values are checked here.
+// Everything that is indexed by is checked here, values as well as shapes and dtypes, whoever
+// calls; ehrseq_fast/batch/ has refused most of it before, in the terms of what the user passed.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "batching/lists.h"
 #include "batching/pack.h"
@@ -18,9 +21,47 @@ using OptionalLongs = std::optional<Longs>;
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using OptionalBytes = std::optional<Bytes>;
 
+std::string shape_of(const py::array& array) {
+  std::string shape = "[";
+  for (py::ssize_t d = 0; d < array.ndim(); ++d) shape += (d ? ", " : "") + text(array.shape(d));
+  return shape + "]";
+}
+
+void expect_integers(const char* name, const py::array& array, py::ssize_t ndim) {
+  if (array.ndim() != ndim)
+    refuse_value(std::string(name) + ": expected " + text(ndim) +
+                 (ndim == 1 ? " dimension" : " dimensions") + ", got shape " + shape_of(array));
+  if (!array.dtype().equal(py::dtype::of<int32_t>()) &&
+      !array.dtype().equal(py::dtype::of<int64_t>()))
+    throw py::type_error(std::string(name) + ": expected int32 or int64, got " +
+                         std::string(py::str(array.dtype())));
+}
+
+void expect_offset(const char* name, const py::array& array) {
+  expect_integers(name, array, 1);
+  if (array.size() == 0)
+    refuse_value(std::string(name) + ": expected at least one offset (a 0), got an empty array");
+}
+
+template <typename Array>
+void expect_shape(const char* name, const std::optional<Array>& array,
+                  const std::vector<py::ssize_t>& shape) {
+  if (!array) return;
+  if (std::vector<py::ssize_t>(array->shape(), array->shape() + array->ndim()) == shape) return;
+  std::string expected = "[";
+  for (size_t d = 0; d < shape.size(); ++d) expected += (d ? ", " : "") + text(shape[d]);
+  refuse_value(std::string(name) + ": expected shape " + expected + "], got " + shape_of(*array));
+}
+
+Vocabulary vocabulary_of(int64_t size) {
+  if (size < 1 || size > kMostEntries + 1)
+    refuse_value("vocab_size: expected 1 to " + text(kMostEntries + 1) + ", got " + text(size));
+  return {size};
+}
+
 IntColumn column(const py::array& array) {
-  return {static_cast<const char*>(array.data()), array.ndim() == 1 ? array.strides(0) : 0,
-          array.size(), array.itemsize() == sizeof(int64_t)};
+  return {static_cast<const char*>(array.data()), array.strides(0), array.size(),
+          array.itemsize() == sizeof(int64_t)};
 }
 
 IntColumn column(const std::vector<int64_t>& values) {
@@ -35,10 +76,9 @@ auto data_or_null(const std::optional<Array>& array) -> decltype(array->data()) 
 
 Outcomes outcomes_of(const OptionalLongs& times, const OptionalLongs& indicators,
                      const OptionalLongs& types, int64_t n_patients) {
-  for (const auto* outcome : {&times, &indicators, &types})
-    if (*outcome && (*outcome)->size() != n_patients)
-      refuse_value("Expected one outcome for each of " + text(n_patients) + " patients, got " +
-                   text((*outcome)->size()) + ".");
+  expect_shape("event_times", times, {n_patients});
+  expect_shape("event_indicators", indicators, {n_patients});
+  expect_shape("event_types", types, {n_patients});
   return {data_or_null(times), data_or_null(indicators), data_or_null(types)};
 }
 
@@ -64,6 +104,11 @@ py::tuple pack_flat(const py::array& codes, const py::array& visit_offsets,
                     int64_t vocab_size, const OptionalLongs& event_times,
                     const OptionalLongs& event_indicators, const OptionalLongs& event_types,
                     bool with_source_rows) {
+  expect_integers("codes", codes, 1);
+  expect_offset("visit_offsets", visit_offsets);
+  expect_offset("patient_offsets", patient_offsets);
+  if (patients) expect_shape("patients", patients, {patients->size()});
+  const Vocabulary vocabulary = vocabulary_of(vocab_size);
   const IntColumn flat_codes = column(codes);
   const IntColumn visits = column(visit_offsets);
   const IntColumn people = column(patient_offsets);
@@ -75,7 +120,7 @@ py::tuple pack_flat(const py::array& codes, const py::array& visit_offsets,
   {
     const py::gil_scoped_release released;
     const FlatRecords records(flat_codes, visits, people, chosen, n_chosen);
-    packed = pack(records, Vocabulary{vocab_size}, outcomes, with_source_rows);
+    packed = pack(records, vocabulary, outcomes, with_source_rows);
   }
   return as_tuple(std::move(packed));
 }
@@ -83,6 +128,7 @@ py::tuple pack_flat(const py::array& codes, const py::array& visit_offsets,
 py::tuple pack_lists(const py::object& patients, int64_t vocab_size,
                      const OptionalLongs& event_times, const OptionalLongs& event_indicators,
                      const OptionalLongs& event_types, bool with_source_rows) {
+  const Vocabulary vocabulary = vocabulary_of(vocab_size);
   const FlatLists flat = flatten(patients);
   const Outcomes outcomes = outcomes_of(event_times, event_indicators, event_types,
                                         static_cast<int64_t>(flat.patient_offsets.size()) - 1);
@@ -90,25 +136,33 @@ py::tuple pack_lists(const py::object& patients, int64_t vocab_size,
   {
     const py::gil_scoped_release released;
     const FlatRecords records(column(flat.codes), column(flat.visit_offsets),
-                              column(flat.patient_offsets), nullptr, 0);
-    packed = pack(records, Vocabulary{vocab_size}, outcomes, with_source_rows);
+                              column(flat.patient_offsets), nullptr, 0, flat.huge);
+    packed = pack(records, vocabulary, outcomes, with_source_rows);
   }
   return as_tuple(std::move(packed));
 }
 
 template <typename code_t>
 Packed pack_padded_as(const void* codes, PaddedShape shape, const uint8_t* code_states,
-                      const uint8_t* visit_states, const int64_t* lengths, int64_t vocab_size,
-                      const Outcomes& outcomes) {
+                      const uint8_t* visit_states, const int64_t* lengths,
+                      const Vocabulary& vocabulary, const Outcomes& outcomes) {
   const PaddedRecords<code_t> records(static_cast<const code_t*>(codes), shape, code_states,
                                       visit_states, lengths);
-  return pack(records, Vocabulary{vocab_size}, outcomes, false);
+  return pack(records, vocabulary, outcomes, false);
 }
 
 py::tuple pack_padded(const py::array& codes, const OptionalBytes& code_states,
                       const OptionalBytes& visit_states, const OptionalLongs& lengths,
                       int64_t vocab_size, const OptionalLongs& event_times,
                       const OptionalLongs& event_indicators, const OptionalLongs& event_types) {
+  expect_integers("codes", codes, 3);
+  constexpr int kAligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  if (!(codes.flags() & py::array::c_style) || !(codes.flags() & kAligned))
+    refuse_value("codes: expected a contiguous array");
+  expect_shape("code_states", code_states, {codes.shape(0), codes.shape(1), codes.shape(2)});
+  expect_shape("visit_states", visit_states, {codes.shape(0), codes.shape(1)});
+  expect_shape("lengths", lengths, {codes.shape(0)});
+  const Vocabulary vocabulary = vocabulary_of(vocab_size);
   const PaddedShape shape{codes.shape(0), codes.shape(1), codes.shape(2)};
   const auto pack_as =
       codes.itemsize() == sizeof(int64_t) ? pack_padded_as<int64_t> : pack_padded_as<int32_t>;
@@ -120,7 +174,7 @@ py::tuple pack_padded(const py::array& codes, const OptionalBytes& code_states,
   Packed packed;
   {
     const py::gil_scoped_release released;
-    packed = pack_as(slots, shape, code_mask, visit_mask, known_lengths, vocab_size, outcomes);
+    packed = pack_as(slots, shape, code_mask, visit_mask, known_lengths, vocabulary, outcomes);
   }
   return as_tuple(std::move(packed));
 }

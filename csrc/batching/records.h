@@ -57,24 +57,35 @@ struct IntColumn {
       first + ".");
 }
 
-[[noreturn]] inline void refuse_codes(const Offenders& outside, int64_t code,
+[[noreturn]] inline void refuse_codes(const Offenders& outside, const std::string& code,
                                       const Vocabulary& vocabulary, const std::string& patient) {
+  if (!outside) refuse_race("The codes");  // they are inside by now
   refuse_index("Found " + text(outside.count) +
                " codes outside the vocabulary: expected 0 <= code < " + text(vocabulary.size) +
-               ". The first is " + text(code) + ": " + patient + ", visit " + text(outside.visit) +
+               ". The first is " + code + ": " + patient + ", visit " + text(outside.visit) +
                ", code " + text(outside.code) + ".");
 }
 
+// A code that no int64 holds, which lists can hold: where it is, and how a message writes it.
+struct HugeCode {
+  int64_t at = -1;
+  std::string text;
+};
+
 // All patients' visits and codes end to end, and the patients that this batch takes from them.
+//
+// Other threads may write to the arrays meanwhile, as the GIL is released: all that is indexed by
+// is copied first, and what is checked is the copy.
 class FlatRecords {
  public:
-  FlatRecords(IntColumn codes, IntColumn visit_offsets, IntColumn patient_offsets,
-              const int64_t* chosen, int64_t n_chosen)
-      : codes_(codes), visit_offsets_(visit_offsets), chosen_(chosen) {
+  FlatRecords(IntColumn codes, const IntColumn& visit_offsets, const IntColumn& patient_offsets,
+              const int64_t* chosen, int64_t n_chosen, HugeCode huge = {})
+      : codes_(codes), huge_(std::move(huge)), is_chosen_(chosen != nullptr) {
+    if (chosen) chosen_.assign(chosen, chosen + n_chosen);
     const int64_t n_records = patient_offsets.size - 1;
-    const int64_t n = chosen ? n_chosen : n_records;
-    check_chosen(n, n_records);
-    find_visits(n, patient_offsets);
+    check_chosen(n_records);
+    find_visits(chosen ? n_chosen : n_records, patient_offsets, visit_offsets.size - 1);
+    copy_visit_offsets(visit_offsets);
     check_visit_offsets();
   }
 
@@ -83,15 +94,14 @@ class FlatRecords {
   int64_t source_row(int64_t patient, int64_t visit) const { return first_visit_[patient] + visit; }
 
   int64_t count_codes(int64_t patient) const {
-    const int64_t first = first_visit_[patient];
-    return visit_offsets_[first + length_[patient]] - visit_offsets_[first];
+    const int64_t* const offsets = offsets_of(patient);
+    return offsets[length_[patient]] - offsets[0];
   }
 
   int32_t* copy_visit(int64_t patient, int64_t visit, int32_t* to, const Vocabulary& vocabulary,
                       bool& all_inside) const {
-    const int64_t row = source_row(patient, visit);
-    const int64_t end = visit_offsets_[row + 1];
-    for (int64_t at = visit_offsets_[row]; at < end; ++at) {
+    const int64_t* const offsets = offsets_of(patient) + visit;
+    for (int64_t at = offsets[0]; at < offsets[1]; ++at) {
       const int64_t code = codes_[at];
       all_inside &= vocabulary.holds(code);
       *to++ = static_cast<int32_t>(code);
@@ -100,21 +110,21 @@ class FlatRecords {
   }
 
   std::string name(int64_t patient) const {
-    if (!chosen_) return "patient " + text(patient);
+    if (!is_chosen_) return "patient " + text(patient);
     return "patient " + text(patient) + " (record " + text(chosen_[patient]) + ")";
   }
 
   [[noreturn]] void refuse_codes_outside(const Vocabulary& vocabulary) const {
     Offenders outside;
-    int64_t first_code = 0;
+    std::string first_code;
     for (int64_t patient = 0; patient < n_patients(); ++patient) {
       for (int64_t visit = 0; visit < length(patient); ++visit) {
-        const int64_t begin = visit_offsets_[source_row(patient, visit)];
-        const int64_t end = visit_offsets_[source_row(patient, visit) + 1];
-        for (int64_t at = begin; at < end; ++at) {
-          if (vocabulary.holds(codes_[at])) continue;
-          if (!outside) first_code = codes_[at];
-          outside.add(patient, visit, at - begin);
+        const int64_t* const offsets = offsets_of(patient) + visit;
+        for (int64_t at = offsets[0]; at < offsets[1]; ++at) {
+          const int64_t code = codes_[at];
+          if (vocabulary.holds(code)) continue;
+          if (!outside) first_code = at == huge_.at ? huge_.text : text(code);
+          outside.add(patient, visit, at - offsets[0]);
         }
       }
     }
@@ -122,10 +132,14 @@ class FlatRecords {
   }
 
  private:
-  void check_chosen(int64_t n, int64_t n_records) const {
-    if (!chosen_) return;
+  // One more than the patient has visits.
+  const int64_t* offsets_of(int64_t patient) const {
+    return visit_offsets_.data() + first_offset_[patient];
+  }
+
+  void check_chosen(int64_t n_records) const {
     Offenders outside;
-    for (int64_t p = 0; p < n; ++p)
+    for (size_t p = 0; p < chosen_.size(); ++p)
       if (chosen_[p] < 0 || chosen_[p] >= n_records) outside.add(p);
     if (outside)
       refuse_index("Found " + text(outside.count) + " patient numbers outside the " +
@@ -133,58 +147,78 @@ class FlatRecords {
                    ", at position " + text(outside.patient) + ".");
   }
 
-  void find_visits(int64_t n, const IntColumn& patient_offsets) {
+  void find_visits(int64_t n, const IntColumn& patient_offsets, int64_t n_visits) {
     first_visit_.resize(n);
     length_.resize(n);
-    const int64_t n_visits = visit_offsets_.size - 1;
     Offenders falling, empty;
+    int64_t first_begin = 0, first_end = 0;
     for (int64_t p = 0; p < n; ++p) {
-      const int64_t record = chosen_ ? chosen_[p] : p;
+      const int64_t record = is_chosen_ ? chosen_[p] : p;
       const int64_t begin = patient_offsets[record];
       const int64_t end = patient_offsets[record + 1];
+      if (begin < 0 || end < begin || end > n_visits) {
+        if (!falling) first_begin = begin, first_end = end;
+        falling.add(p);
+        continue;
+      }
       first_visit_[p] = begin;
       length_[p] = end - begin;
-      if (begin < 0 || end < begin || end > n_visits) falling.add(p);
       if (begin == end) empty.add(p);
     }
-    if (falling) {
-      const int64_t begin = first_visit_[falling.patient];
+    if (falling)
       refuse_value("patient_offsets must rise within [0, " + text(n_visits) + "]. Found " +
                    text(falling.count) + " patients where they do not. The first is " +
-                   name(falling.patient) + ": from " + text(begin) + " to " +
-                   text(begin + length_[falling.patient]) + ".");
-    }
+                   name(falling.patient) + ": from " + text(first_begin) + " to " +
+                   text(first_end) + ".");
     if (empty) refuse_empty_sequences(empty, name(empty.patient));
   }
 
   // Reads the offsets of the chosen patients only, front to back.
+  void copy_visit_offsets(const IntColumn& visit_offsets) {
+    int64_t n_visits = 0;
+    for (const int64_t length : length_) {
+      if (length > kMostEntries - n_visits) refuse_visit_count(kMostEntries);
+      n_visits += length;
+    }
+    first_offset_.reserve(length_.size());
+    visit_offsets_.reserve(n_visits + n_patients());
+    for (int64_t patient = 0; patient < n_patients(); ++patient) {
+      first_offset_.push_back(static_cast<int64_t>(visit_offsets_.size()));
+      for (int64_t visit = 0; visit <= length(patient); ++visit)
+        visit_offsets_.push_back(visit_offsets[first_visit_[patient] + visit]);
+    }
+  }
+
   void check_visit_offsets() const {
     Offenders falling;
     for (int64_t patient = 0; patient < n_patients(); ++patient) {
-      int64_t begin = visit_offsets_[first_visit_[patient]];
+      const int64_t* const offsets = offsets_of(patient);
       for (int64_t visit = 0; visit < length(patient); ++visit) {
-        const int64_t end = visit_offsets_[source_row(patient, visit) + 1];
+        const int64_t begin = offsets[visit], end = offsets[visit + 1];
         if (begin < 0 || end < begin || end > codes_.size) falling.add(patient, visit);
-        begin = end;
       }
     }
     if (falling) {
-      const int64_t row = source_row(falling.patient, falling.visit);
+      const int64_t* const offsets = offsets_of(falling.patient) + falling.visit;
       refuse_value("visit_offsets must rise within [0, " + text(codes_.size) + "]. Found " +
                    text(falling.count) + " visits where they do not. The first is " +
                    name(falling.patient) + ", visit " + text(falling.visit) + ": from " +
-                   text(visit_offsets_[row]) + " to " + text(visit_offsets_[row + 1]) + ".");
+                   text(offsets[0]) + " to " + text(offsets[1]) + ".");
     }
   }
 
   IntColumn codes_;
-  IntColumn visit_offsets_;
-  const int64_t* chosen_;
+  HugeCode huge_;
+  bool is_chosen_;
+  std::vector<int64_t> chosen_;
   std::vector<int64_t> first_visit_;
   std::vector<int64_t> length_;
+  std::vector<int64_t> first_offset_;   // where each patient's offsets begin
+  std::vector<int64_t> visit_offsets_;  // of the chosen patients, one after the other
 };
 
-// What a byte of a padded mask says. A fractional weight cannot be packed.
+// What a byte of a padded mask says: 2 and all above it stand for a weight that is neither 0 nor 1,
+// which cannot be packed.
 enum MaskState : uint8_t { kPadding = 0, kReal = 1, kFractional = 2 };
 
 struct PaddedShape {
@@ -202,7 +236,7 @@ class PaddedRecords {
                 const uint8_t* visit_states, const int64_t* lengths)
       : codes_(codes), shape_(shape), code_states_(code_states) {
     if (visit_states) read_lengths(visit_states);
-    if (lengths) take_lengths(lengths);
+    if (lengths) take_lengths(std::vector<int64_t>(lengths, lengths + shape.patients));
     if (!visit_states && !lengths) length_.assign(shape.patients, shape.visits);
     refuse_empty();
     count_real_codes();
@@ -222,12 +256,14 @@ class PaddedRecords {
     const uint8_t* states = code_states_ ? code_states_ + row * shape_.codes : nullptr;
     // Real codes mostly stand first, so stopping after the last of them spares most of the padding.
     int64_t left = code_states_ ? codes_of_visit_[row] : shape_.codes;
-    for (int64_t slot = 0; left > 0; ++slot) {
+    for (int64_t slot = 0; left > 0 && slot < shape_.codes; ++slot) {
       if (states && states[slot] != kReal) continue;
-      all_inside &= vocabulary.holds(slots[slot]);
-      *to++ = static_cast<int32_t>(slots[slot]);
+      const int64_t code = slots[slot];
+      all_inside &= vocabulary.holds(code);
+      *to++ = static_cast<int32_t>(code);
       --left;
     }
+    if (left > 0) refuse_race("The masks");
     return to;
   }
 
@@ -242,7 +278,7 @@ class PaddedRecords {
       if (!outside) first_code = codes_[at];
       outside.add(patient, visit, slot);
     });
-    refuse_codes(outside, first_code, vocabulary, name(outside.patient));
+    refuse_codes(outside, text(first_code), vocabulary, name(outside.patient));
   }
 
  private:
@@ -264,7 +300,7 @@ class PaddedRecords {
       length_[patient] = length;
       bool has_hole = false;
       for (int64_t visit = length; visit < shape_.visits; ++visit) {
-        if (states[visit] == kFractional) fractional.add(patient, visit);
+        if (states[visit] >= kFractional) fractional.add(patient, visit);
         has_hole |= states[visit] != kPadding;
       }
       if (has_hole) holes.add(patient, length);
@@ -280,7 +316,7 @@ class PaddedRecords {
           name(holes.patient) + ", visit " + text(holes.visit) + ".");
   }
 
-  void take_lengths(const int64_t* lengths) {
+  void take_lengths(std::vector<int64_t> lengths) {
     Offenders outside, different;
     for (int64_t patient = 0; patient < shape_.patients; ++patient) {
       if (lengths[patient] < 0 || lengths[patient] > shape_.visits) outside.add(patient);
@@ -295,7 +331,7 @@ class PaddedRecords {
                    " lengths that disagree with sequence_mask. The first is " +
                    name(different.patient) + ": length " + text(lengths[different.patient]) +
                    ", but " + text(length_[different.patient]) + " visits in the mask.");
-    length_.assign(lengths, lengths + shape_.patients);
+    length_ = std::move(lengths);
   }
 
   void refuse_empty() const {
@@ -318,23 +354,24 @@ class PaddedRecords {
       for (int64_t visit = 0; visit < length_[patient]; ++visit) {
         const int64_t row = source_row(patient, visit);
         const uint8_t* states = code_states_ + row * shape_.codes;
-        int32_t count = 0;
+        int64_t count = 0;
         for (int64_t slot = 0; slot < shape_.codes; ++slot) {
-          count += states[slot];
+          count += states[slot] == kReal;
           seen |= states[slot];
         }
-        codes_of_visit_[row] = count;
+        codes_of_visit_[row] = static_cast<int32_t>(count);
         codes_of_patient_[patient] += count;
       }
     }
-    if (seen & kFractional) refuse_fractional();
+    if (seen >= kFractional) refuse_fractional();
   }
 
   [[noreturn]] void refuse_fractional() const {
     Offenders fractional;
     for_each_slot([&](int64_t patient, int64_t visit, int64_t slot, int64_t at) {
-      if (code_states_[at] == kFractional) fractional.add(patient, visit, slot);
+      if (code_states_[at] >= kFractional) fractional.add(patient, visit, slot);
     });
+    if (!fractional) refuse_race("The masks");
     refuse_value("visit_mask must be 0 or 1 to be packed. Found " + text(fractional.count) +
                  " other values. The first is at " + name(fractional.patient) + ", visit " +
                  text(fractional.visit) + ", code " + text(fractional.code) +

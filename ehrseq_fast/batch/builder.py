@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..arrays import ArrayLike, integers
 from . import reference
 from .checks import (
-    ArrayLike,
     check_padded,
     code_limit,
     host_lengths,
-    integers,
     listed,
     mask_states,
     offsets,
@@ -27,7 +26,7 @@ from .checks import (
     patient_numbers,
 )
 from .device import on_host, pack_on_device
-from .gather import check_features, gather_all, gather_features, joined
+from .gather import as_tensor, as_values, check_features, gather_all, gather_features, joined
 from .layout import Layout, layout_of
 from .rows import Rows
 
@@ -56,23 +55,26 @@ def from_lists(
     targets: Mapping[str, ArrayLike] | None,
     visit_targets: Mapping[str, ArrayLike | Sequence[ArrayLike]] | None,
 ) -> Contents:
-    if not isinstance(patients, (list, tuple)):
-        patients = listed(patients)
+    patients = listed(patients)
     longs = outcomes_of(*outcomes, len(patients))
     per_visit = visit_features is not None or bool(visit_targets)
     sizes, host, fields, rows = backend.batch_builder().pack_lists(
         patients, code_limit(vocab_size), *longs, per_visit
     )
     layout = layout_of(sizes, longs)
-    total = layout.n_visits
+    total, lengths = layout.n_visits, host[layout.max_visits :].tolist()
+    by_visit = {
+        name: joined(f"visit_targets[{name!r}]", values, lengths)
+        for name, values in (visit_targets or {}).items()
+    }
     return Contents(
         layout,
         torch.from_numpy(host),
         torch.from_numpy(fields),
         vocab_size,
-        gather_features(joined(visit_features), rows, total),
+        gather_features(joined("visit_features", visit_features, lengths), rows, total),
         gather_all(targets, None, len(patients), "patients"),
-        gather_all({k: joined(v) for k, v in (visit_targets or {}).items()}, rows, total),
+        gather_all(by_visit, rows, total),
     )
 
 
@@ -92,7 +94,7 @@ def from_flat(
     patient_offsets = offsets("patient_offsets", patient_offsets)
     n_records = patient_offsets.shape[0] - 1
     n_rows = visit_offsets.shape[0] - 1
-    chosen = None if patients is None else patient_numbers(patients)
+    chosen = None if patients is None else patient_numbers(patients, n_records)
     longs = outcomes_of(*outcomes, n_records, chosen)
     per_visit = visit_features is not None or bool(visit_targets)
     sizes, host, fields, rows = backend.batch_builder().pack_flat(
@@ -131,18 +133,21 @@ def from_padded(
     packed = _pack_padded(visit_codes, visit_mask, sequence_mask, lengths, vocab_size, outcomes)
     rows = Rows(*packed)
     features = None
-    gathered = gather_all(targets, None, shape[0], "patients")
+    device = visit_codes.device
+    gathered = gather_all(targets, None, shape[0], "patients", device)
     if visit_features is not None:
-        check_features(visit_features, visit_features.shape[:2], shape)
-        features = rows.pack(visit_features)
+        values = as_tensor(as_values("visit_features", visit_features), device)
+        check_features(values, values.shape[:2], shape)
+        features = rows.pack(values)
     by_visit = {}
-    for name, target in (visit_targets or {}).items():
-        if target.shape[:2] != shape:
+    for key, target in (visit_targets or {}).items():
+        name = f"visit_targets[{key!r}]"
+        values = as_tensor(as_values(name, target), device)
+        if values.shape[:2] != shape:
             raise ValueError(
-                f"visit_targets[{name!r}]: expected shape [{shape[0]}, {shape[1]}, ...], "
-                f"got {list(target.shape)}"
+                f"{name}: expected shape [{shape[0]}, {shape[1]}, ...], got {list(values.shape)}"
             )
-        by_visit[name] = rows.pack(target)
+        by_visit[key] = rows.pack(values)
     return Contents(*packed, vocab_size, features, gathered, by_visit)
 
 

@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..arrays import Array, ArrayLike, as_array, integer, integers, longs, selection, truth, whole
 from .layout import MOST_CODES
 
-Array = npt.NDArray[Any]
-ArrayLike = Any  # a NumPy array, memory-mapped or not, a tensor, or nested lists of numbers
 
-
-def listed(patients: Any) -> list[Any]:
-    try:
-        return list(patients)
-    except TypeError:
-        raise TypeError(
-            f"patients: expected a sequence of patients, got {type(patients).__name__}."
-        ) from None
+def listed(patients: Any) -> tuple[Any, ...]:
+    """A copy: what a patient's ``__iter__`` does to the list changes nothing."""
+    if not isinstance(patients, (str, bytes, bytearray, Mapping)):
+        try:
+            return tuple(patients)
+        except TypeError as error:
+            cause: Exception | None = error
+    else:
+        cause = None
+    raise TypeError(
+        f"patients: expected a sequence of patients, got {type(patients).__name__}."
+    ) from cause
 
 
 def code_limit(vocab_size: int | None) -> int:
     if vocab_size is None:
         return MOST_CODES
-    limit = operator.index(vocab_size)
-    if not 1 <= limit <= MOST_CODES:
-        raise ValueError(f"vocab_size: expected 1 to {MOST_CODES}, got {limit}")
-    return limit
-
-
-def as_array(values: ArrayLike) -> Array:
-    """A view as a NumPy array wherever that is possible; memory-mapped arrays stay on disk. What
-    lies on a GPU is copied to the host, where batches are built."""
-    if isinstance(values, Tensor):
-        return values.detach().cpu().numpy()
-    return np.asarray(values)
-
-
-def integers(name: str, values: ArrayLike) -> Array:
-    array = as_array(values)
-    if array.size == 0:
-        array = array.astype(np.int64)  # an empty list has no dtype of its own
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected 1 dimension, got shape {list(array.shape)}")
-    if array.dtype not in (np.int64, np.int32):
-        raise TypeError(f"{name}: expected int32 or int64, got {array.dtype}")
-    return array
+    return integer("vocab_size", vocab_size, 1, MOST_CODES)
 
 
 def offsets(name: str, values: ArrayLike) -> Array:
@@ -60,8 +40,12 @@ def offsets(name: str, values: ArrayLike) -> Array:
     return array
 
 
-def patient_numbers(patients: ArrayLike) -> Array:
-    return np.ascontiguousarray(integers("patients", patients), np.int64)
+def patient_numbers(patients: ArrayLike, n_records: int) -> Array:
+    """A copy, as int64; whether the numbers are those of records is the builder's to check."""
+    array = as_array("patients", patients)
+    if array.dtype == np.bool_:
+        return selection("patients", patients, n_records, "records")
+    return np.array(integers("patients", patients), np.int64, order="C")
 
 
 def outcomes_of(
@@ -84,43 +68,44 @@ def outcomes_of(
 def outcome(
     name: str, values: ArrayLike | None, n_records: int, chosen: Array | None
 ) -> Array | None:
+    """A copy as int64; indicators and types may be whole floats or booleans, times may not."""
     if values is None:
         return None
-    array = as_array(values)
+    array = as_array(name, values)
     if array.shape != (n_records,):
         raise ValueError(
             f"{name}: expected one per patient, shape [{n_records}], got {list(array.shape)}"
         )
-    if chosen is not None:
-        # A number outside the data set is the builder's to refuse, with its place.
-        array = array.take(chosen, mode="clip") if n_records else np.zeros(len(chosen), np.int64)
-    if array.dtype.kind in "biu" or array.size == 0:
-        return np.ascontiguousarray(array, np.int64)
-    if name == "event_times" or array.dtype.kind != "f":
-        raise TypeError(f"{name}: expected integers, got {array.dtype}")
-    whole = array.astype(np.int64)
-    if (whole != array).any():
-        at = int(np.flatnonzero(whole != array)[0])
-        raise ValueError(f"{name}: expected whole numbers; the first other is {array[at]}, at {at}")
-    return whole
+    as_longs = longs if name == "event_times" else whole
+    if chosen is None:
+        return as_longs(name, values)
+    if n_records == 0:
+        return np.zeros(len(chosen), np.int64)
+    # Of a large data set no more is read than the batch needs. A number outside the data set is the
+    # builder's to refuse, with its place.
+    return as_longs(
+        name, (as_longs(name, values) if _is_list(values) else array).take(chosen, mode="clip")
+    )
+
+
+def _is_list(values: ArrayLike) -> bool:
+    return isinstance(values, (list, tuple))
 
 
 def resolve_index(index: Any, n_patients: int) -> Array:
     if isinstance(index, slice):
         return np.arange(*index.indices(n_patients))
-    if isinstance(index, Tensor):
-        index = index.detach().cpu().numpy()
-    array = np.asarray(index)
+    array = as_array("index", index)
     if array.size == 0 and not isinstance(index, np.ndarray):
         array = array.astype(np.int64)
     if array.dtype == np.bool_ and array.shape == (n_patients,):
-        return np.flatnonzero(array)
+        return np.flatnonzero(truth(array))
     if array.dtype.kind not in "iu" or array.ndim > 1:
         raise TypeError(
             "expected an integer, a slice, or a list, array or tensor of integers or of "
             f"{n_patients} booleans, got {array.dtype} of shape {list(array.shape)}"
         )
-    numbers = np.atleast_1d(array).astype(np.int64)
+    numbers = np.atleast_1d(longs("index", array))
     outside = np.flatnonzero((numbers < -n_patients) | (numbers >= n_patients))
     if len(outside):
         raise IndexError(
@@ -131,6 +116,9 @@ def resolve_index(index: Any, n_patients: int) -> Array:
 
 
 def check_padded(codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor | None) -> None:
+    _check_dense("visit_codes", codes)
+    if codes.is_meta:
+        raise ValueError("visit_codes: expected values, got a tensor on meta, which holds none")
     if codes.dim() != 3:
         raise ValueError(f"visit_codes: expected shape [B, V, C], got {list(codes.shape)}")
     if codes.dtype not in (torch.int32, torch.int64):
@@ -142,12 +130,20 @@ def check_padded(codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor
     for name, (mask, shape) in masks.items():
         if mask is None:
             continue
+        _check_dense(name, mask)
         if mask.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(mask.shape)}")
         if mask.is_complex():
             raise TypeError(f"{name}: expected bool or numeric 0/1, got {mask.dtype}")
         if mask.device != codes.device:
             raise ValueError(f"{name} is on {mask.device}, but visit_codes is on {codes.device}")
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        raise TypeError(f"{name}: expected a dense tensor, got a sparse, nested or quantized one")
 
 
 def host_lengths(lengths: ArrayLike, n_patients: int) -> Array:
@@ -159,14 +155,15 @@ def host_lengths(lengths: ArrayLike, n_patients: int) -> Array:
     array = integers("lengths", lengths)
     if array.shape[0] != n_patients:
         raise ValueError(f"lengths: expected shape [{n_patients}], got {list(array.shape)}")
-    return np.ascontiguousarray(array, np.int64)
+    return np.array(array, np.int64, order="C")
 
 
 def mask_states(mask: Tensor | None) -> Tensor | None:
-    """uint8: 0 padding, 1 real, 2 neither (NaN too), which is an error on a real visit."""
+    """A new uint8 tensor: 0 padding, 1 real, 2 neither (NaN too), an error on a real visit."""
     if mask is None:
         return None
     mask = mask.detach()
     if mask.dtype == torch.bool:
-        return mask.view(torch.uint8)
+        # a boolean's byte need not be 0 or 1: bit flags viewed as booleans, say
+        return (mask.view(torch.uint8) != 0).view(torch.uint8)
     return (mask != 0).to(torch.uint8) + ((mask != 0) & (mask != 1)).to(torch.uint8)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import Array, ArrayLike, code_limit
+from ..arrays import Array, ArrayLike
+from .checks import code_limit
 from .checks import outcome as host_outcome
 from .layout import MOST_CODES, OUTCOMES, Layout
 
@@ -123,7 +124,7 @@ def pack_on_device(
         return None
 
     host_lengths = (
-        torch.tensor(read, dtype=torch.int64)
+        torch.tensor(read, dtype=torch.int64, device="cpu")
         if lengths is None
         else (torch.from_numpy(lengths.copy()))
     )

@@ -2,23 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import Array
+from ..arrays import Array, as_array
+
+HOST = torch.device("cpu")
 
 
-def joined(values: Any) -> Any:
+def as_values(name: str, values: Any) -> Tensor | Array:
+    """A tensor as it is, with its gradient; all else as an array that a tensor can be made of."""
+    if isinstance(values, Tensor):
+        if values.layout != torch.strided or values.is_nested or values.is_quantized:
+            raise TypeError(
+                f"{name}: expected a dense tensor, got a sparse, nested or quantized one"
+            )
+        if values.is_meta:
+            raise ValueError(f"{name}: expected values, got a tensor on meta, which holds none")
+        return values
+    array = as_array(name, values)
+    numbers = array.dtype.kind in "biu" or array.dtype.char in "efdFD"
+    if not numbers or not array.dtype.isnative:
+        raise TypeError(f"{name}: expected numbers that a tensor can hold, got {array.dtype}")
+    return array
+
+
+def as_tensor(values: Tensor | Array, device: torch.device) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.to(device)
+    return torch.from_numpy(np.array(values)).to(device)  # torch warns of read-only memory
+
+
+def joined(name: str, values: Any, lengths: Sequence[int]) -> Any:
     """Per-visit values of all patients end to end, from one array per patient."""
     if not isinstance(values, (list, tuple)):
         return values
-    if values and all(isinstance(part, Tensor) for part in values):
-        return torch.cat(tuple(values))
-    return np.concatenate([np.asarray(part) for part in values]) if values else np.empty((0, 0))
+    parts = [as_values(f"{name}, patient {p}", part) for p, part in enumerate(values)]
+    if len(parts) != len(lengths):
+        raise ValueError(
+            f"{name}: expected one array for each of {len(lengths)} patients, got {len(parts)}"
+        )
+    total = sum(lengths)
+    for patient, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        if part.ndim == 0 or part.shape[0] != length:
+            found = "a number" if part.ndim == 0 else part.shape[0]
+            raise ValueError(
+                f"{name}: expected one row per visit, {total} in all; patient {patient}: expected "
+                f"{length}, got {found}"
+            )
+        if part.shape[1:] != parts[0].shape[1:]:
+            raise ValueError(
+                f"{name}: expected rows of one shape; patient 0: {list(parts[0].shape[1:])}, "
+                f"patient {patient}: {list(part.shape[1:])}"
+            )
+    if not parts:
+        return np.empty((0, 0))
+    if any(isinstance(part, Tensor) for part in parts):
+        return torch.cat([as_tensor(part, HOST) for part in parts])
+    return np.concatenate(parts)
 
 
 def check_features(features: Any, leading: Any, expected: tuple[int, ...]) -> None:
@@ -37,31 +82,36 @@ def check_features(features: Any, leading: Any, expected: tuple[int, ...]) -> No
 def gather_features(features: Any, rows: Array | None, n_rows: int) -> Tensor | None:
     if features is None:
         return None
-    if not isinstance(features, Tensor):
-        features = np.asarray(features)
+    features = as_values("visit_features", features)
     check_features(features, features.shape[:1], (n_rows,))
     return gather(features, rows)
 
 
 def gather_all(
-    values: Mapping[str, Any] | None, rows: Array | None, n_rows: int, of: str = "visits"
+    values: Mapping[str, Any] | None,
+    rows: Array | None,
+    n_rows: int,
+    of: str = "visits",
+    device: torch.device = HOST,
 ) -> dict[str, Tensor]:
     gathered = {}
-    for name, value in (values or {}).items():
-        array = value if isinstance(value, Tensor) else np.asarray(value)
+    for key, value in (values or {}).items():
+        name = f"{'targets' if of == 'patients' else 'visit_targets'}[{key!r}]"
+        array = as_values(name, value)
         if array.ndim == 0 or array.shape[0] != n_rows:
             raise ValueError(
-                f"{'targets' if of == 'patients' else 'visit_targets'}[{name!r}]: expected one row "
-                f"for each of {n_rows} {of}, got shape {list(array.shape)}"
+                f"{name}: expected one row for each of {n_rows} {of}, got shape {list(array.shape)}"
             )
-        gathered[name] = gather(array, rows)
+        gathered[key] = gather(array, rows, device)
     return gathered
 
 
-def gather(values: Tensor | Array, rows: Array | None) -> Tensor:
+def gather(values: Tensor | Array, rows: Array | None, device: torch.device = HOST) -> Tensor:
+    """The chosen rows, or all, on ``device``. A copy either way: what the caller does to its array
+    later must not reach into the batch."""
     if isinstance(values, Tensor):
         if rows is None:
-            return values
-        return values.index_select(0, torch.from_numpy(rows).to(values.device))
-    # A copy either way: what the caller does to its array later must not reach into the batch.
-    return torch.from_numpy(np.array(values) if rows is None else values.take(rows, axis=0))
+            return values.to(device, copy=True)
+        return values.index_select(0, torch.from_numpy(rows).to(values.device)).to(device)
+    array = np.array(values) if rows is None else values.take(rows, axis=0)
+    return torch.from_numpy(array).to(device)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..arrays import Array
 from .builder import Contents
-from .checks import Array, code_limit
+from .checks import code_limit
 from .layout import OUTCOMES, layout_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def _flatten(batch: PackedVisits, chosen: Array) -> _Flat:
     time = np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
     ranks = batch.unsorted_indices.numpy()[chosen]
     rows = batch.row_starts.numpy()[time] + np.repeat(ranks, lengths)
+    batch._codes_per_row()  # refuses offsets that fall
     offsets = batch.code_offsets.numpy().astype(np.int64)
     counts = offsets[rows + 1] - offsets[rows]
     places = np.repeat(offsets[rows] - _starts(counts), counts) + np.arange(counts.sum())

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 MOST_CODES = 2**31 - 1  # code ids stay below this, with or without a vocabulary
 OUTCOMES = ("event_times", "event_indicators", "event_types")
+LONGS = ("sorted_indices", "unsorted_indices", "last_rows", "row_starts")
+INTS = ("code_offsets", "codes", "index_visits", "index_codes", "index_offsets")
 
 
 class Layout(NamedTuple):
@@ -40,6 +45,33 @@ class Layout(NamedTuple):
             self.n_distinct,
             self.n_distinct + 1,
         ]
+
+    def views(self, host: Tensor, fields: Tensor) -> dict[str, Tensor]:
+        """The tensors that lie in the two buffers, by name.
+
+        Raises:
+            ValueError: buffers of another size or dtype.
+        """
+        sizes = self.ints()
+        if sum(sizes) % 2:
+            sizes.append(1)
+        for name, buffer, expected in (
+            ("host", host, self.max_visits + self.n_patients),
+            ("fields", fields, sum(self.longs())),
+        ):
+            if buffer.dtype != torch.int64 or buffer.shape != (expected,):
+                raise ValueError(
+                    f"{name}: expected int64 of shape [{expected}] for {self}, got {buffer.dtype} "
+                    f"of shape {list(buffer.shape)}"
+                )
+        batch_sizes, lengths = host.split_with_sizes([self.max_visits, self.n_patients])
+        *longs, ints = fields.split_with_sizes(self.longs())
+        return {
+            "batch_sizes": batch_sizes,
+            "lengths": lengths,
+            **dict(zip((*LONGS, *self.outcomes), longs, strict=True)),
+            **dict(zip(INTS, ints.view(torch.int32).split_with_sizes(sizes), strict=False)),
+        }
 
 
 def layout_of(sizes: tuple[int, int, int, int, int], outcomes: Sequence[Any]) -> Layout:

@@ -12,19 +12,27 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from ..arrays import ArrayLike
 from . import builder
-from .checks import ArrayLike, resolve_index
+from .changes import Changes
+from .checks import resolve_index
 from .join import check_alike, join
-from .rows import Rows
 
 
-class PackedVisits(Rows):
+class PackedVisits(Changes):
     """A batch of patients' visits with nothing padded, in ``PackedSequence`` order.
 
     Visits are rows, time-major: the first visits of all patients (those with the most visits first;
     ties keep the caller's order), then the second visits of all who have one, and so on. Whatever
     is per patient stays in the caller's order. Build one with :meth:`from_lists`,
     :meth:`from_flat` or :meth:`from_padded`.
+
+    A batch is immutable: its fields belong together, so they can neither be assigned nor written
+    to (a change in place is noticed, and refused with ``RuntimeError``, when the batch is next
+    used; not one made through ``.numpy()`` or ``.data``). :meth:`with_outcomes`,
+    :meth:`with_codes` and :meth:`with_features` make changed copies. Outcomes, features and targets
+    go along with ``copy.deepcopy``, ``pickle``, slices, :meth:`cat`, :meth:`pin_memory` and
+    :meth:`to`.
 
     Attributes:
         codes: int32 ``[n_codes]``, the codes of row 0, then of row 1, ...; within a visit in the
@@ -46,7 +54,7 @@ class PackedVisits(Rows):
         event_indicators: int64 ``[n_patients]``, 1 where the event was seen, 0 censored, or None.
         event_types: int64 ``[n_patients]``, 0 censored, 1.. which of competing events, or None.
         visit_features: ``[n_visits, F]``, floating, in row order, or None.
-        targets: tensors ``[n_patients, ...]`` by name.
+        targets: tensors ``[n_patients, ...]`` by name, in a read-only mapping.
         visit_targets: tensors ``[n_visits, ...]`` in row order, by name.
         vocab_size: the range that the codes were checked against, or None.
 

@@ -9,18 +9,34 @@ Each function returns ``(sizes, host, fields, source_rows)``; ``csrc/batching/pa
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Longs = npt.NDArray[np.int64]
+from .reference_checks import (
+    Longs,
+    Names,
+    check_codes,
+    check_outcomes,
+    check_sizes,
+    check_visit_count,
+    check_visit_offsets,
+    check_vocabulary,
+    expect_integers,
+    expect_offsets,
+    expect_outcomes,
+    expect_shape,
+    find_visits,
+    padded_lengths,
+    refuse_empty,
+    refuse_fractional,
+)
+
+Outcomes = tuple["Longs | None", "Longs | None", "Longs | None"]
 Sizes = tuple[int, int, int, int, int]
 Packed = tuple[Sizes, Longs, Longs, "Longs | None"]
-
-MOST = 2**31 - 2  # codes, and visits, that int32 offsets can count
-FRACTIONAL = 2  # of a mask's states: 0 padding, 1 real, 2 neither
 
 
 def pack_flat(
@@ -35,23 +51,60 @@ def pack_flat(
     with_source_rows: bool,
 ) -> Packed:
     """Pack the chosen patients of flat records, reading no other patient's rows."""
-    names = _Names(patients)
-    first_visit, lengths = _find_visits(patient_offsets, patients, len(visit_offsets) - 1, names)
-    _check_visit_offsets(visit_offsets, first_visit, lengths, len(codes), names)
-    order = _PatientOrder(lengths)
+    expect_integers("codes", codes, 1)
+    expect_offsets("visit_offsets", visit_offsets)
+    expect_offsets("patient_offsets", patient_offsets)
+    if patients is not None:
+        expect_shape("patients", patients, (patients.size,))
+        patients = patients.copy()  # as everything that is indexed by: other threads may write
+    check_vocabulary(vocab_size)
+    n_patients = len(patient_offsets) - 1 if patients is None else len(patients)
+    outcomes = expect_outcomes(event_times, event_indicators, event_types, n_patients)
+    return _pack_flat(
+        codes,
+        visit_offsets,
+        patient_offsets,
+        patients,
+        vocab_size,
+        outcomes,
+        with_source_rows,
+        {},
+    )
+
+
+def _pack_flat(
+    codes: npt.NDArray[Any],
+    visit_offsets: npt.NDArray[Any],
+    patient_offsets: npt.NDArray[Any],
+    patients: Longs | None,
+    vocab_size: int,
+    outcomes: Outcomes,
+    with_source_rows: bool,
+    huge: dict[int, str],
+) -> Packed:
+    names = Names(patients)
+    first_visit, lengths = find_visits(patient_offsets, patients, len(visit_offsets) - 1, names)
+    check_visit_count(int(lengths.sum(dtype=np.float64)))
+    order = PatientOrder(lengths)
     rows = first_visit[order.patient_of_row] + order.time_of_row
     begins = np.take(visit_offsets, rows).astype(np.int64)
-    counts = np.take(visit_offsets, rows + 1) - begins
-    _check_sizes(int(counts.sum()), len(rows))
+    ends = np.take(visit_offsets, rows + 1).astype(np.int64)
+    check_visit_offsets(begins, ends, order, len(codes), names)
+    check_outcomes(lengths, outcomes, names)
+    counts = ends - begins
+    check_sizes(counts, len(rows))
     positions = np.repeat(begins - _starts(counts), counts) + np.arange(counts.sum())
     return _pack(
         order,
         counts,
         np.take(codes, positions),
         vocab_size,
-        (event_times, event_indicators, event_types),
+        outcomes,
         names,
         rows if with_source_rows else None,
+        huge={place: huge[at] for place, at in enumerate(positions.tolist()) if at in huge}
+        if huge
+        else {},
     )
 
 
@@ -64,32 +117,32 @@ def pack_lists(
     with_source_rows: bool,
 ) -> Packed:
     """Pack nested Python sequences: patients -> visits -> code ids."""
+    check_vocabulary(vocab_size)
     codes: list[int] = []
     visit_offsets = [0]
     patient_offsets = [0]
-    for p, patient in enumerate(patients):
-        for v, visit in enumerate(_listed(patient, "a sequence of visits", "patient {}", p)):
-            listed = _listed(visit, "a sequence of codes", "patient {}, visit {}", p, v)
-            try:
-                codes.extend(map(operator.index, listed))
-            except TypeError:
-                c = len(codes) - visit_offsets[-1]
-                raise TypeError(
-                    f"patient {p}, visit {v}, code {c}: expected an integer code, "
-                    f"got {type(listed[c]).__name__}."
-                ) from None
+    people = _listed(patients, "a sequence of patients", "patients")
+    for p, patient in enumerate(people):
+        for v, visit in enumerate(_listed(patient, "a sequence of visits", f"patient {p}")):
+            where = f"patient {p}, visit {v}"
+            listed = _listed(visit, "a sequence of codes", where)
+            if set(map(type, listed)) <= {int}:
+                codes.extend(listed)
+            else:
+                codes.extend(_code(item, f"{where}, code {c}") for c, item in enumerate(listed))
             visit_offsets.append(len(codes))
         patient_offsets.append(len(visit_offsets) - 1)
-    return pack_flat(
-        _as_longs(codes),
+    longs, huge = _as_longs(codes)
+    outcomes = expect_outcomes(event_times, event_indicators, event_types, len(people))
+    return _pack_flat(
+        longs,
         np.array(visit_offsets),
         np.array(patient_offsets),
         None,
         vocab_size,
-        event_times,
-        event_indicators,
-        event_types,
+        outcomes,
         with_source_rows,
+        huge,
     )
 
 
@@ -104,45 +157,42 @@ def pack_padded(
     event_types: Longs | None,
 ) -> Packed:
     """Pack the real slots of padded codes ``[B, V, C]``."""
+    expect_integers("codes", codes, 3)
+    if not codes.flags.c_contiguous or not codes.flags.aligned:
+        raise ValueError("codes: expected a contiguous array")
     n_patients, n_visits, n_slots = codes.shape
-    names = _Names(None)
-    real_lengths = _padded_lengths(n_patients, n_visits, visit_states, lengths, names)
-    _refuse_empty(real_lengths, names)
-    order = _PatientOrder(real_lengths)
+    expect_shape("code_states", code_states, codes.shape)
+    expect_shape("visit_states", visit_states, codes.shape[:2])
+    expect_shape("lengths", lengths, codes.shape[:1])
+    check_vocabulary(vocab_size)
+    outcomes = expect_outcomes(event_times, event_indicators, event_types, n_patients)
+    names = Names(None)
+    real_lengths = padded_lengths(n_patients, n_visits, visit_states, lengths, names)
+    refuse_empty(real_lengths, names)
+    order = PatientOrder(real_lengths)
     rows = order.patient_of_row * n_visits + order.time_of_row
     states = np.ones((len(rows), n_slots), np.uint8)
     if code_states is not None:
         states = code_states.reshape(n_patients * n_visits, n_slots)[rows]
-        _refuse_fractional(states, order, names)
+        refuse_fractional(states, order, names)
+    check_outcomes(real_lengths, outcomes, names)
     real = states == 1
     counts = real.sum(1)
-    _check_sizes(int(counts.sum()), len(rows))
+    check_sizes(counts, len(rows))
     slots = np.broadcast_to(np.arange(n_slots), real.shape)[real]
     return _pack(
         order,
         counts,
         codes.reshape(n_patients * n_visits, n_slots)[rows][real],
         vocab_size,
-        (event_times, event_indicators, event_types),
+        outcomes,
         names,
         None,
         slots,
     )
 
 
-class _Names:
-    """How an error message calls a patient."""
-
-    def __init__(self, records: Longs | None) -> None:
-        self.records = records
-
-    def __getitem__(self, patient: int) -> str:
-        if self.records is None:
-            return f"patient {patient}"
-        return f"patient {patient} (record {self.records[patient]})"
-
-
-class _PatientOrder:
+class PatientOrder:
     """Patients by falling length (stable), and whose visit each packed row is."""
 
     def __init__(self, lengths: Longs) -> None:
@@ -165,20 +215,20 @@ class _PatientOrder:
 
 
 def _pack(
-    order: _PatientOrder,
+    order: PatientOrder,
     counts: Longs,
     codes: npt.NDArray[Any],
     vocab_size: int,
-    outcomes: tuple[Longs | None, Longs | None, Longs | None],
-    names: _Names,
+    outcomes: Outcomes,
+    names: Names,
     source_rows: Longs | None,
     slots: Longs | None = None,
+    huge: dict[int, str] | None = None,
 ) -> Packed:
-    _check_outcomes(order.lengths, outcomes, names)
     row_of_code = np.repeat(np.arange(len(counts)), counts)
     if slots is None:
         slots = np.arange(len(codes)) - np.repeat(_starts(counts), counts)
-    _check_codes(codes, vocab_size, order, row_of_code, slots, names)
+    check_codes(codes, vocab_size, order, row_of_code, slots, names, huge or {})
     by_code = np.argsort(codes, kind="stable")
     index_codes, first = np.unique(codes[by_code], return_index=True)
     ints = np.concatenate(
@@ -213,200 +263,48 @@ def _offsets(counts: Longs) -> Longs:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _as_longs(codes: list[int]) -> Longs:
+def _as_longs(codes: list[int]) -> tuple[Longs, dict[int, str]]:
+    """What does not fit 64 bits is outside every vocabulary: it becomes a code that is refused as
+    such, and where each of them was, with how a message writes it."""
     try:
-        return np.array(codes, np.int64)
-    except OverflowError:  # what does not fit 64 bits is outside every vocabulary
-        return np.array([code if abs(code) < 2**63 else -1 for code in codes], np.int64)
+        return np.array(codes, np.int64), {}
+    except OverflowError:
+        huge = {at: _text(code) for at, code in enumerate(codes) if not _fits(code)}
+        return np.array([code if _fits(code) else -1 for code in codes], np.int64), huge
 
 
-def _listed(items: Any, expected: str, where: str, *place: int) -> Sequence[Any]:
-    if isinstance(items, (list, tuple)):
-        return items
-    try:
-        return list(items)
-    except TypeError:
-        raise TypeError(
-            f"{where.format(*place)}: expected {expected}, got {type(items).__name__}."
-        ) from None
+def _fits(code: int) -> bool:
+    return -(2**63) <= code < 2**63
 
 
-def _find_visits(
-    patient_offsets: npt.NDArray[Any], patients: Longs | None, n_visits: int, names: _Names
-) -> tuple[Longs, Longs]:
-    n_records = len(patient_offsets) - 1
-    records = np.arange(n_records) if patients is None else patients
-    outside = np.flatnonzero((records < 0) | (records >= n_records))
-    if len(outside):
-        raise IndexError(
-            f"Found {len(outside)} patient numbers outside the {n_records} records. "
-            f"The first is {records[outside[0]]}, at position {outside[0]}."
-        )
-    begins = np.take(patient_offsets, records).astype(np.int64)
-    ends = np.take(patient_offsets, records + 1).astype(np.int64)
-    falling = np.flatnonzero((begins < 0) | (ends < begins) | (ends > n_visits))
-    if len(falling):
-        at = falling[0]
-        raise ValueError(
-            f"patient_offsets must rise within [0, {n_visits}]. Found {len(falling)} patients "
-            f"where they do not. The first is {names[at]}: from {begins[at]} to {ends[at]}."
-        )
-    _refuse_empty(ends - begins, names)
-    return begins, ends - begins
+def _text(code: int) -> str:
+    bits = code.bit_length()
+    return f"an integer of {bits} bits" if bits > 256 else str(code)
 
 
-def _refuse_empty(lengths: Longs, names: _Names) -> None:
-    empty = np.flatnonzero(lengths == 0)
-    if len(empty):
-        raise ValueError(
-            f"Found {len(empty)} sequences with zero length. All sequences must have at least "
-            f"1 visit. The first is {names[empty[0]]}."
-        )
+def _listed(items: Any, expected: str, where: str) -> tuple[Any, ...]:
+    """A copy: what the caller's Python does to the list while its items are read changes nothing.
+    Text and mappings can be iterated over, but hold no codes in an order."""
+    cause: Exception | None = None
+    if not isinstance(items, (str, bytes, bytearray, dict)):
+        try:
+            return tuple(items)
+        except TypeError as error:
+            cause = error
+    raise TypeError(f"{where}: expected {expected}, got {type(items).__name__}.") from cause
 
 
-def _check_visit_offsets(
-    visit_offsets: npt.NDArray[Any],
-    first_visit: Longs,
-    lengths: Longs,
-    n_codes: int,
-    names: _Names,
-) -> None:
-    time = np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
-    rows = np.repeat(first_visit, lengths) + time
-    begins, ends = np.take(visit_offsets, rows), np.take(visit_offsets, rows + 1)
-    falling = np.flatnonzero((begins < 0) | (ends < begins) | (ends > n_codes))
-    if len(falling):
-        at = falling[0]
-        patient = np.repeat(np.arange(len(lengths)), lengths)[at]
-        raise ValueError(
-            f"visit_offsets must rise within [0, {n_codes}]. Found {len(falling)} visits where "
-            f"they do not. The first is {names[patient]}, visit {time[at]}: from {begins[at]} to "
-            f"{ends[at]}."
-        )
-
-
-def _padded_lengths(
-    n_patients: int,
-    n_visits: int,
-    visit_states: npt.NDArray[np.uint8] | None,
-    lengths: Longs | None,
-    names: _Names,
-) -> Longs:
-    masked = np.full(n_patients, n_visits) if visit_states is None else _mask_lengths(visit_states)
-    if lengths is None:
-        return masked
-    outside = np.flatnonzero((lengths < 0) | (lengths > n_visits))
-    if len(outside):
-        at = outside[0]
-        raise ValueError(
-            f"Found {len(outside)} lengths outside [1, {n_visits}], the padded visits. "
-            f"The first is {lengths[at]}: {names[at]}."
-        )
-    different = np.flatnonzero(lengths != masked)
-    if len(different) and visit_states is not None:
-        at = different[0]
-        raise ValueError(
-            f"Found {len(different)} lengths that disagree with sequence_mask. The first is "
-            f"{names[at]}: length {lengths[at]}, but {masked[at]} visits in the mask."
-        )
-    return lengths
-
-
-def _mask_lengths(visit_states: npt.NDArray[np.uint8]) -> Longs:
-    fractional = np.argwhere(visit_states == FRACTIONAL)
-    if len(fractional):
-        patient, visit = fractional[0]
-        raise ValueError(
-            f"sequence_mask must be 0 or 1. Found {len(fractional)} other values. "
-            f"The first is at patient {patient}, visit {visit}."
-        )
-    ends = np.pad(visit_states, ((0, 0), (0, 1))) == 0
-    lengths = ends.argmax(1)
-    holes = np.flatnonzero(lengths != visit_states.sum(1))
-    if len(holes):
-        raise ValueError(
-            f"Found {len(holes)} sequence masks with holes: a patient's real visits must come "
-            f"first. The first is patient {holes[0]}, visit {lengths[holes[0]]}."
-        )
-    return lengths
-
-
-def _refuse_fractional(states: npt.NDArray[np.uint8], order: _PatientOrder, names: _Names) -> None:
-    rows, slots = np.nonzero(states == FRACTIONAL)
-    if len(rows):
-        patient, visit, slot = _first(order.patient_of_row[rows], order.time_of_row[rows], slots)[
-            :3
-        ]
-        raise ValueError(
-            f"visit_mask must be 0 or 1 to be packed. Found {len(rows)} other values. The first is "
-            f"at {names[patient]}, visit {visit}, code {slot}. Weighted masks need the padded "
-            "tensors."
-        )
-
-
-def _check_sizes(n_codes: int, n_visits: int) -> None:
-    if n_codes > MOST or n_visits > MOST:
-        raise ValueError(
-            f"A batch holds at most {MOST} codes and as many visits; this one has {n_codes} codes "
-            f"and {n_visits} visits."
-        )
-
-
-def _check_codes(
-    codes: npt.NDArray[Any],
-    vocab_size: int,
-    order: _PatientOrder,
-    row_of_code: Longs,
-    slots: Longs,
-    names: _Names,
-) -> None:
-    outside = np.flatnonzero((codes < 0) | (codes >= vocab_size))
-    if len(outside):
-        rows = row_of_code[outside]
-        patient, visit, slot, code = _first(
-            order.patient_of_row[rows], order.time_of_row[rows], slots[outside], codes[outside]
-        )
-        raise IndexError(
-            f"Found {len(outside)} codes outside the vocabulary: expected 0 <= code < "
-            f"{vocab_size}. The first is {code}: {names[patient]}, visit {visit}, code {slot}."
-        )
-
-
-def _first(*columns: npt.NDArray[Any]) -> tuple[int, ...]:
-    """The first place in the caller's order: by patient, then visit, then code."""
-    at = np.lexsort((columns[2], columns[1], columns[0]))[0]
-    return tuple(int(column[at]) for column in columns)
-
-
-def _check_outcomes(
-    lengths: Longs, outcomes: tuple[Longs | None, Longs | None, Longs | None], names: _Names
-) -> None:
-    times, indicators, types = outcomes
-
-    def refuse(message: str, values: Longs, bad: Any, more: Callable[[int], str]) -> NoReturn:
-        at = int(np.flatnonzero(bad)[0])
-        raise ValueError(
-            f"Found {bad.sum()} {message} The first is {values[at]}: {names[at]}{more(at)}."
-        )
-
-    if times is not None and (late := (times < 0) | (times >= lengths)).any():
-        refuse(
-            "event times outside their patient's visits: expected 0 <= event_time < length.",
-            times,
-            late,
-            lambda at: f", with {lengths[at]} visits",
-        )
-    if indicators is not None and (unclear := (indicators != 0) & (indicators != 1)).any():
-        refuse(
-            "event indicators that are neither 0 (censored) nor 1 (event seen).",
-            indicators,
-            unclear,
-            lambda at: "",
-        )
-    if types is not None and (negative := types < 0).any():
-        refuse(
-            "negative event types: expected 0 (censored), 1, 2, ...",
-            types,
-            negative,
-            lambda at: "",
-        )
+def _code(item: Any, where: str) -> int:
+    """A code as an int. A boolean scalar, or a tensor of one element in several dimensions, would
+    be an index too."""
+    value, cause = item, None
+    is_scalar = True
+    if hasattr(item, "ndim"):
+        is_scalar = item.ndim == 0
+        value = item.item() if is_scalar else item
+    if is_scalar and not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError as error:
+            cause = error
+    raise TypeError(f"{where}: expected an integer code, got {type(item).__name__}.") from cause

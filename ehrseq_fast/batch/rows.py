@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..arrays import integer
+from .layout import MOST_CODES
 from .storage import Storage
 
 
@@ -43,14 +45,8 @@ class Rows(Storage):
     def row_of_code(self) -> Tensor:
         """int64 ``[n_codes]``: the row that each code stands in."""
         rows = torch.arange(self.n_visits, device=self.device)
-        counts = self.code_offsets.diff()
+        counts = self._codes_per_row()
         return torch.repeat_interleave(rows, counts, output_size=self.n_codes)
-
-    def _slot_of_row(self) -> Tensor:
-        """int64 ``[n_visits]``: patient * max_visits + time, each row's place among padded ones."""
-        if self._slots is None:
-            self._slots = self.patient_of_row * self.max_visits + self.time_of_row
-        return self._slots
 
     def pad(self, values: Tensor, fill: float = 0, total_length: int | None = None) -> Tensor:
         """Rows ``[n_visits, ...]`` to ``[B, V, ...]`` in the caller's order; ``fill`` elsewhere.
@@ -125,7 +121,7 @@ class Rows(Storage):
                     [ True,  True]])
         """
         n_visits = self._total_length(total_length)
-        counts = self.code_offsets.diff()
+        counts = self._codes_per_row()
         n_slots = int(counts.max()) if self.n_codes else 0
         row_of_code = self.row_of_code
         place = torch.arange(self.n_codes, device=self.device) - self.code_offsets[row_of_code]
@@ -155,6 +151,20 @@ class Rows(Storage):
         self._check_rows("data", data)
         return PackedSequence(data, self.batch_sizes, self.sorted_indices, self.unsorted_indices)
 
+    def _codes_per_row(self) -> Tensor:
+        counts = self.code_offsets.diff()
+        if self.device.type != "cpu" or torch.compiler.is_compiling():
+            return counts
+        # a file may hold anything, and offsets written to through NumPy are not noticed
+        fall = bool((counts < 0).any())
+        ends = self.code_offsets[:1].tolist() + self.code_offsets[-1:].tolist()
+        if fall or ends != [0, self.n_codes]:
+            raise ValueError(
+                f"code_offsets: expected offsets that rise from 0 to {self.n_codes}, got "
+                f"{'falling ones' if fall else f'{ends[0]} to {ends[1]}'}"
+            )
+        return counts
+
     def _check_rows(self, name: str, values: Tensor) -> None:
         if values.dim() < 1 or values.shape[0] != self.n_visits:
             raise ValueError(
@@ -165,6 +175,7 @@ class Rows(Storage):
     def _total_length(self, total_length: int | None) -> int:
         if total_length is None:
             return self.max_visits
+        total_length = integer("total_length", total_length, 0, MOST_CODES)
         if total_length < self.max_visits:
             raise ValueError(
                 f"total_length: expected at least max_visits={self.max_visits}, got {total_length}"
@@ -172,6 +183,7 @@ class Rows(Storage):
         return total_length
 
     def _slots_within(self, n_visits: int) -> Tensor:
-        if n_visits == self.max_visits:
-            return self._slot_of_row()
-        return self.patient_of_row * n_visits + self.time_of_row
+        """int64 ``[n_visits]``: patient * n_visits + time, each row's place among padded ones."""
+        time = self.time_of_row
+        rows = torch.arange(self.n_visits, device=self.device)
+        return self.sorted_indices[rows - self.row_starts[time]] * n_visits + time

@@ -2,83 +2,125 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..autograd import outside_inference
 from .layout import Layout
 
 Batch = TypeVar("Batch", bound="Storage")
+
+
+def _view(name: str) -> Any:
+    """A read-only attribute: a view of the buffers, handed out while these are as they were."""
+
+    def read(batch: Storage) -> Tensor | None:
+        batch.refuse_changes()
+        return batch._views.get(name)
+
+    return property(read)
+
+
+class ReadOnly(dict[str, Tensor]):
+    """A dictionary that refuses changes."""
+
+    def _refuse(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise TypeError(
+            "the targets of a PackedVisits are read-only: make a changed copy with "
+            "with_outcomes(targets=..., visit_targets=...)"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
+    update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
 
 
 class Storage:
     """Two buffers, and what does not fit into them: where a batch's tensors lie, and how they move.
     :class:`PackedVisits` says what each of them means."""
 
-    codes: Tensor
-    code_offsets: Tensor
-    index_codes: Tensor
-    index_offsets: Tensor
-    index_visits: Tensor
-    batch_sizes: Tensor
-    lengths: Tensor
-    sorted_indices: Tensor
-    unsorted_indices: Tensor
-    row_starts: Tensor
-    last_rows: Tensor
-    event_times: Tensor | None
-    event_indicators: Tensor | None
-    event_types: Tensor | None
+    codes: Tensor = _view("codes")
+    code_offsets: Tensor = _view("code_offsets")
+    index_codes: Tensor = _view("index_codes")
+    index_offsets: Tensor = _view("index_offsets")
+    index_visits: Tensor = _view("index_visits")
+    batch_sizes: Tensor = _view("batch_sizes")
+    lengths: Tensor = _view("lengths")
+    sorted_indices: Tensor = _view("sorted_indices")
+    unsorted_indices: Tensor = _view("unsorted_indices")
+    row_starts: Tensor = _view("row_starts")
+    last_rows: Tensor = _view("last_rows")
+    event_times: Tensor | None = _view("event_times")
+    event_indicators: Tensor | None = _view("event_indicators")
+    event_types: Tensor | None = _view("event_types")
     visit_features: Tensor | None
     targets: dict[str, Tensor]
     visit_targets: dict[str, Tensor]
     vocab_size: int | None
 
+    _layout: Layout
+    _host: Tensor
+    _fields: Tensor
+    _views: dict[str, Tensor]
+    _versions: tuple[int, int]
+
     def __init__(
         self,
-        layout: Layout,
+        layout: Layout | tuple[Any, ...],
         host: Tensor,
         fields: Tensor,
         vocab_size: int | None = None,
         visit_features: Tensor | None = None,
-        targets: dict[str, Tensor] | None = None,
-        visit_targets: dict[str, Tensor] | None = None,
+        targets: Mapping[str, Tensor] | None = None,
+        visit_targets: Mapping[str, Tensor] | None = None,
     ) -> None:
         # Two buffers hold everything but features and targets: `host` never leaves the host, and
         # `fields` moves to a device, to pinned memory or to another process in one piece.
-        self._layout = layout
-        self._host = host
-        self._fields = fields
-        self._slots: Tensor | None = None
-        self.vocab_size = vocab_size
-        self.visit_features = visit_features
-        self.targets = {} if targets is None else targets
-        self.visit_targets = {} if visit_targets is None else visit_targets
-        self.batch_sizes, self.lengths = host.split_with_sizes(
-            [layout.max_visits, layout.n_patients]
+        layout = Layout(*layout)
+        host, fields = trainable(host), trainable(fields)
+        of_visits = {k: trainable(v) for k, v in (visit_targets or {}).items()}
+        for name, value in (
+            ("_layout", layout),
+            ("_host", host),
+            ("_fields", fields),
+            ("_views", layout.views(host, fields)),
+            ("_versions", (host._version, fields._version)),
+            ("vocab_size", vocab_size),
+            ("visit_features", None if visit_features is None else trainable(visit_features)),
+            ("targets", ReadOnly({k: trainable(v) for k, v in (targets or {}).items()})),
+            ("visit_targets", ReadOnly(of_visits)),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(
+            f"a PackedVisits is immutable, so {name!r} cannot be set: make a changed copy with "
+            "with_outcomes(...), with_codes(...) or with_features(...)"
         )
-        (
-            self.sorted_indices,
-            self.unsorted_indices,
-            self.last_rows,
-            self.row_starts,
-            *outcomes,
-            ints,
-        ) = fields.split_with_sizes(layout.longs())
-        self.event_times = self.event_indicators = self.event_types = None
-        for name, outcome in zip(layout.outcomes, outcomes, strict=True):
-            setattr(self, name, outcome)
-        sizes = layout.ints()
-        if sum(sizes) % 2:
-            sizes.append(1)
-        (
-            self.code_offsets,
-            self.codes,
-            self.index_visits,
-            self.index_codes,
-            self.index_offsets,
-        ) = ints.view(torch.int32).split_with_sizes(sizes)[:5]
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a PackedVisits is immutable, so {name!r} cannot be deleted")
+
+    def refuse_changes(self) -> None:
+        """Notice a change in place, which would leave the other fields behind: gradients would go
+        to the rows that the codes were in.
+
+        Raises:
+            RuntimeError: if a tensor of this batch was written to. A write through
+                ``.numpy()`` or ``.data`` is not noticed.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if self._versions != (self._host._version, self._fields._version):
+            raise RuntimeError(
+                "the tensors of this PackedVisits were changed in place, and its other fields do "
+                "not follow: make a changed copy with with_outcomes(...) or with_codes(...)"
+            )
 
     def __len__(self) -> int:
         """The number of patients."""
@@ -126,36 +168,33 @@ class Storage:
             >>> PackedVisits.from_lists([[[1]]]).to("cpu").device
             device(type='cpu')
         """
-        fields = self._fields.to(device, non_blocking=non_blocking)
-        features = self.visit_features
-        moved = type(self)(
-            self._layout,
-            self._host,
-            fields,
-            self.vocab_size,
-            None if features is None else features.to(device, non_blocking=non_blocking),
-            {k: v.to(device, non_blocking=non_blocking) for k, v in self.targets.items()},
-            {k: v.to(device, non_blocking=non_blocking) for k, v in self.visit_targets.items()},
-        )
+        self.refuse_changes()
+        with outside_inference():
+            moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return self if self._holds_the_same_tensors(moved) else moved
 
     def pin_memory(self: Batch) -> Batch:
         """This batch in page-locked memory, for ``to(device, non_blocking=True)``. A ``DataLoader``
         with ``pin_memory=True`` calls it."""
-        features = self.visit_features
-        return type(self)(
-            self._layout,
-            self._host,
-            self._fields.pin_memory(),
-            self.vocab_size,
-            None if features is None else features.pin_memory(),
-            {name: target.pin_memory() for name, target in self.targets.items()},
-            {name: target.pin_memory() for name, target in self.visit_targets.items()},
-        )
+        self.refuse_changes()
+        with outside_inference():
+            return self._map(lambda tensor: tensor.pin_memory())
 
     def is_pinned(self) -> bool:
         """Whether the batch lies in page-locked memory."""
         return self._fields.is_pinned()
+
+    def _map(self: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
+        features = self.visit_features
+        return type(self)(
+            self._layout,
+            self._host,
+            move(self._fields),
+            self.vocab_size,
+            None if features is None else move(features),
+            {name: move(target) for name, target in self.targets.items()},
+            {name: move(target) for name, target in self.visit_targets.items()},
+        )
 
     def _holds_the_same_tensors(self, other: Storage) -> bool:
         return (
@@ -167,12 +206,23 @@ class Storage:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The buffers travel, not the views into them: two tensors to another process, not sixteen.
+        # Nothing but plain types beside them, so that torch.load can read it with weights_only.
+        self.refuse_changes()
         return type(self), (
-            self._layout,
+            tuple(self._layout),
             self._host,
             self._fields,
             self.vocab_size,
             self.visit_features,
-            self.targets,
-            self.visit_targets,
+            dict(self.targets),
+            dict(self.visit_targets),
         )
+
+
+def trainable(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy of what ``torch.inference_mode`` made: autograd can save no
+    tensor of that kind, so that a batch could be validated on, but not trained on."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with outside_inference():
+        return tensor.clone()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
+from ..arrays import selection
 from ..batch import PackedVisits
 from .packed import packed_batch
 from .padded import PaddedBatch, padded_batch
@@ -15,7 +17,8 @@ from .records import EventRecords
 
 
 class PatientDataset(Dataset[int]):
-    """Some patients of ``records`` (all, where ``patients`` is None).
+    """Some patients of ``records`` (all, where ``patients`` is None): their indices, in that order,
+    or one boolean for each patient of the records.
 
     An item is a patient's index into the records; :meth:`collate` (packed) and
     :meth:`collate_padded` cut the batch from the flat arrays in one go, so that a worker handles no
@@ -35,6 +38,11 @@ class PatientDataset(Dataset[int]):
         >>> for batch in DataLoader(data, batch_size=2, collate_fn=data.collate):
         ...     print(batch)
         PackedVisits(patients=2, visits=2, codes=3, distinct_codes=2, max_visits=1, device=cpu)
+
+    Raises:
+        ValueError: a mask of another length, an array of another shape.
+        IndexError: if an index is not that of a patient.
+        TypeError: neither integers nor booleans.
     """
 
     def __init__(
@@ -46,14 +54,17 @@ class PatientDataset(Dataset[int]):
     ) -> None:
         self.records = records
         self.with_time_features = with_time_features
-        chosen = np.arange(records.n_patients) if patients is None else np.asarray(patients)
-        self.patients = chosen.astype(np.int64)
+        n = records.n_patients
+        if patients is None:
+            self.patients = np.arange(n)
+        else:
+            self.patients = selection("patients", patients, n, "patients of these records")
 
     def __len__(self) -> int:
         return len(self.patients)
 
     def __getitem__(self, index: int) -> int:
-        return int(self.patients[index])
+        return int(self.patients[operator.index(index)])
 
     def collate(self, patients: Sequence[int]) -> PackedVisits:
         """``collate_fn`` for batches with nothing padded."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..arrays import integer
 from .records import EventRecords
+
+MOST_PATIENTS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,15 @@ def describe(records: EventRecords, *, batch_size: int = 64, seed: int = 0) -> D
     """Count patients, visits and codes, and the share of real slots in shuffled padded batches.
 
     The shares are over one pass in batches of ``batch_size``: real entries over padded slots, each
-    batch padded to its own maxima.
+    batch padded to its own maxima. Of no patients, means and shares are NaN.
+
+    Raises:
+        ValueError: a ``batch_size`` below 1.
     """
+    integer("batch_size", batch_size, 1, MOST_PATIENTS)
     lengths, widths = records.visits_per_patient, records.codes_per_visit
+    if not records.n_patients:
+        return _nobody(records, batch_size)
     widest = np.maximum.reduceat(widths, records.patient_offsets[:-1])
     order = np.random.default_rng(seed).permutation(records.n_patients)
     starts = np.arange(0, len(order), batch_size)
@@ -64,11 +74,30 @@ def describe(records: EventRecords, *, batch_size: int = 64, seed: int = 0) -> D
         visits_mean=float(lengths.mean()),
         visits_p90=float(np.percentile(lengths, 90)),
         visits_max=int(lengths.max()),
-        codes=len(records.codes),
+        codes=int(widths.sum()),
         codes_mean=float(widths.mean()),
         codes_max=int(widths.max()),
         vocabulary=len(records.vocabulary),
         batch_size=batch_size,
         real_visits=float(lengths.sum() / visit_slots.sum()),
-        real_codes=float(widths.sum() / code_slots.sum()),
+        real_codes=float(widths.sum() / code_slots.sum()) if code_slots.any() else math.nan,
+    )
+
+
+def _nobody(records: EventRecords, batch_size: int) -> Description:
+    return Description(
+        patients=0,
+        events=0,
+        left_out=dict(records.left_out),
+        visits=0,
+        visits_mean=math.nan,
+        visits_p90=math.nan,
+        visits_max=0,
+        codes=0,
+        codes_mean=math.nan,
+        codes_max=0,
+        vocabulary=len(records.vocabulary),
+        batch_size=batch_size,
+        real_visits=math.nan,
+        real_codes=math.nan,
     )

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import longs
+from .duckdb_columns import Place, Table, day, find_place, find_table, refuse_lossy, whole_number
 from .records import EventRecords, Vocabulary
 
 
@@ -47,8 +49,14 @@ def read_omop(
     """Event records for predicting the first occurrence of an outcome.
 
     The events of one person on one day are one visit, and a concept counts once per visit however
-    many rows repeat it. Rows without a date, and rows whose concept is unknown (NULL or 0, OMOP's
-    "no matching concept"), are left out and counted; a day with no other row is no visit.
+    many rows repeat it. Rows without a person (NULL; 0 is a person), rows without a date (NULL or
+    infinite), and rows whose concept is unknown (NULL or 0, OMOP's "no matching concept") are left
+    out and counted; a day with no other row is no visit, and a person with no other row is counted.
+
+    Identifiers may be integers, or decimals, floats and text that are whole numbers exactly (NaN,
+    as data frames write a missing number, is NULL). Days are those of a DATE, of a TIMESTAMP, or of
+    text that begins with YYYY-MM-DD and names no zone; of a TIMESTAMPTZ **the day in UTC**,
+    whatever the session's zone.
 
     **No leakage.** The hazard at visit t, computed from the visits up to t, is that of the event at
     visit t + 1. Of a person whose first outcome falls in visit j, the visits 0 .. j-1 are kept and
@@ -62,15 +70,19 @@ def read_omop(
         outcome_concept_id: the concept of the outcome, or several of which the earliest counts.
         tables: which events to read, of ``condition``, ``drug``, ``procedure``, ``measurement``,
             ``observation`` and ``device``; the outcome is looked for in the same tables.
-        schema: the schema that holds the tables; None for the connection's own.
+        schema: the schema that holds the tables, ``"catalogue.schema"`` or the name of a catalogue
+            for those of an attached database; None for the connection's own.
 
     Returns:
         :class:`EventRecords`, patients by ascending person id. ``left_out`` counts ``"rows without
-        a known concept"``, ``"rows without a date"`` and ``"persons with the event in their first
-        visit"``.
+        a person"``, ``"rows without a known concept"``, ``"rows without a date"`` (each row once,
+        under the first of these), ``"persons whose rows are all left out"`` and ``"persons with the
+        event in their first visit"``.
 
     Raises:
-        ValueError: for a table name not listed above, and where the outcome never occurs.
+        ValueError: for a table name not listed above, where the outcome never occurs, and for
+            values that a cast would change: a person 7.5, a day that is no day.
+        TypeError: for a column of another type, and outcomes that are not integers.
         LookupError: if the database lacks one of the tables or columns.
         ImportError: if ``database`` is a path and duckdb is not installed.
 
@@ -90,10 +102,11 @@ def read_omop(
         [1, 0]
     """
     chosen = _event_tables(tables)
-    outcomes = sorted(int(c) for c in np.atleast_1d(np.asarray(outcome_concept_id, np.int64)))
+    outcomes = _outcome_ids(outcome_concept_id)
     with _connection(database) as connection:
-        _require_columns(connection, chosen, schema)
-        rows = _union_of_events(connection, chosen, schema)
+        place = find_place(connection, schema)
+        found = _find_tables(connection, chosen, place, schema)
+        rows = _union_of_events(connection, chosen, found)
         person, day, concept = _distinct_events(connection, rows)
         left_out = _count_left_out(connection, rows)
         if not np.isin(concept, outcomes).any():
@@ -102,7 +115,7 @@ def read_omop(
                 f"{', '.join(tables)}: there is nothing to predict"
             )
         records = _assemble(person, day, concept, outcomes, left_out)
-        names = _concept_names(connection, schema, records.vocabulary.concept_ids)
+        names = _concept_names(connection, place, records.vocabulary.concept_ids)
     return _named(records, names)
 
 
@@ -118,6 +131,10 @@ def _event_tables(names: Sequence[str]) -> list[EventTable]:
 @contextmanager
 def _connection(database: Any) -> Iterator[Any]:
     if not isinstance(database, str | PathLike):
+        if not hasattr(database, "execute"):
+            raise TypeError(
+                f"database: expected a DuckDB connection or a path, got {type(database).__name__}"
+            )
         yield database
         return
     try:
@@ -130,66 +147,72 @@ def _connection(database: Any) -> Iterator[Any]:
         yield connection
 
 
-def _qualified(connection: Any, table: str, schema: str | None) -> str:
-    """The table's full name: a file ``cdm.duckdb`` with a schema ``cdm`` makes shorter ones
-    ambiguous."""
-    place = connection.execute(
-        "SELECT current_database(), coalesce(?, current_schema())", [schema]
-    ).fetchone()
-    return ".".join(_quoted(name) for name in (*place, table))
+def _outcome_ids(concept_ids: int | Sequence[int]) -> list[int]:
+    name = "outcome_concept_id"
+    many = concept_ids if np.ndim(concept_ids) else [concept_ids]
+    ids = longs(name, many)
+    if ids.ndim != 1 or not ids.size:
+        raise ValueError(f"{name}: expected a concept or several, got shape {list(ids.shape)}")
+    return sorted(ids.tolist())
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _columns(connection: Any, table: str, schema: str | None) -> set[str]:
-    """The table's column names in lower case; empty where there is no such table."""
-    rows = connection.execute(
-        "SELECT lower(column_name) FROM information_schema.columns WHERE lower(table_name) = ?"
-        " AND table_catalog = current_database()"
-        " AND lower(table_schema) = lower(coalesce(?, current_schema()))",
-        [table, schema],
-    ).fetchall()
-    return {name for (name,) in rows}
-
-
-def _require_columns(connection: Any, chosen: Iterable[EventTable], schema: str | None) -> None:
+def _find_tables(
+    connection: Any, chosen: Iterable[EventTable], place: Place, schema: str | None
+) -> list[Table]:
+    found = []
     for source in chosen:
-        present = _columns(connection, source.table, schema)
-        if not present:
+        table = find_table(connection, place, source.table)
+        if not table.columns:
             where = "" if schema is None else f" in schema {schema!r}"
             raise LookupError(f"this database has no OMOP table {source.table!r}{where}")
-        missing = {"person_id", source.concept, source.date} - present
+        missing = {"person_id", source.concept, source.date} - table.columns.keys()
         if missing:
             raise LookupError(f"table {source.table!r} lacks {', '.join(sorted(missing))}")
+        found.append(table)
+    return found
 
 
-def _union_of_events(connection: Any, chosen: Iterable[EventTable], schema: str | None) -> str:
-    return " UNION ALL ".join(
-        f"SELECT CAST(person_id AS BIGINT) AS person, CAST({source.date} AS DATE) AS day,"
-        f" CAST({source.concept} AS BIGINT) AS concept"
-        f" FROM {_qualified(connection, source.table, schema)}"
-        for source in chosen
-    )
+def _union_of_events(connection: Any, chosen: list[EventTable], tables: list[Table]) -> str:
+    selects = []
+    for source, table in zip(chosen, tables, strict=True):
+        person, date = whole_number(table, "person_id"), day(table, source.date)
+        concept = whole_number(table, source.concept)
+        refuse_lossy(connection, table, "person_id", person, "whole numbers that int64 holds")
+        refuse_lossy(connection, table, source.concept, concept, "whole numbers that int64 holds")
+        refuse_lossy(connection, table, source.date, date, "days, as YYYY-MM-DD")
+        selects.append(
+            f"SELECT {person.value} AS person, {date.value} AS day, {concept.value} AS concept"
+            f" FROM {table.name}"
+        )
+    return " UNION ALL ".join(selects)
+
+
+IS_TAKEN = "person IS NOT NULL AND day IS NOT NULL AND concept IS NOT NULL AND concept <> 0"
 
 
 def _distinct_events(connection: Any, rows: str) -> tuple[NDArray[np.int64], ...]:
     """Person, day (since 1970-01-01) and concept of every event, once each, in that order."""
     columns = connection.execute(
         "SELECT DISTINCT person, CAST(day - DATE '1970-01-01' AS BIGINT) AS day, concept"
-        f" FROM ({rows}) WHERE day IS NOT NULL AND concept IS NOT NULL AND concept <> 0"
-        " ORDER BY person, day, concept"
+        f" FROM ({rows}) WHERE {IS_TAKEN} ORDER BY person, day, concept"
     ).fetchnumpy()
-    return tuple(np.asarray(columns[name], np.int64) for name in ("person", "day", "concept"))
+    return tuple(longs(name, columns[name]) for name in ("person", "day", "concept"))
 
 
 def _count_left_out(connection: Any, rows: str) -> dict[str, int]:
-    no_concept, no_date = connection.execute(
-        "SELECT count(*) FILTER (WHERE concept IS NULL OR concept = 0),"
-        f" count(*) FILTER (WHERE day IS NULL AND concept <> 0) FROM ({rows})"
+    """Every row that is not taken up, under the first of the reasons that it has."""
+    no_person, no_concept, no_date, persons, taken = connection.execute(
+        "SELECT count(*) FILTER (WHERE person IS NULL),"
+        " count(*) FILTER (WHERE person IS NOT NULL AND (concept IS NULL OR concept = 0)),"
+        " count(*) FILTER (WHERE person IS NOT NULL AND concept <> 0 AND day IS NULL),"
+        f" count(DISTINCT person), count(DISTINCT person) FILTER (WHERE {IS_TAKEN}) FROM ({rows})"
     ).fetchone()
-    return {"rows without a known concept": no_concept, "rows without a date": no_date}
+    return {
+        "rows without a person": no_person,
+        "rows without a known concept": no_concept,
+        "rows without a date": no_date,
+        "persons whose rows are all left out": persons - taken,
+    }
 
 
 def _assemble(
@@ -205,8 +228,8 @@ def _assemble(
     had_event = np.unique(person[~before_event])
     person, day, concept = person[before_event], day[before_event], concept[before_event]
 
-    new_person = np.diff(person, prepend=np.iinfo(np.int64).min) != 0
-    new_visit = new_person | (np.diff(day, prepend=np.iinfo(np.int64).min) != 0)
+    new_person = _is_new(person)
+    new_visit = new_person | _is_new(day)
     visit_offsets = np.append(np.flatnonzero(new_visit), len(person))
     patient_offsets = np.append(np.flatnonzero(new_person[new_visit]), len(visit_offsets) - 1)
     person_ids = person[new_person]
@@ -226,6 +249,13 @@ def _assemble(
     )
 
 
+def _is_new(values: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where another value begins."""
+    new = np.ones(len(values), bool)
+    new[1:] = values[1:] != values[:-1]
+    return new
+
+
 def _before_first_outcome(
     person: NDArray[np.int64], day: NDArray[np.int64], is_outcome: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
@@ -236,18 +266,19 @@ def _before_first_outcome(
     return (persons[at] != person) | (day < event_day[at])
 
 
-def _concept_names(
-    connection: Any, schema: str | None, concept_ids: NDArray[np.int64]
-) -> dict[int, str]:
+def _concept_names(connection: Any, place: Place, concept_ids: NDArray[np.int64]) -> dict[int, str]:
     """Names from the concept table; empty where the database has none."""
-    if not {"concept_id", "concept_name"} <= _columns(connection, "concept", schema):
+    table = find_table(connection, place, "concept")
+    if not {"concept_id", "concept_name"} <= table.columns.keys():
         return {}
+    concept = whole_number(table, "concept_id")
     rows = connection.execute(
-        f"SELECT concept_id, concept_name FROM {_qualified(connection, 'concept', schema)}"
-        " WHERE concept_id IN (SELECT unnest(?)) AND concept_name IS NOT NULL",
+        f"SELECT {concept.value}, CAST(concept_name AS VARCHAR) FROM {table.name}"
+        f" WHERE {concept.value} IN (SELECT unnest(?)) AND concept_name IS NOT NULL"
+        f" AND NOT coalesce({concept.lossy or 'false'}, false) ORDER BY ALL",
         [concept_ids.tolist()],
     ).fetchall()
-    return {int(concept): name for concept, name in rows}
+    return dict(rows)
 
 
 def _named(records: EventRecords, names: dict[int, str]) -> EventRecords:

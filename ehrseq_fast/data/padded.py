@@ -9,6 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..arrays import as_array, got, selection
 from .records import EventRecords, spans
 
 
@@ -64,14 +65,18 @@ def padded_batch(records: EventRecords, patients: ArrayLike) -> PaddedBatch:
 
 
 def checked_patients(records: EventRecords, patients: ArrayLike) -> NDArray[np.int64]:
-    """Indices of patients, as int64; refused where they are not."""
-    chosen = np.asarray(patients)
+    """Indices of patients, as int64, or those of a boolean mask; refused where they are not."""
+    chosen = as_array("patients", patients)
+    if chosen.ndim == 1 and chosen.dtype == np.bool_:
+        chosen = selection("patients", patients, records.n_patients, "patients")
     if chosen.ndim != 1 or len(chosen) == 0:
         raise ValueError(
             f"a batch needs a list of at least one patient, but got shape {list(chosen.shape)}"
         )
-    if not np.issubdtype(chosen.dtype, np.integer):
-        raise TypeError(f"patients must be integer indices, but got {chosen.dtype}")
+    if chosen.dtype.kind not in "iu":
+        raise TypeError(f"patients must be integer indices, but got {got(chosen)}")
+    for name in ("codes", "visit_offsets", "patient_offsets"):
+        as_array(name, getattr(records, name))  # a file that became shorter since it was opened
     wrong = (chosen < 0) | (chosen >= records.n_patients)
     if wrong.any():
         raise IndexError(

@@ -9,6 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import ArrayLike, longs, selection
+from .check_records import check_records
+
 Ints = NDArray[np.int64]
 
 
@@ -24,11 +27,18 @@ class Vocabulary:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "concept_ids", longs("concept_ids", self.concept_ids))
+        if self.concept_ids.ndim != 1:
+            raise ValueError(
+                f"concept_ids: expected 1 dimension, got shape {list(self.concept_ids.shape)}"
+            )
         if len(self.concept_ids) != len(self.names):
             raise ValueError(
                 f"a vocabulary needs one name per concept: {len(self.concept_ids)} concepts, "
                 f"{len(self.names)} names"
             )
+        if not (self.concept_ids[1:-1] < self.concept_ids[2:]).all():
+            raise ValueError("concept_ids: expected ascending ids behind the entry for padding")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,6 +72,12 @@ class EventRecords:
             0 = censored.
         vocabulary: the meaning of the codes.
         left_out: what the reader did not take up, by reason.
+
+    Raises:
+        ValueError: arrays whose lengths do not belong together, offsets that fall or point outside,
+            a patient without visits or with days that fall, an outcome outside the visits, a code
+            outside the vocabulary (memory-mapped codes are not read for this).
+        TypeError: arrays of another kind.
     """
 
     codes: NDArray[np.int32]
@@ -73,6 +89,9 @@ class EventRecords:
     event_indicators: NDArray[np.uint8]
     vocabulary: Vocabulary
     left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_records(self)
 
     @property
     def n_patients(self) -> int:
@@ -110,8 +129,15 @@ class EventRecords:
         return np.stack([since_last, days - days[first], index], axis=1).astype(np.float32)
 
 
-def select(records: EventRecords, patients: Ints) -> EventRecords:
-    """The given patients alone, in that order; vocabulary and ``left_out`` stay as they are."""
+def select(records: EventRecords, patients: ArrayLike) -> EventRecords:
+    """The given patients alone (indices into ``records``, or one boolean for each patient), in that
+    order; vocabulary and ``left_out`` stay as they are.
+
+    Raises:
+        IndexError: if an index is not that of a patient.
+        TypeError: neither integers nor booleans.
+    """
+    patients = selection("patients", patients, records.n_patients, "patients")
     starts = records.patient_offsets[patients]
     lengths = records.patient_offsets[patients + 1] - starts
     visit = spans(starts, lengths)[2]

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import ArrayLike, as_array, got, integer, longs
+
 
 def split_by_person(
-    person_ids: NDArray[np.int64],
+    person_ids: ArrayLike,
     fractions: Mapping[str, float] = {"train": 0.8, "held_out": 0.2},
     *,
     seed: int = 0,
@@ -20,7 +22,8 @@ def split_by_person(
     what order. The parts have the fractions' sizes up to chance.
 
     Raises:
-        ValueError: if the fractions are negative or do not sum to 1.
+        ValueError: if the fractions are negative or do not sum to 1, or the seed is negative.
+        TypeError: if the identifiers are not integers.
 
     Example:
         >>> parts = split_by_person(np.arange(1000), {"train": 0.9, "held_out": 0.1})
@@ -30,10 +33,18 @@ def split_by_person(
         >>> alone.tolist()
         [0]
     """
-    shares = np.array(list(fractions.values()), dtype=np.float64)
+    numbers = as_array("fractions", list(fractions.values()))
+    if numbers.dtype.kind not in "fiu":
+        raise TypeError(f"fractions: expected numbers, got {got(numbers)}")
+    shares = numbers.astype(np.float64)
     if (shares < 0).any() or not np.isclose(shares.sum(), 1.0):
         raise ValueError(f"fractions must be non-negative and sum to 1, but got {dict(fractions)}")
-    place = _uniform_hash(np.asarray(person_ids), seed)
+    ids = as_array("person_ids", person_ids)
+    if ids.dtype.kind != "u":  # of unsigned ones all 64 bits tell persons apart
+        ids = longs("person_ids", person_ids)
+    if ids.ndim != 1:
+        raise ValueError(f"person_ids: expected 1 dimension, got shape {list(ids.shape)}")
+    place = _uniform_hash(ids, integer("seed", seed, 0, 2**64 - 1))
     edges = np.append(0.0, np.cumsum(shares))
     edges[-1] = np.inf
     return {
