@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from ..backend import use_backend
 from ..batch import PackedVisits
-from ..packed_lstm import PackedLSTM
-from ..rows import PackedRows
-from ..visit_pool import packed_visit_pool, visit_mean_pool
+from ..rows import PackedRows, VisitState
 from .pooling import plain_pool
+from .reading import is_plain_embedding
+from .recurrent import first_state, last_layer, recurrent_layer, run, run_plain
 from .sequences import (
     check_padded_batch,
     check_sequence_mask,
@@ -25,13 +24,9 @@ from .sequences import (
     pack_padded_batch,
     real_lengths,
 )
+from .visit_vectors import pool_codes, pool_weighted_codes, vocabulary_of
 
 PATHS = ("fused", "packed", "padded")
-
-# Share of the visits whose gates the models' LSTM keeps for the backward pass. A third is what
-# brings the peak of a training step on real records to 1/20 of the padded step's (all of them:
-# 1/14), for a tenth more time. ``model.lstm.keep_gates = 1.0`` keeps all.
-KEEP_GATES = 0.34
 
 
 @dataclass(frozen=True)
@@ -52,20 +47,6 @@ class HiddenStates:
     to_output: Callable[[Tensor], Any]
 
 
-@dataclass(frozen=True)
-class VisitState:
-    """Where some patients stand after the visits seen so far; see ``model.start``.
-
-    Attributes:
-        h, c: ``[layers, B, H]``, the LSTM's state.
-        n_visits: how many visits went in.
-    """
-
-    h: Tensor
-    c: Tensor
-    n_visits: int
-
-
 class VisitSequenceModel(nn.Module):
     """Base of the models: an embedding of codes, and an LSTM over visit vectors.
 
@@ -74,7 +55,7 @@ class VisitSequenceModel(nn.Module):
     """
 
     embedding: nn.Embedding
-    lstm: PackedLSTM
+    lstm: nn.LSTM
     _n_visit_features = 0
 
     def __init__(self, path: str) -> None:
@@ -96,22 +77,11 @@ class VisitSequenceModel(nn.Module):
 
     def _pool_rows(self, batch: PackedVisits) -> Tensor:
         """A packed batch → visit vectors ``[n_visits, E]``."""
-        return packed_visit_pool(
-            batch,
-            self.embedding.weight,
-            padding_idx=self.embedding.padding_idx,
-            sparse_grad=self.embedding.sparse,
-        )
+        return pool_codes(self.embedding, batch, "mean")
 
     def _pool_weighted_rows(self, codes: Tensor, mask: Tensor) -> Tensor:
         """Codes ``[n_visits, C]`` and their weights → visit vectors ``[n_visits, E]``."""
-        return visit_mean_pool(
-            codes,
-            self.embedding.weight,
-            mask,
-            padding_idx=self.embedding.padding_idx,
-            sparse_grad=self.embedding.sparse,
-        )
+        return pool_weighted_codes(self.embedding, codes, mask, "mean")
 
     def _visit_vectors(self, codes: Tensor, mask: Tensor | None) -> Tensor:
         """Codes ``[B, V, C]`` → visit vectors ``[B, V, E]``, in plain PyTorch."""
@@ -126,6 +96,11 @@ class VisitSequenceModel(nn.Module):
         raise NotImplementedError
 
     # Whole records
+
+    def _vocabulary(self) -> int | None:
+        """What codes are checked against before the embedding is read. None where it is called:
+        then it is the embedding that says which codes it takes."""
+        return vocabulary_of(self.embedding) if is_plain_embedding(self.embedding) else None
 
     def _hidden_states(
         self,
@@ -147,8 +122,9 @@ class VisitSequenceModel(nn.Module):
         try:
             return run(visit_codes, visit_mask, sequence_mask, visit_features)
         except IndexError as error:
-            message = describe_code_outside_vocabulary(visit_codes, self.embedding.num_embeddings)
-            if message is None:
+            vocab_size = vocabulary_of(self.embedding)
+            message = vocab_size and describe_code_outside_vocabulary(visit_codes, vocab_size)
+            if not message:
                 raise
             raise IndexError(message) from error
 
@@ -177,7 +153,7 @@ class VisitSequenceModel(nn.Module):
             visit_codes,
             (visit_mask != 0) if visit_mask is not None and fractional else visit_mask,
             sequence_mask,
-            self.embedding.num_embeddings,
+            self._vocabulary(),
         )
         if visit_mask is not None and fractional:
             vectors = self._pool_weighted_rows(batch.pack(visit_codes), batch.pack(visit_mask))
@@ -197,18 +173,8 @@ class VisitSequenceModel(nn.Module):
         to_output: Callable[[Tensor], Any],
     ) -> HiddenStates:
         sequence = batch.as_packed_sequence(self._lstm_input(vectors, visit_features))
-        states, (h_n, _) = self.lstm(sequence)
-        return HiddenStates(states.data, self._last_layer(h_n), to_output)
-
-    @torch.compiler.disable
-    def _plain_lstm(self, input: Tensor | PackedSequence) -> Any:
-        """PyTorch's own LSTM, which the packed and padded paths are there to show. ``self.lstm``
-        may be any ``nn.LSTM``, and is called as it stands."""
-        with use_backend("reference"):
-            if isinstance(input, PackedSequence) or self.lstm.batch_first:
-                return self.lstm(input)
-            states, final = self.lstm(input.transpose(0, 1))
-            return states.transpose(0, 1), final
+        states, final = run(self.lstm, sequence)
+        return HiddenStates(states.data, last_layer(self.lstm, final), to_output)
 
     def _run_packed(
         self,
@@ -219,14 +185,14 @@ class VisitSequenceModel(nn.Module):
     ) -> HiddenStates:
         patients, visits = visit_codes.shape[:2]
         if sequence_mask is None:
-            lengths = torch.full((patients,), visits)
+            lengths = torch.full((patients,), visits, device="cpu")
         else:
             lengths = real_lengths(sequence_mask)
         vectors = self._lstm_input(self._visit_vectors(visit_codes, visit_mask), visit_features)
         packed = pack_padded_sequence(vectors, lengths, batch_first=True, enforce_sorted=False)
-        states, (h_n, _) = self._plain_lstm(packed)
+        states, final = run_plain(self.lstm, packed)
         padded, _ = pad_packed_sequence(states, batch_first=True, total_length=visits)
-        return HiddenStates(padded, self._last_layer(h_n), times_mask(sequence_mask))
+        return HiddenStates(padded, last_layer(self.lstm, final), times_mask(sequence_mask))
 
     def _run_padded(
         self,
@@ -238,23 +204,19 @@ class VisitSequenceModel(nn.Module):
         if sequence_mask is not None:
             check_sequence_mask(sequence_mask)
         vectors = self._lstm_input(self._visit_vectors(visit_codes, visit_mask), visit_features)
-        states, (h_n, _) = self._plain_lstm(vectors)
+        states, final = run_plain(self.lstm, vectors)
         if sequence_mask is None:
-            return HiddenStates(states, self._last_layer(h_n), times_mask(None))
+            return HiddenStates(states, last_layer(self.lstm, final), times_mask(None))
         last_visit = (sequence_mask != 0).sum(1) - 1
         forward_end = states[torch.arange(len(states), device=states.device), last_visit]
-        if self.lstm.bidirectional:
-            width = self.lstm.hidden_size
-            final = torch.cat([forward_end[:, :width], states[:, 0, width:]], dim=1)
-        else:
-            final = forward_end
-        return HiddenStates(states, final, times_mask(sequence_mask))
+        if recurrent_layer(self.lstm).bidirectional:
+            width = states.shape[2] // 2
+            forward_end = torch.cat([forward_end[:, :width], states[:, 0, width:]], dim=1)
+        return HiddenStates(states, forward_end, times_mask(sequence_mask))
 
-    def _last_layer(self, h_n: Tensor) -> Tensor:
-        """``[layers * directions, B, H]`` → ``[B, H]``, or ``[B, 2H]`` for both directions."""
-        if self.lstm.bidirectional:
-            return torch.cat([h_n[-2], h_n[-1]], dim=1)
-        return h_n[-1]
+    def _loss_divisor(self, batch: PackedVisits, **options: Any) -> Tensor:
+        """What the mean of ``loss`` divides by: a float64 scalar, where the batch lies."""
+        return torch.tensor(float(len(batch)), dtype=torch.float64, device=batch.device)
 
     # Records that grow
 
@@ -276,15 +238,8 @@ class VisitSequenceModel(nn.Module):
             >>> torch.allclose(hazard, whole.last(), atol=1e-6)
             True
         """
-        if self.lstm.bidirectional:
-            raise ValueError(
-                "a bidirectional model cannot score record by record: its states depend on later "
-                "visits"
-            )
-        zeros = self.embedding.weight.new_zeros(
-            self.lstm.num_layers, n_patients, self.lstm.hidden_size
-        )
-        return VisitState(zeros, zeros, 0)
+        h, c = first_state(self.lstm, n_patients)
+        return VisitState(h, c, 0)
 
     @torch.no_grad()
     def step(
@@ -318,7 +273,7 @@ class VisitSequenceModel(nn.Module):
         if len(visits) != patients:
             raise ValueError(f"state holds {patients} patients, and visit {len(visits)}")
         batch = PackedVisits.from_lists(
-            [[codes] for codes in visits], vocab_size=self.embedding.num_embeddings
+            [[codes] for codes in visits], vocab_size=self._vocabulary()
         ).to(state.h.device)
         if visit_features is not None:
             expected = [patients, self._n_visit_features]
@@ -329,7 +284,10 @@ class VisitSequenceModel(nn.Module):
                     else f"{type(self).__name__} takes no visit_features"
                 )
         vectors = self._lstm_input(self._pool_rows(batch), visit_features)
-        _, (h, c) = self.lstm(PackedSequence(vectors, batch.batch_sizes), (state.h, state.c))
+        sequence = PackedSequence(vectors, batch.batch_sizes)
+        before = state.h if state.c is None else (state.h, state.c)
+        _, final = run(self.lstm, sequence, before)
+        h, c = final if isinstance(final, tuple) else (final, None)
         return self._output(h[-1]), VisitState(h, c, state.n_visits + 1)
 
 
@@ -343,15 +301,3 @@ def times_mask(sequence_mask: Tensor | None) -> Callable[[Tensor], Tensor]:
         return padded.masked_fill(padding.reshape(*padding.shape, *[1] * (padded.dim() - 2)), 0)
 
     return masked
-
-
-def visit_lstm(*args: Any, **options: Any) -> PackedLSTM:
-    """The LSTM of a model: as ``nn.LSTM``, with batches first, and frugal with memory."""
-    lstm = PackedLSTM(*args, batch_first=True, **options)
-    lstm.keep_gates = KEEP_GATES
-    return lstm
-
-
-def lstm_dropout(dropout: float, num_layers: int) -> float:
-    """Dropout between LSTM layers, where there is more than one."""
-    return dropout if num_layers > 1 else 0.0

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..batch import PackedVisits
 from ..survival_nll import packed_competing_risks_nll
-from .base import VisitSequenceModel, lstm_dropout, visit_lstm
+from .base import VisitSequenceModel
 from .head import hazards_of
+from .recurrent import lstm_dropout, visit_lstm
 from .survival_lstm import hazard_head
 
 

@@ -9,10 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backend import use_backend
 from ..batch import PackedVisits
-from ..visit_pool import codes_in_use, masked_pool, packed_visit_pool, visit_mean_pool
-from .base import VisitSequenceModel, lstm_dropout, visit_lstm
+from ..visit_pool import codes_in_use, masked_pool, packed_visit_pool
+from .base import VisitSequenceModel
 from .pooling import attend, plain_pool
+from .reading import are_plain, is_plain, is_plain_embedding, readable
+from .recurrent import lstm_dropout, visit_lstm
+from .visit_vectors import (
+    embed,
+    embed_real,
+    padded_embeddings,
+    pool_codes,
+    pool_rows,
+    pool_weighted_codes,
+)
 
 AGGREGATIONS = ("mean", "sum", "max", "attention")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -20,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "multi_class": lambda: nn.Softmax(dim=-1),
     "regression": nn.Identity,
 }
+_ATTENTION = (nn.Linear, nn.Tanh, nn.Linear)
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"embedding_dim": 128, "hidden_dim": 256, "num_layers": 1, "dropout": 0.3},
     "medium": {"embedding_dim": 256, "hidden_dim": 512, "num_layers": 2, "dropout": 0.3},
@@ -27,6 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+@readable
 class VisitEncoder(nn.Module):
     """A visit's code embeddings → one vector, by mean, sum, maximum or learned attention.
 
@@ -95,39 +108,27 @@ class VisitEncoder(nn.Module):
             vectors = masked_pool(visit_embeddings, visit_mask, mode=self.aggregation)
         return self.dropout(vectors)
 
-    def encode_batch(self, batch: PackedVisits, embedding: nn.Embedding) -> Tensor:
-        """A packed batch → ``[n_visits, E]``, the same numbers with no ``[N, C, E]`` in between.
-
-        An attention score depends on the code alone, so each code in use is scored once.
-        """
-        if self.aggregation == "attention":
-            # The rows in use alone: another code's row may hold anything, and 0 · NaN is NaN.
-            table = embedding(batch.index_codes)
+    def encode_batch(self, batch: PackedVisits, embedding: nn.Module) -> Tensor:
+        """A packed batch → ``[n_visits, E]``, the same numbers with no ``[N, C, E]`` in between."""
+        if self.aggregation != "attention":
+            return self.dropout(pool_codes(embedding, batch, self.aggregation))
+        if is_plain_embedding(embedding) and are_plain(self.attention, _ATTENTION):
+            # A score depends on the code alone, so each code in use is scored once. The rows in use
+            # alone: another code's row may hold anything, and 0 · NaN is NaN.
+            table = embed(embedding, batch.index_codes)
             scores = self.attention(table).squeeze(-1).to(table.dtype)
             vectors = packed_visit_pool(codes_in_use(batch), table, mode="attention", scores=scores)
         else:
-            vectors = packed_visit_pool(
-                batch,
-                embedding.weight,
-                mode=self.aggregation,
-                padding_idx=embedding.padding_idx,
-                sparse_grad=embedding.sparse,
-            )
+            rows = embed(embedding, batch.codes)
+            scores = self.attention(rows).squeeze(-1).to(rows.dtype)
+            vectors = pool_rows(batch, rows, "attention", scores)
         return self.dropout(vectors)
 
-    def encode_weighted(self, codes: Tensor, mask: Tensor, embedding: nn.Embedding) -> Tensor:
+    def encode_weighted(self, codes: Tensor, mask: Tensor, embedding: nn.Module) -> Tensor:
         """Codes ``[N, C]`` with fractional weights → ``[N, E]``."""
         if self.aggregation == "attention":
-            return self.encode_plain(embedding(codes.masked_fill(mask == 0, 0)), mask)
-        vectors = visit_mean_pool(
-            codes,
-            embedding.weight,
-            mask,
-            mode=self.aggregation,
-            padding_idx=embedding.padding_idx,
-            sparse_grad=embedding.sparse,
-        )
-        return self.dropout(vectors)
+            return self.encode_plain(embed_real(embedding, codes, mask), mask)
+        return self.dropout(pool_weighted_codes(embedding, codes, mask, self.aggregation))
 
     def encode_plain(self, visit_embeddings: Tensor, visit_mask: Tensor | None = None) -> Tensor:
         """:meth:`forward` in plain PyTorch operations alone, for the packed and padded paths."""
@@ -225,14 +226,26 @@ class LSTMBaseline(VisitSequenceModel):
         self.fc = nn.Linear(2 * hidden_dim if bidirectional else hidden_dim, output_dim)
         self.activation = ACTIVATIONS[task]()
 
+    # Where something watches or replaces the visit encoder, it is called on padded visits.
+
     def _pool_rows(self, batch: PackedVisits) -> Tensor:
-        return self.visit_encoder.encode_batch(batch, self.embedding)
+        if is_plain(self.visit_encoder, VisitEncoder):
+            return self.visit_encoder.encode_batch(batch, self.embedding)
+        return self.visit_encoder(*padded_embeddings(self.embedding, batch))
 
     def _pool_weighted_rows(self, codes: Tensor, mask: Tensor) -> Tensor:
-        return self.visit_encoder.encode_weighted(codes, mask, self.embedding)
+        if is_plain(self.visit_encoder, VisitEncoder):
+            return self.visit_encoder.encode_weighted(codes, mask, self.embedding)
+        return self.visit_encoder(embed_real(self.embedding, codes, mask), mask)
 
     def _visit_vectors(self, codes: Tensor, mask: Tensor | None) -> Tensor:
-        return self.visit_encoder.encode_plain(self.embedding(codes), mask)
+        embeddings = self.embedding(codes)
+        if is_plain(self.visit_encoder, VisitEncoder):
+            return self.visit_encoder.encode_plain(embeddings, mask)
+        flat = None if mask is None else mask.flatten(0, 1)
+        with use_backend("reference"):
+            vectors = self.visit_encoder(embeddings.flatten(0, 1), flat)
+        return vectors.unflatten(0, codes.shape[:2])
 
     def forward(
         self,
@@ -305,6 +318,18 @@ class LSTMBaseline(VisitSequenceModel):
         if self.task == "binary_classification":
             return F.binary_cross_entropy_with_logits(logits, wanted, **options)
         return F.mse_loss(logits, wanted, **options)
+
+    def _loss_divisor(self, batch: PackedVisits, target: str = "labels", **options: Any) -> Tensor:
+        wanted = batch.targets.get(target)
+        if wanted is None or self.task != "multi_class":
+            elements = 1 if self.task == "multi_class" else self.output_dim
+            return elements * super()._loss_divisor(batch)
+        counted = wanted != options.get("ignore_index", -100)
+        weight = options.get("weight")
+        if weight is None:
+            return counted.sum(dtype=torch.float64)
+        weights = weight.double().index_select(0, wanted.masked_fill(~counted, 0).long())
+        return weights.masked_fill(~counted, 0).sum()
 
     def get_embeddings(self, codes: Tensor) -> Tensor:
         """Embeddings of codes, ``[...]`` → ``[..., E]``."""

@@ -11,16 +11,19 @@ from torch import Tensor
 def plain_pool(embeddings: Tensor, visit_mask: Tensor | None, mode: str) -> Tensor:
     """Masked mean, sum or max over codes, ``[..., C, E]`` → ``[..., E]``, the usual way.
 
-    Oracle and baseline: it reads padded slots and multiplies them by zero. A visit without a real
-    code gives zeros.
+    Oracle and baseline: it reads padded slots, and lets none of what stands there through. A visit
+    without a real code gives zeros.
     """
     if visit_mask is None:
-        visit_mask = embeddings.new_ones(embeddings.shape[:-1])
+        visit_mask = torch.ones(embeddings.shape[:-1], dtype=torch.bool, device=embeddings.device)
     if mode == "max":
         padded = (visit_mask == 0).unsqueeze(-1)
         largest = embeddings.masked_fill(padded, float("-inf")).amax(-2)
         return largest.masked_fill(padded.all(-2), 0.0)
-    total = (embeddings * visit_mask.unsqueeze(-1).to(embeddings.dtype)).sum(-2)
+    padded = (visit_mask == 0).unsqueeze(-1)
+    if visit_mask.dtype != torch.bool:
+        embeddings = embeddings * visit_mask.unsqueeze(-1).to(embeddings.dtype)
+    total = embeddings.masked_fill(padded, 0.0).sum(-2)  # a product would let NaN through
     if mode == "sum":
         return total
     count = visit_mask.sum(-1, keepdim=True).clamp(min=1)

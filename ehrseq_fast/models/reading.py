@@ -8,7 +8,7 @@ reads weights asks here first, and calls the module where the answer is no.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,15 +75,16 @@ def are_plain(modules: Any, kinds: Sequence[type[nn.Module]]) -> bool:
     )
 
 
-def is_plain_embedding(embedding: object) -> bool:
+def is_plain_embedding(embedding: object) -> TypeGuard[nn.Embedding]:
     """Whether ``embedding`` is a table of rows and no option asks for more than looking them up.
 
     ``max_norm`` rewrites the table in ``forward``, ``scale_grad_by_freq`` counts codes there.
     """
     return (
-        is_plain(embedding, nn.Embedding)
-        and embedding.max_norm is None  # type: ignore[attr-defined]
-        and not embedding.scale_grad_by_freq  # type: ignore[attr-defined]
+        isinstance(embedding, nn.Embedding)
+        and is_plain(embedding, nn.Embedding)
+        and embedding.max_norm is None
+        and not embedding.scale_grad_by_freq
     )
 
 

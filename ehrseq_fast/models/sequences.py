@@ -32,7 +32,7 @@ def check_padded_batch(
     if visit_codes.shape[0] == 0:
         raise ValueError(f"visit_codes [B, V, C] = {list(visit_codes.shape)} holds no patient")
     if visit_codes.shape[1] == 0:
-        refuse_zero_lengths(torch.zeros(visit_codes.shape[0]))
+        refuse_zero_lengths(torch.zeros(visit_codes.shape[0], device="cpu"))
     if visit_mask is not None and visit_mask.shape != visit_codes.shape:
         raise ValueError(
             f"visit_mask must be [B, V, C] = {list(visit_codes.shape)} as visit_codes, "
@@ -111,7 +111,10 @@ def is_fractional(visit_mask: Tensor | None) -> bool:
 
 @torch.compiler.disable
 def pack_padded_batch(
-    visit_codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor | None, vocab_size: int
+    visit_codes: Tensor,
+    visit_mask: Tensor | None,
+    sequence_mask: Tensor | None,
+    vocab_size: int | None,
 ) -> PackedVisits:
     """A checked padded triple, packed at the door. Any value but zero marks a real visit.
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ..batch import PackedVisits
 from ..rows import PackedRows
 from ..survival_nll import packed_survival_nll
-from .base import VisitSequenceModel, lstm_dropout, visit_lstm
+from .base import VisitSequenceModel
 from .head import hazards_of
 from .pooling import wide_dtype
+from .recurrent import lstm_dropout, visit_lstm
 
 TIME_FEATURES = 3
 # The largest hazard that survival is computed from, as the reference's log(1 - h + 1e-7) has it:

@@ -1,0 +1,114 @@
+"""The recurrent layer of a model: the one it is built with, and any that is put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ..backend import use_backend
+from ..packed_lstm import PackedLSTM
+
+# Share of the visits whose gates the models' LSTM keeps for the backward pass. A third is what
+# brings the peak of a training step on real records to 1/20 of the padded step's (all of them:
+# 1/14), for a tenth more time. ``model.lstm.keep_gates = 1.0`` keeps all.
+KEEP_GATES = 0.34
+
+_TRAITS = ("batch_first", "bidirectional", "hidden_size", "num_layers")
+
+
+def visit_lstm(*args: Any, **options: Any) -> PackedLSTM:
+    """The LSTM of a model: as ``nn.LSTM``, with batches first, and frugal with memory."""
+    lstm = PackedLSTM(*args, batch_first=True, **options)
+    lstm.keep_gates = KEEP_GATES
+    return lstm
+
+
+def lstm_dropout(dropout: float, num_layers: int) -> float:
+    """Dropout between LSTM layers, where there is more than one."""
+    return dropout if num_layers > 1 else 0.0
+
+
+def recurrent_layer(module: nn.Module) -> Any:
+    """What says of ``model.lstm`` how wide it is and in which directions it runs: itself, or the
+    one recurrent layer inside a wrapper.
+
+    Raises:
+        TypeError: if it is no recurrent layer and does not hold exactly one.
+    """
+    if _has_traits(module):
+        return module
+    inside = [layer for layer in module.modules() if _has_traits(layer)]
+    if len(inside) == 1:
+        return inside[0]
+    raise TypeError(
+        "model.lstm: must be a recurrent layer (nn.LSTM, nn.GRU, nn.RNN) or hold exactly one, got "
+        f"{type(module).__name__}, which holds {len(inside)}"
+    )
+
+
+def _has_traits(module: nn.Module) -> bool:
+    return all(hasattr(module, trait) for trait in _TRAITS)
+
+
+def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) -> tuple[Any, Any]:
+    """``module`` called on packed visits, or on ``[B, V, E]``: outputs in the same form and the
+    final states as the module gives them.
+
+    Raises:
+        TypeError: if the result is not that of a recurrent layer.
+    """
+    layer = recurrent_layer(module)
+    turned = isinstance(input, Tensor) and not layer.batch_first
+    given = input.transpose(0, 1) if turned else input  # type: ignore[union-attr]
+    result = module(given) if state is None else module(given, state)
+    kind = PackedSequence if isinstance(input, PackedSequence) else Tensor
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], kind):
+        raise TypeError(
+            f"model.lstm: given a {kind.__name__}, must return one and its final states, as "
+            f"nn.LSTM does; {type(module).__name__} returned {type(result).__name__}"
+        )
+    outputs, final = result
+    return outputs.transpose(0, 1) if turned else outputs, final
+
+
+@torch.compiler.disable
+def run_plain(module: nn.Module, input: Tensor | PackedSequence) -> tuple[Any, Any]:
+    """:func:`run` with PyTorch's own kernels, which the packed and padded paths are there to
+    show."""
+    with use_backend("reference"):
+        return run(module, input)
+
+
+def last_layer(module: nn.Module, final: Any) -> Tensor:
+    """Final states → ``[B, H]``, or ``[B, 2H]`` for both directions."""
+    h_n = final[0] if isinstance(final, tuple) else final
+    if recurrent_layer(module).bidirectional:
+        return torch.cat([h_n[-2], h_n[-1]], dim=1)
+    return h_n[-1]
+
+
+def first_state(module: nn.Module, n_patients: int) -> tuple[Tensor, Tensor | None]:
+    """The state before the first visit: ``h`` and, for an LSTM, ``c``.
+
+    Raises:
+        ValueError: for a bidirectional layer, whose states depend on visits still to come.
+    """
+    layer = recurrent_layer(module)
+    if layer.bidirectional:
+        raise ValueError(
+            "a bidirectional model cannot score record by record: its states depend on later visits"
+        )
+    # Weights that are loaded when the layer is called (CPU offloading) are on "meta" until then.
+    weights: Iterator[Tensor] = (
+        p for p in module.parameters() if p.is_floating_point() and p.device.type != "meta"
+    )
+    like: Tensor = next(weights, torch.zeros(0, device="cpu")).detach()
+    width = getattr(layer, "proj_size", 0) or layer.hidden_size
+    h = like.new_zeros(layer.num_layers, n_patients, width)
+    if getattr(layer, "mode", "LSTM") != "LSTM":
+        return h, None
+    return h, like.new_zeros(layer.num_layers, n_patients, layer.hidden_size)

@@ -1,0 +1,104 @@
+"""A model and its loss as one module: a batch goes in, the loss comes out, through ``forward``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..batch import PackedVisits
+from .base import VisitSequenceModel
+
+
+class ModelWithLoss(nn.Module):
+    """``forward(batch)`` is ``model.loss(batch)``.
+
+    What wraps a module for training (``DistributedDataParallel``, FSDP, ``torch.compile``) acts on
+    ``forward`` alone: ``ddp.module.loss(batch)`` would train every process by itself. Wrap this
+    module instead, and call it. The weights stay the model's own: save ``training.model``.
+
+    ``DistributedDataParallel`` takes the plain average of the processes' gradients. With shards of
+    unequal size that is not the gradient of the mean over all patients; with
+    ``across_processes=True`` it is. In training, each process then tells the others how many
+    patients it has, and returns its share of that mean times the number of processes: the average
+    over the processes is the loss of all their patients. Without gradients, or after ``eval()``, it
+    asks nobody, and returns the loss of its own patients.
+
+    Args:
+        model: a model of this package, or any module with ``loss(batch, **options)``.
+        across_processes: as above; all processes of the group must call. Only for the mean loss of
+            a model of this package.
+        process_group: which processes; by default all.
+        options: for ``model.loss``, at every call (``censored_visit``, ``target``, ...).
+
+    Raises:
+        TypeError: for a model without ``loss``.
+        ValueError: for ``across_processes=True`` with another ``reduction`` than ``"mean"``.
+
+    Example:
+        >>> from ehrseq_fast import PackedVisits
+        >>> from ehrseq_fast.models import DiscreteTimeSurvivalLSTM, ModelWithLoss
+        >>> model = DiscreteTimeSurvivalLSTM(10, embedding_dim=4, hidden_dim=8)
+        >>> training = ModelWithLoss(model, censored_visit="included")
+        >>> batch = PackedVisits.from_lists([[[3], [5]]], event_times=[1], event_indicators=[1])
+        >>> training(batch).backward()
+        >>> all(parameter.grad is not None for parameter in model.parameters())
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        across_processes: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not callable(getattr(model, "loss", None)):
+            raise TypeError(f"model must have a method loss, got {type(model).__name__}")
+        if across_processes and not isinstance(model, VisitSequenceModel):
+            raise TypeError(
+                "across_processes=True needs a model of this package, whose loss is a mean over "
+                f"patients, got {type(model).__name__}"
+            )
+        self.model: Any = model
+        self.across_processes = across_processes
+        self.process_group = process_group
+        self.options = options
+        self._check(options)
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"across_processes={self.across_processes}{options}"
+
+    def forward(self, batch: PackedVisits, **options: Any) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            batch: as ``model.loss`` takes it.
+            options: for ``model.loss`` at this call (``sample_weight``, ...), before those of the
+                constructor.
+
+        Raises:
+            ValueError, KeyError: as ``model.loss``.
+        """
+        options = self.options | options
+        self._check(options)
+        together = self.across_processes and self.training and torch.is_grad_enabled()
+        if not together or not dist.is_initialized():
+            return self.model.loss(batch, **options)
+        total = self.model._loss_divisor(batch, **options)
+        dist.all_reduce(total, group=self.process_group)
+        processes = dist.get_world_size(self.process_group)
+        loss = self.model.loss(batch, **options | {"reduction": "sum"})
+        return loss * (processes / total).to(loss.dtype)
+
+    def _check(self, options: dict[str, Any]) -> None:
+        if self.across_processes and options.get("reduction", "mean") != "mean":
+            raise ValueError(
+                "across_processes=True is for the mean over all processes' patients, got "
+                f"reduction={options['reduction']!r}"
+            )
