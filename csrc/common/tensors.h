@@ -39,4 +39,33 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
   return tensor;
 }
 
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <typename T>
+Tensor scratch(const Tensor& like, const std::vector<int64_t>& shape) {
+  return empty(like, shape, kDtypeOf<T>);
+}
+
+// Tensors as kernels read them: contiguous, in the type that they take. Converted copies live as
+// long as this does.
+class Operands {
+ public:
+  template <typename T>
+  const T* as(const Tensor& tensor) {
+    held_.push_back(torch::stable::contiguous(torch::stable::to(tensor, kDtypeOf<T>)));
+    return data<T>(held_.back());
+  }
+
+  template <typename T>
+  const T* as(const OptionalTensor& tensor) {
+    return tensor ? as<T>(*tensor) : nullptr;
+  }
+
+ private:
+  std::vector<Tensor> held_;
+};
+
 }  // namespace ehrseq

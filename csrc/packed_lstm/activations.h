@@ -31,9 +31,12 @@ EHRSEQ_INLINE Vector<float> clamp(Vector<float> x, float low, float high) {
   return x > highs ? highs : x;
 }
 
+// Exactly 0 where the result would be no normal number, so that 0 · inf is NaN as elsewhere.
 EHRSEQ_INLINE Vector<float> sigmoid(Vector<float> x) {
-  const ExponentParts e = split_exponent(clamp(-x, -87.0f, 88.0f));
-  return 1.0f / (1.0f + (e.exp_minus_one * e.power + e.power));
+  const float lowest = -87.33f;
+  const ExponentParts e = split_exponent(clamp(-x, -87.0f, -lowest));
+  const Vector<float> value = 1.0f / (1.0f + (e.exp_minus_one * e.power + e.power));
+  return x < splat(lowest) ? Vector<float>{} : value;
 }
 
 // tanh x = (e^2x - 1) / (e^2x + 1), from e^2x - 1 so that small x lose nothing.

@@ -79,6 +79,8 @@ struct Forward {
   const S* c0;
   const S* panels;
   const Sum<S>* bias;  // [block][gate][L]
+  // Likewise: what a state of zeros adds to the sums. Nothing, or NaN where a weight is not finite.
+  const Sum<S>* from_zeros;
   S* output;
   S* last_hidden;
   S* last_cell;
@@ -151,7 +153,7 @@ struct Kernels {
 
   // Both take blocks [from, to).
   void (*pack_gate_panels)(const Shape&, const Weights<S>&, int64_t from, int64_t to, S* panels,
-                           Sum<S>* bias);
+                           Sum<S>* bias, Sum<S>* from_zeros);
   void (*pack_column_panels)(const Shape&, const S* weight, int64_t columns, int64_t from,
                              int64_t to, S* panels);
 

@@ -75,15 +75,28 @@ void pack_columns_of_block(const Shape& shape, const S* weight, int64_t columns,
   }
 }
 
+// See Forward::from_zeros; `panel` is that of the hidden units of one block.
+template <typename S>
+void add_up_zeros(const S* panel, int64_t hidden, Sum<S>* sums) {
+  constexpr int64_t kVector = kLanes<S> * kPack<S>;
+  const S zeros[kPack<S>] = {};
+  Tile<Sum<S>, 1, kGates> tile;
+  clear(tile);
+  add_products(tile, Left<S>{zeros, 0, 0}, Right<S>{panel, kVector, kGates * kVector},
+               hidden / kPack<S>);
+  for (int gate = 0; gate < kGates; ++gate) store(sums + gate * kLanes<S>, tile.sum[0][gate]);
+}
+
 template <typename S>
 void pack_gate_panels(const Shape& shape, const Weights<S>& weights, int64_t from, int64_t to,
-                      S* panels, Sum<S>* bias) {
+                      S* panels, Sum<S>* bias, Sum<S>* from_zeros) {
   constexpr int64_t L = kLanes<S>;
   for (int64_t block = from; block < to; ++block) {
     S* panel = panels + block * gate_panel_size<S>(shape);
     pack_columns_of_block(shape, weights.input_hidden, shape.inputs, block, panel);
     pack_columns_of_block(shape, weights.hidden_hidden, shape.hidden, block,
                           panel + shape.inputs * kGates * L);
+    add_up_zeros(panel + shape.inputs * kGates * L, shape.hidden, from_zeros + block * kGates * L);
     for (int64_t gate = 0; gate < kGates; ++gate) {
       for (int64_t unit = 0; unit < L; ++unit) {
         const int64_t at = gate * shape.hidden + block * L + unit;

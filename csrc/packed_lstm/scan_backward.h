@@ -64,11 +64,16 @@ EHRSEQ_INLINE void finish_visit_back(const Backward<S>& layer, const Step& step,
 
   const Sum<S> one = 1;
   grad_cell += grad_hidden * out * (one - tanh_cell * tanh_cell);
-  const int64_t gate = block * kGates;
-  store(gate_gradient(layer, gate, row), grad_cell * candidate * in * (one - in));
-  store(gate_gradient(layer, gate + 1, row), grad_cell * before * forget * (one - forget));
-  store(gate_gradient(layer, gate + 2, row), grad_cell * in * (one - candidate * candidate));
-  store(gate_gradient(layer, gate + 3, row), grad_hidden * tanh_cell * out * (one - out));
+  // The products over all lanes follow: those beyond the units must not bring a NaN into them
+  // (an infinite input times their weights of zero is one).
+  const auto keep = [&](int64_t gate, Vector<Sum<S>> gradient) {
+    if (units < L) gradient = first_lanes(gradient, static_cast<int>(units));
+    store(gate_gradient(layer, block * kGates + gate, row), gradient);
+  };
+  keep(0, grad_cell * candidate * in * (one - in));
+  keep(1, grad_cell * before * forget * (one - forget));
+  keep(2, grad_cell * in * (one - candidate * candidate));
+  keep(3, grad_hidden * tanh_cell * out * (one - out));
   store(carried, grad_cell * forget);
 }
 
@@ -86,7 +91,8 @@ void scan_tile_back(const Backward<S>& layer, const Step& step, int64_t block, i
     const int64_t padded = layer.shape.padded_hidden();
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < V; ++v) {
-        tile.sum[r][v] = load(layer.grad_hidden + (p + r) * padded + (block + v) * kLanes<S>);
+        tile.sum[r][v] = load_some(layer.grad_hidden + (p + r) * padded + (block + v) * kLanes<S>,
+                                   units_in<S>(block + v, layer.shape.hidden));
       }
     }
   }

@@ -44,6 +44,17 @@ EHRSEQ_INLINE void add_input_products(const Forward<S>& layer, int64_t block, in
 }
 
 template <typename S, int R>
+EHRSEQ_INLINE void add_from_zeros(const Forward<S>& layer, int64_t block,
+                                  Tile<Sum<S>, R, kGates>& tile) {
+#pragma GCC unroll 8
+  for (int gate = 0; gate < kGates; ++gate) {
+    const Vector<Sum<S>> sum = load(layer.from_zeros + block_of_gates<S>(block) + gate * kLanes<S>);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) tile.sum[r][gate] += sum;
+  }
+}
+
+template <typename S, int R>
 void project_tile(const Forward<S>& layer, int64_t block, int64_t row) {
   Tile<Sum<S>, R, kGates> tile;
   add_input_products<S, R>(layer, block, row, tile);
@@ -121,6 +132,8 @@ void scan_tile(const Forward<S>& layer, const Step& step, int64_t block, int64_t
   if (hidden) {
     const S* panel = layer.panels + block * gate_panel_size<S>(shape);
     add_gate_products<S, R>(tile, hidden, shape.hidden, panel + shape.inputs * kGates * kLanes<S>);
+  } else {
+    add_from_zeros<S, R>(layer, block, tile);
   }
   for (int r = 0; r < R; ++r) finish_visit<S>(layer, step, block, p + r, tile.sum[r]);
 }

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import backend
+from ..autograd import transformed
 from .op import packed_lstm
 
 
@@ -17,7 +18,8 @@ class PackedLSTM(nn.LSTM):
     itself: tensors that are not packed, other devices, projections (``proj_size > 0``), and the
     backend ``reference``. ``batch_first`` says nothing about packed data, as in ``nn.LSTM``.
 
-    Differentiating twice is refused where the compiled kernel ran.
+    Differentiating twice is refused where the compiled kernel ran; the transforms of ``torch.func``
+    and forward-mode differentiation are right everywhere, at the speed of plain PyTorch.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`packed_lstm`.
@@ -39,11 +41,7 @@ class PackedLSTM(nn.LSTM):
 
     def forward(self, input, hx=None):
         """As ``nn.LSTM.forward``: outputs and ``(h_n, c_n)``."""
-        if (
-            self.proj_size == 0
-            and isinstance(input, PackedSequence)
-            and backend.choose("packed_lstm", input.data.device.type, input.data.dtype) == "cpu"
-        ):
+        if self._takes(input, hx):
             return packed_lstm(
                 input,
                 self.all_weights,
@@ -54,3 +52,11 @@ class PackedLSTM(nn.LSTM):
                 keep_gates=self.keep_gates,
             )
         return super().forward(input, hx)
+
+    def _takes(self, input, hx) -> bool:
+        if self.proj_size != 0 or not isinstance(input, PackedSequence):
+            return False
+        if backend.choose("packed_lstm", input.data.device.type, input.data.dtype) == "cpu":
+            return True
+        # which PyTorch's own lstm does not serve
+        return transformed(input.data, *self.parameters(), *(hx or ()))

@@ -11,8 +11,9 @@ from torch.nn.functional import dropout as drop
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import backend
-from ..autograd import once
+from ..autograd import once, transformed
 from ..schemas import fake
+from .reference import packed_lstm_layer as layer_by_definition
 
 backend.register("packed_lstm", "cpu")
 
@@ -127,13 +128,15 @@ class _Layer(torch.autograd.Function):
             grads = torch.ops.ehrseq_fast.packed_lstm_layer_backward(*operands)
         grads = once("packed_lstm", grads, operands[:11])
         grad_input, grad_weight_ih, grad_weight_hh, grad_bias, grad_h0, grad_c0 = grads
+        # Equal numbers, but each its own: gradients may be changed in place.
+        other_bias = grad_bias.clone() if need[4] and need[5] else grad_bias
         return (
             grad_input if need[0] else None,
             None,
             grad_weight_ih if need[2] else None,
             grad_weight_hh if need[3] else None,
             grad_bias if need[4] else None,
-            grad_bias if need[5] else None,
+            other_bias if need[5] else None,
             grad_h0 if need[6] else None,
             grad_c0 if need[7] else None,
             None,
@@ -152,6 +155,10 @@ def _layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias_ih, bias_hh = weights[2:] if len(weights) == 4 else (None, None)
     operands = (input, *weights, h0, c0)
+    if transformed(*operands):
+        return layer_by_definition(
+            input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse
+        )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         return _Layer.apply(
             *(input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse),
@@ -258,13 +265,19 @@ def _check(
         )
     if not 0 <= dropout <= 1:
         raise ValueError(f"packed_lstm: dropout must be a probability, and is {dropout}")
-    hidden = weights[0][1].shape[-1]
     for i, layer in enumerate(weights):
         if len(layer) not in (2, 4) or len(layer) != len(weights[0]):
             raise ValueError(
                 "packed_lstm: every entry of weights must hold weight_ih, weight_hh and either "
                 f"both biases or none; entry {i} holds {len(layer)} tensors"
             )
+    hidden = weights[0][1].shape[-1] if weights[0][1].dim() else 0
+    if hidden < 1 or data.shape[1] < 1:
+        raise ValueError(
+            "packed_lstm: there must be at least one hidden unit and one input, got weight_hh "
+            f"{list(weights[0][1].shape)} and data {list(data.shape)}"
+        )
+    for i, layer in enumerate(weights):
         inputs = data.shape[1] if i < directions else directions * hidden
         shapes = [[4 * hidden, inputs], [4 * hidden, hidden], [4 * hidden], [4 * hidden]]
         names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
@@ -275,7 +288,14 @@ def _check(
                     f"{list(tensor.shape)}"
                 )
     named = [(f"weights[{i}]", tensor) for i, layer in enumerate(weights) for tensor in layer]
+    if batch_sizes.numel() == 0:
+        raise ValueError("packed_lstm: batch_sizes must hold one number per time, got none")
     if hx is not None:
+        if isinstance(hx, Tensor) or len(hx) != 2:
+            raise ValueError(
+                "packed_lstm: hx must be the pair (h_0, c_0), got "
+                + ("one tensor" if isinstance(hx, Tensor) else f"{len(hx)} tensors")
+            )
         for name, state in zip(("h_0", "c_0"), hx, strict=True):
             if state.dim() != 3 or [state.shape[0], state.shape[2]] != [len(weights), hidden]:
                 raise ValueError(
@@ -351,7 +371,7 @@ def packed_lstm(
         TypeError: if ``sequence`` is not packed, or dtypes differ (under autocast, weights and
             states are taken in the dtype of the data).
         RuntimeError: if a backend was asked for that cannot run; on differentiating twice on
-            backend ``cpu``.
+            backend ``cpu``, save by the transforms of ``torch.func``.
 
     Results are the same bits for any number of threads and on every run.
 
@@ -379,7 +399,11 @@ def packed_lstm(
         hx = (hx[0].index_select(1, sorted_indices), hx[1].index_select(1, sorted_indices))
     rate = dropout if training else 0.0
 
-    if backend.choose("packed_lstm", data.device.type, data.dtype) == "reference":
+    chosen = backend.choose("packed_lstm", data.device.type, data.dtype)
+    if transformed(data, *(tensor for layer in weights for tensor in layer), *(hx or ())):
+        _check_batch_sizes(data, batch_sizes)
+        output, h_n, c_n = _layers(data, batch_sizes, weights, hx, directions, rate, keep_gates)
+    elif chosen == "reference":
         _check_batch_sizes(data, batch_sizes)
         if hx is None:
             patients, hidden = int(batch_sizes[0]), weights[0][1].shape[1]
@@ -421,6 +445,6 @@ def _check_batch_sizes(data: Tensor, batch_sizes: Tensor) -> None:
         raise ValueError(f"packed_lstm: batch_sizes must be positive and must not rise: {sizes}")
     if sum(sizes) != data.shape[0]:
         raise ValueError(
-            f"packed_lstm: batch_sizes count {sum(sizes)} visits, and input has {data.shape[0]} "
-            "rows"
+            f"packed_lstm: batch_sizes must be the number of visits at each time, "
+            f"{data.shape[0]} in all, got {sum(sizes)}"
         )

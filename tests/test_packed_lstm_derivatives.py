@@ -1,0 +1,168 @@
+"""Every derivative of the packed LSTM is right or refused; no two results share memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
+
+from ehrseq_fast import PackedLSTM, packed_lstm
+from ehrseq_fast.packed_lstm import reference
+from tests.test_packed_lstm import close, sizes_of, twins
+
+LENGTHS = [4, 3, 1]
+
+
+@pytest.fixture
+def layer():
+    """One layer as a function of all its operands, by the package and by the definition."""
+    shapes = [(8, 3), (20, 3), (20, 5), (20,), (20,), (1, 3, 5), (1, 3, 5)]
+    operands = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    sizes = sizes_of(LENGTHS)
+
+    def ours(x, w_ih, w_hh, b_ih, b_hh, h0, c0):
+        output, (h_n, c_n) = packed_lstm(
+            PackedSequence(x, sizes), [(w_ih, w_hh, b_ih, b_hh)], (h0, c0)
+        )
+        return output.data, h_n[0], c_n[0]
+
+    def definition(x, w_ih, w_hh, b_ih, b_hh, h0, c0):
+        return reference.packed_lstm_layer(x, sizes, w_ih, w_hh, b_ih, b_hh, h0[0], c0[0])
+
+    return ours, definition, operands
+
+
+@pytest.mark.parametrize("which", range(7))
+def test_forward_mode(unemulated, layer, which):
+    ours, definition, operands = layer
+    tangents = [torch.zeros_like(x) for x in operands]
+    tangents[which] = torch.randn_like(operands[which])
+    expected = jvp(definition, tuple(operands), tuple(tangents))
+    actual = jvp(ours, tuple(operands), tuple(tangents))
+    assert any(tangent.abs().max() > 1e-3 for tangent in actual[1])
+    close([*actual[0], *actual[1]], [*expected[0], *expected[1]], 1e-12)
+
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(operands, tangents, strict=True)]
+        outputs = [forward_ad.unpack_dual(output).tangent for output in ours(*duals)]
+    close(outputs, expected[1], 1e-12)
+
+
+@pytest.mark.parametrize("transform", [jacfwd, jacrev])
+def test_jacobians(unemulated, layer, transform):
+    ours, definition, operands = layer
+    for which in (0, 2, 5):
+        expected = transform(definition, argnums=which)(*operands)
+        close(transform(ours, argnums=which)(*operands), expected, 1e-12)
+
+
+def test_second_derivatives_by_transforms(unemulated, layer):
+    ours, definition, operands = layer
+
+    def loss(run):
+        return lambda bias: sum(out.sin().sum() for out in run(*operands[:3], bias, *operands[4:]))
+
+    expected = hessian(loss(definition))(operands[3])
+    assert expected.abs().max() > 1e-2
+    close([hessian(loss(ours))(operands[3])], [expected], 1e-12)
+
+
+def test_gradients_per_sample(unemulated):
+    plain, fast = twins(3, 4, 2, bidirectional=True)
+    data = torch.randn(5, 8, 3, dtype=torch.float64)
+
+    def loss(lstm):
+        def of(parameters, rows):
+            packed = PackedSequence(rows, sizes_of(LENGTHS))
+            output, (h_n, c_n) = functional_call(lstm, parameters, (packed,))
+            return output.data.square().sum() + h_n.sum() + c_n.sum()
+
+        return of
+
+    parameters = {name: tensor.detach() for name, tensor in fast.named_parameters()}
+    actual = vmap(grad(loss(fast)), (None, 0))(parameters, data)
+    for i, rows in enumerate(data):
+        parameters = {name: p.detach().requires_grad_() for name, p in plain.named_parameters()}
+        expected = torch.autograd.grad(loss(plain)(parameters, rows), list(parameters.values()))
+        close([gradient[i] for gradient in actual.values()], expected, 1e-12)
+
+
+def test_many_gradients_at_once(unemulated):
+    """``is_grads_batched`` runs the backward pass under vmap."""
+    plain, fast = twins(3, 4)
+    data = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    incoming = torch.randn(6, 8, 4, dtype=torch.float64)
+
+    def gradients(lstm):
+        output = lstm(PackedSequence(data, sizes_of(LENGTHS)))[0].data
+        leaves = [data, *lstm.parameters()]
+        return torch.autograd.grad(output, leaves, incoming, is_grads_batched=True)
+
+    close(gradients(fast), gradients(plain), 1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(unemulated, use_reentrant):
+    _, fast = twins(3, 4, 2)
+    data = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(rows):
+        return fast(PackedSequence(rows, sizes_of(LENGTHS)))[0].data
+
+    def gradients(output):
+        return torch.autograd.grad(output.square().sum(), [data, *fast.parameters()])
+
+    if use_reentrant:  # which serves .backward() alone
+        checkpoint(run, data, use_reentrant=True).square().sum().backward()
+        actual = [data.grad, *(p.grad for p in fast.parameters())]
+    else:
+        actual = gradients(checkpoint(run, data, use_reentrant=False))
+    assert all(map(torch.equal, actual, gradients(run(data))))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("patients", [3, 1])
+def test_no_two_results_share_memory(unemulated, layers, bidirectional, patients):
+    _, fast = twins(3, 4, layers, bidirectional=bidirectional, dtype=torch.float32)
+    lengths = LENGTHS[:patients]
+    data = torch.randn(sum(lengths), 3, requires_grad=True)
+    directions = layers * (2 if bidirectional else 1)
+    h0, c0 = (torch.randn(directions, patients, 4, requires_grad=True) for _ in range(2))
+    for times in (lengths, [1] * patients):
+        rows = data[: sum(times)]
+        output, (h_n, c_n) = fast(PackedSequence(rows, sizes_of(times)), (h0, c0))
+        leaves = [data, *fast.parameters(), h0, c0]
+        sums = output.data.sum() + h_n.sum() + c_n.sum()
+        results = [output.data.detach(), h_n.detach(), c_n.detach()]
+        results += torch.autograd.grad(sums, leaves)
+        places = [tensor.untyped_storage().data_ptr() for tensor in [*results, *leaves]]
+        assert len(set(places)) == len(places)
+
+
+def test_bias_gradients_are_two(unemulated):
+    fast = PackedLSTM(3, 4)
+    data = torch.randn(8, 3)
+    seen = fast.bias_hh_l0.register_hook(lambda gradient: gradient.zero_())
+    fast(PackedSequence(data, sizes_of(LENGTHS)))[0].data.sum().backward()
+    seen.remove()
+    assert fast.bias_hh_l0.grad.abs().max() == 0
+    assert fast.bias_ih_l0.grad.abs().max() > 0
+    output = fast(PackedSequence(data, sizes_of(LENGTHS)))[0].data.sum()
+    biases = torch.autograd.grad(output, [fast.bias_ih_l0, fast.bias_hh_l0])
+    before = biases[0].clone()
+    torch._foreach_mul_(biases, 2.0)
+    assert torch.equal(biases[0], 2 * before)
+
+
+def test_parametrizations_are_honoured(unemulated):
+    plain, fast = nn.LSTM(3, 4), PackedLSTM(3, 4)
+    fast.load_state_dict(plain.state_dict())
+    for lstm in (plain, fast):
+        nn.utils.parametrizations.weight_norm(lstm, "weight_hh_l0")
+    packed = PackedSequence(torch.randn(8, 3), sizes_of(LENGTHS))
+    torch.testing.assert_close(fast(packed)[0].data, plain(packed)[0].data, rtol=0, atol=1e-6)
