@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 from ehrseq_fast import PackedLSTM, packed_lstm
+from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 from ehrseq_fast.packed_lstm import reference
 from tests.test_packed_lstm import close, sizes_of, twins
 
@@ -166,3 +167,9 @@ def test_parametrizations_are_honoured(unemulated):
         nn.utils.parametrizations.weight_norm(lstm, "weight_hh_l0")
     packed = PackedSequence(torch.randn(8, 3), sizes_of(LENGTHS))
     torch.testing.assert_close(fast(packed)[0].data, plain(packed)[0].data, rtol=0, atol=1e-6)
+
+
+def test_the_first_states_of_a_model_are_two():
+    state = DiscreteTimeSurvivalLSTM(5, 3, 4).start(2)
+    state.h.fill_(1.0)
+    assert (state.c == 0).all()

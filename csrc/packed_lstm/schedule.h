@@ -21,7 +21,7 @@ Plan plan_for(const Shape& shape, const std::vector<Step>& steps) {
   constexpr int64_t kWorthAThread = 1 << 20;
   const int64_t work = shape.visits * kGates * shape.hidden * (shape.hidden + shape.inputs);
   const int64_t most = std::max<int64_t>(1, work / kWorthAThread);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), most);
+  const int64_t threads = std::min(num_threads(), most);
   const int64_t few = kernels<S>().tile_rows * threads;
   int64_t time = static_cast<int64_t>(steps.size());
   while (time > 0 && steps[time - 1].patients < few) --time;

@@ -129,7 +129,9 @@ class _Layer(torch.autograd.Function):
         grads = once("packed_lstm", grads, operands[:11])
         grad_input, grad_weight_ih, grad_weight_hh, grad_bias, grad_h0, grad_c0 = grads
         # Equal numbers, but each its own: gradients may be changed in place.
-        other_bias = grad_bias.clone() if need[4] and need[5] else grad_bias
+        other_bias = grad_bias
+        if grad_bias is not None and need[4] and need[5]:
+            other_bias = grad_bias.clone()
         return (
             grad_input if need[0] else None,
             None,
@@ -156,8 +158,9 @@ def _layer(
     bias_ih, bias_hh = weights[2:] if len(weights) == 4 else (None, None)
     operands = (input, *weights, h0, c0)
     if transformed(*operands):
+        weight_ih, weight_hh = weights[:2]
         return layer_by_definition(
-            input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse
+            input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse
         )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         return _Layer.apply(
