@@ -68,3 +68,18 @@ def transformed(*tensors: Tensor | None) -> bool:
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
         for tensor in tensors
     )
+
+
+def values_are_hidden(*tensors: Tensor | None) -> bool:
+    """Whether ``torch.func.vmap`` runs over any of ``tensors``: then nothing can be decided by
+    their values."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch
+    for given in tensors:
+        tensor = given
+        while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
+    return False

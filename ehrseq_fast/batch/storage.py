@@ -84,11 +84,13 @@ class Storage:
         layout = Layout(*layout)
         host, fields = trainable(host), trainable(fields)
         of_visits = {k: trainable(v) for k, v in (visit_targets or {}).items()}
+        with outside_inference():  # a view as another dtype would be an inference tensor
+            views = layout.views(host, fields)
         for name, value in (
             ("_layout", layout),
             ("_host", host),
             ("_fields", fields),
-            ("_views", layout.views(host, fields)),
+            ("_views", views),
             ("_versions", (host._version, fields._version)),
             ("vocab_size", vocab_size),
             ("visit_features", None if visit_features is None else trainable(visit_features)),

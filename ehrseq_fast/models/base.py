@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from ..autograd import transformed, values_are_hidden
 from ..batch import PackedVisits
 from ..rows import PackedRows, VisitState
+from .head import hazards_of
 from .pooling import plain_pool
 from .reading import is_plain_embedding
 from .recurrent import first_state, last_layer, recurrent_layer, run, run_plain
@@ -95,6 +97,10 @@ class VisitSequenceModel(nn.Module):
         """What the model says of patients whose last states are ``[B, H]``."""
         raise NotImplementedError
 
+    def _apply_head(self, head: nn.Module, states: Tensor) -> Tensor:
+        """A hazard head of states; on the packed and padded paths in plain PyTorch."""
+        return hazards_of(head, states) if self.path == "fused" else head(states)
+
     # Whole records
 
     def _vocabulary(self) -> int | None:
@@ -116,7 +122,18 @@ class VisitSequenceModel(nn.Module):
                 )
             return self._run_batch(visit_codes)
         check_padded_batch(visit_codes, visit_mask, sequence_mask)
+        if values_are_hidden(visit_codes, visit_mask, sequence_mask):
+            raise RuntimeError(
+                "visits are packed by the values of codes and masks, which torch.func.vmap hides: "
+                "pass all patients as one batch; for gradients by patient, compute the loss of "
+                "batch[i] for each i (vmap over weights works)"
+            )
         if self.path == "fused":
+            if torch.compiler.is_exporting():
+                raise RuntimeError(
+                    'path="fused" packs visits by the values of the masks, and cannot be exported: '
+                    'set model.path = "padded"'
+                )
             return self._run_fused(visit_codes, visit_mask, sequence_mask, visit_features)
         run = self._run_packed if self.path == "packed" else self._run_padded
         try:
@@ -127,6 +144,13 @@ class VisitSequenceModel(nn.Module):
             if not message:
                 raise
             raise IndexError(message) from error
+        except RuntimeError as error:
+            if not transformed(*self.parameters()):
+                raise
+            raise RuntimeError(
+                f"path={self.path!r} runs PyTorch's nn.LSTM, which torch.func and forward-mode "
+                'differentiation do not transform in this way; path="fused" is transformed'
+            ) from error
 
     def _run_batch(self, batch: PackedVisits) -> HiddenStates:
         if len(batch) == 0:

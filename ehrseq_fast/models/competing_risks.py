@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..batch import PackedVisits
 from ..survival_nll import packed_competing_risks_nll
 from .base import VisitSequenceModel
-from .head import hazards_of
 from .recurrent import lstm_dropout, visit_lstm
 from .survival_lstm import hazard_head
 
@@ -85,9 +84,7 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
         return states.to_output(self._output(states.values))
 
     def _output(self, states: Tensor) -> Tensor:
-        return torch.cat(
-            [hazards_of(cast(nn.Sequential, head), states) for head in self.hazard_heads], dim=-1
-        )
+        return torch.cat([self._apply_head(head, states) for head in self.hazard_heads], dim=-1)
 
     def loss(self, batch: PackedVisits, **options: Any) -> Tensor:
         """From codes to the negative log-likelihood of the batch's outcomes, nothing padded.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
-from ..autograd import once
+from ..autograd import once, transformed
 from .reading import are_plain
 
 
@@ -28,14 +28,17 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 )
 
 
-def hazards_of(head: nn.Sequential, states: Tensor) -> Tensor:
+def hazards_of(head: nn.Module, states: Tensor) -> Tensor:
     """``head`` (Linear, ReLU, Dropout, Linear, Sigmoid) of states: ``[..., D]`` → ``[..., 1]``.
 
     Its first four modules as one function for float32 rows of a packed batch on the CPU, where they
     are what they were built as and nothing watches them. Elsewhere, on the backend ``reference``,
     and under autocast and ``torch.compile``, as the modules stand.
     """
-    if not _is_as_built(head) or not _takes_onednn(states, head):
+    if not _is_as_built(head):
+        return head(states)
+    assert isinstance(head, nn.Sequential)
+    if not _takes_onednn(states, head) or transformed(states, *head.parameters()):
         return head(states)
     hidden, last = cast(nn.Linear, head[0]), cast(nn.Linear, head[3])
     dropout = cast(nn.Dropout, head[2])

@@ -11,7 +11,6 @@ from ..batch import PackedVisits
 from ..rows import PackedRows
 from ..survival_nll import packed_survival_nll
 from .base import VisitSequenceModel
-from .head import hazards_of
 from .pooling import wide_dtype
 from .recurrent import lstm_dropout, visit_lstm
 
@@ -177,7 +176,7 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
         return states.to_output(self._output(states.values))
 
     def _output(self, states: Tensor) -> Tensor:
-        return hazards_of(self.hazard_head, states).squeeze(-1)
+        return self._apply_head(self.hazard_head, states).squeeze(-1)
 
     def loss(self, batch: PackedVisits, **options: Any) -> Tensor:
         """From codes to the negative log-likelihood of the batch's outcomes, nothing padded.

@@ -1,0 +1,144 @@
+"""Models under PyTorch's own switches: inference mode, default device and dtype, export, and
+training after each of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ehrseq_fast import PackedVisits
+from ehrseq_fast.models.base import PATHS
+
+from .test_packed_models import batch, build
+
+MODELS = ["survival", "with time", "competing risks", "baseline, max", "baseline, attention"]
+
+
+def everything(model, packed, train=True):
+    """Every public way through a model, on a batch and on padded tensors; the loss."""
+    codes, visit_mask, sequence_mask = packed.to_padded()
+    loss = model.loss(packed)
+    if train:
+        loss.backward()
+    model(codes, visit_mask, sequence_mask)
+    model(codes)
+    model(codes, 0.5 * visit_mask, sequence_mask)
+    if hasattr(model, "predict_survival"):
+        model.predict_survival(packed)
+        model.predict_survival(codes, visit_mask, sequence_mask)
+    if hasattr(model, "predict"):
+        model.predict(packed)
+        model(packed, return_hidden=True)
+    features = torch.ones(2, 3, device="cpu") if model._n_visit_features else None
+    _, state = model.step(model.start(2), [[1], [2, 3]], features)
+    model.step(state, [[], [2]], features)
+    model.train()
+    model(packed)
+    model.eval()
+    return loss.detach()
+
+
+def watched(model):
+    def watch(module, inputs, output):
+        return None
+
+    model.embedding.register_forward_hook(watch)
+    if hasattr(model, "visit_encoder"):
+        model.visit_encoder.register_forward_hook(watch)
+    return model
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", MODELS)
+def test_inference_leaves_nothing_behind_that_cannot_be_trained_on(name, path):
+    model, packed = build(name, path=path), batch()
+    expected = build(name, path=path).loss(packed)
+    with torch.inference_mode():
+        everything(model, packed, train=False)
+        built_inside, state = batch(), model.start(2)
+    for given in (packed, built_inside):
+        model.zero_grad()
+        loss = model.loss(given)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        everything(model, given)
+    features = torch.ones(2, 3) if model._n_visit_features else None
+    model.step(state, [[1], [2]], features)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_default_device_is_not_where_the_batch_lies(name, path):
+    """Whatever is made without a device would be on "meta", and meet tensors on the host."""
+    packed = batch()
+    for change in (lambda model: model, watched):
+        model = change(build(name, path=path))
+        expected = everything(model, packed)
+        with torch.device("meta"):
+            found = everything(model, packed)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_default_dtype_changes_no_bit(name, dtype):
+    packed = batch()
+    for path in PATHS:
+        model = build(name, path=path)
+        expected = everything(model, packed)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            found = everything(model, packed)
+            built = build(name, path=path)
+            everything(built, packed)
+        finally:
+            torch.set_default_dtype(before)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+        assert {parameter.dtype for parameter in built.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["survival", "baseline, max"])
+def test_the_padded_path_is_exported_and_the_fused_says_why_not(name):
+    model = build(name, path="padded")
+    triple = batch().to_padded()
+    exported = torch.export.export(model, triple).module()
+    torch.testing.assert_close(exported(*triple), model(*triple))
+    model.path = "fused"
+    with pytest.raises(RuntimeError, match=r'cannot be exported: set model.path = "padded"'):
+        torch.export.export(model, triple)
+
+
+def test_no_visit_at_all_under_a_default_device():
+    model, none = build("survival"), torch.zeros(2, 0, 3, dtype=torch.long)
+    with torch.device("meta"), pytest.raises(ValueError, match="Found 2 sequences with zero"):
+        model(none)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_anomaly_mode_and_deterministic_algorithms(name):
+    model, packed = build(name), batch()
+    expected = model.loss(packed)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.detect_anomaly(check_nan=True):
+            everything(model, packed)
+        torch.testing.assert_close(model.loss(packed), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_batch_of_one_patient_without_codes():
+    for name in MODELS:
+        model = build(name)
+        packed = PackedVisits.from_lists(
+            [[[]]],
+            visit_features=torch.ones(1, 3),
+            event_times=[0],
+            event_indicators=[1],
+            event_types=[1],
+            targets={"labels": torch.ones(1)},
+        )
+        everything(model, packed)
+        everything(watched(model), packed)
