@@ -24,8 +24,10 @@ struct FlatLists {
   HugeCode huge;
 };
 
+// The type's __name__, read without running Python, as an error may be set.
 inline std::string type_name(PyObject* object) {
-  return py::str(py::type::of(object).attr("__name__"));
+  const std::string name = Py_TYPE(object)->tp_name;
+  return name.substr(name.rfind('.') + 1);
 }
 
 // Raises a TypeError in place of the one that is set, which becomes its cause.

@@ -25,7 +25,7 @@ from .checks import (
     outcomes_of,
     patient_numbers,
 )
-from .device import on_host, pack_on_device
+from .device import pack_on_device
 from .gather import as_tensor, as_values, check_features, gather_all, gather_features, joined
 from .layout import Layout, layout_of
 from .rows import Rows
@@ -169,8 +169,7 @@ def _pack_padded(
         visit_codes = visit_codes.cpu()
         code_states = None if code_states is None else code_states.cpu()
         visit_states = None if visit_states is None else visit_states.cpu()
-    times, indicators, types = map(on_host, outcomes)
-    longs = outcomes_of(times, indicators, types, visit_codes.shape[0])
+    longs = outcomes_of(*outcomes, visit_codes.shape[0])
     sizes, host, fields, _ = backend.batch_builder().pack_padded(
         visit_codes.detach().contiguous().numpy(),
         None if code_states is None else code_states.contiguous().numpy(),

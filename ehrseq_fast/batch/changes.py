@@ -214,7 +214,7 @@ class Changes(Rows):
 
     def _new_codes(self, codes: ArrayLike) -> Tensor:
         if isinstance(codes, Tensor):
-            new = codes.detach().to(self.device)
+            new = as_tensor(as_values("codes", codes), self.device).detach()
             if new.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"codes: expected int32 or int64, got {new.dtype}")
         else:
@@ -233,6 +233,7 @@ class Changes(Rows):
 
     def _kept(self, keep: ArrayLike) -> Tensor:
         if isinstance(keep, Tensor) and keep.dtype == torch.bool:
+            as_values("keep", keep)
             kept = keep.detach().view(torch.uint8).to(self.device) != 0
         else:
             array = as_array("keep", keep)

@@ -9,16 +9,13 @@ from ..arrays import Array, ArrayLike
 from .checks import code_limit
 from .checks import outcome as host_outcome
 from .layout import MOST_CODES, OUTCOMES, Layout
-
-
-def on_host(values: ArrayLike | None) -> ArrayLike | None:
-    return values.cpu() if isinstance(values, Tensor) else values
+from .reference_checks import MOST
 
 
 def _outcome_on(device: torch.device, name: str, values: ArrayLike, n_patients: int) -> Tensor:
     if isinstance(values, Tensor) and values.device == device:
         return values
-    longs = host_outcome(name, on_host(values), n_patients, None)
+    longs = host_outcome(name, values, n_patients, None)
     return torch.from_numpy(longs).to(device, non_blocking=True)
 
 
@@ -102,9 +99,10 @@ def pack_on_device(
         if wanted is None:
             continue
         outcome = _outcome_on(device, name, wanted, n_patients)
-        if outcome.shape != (n_patients,) or (
-            name == "event_times" and outcome.is_floating_point()
-        ):
+        integral = not (outcome.is_floating_point() or outcome.dtype == torch.bool)
+        if outcome.shape != (n_patients,) or outcome.is_complex():
+            return None
+        if name == "event_times" and not integral:
             return None
         values = outcome.long()
         given[name] = values
@@ -120,7 +118,7 @@ def pack_on_device(
     if lengths is None:
         sizes = torch.cat([sizes, device_lengths])
     n_errors, codes_there, distinct, *read = sizes.tolist()  # the one wait
-    if n_errors:
+    if n_errors or codes_there > MOST:
         return None
 
     host_lengths = (
