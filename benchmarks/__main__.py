@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         args.run(args)
-    except (MissingPackageError, FileNotFoundError) as error:
+    except (MissingPackageError, OSError) as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 1
     return 0

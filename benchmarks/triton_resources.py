@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from .files import refuse_unwritable, write_text
+
 SUMMARY = "registers, shared memory, spills and loads of the Triton kernels (needs no GPU)"
 TABLE = Path(__file__).parent / "results" / "triton-resources.md"
 TARGETS = (80, 90, 100)
@@ -356,6 +358,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    refuse_unwritable(args.json)
     with _kernels_on_the_host():
         again = compiled_again()
         rows = measure()
@@ -365,9 +368,9 @@ def run(args: argparse.Namespace) -> None:
             "table": table(rows),
             "compiled_again": again,
         }
-        args.json.write_text(json.dumps(found))
+        write_text(args.json, json.dumps(found))
     if args.write:
-        TABLE.write_text(table(rows))
+        write_text(TABLE, table(rows))
         print(f"wrote {TABLE}")
     if not args.json and not args.write:
         print(table(rows), end="")

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available() and not os.environ.get("EHRSEQ_FAST_NO_COMPILED"):
     # Triton's kernels then run in its interpreter; it asks when they are decorated. They are the
@@ -16,6 +17,11 @@ if not torch.cuda.is_available() and not os.environ.get("EHRSEQ_FAST_NO_COMPILED
 from ehrseq_fast import backend as backends
 
 from . import cuda_on_cpu
+
+# Property tests are short and the same every time; --hypothesis-profile long looks further.
+settings.register_profile("ci", max_examples=40, derandomize=True, deadline=None, database=None)
+settings.register_profile("long", max_examples=3000, deadline=None)
+settings.load_profile("ci")
 
 
 def _runs_on(device: str) -> list[str]:

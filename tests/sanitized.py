@@ -167,7 +167,8 @@ def main(arguments: list[str]) -> int:
         print(f"python -m tests.sanitized: {reason}", file=sys.stderr)
         return 2
     copy = build(kind)
-    pytest = ["-m", "pytest", "-p", "no:cacheprovider"]
+    # what is written to stderr by a process that ends at once must not be kept by pytest
+    pytest = ["-m", "pytest", "-p", "no:cacheprovider", "--capture=sys"]
     if rest[:1] == ["--"]:
         program = rest[1:]
     elif rest:

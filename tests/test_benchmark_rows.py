@@ -1,0 +1,89 @@
+"""Every public operation, mode, dtype and mask is a row of the benchmarks, and gives the results of
+its definition there."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+import ehrseq_fast
+from benchmarks import devices, every, suite
+from benchmarks.cases import Missing, Variant, asked_for, difference_of
+from ehrseq_fast import backend
+from ehrseq_fast.survival_nll import checks
+from ehrseq_fast.survival_nll.op import LINKS
+from ehrseq_fast.visit_pool.op import MODES
+from ehrseq_fast.visit_pool.packed import PACKED_MODES
+
+ENTRIES = list(every.entries())
+# These compute nothing.
+NO_OPERATION = {"use_backend", "warmup"}
+LAYERS = {"packed_lstm": ("one direction", "both directions")}
+ONE_RISK = tuple(link for link in LINKS if link != "softmax")
+KNOWN_MODES = {
+    "visit_mean_pool": tuple(MODES),
+    "masked_pool": tuple(MODES),
+    "packed_visit_pool": tuple(PACKED_MODES),
+    "discrete_time_survival_nll": ONE_RISK,
+    "packed_survival_nll": ONE_RISK,
+    "competing_risks_nll": tuple(LINKS),
+    "packed_competing_risks_nll": tuple(LINKS),
+    **LAYERS,
+}
+
+
+def public_operations():
+    found = {name: getattr(ehrseq_fast, name) for name in ehrseq_fast.__all__}
+    return {name for name, value in found.items() if inspect.isfunction(value)} - NO_OPERATION
+
+
+def test_every_operation_in_every_mode_and_dtype_is_a_row():
+    wanted = {
+        (name, mode, dtype)
+        for name in public_operations()
+        for mode in KNOWN_MODES.get(name, ("an operation without modes",))
+        for dtype in backend.FLOATING
+    }
+    assert wanted == {(entry.function, entry.mode, entry.dtype) for entry in ENTRIES}
+
+
+def test_masks_of_every_dtype_are_rows():
+    masked = {
+        name
+        for name in public_operations()
+        if any(
+            "mask" in parameter
+            for parameter in inspect.signature(getattr(ehrseq_fast, name)).parameters
+        )
+    }
+    wanted = {(name, mask) for name in masked for mask in checks.REAL}
+    assert wanted == {(entry.function, entry.mask) for entry in ENTRIES if entry.mask is not None}
+
+
+def test_every_operation_that_has_kernels_is_a_row():
+    assert set(backend.operations()) == {entry.operation for entry in ENTRIES}
+
+
+def test_all_of_them_are_run():
+    planned = [job.title for job in suite.jobs("ops", suite.Settings(workloads=("A",)))]
+    assert {entry.title for entry in ENTRIES} <= set(planned)
+
+
+@pytest.mark.parametrize(
+    "entry", ENTRIES, ids=lambda e: f"{e.title}, {e.dtype}".replace("torch.", "")
+)
+def test_ours_gives_what_the_definition_gives(entry):
+    made = every.case(entry, devices.Cpu(), quick=True)
+    results = {}
+    for name, variant in made.variants.items():
+        assert not isinstance(variant, Missing)
+        assert isinstance(variant, Variant)
+        with asked_for(variant.backend):
+            results[name] = variant.in_common(variant.run())
+    assert len(results) > 1
+    first = results.pop(every.REFERENCE)
+    for name, result in results.items():
+        assert torch.is_tensor(result[0]), name
+        made.require_equal(difference_of(result, first))
