@@ -116,10 +116,14 @@ class CodeReader {
   int64_t read_integer(PyObject* integer) {
     int overflow = 0;
     const long long value = PyLong_AsLongLongAndOverflow(integer, &overflow);
-    if (value == -1 && overflow == 0 && PyErr_Occurred()) throw py::error_already_set();
-    if (overflow && flat_.huge.at < 0)
+    if (value == -1) refuse_or_remember(integer, overflow);
+    return value;
+  }
+
+  void refuse_or_remember(PyObject* integer, int overflow) {
+    if (overflow == 0 && PyErr_Occurred()) throw py::error_already_set();
+    if (overflow != 0 && flat_.huge.at < 0)
       flat_.huge = {static_cast<int64_t>(flat_.codes.size()), as_text(integer)};
-    return overflow ? -1 : value;
   }
 
   static std::string as_text(PyObject* integer) {

@@ -62,7 +62,8 @@ def from_lists(
         patients, code_limit(vocab_size), *longs, per_visit
     )
     layout = layout_of(sizes, longs)
-    total, lengths = layout.n_visits, host[layout.max_visits :].tolist()
+    total = layout.n_visits
+    lengths = host[layout.max_visits :].tolist() if per_visit else []
     by_visit = {
         name: joined(f"visit_targets[{name!r}]", values, lengths)
         for name, values in (visit_targets or {}).items()

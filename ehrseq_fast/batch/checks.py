@@ -165,5 +165,5 @@ def mask_states(mask: Tensor | None) -> Tensor | None:
     mask = mask.detach()
     if mask.dtype == torch.bool:
         # a boolean's byte need not be 0 or 1: bit flags viewed as booleans, say
-        return (mask.view(torch.uint8) != 0).view(torch.uint8)
+        return mask.view(torch.uint8).clamp(max=1)
     return (mask != 0).to(torch.uint8) + ((mask != 0) & (mask != 1)).to(torch.uint8)

@@ -52,26 +52,24 @@ class Layout(NamedTuple):
         Raises:
             ValueError: buffers of another size or dtype.
         """
-        sizes = self.ints()
-        if sum(sizes) % 2:
-            sizes.append(1)
+        long_sizes, int_sizes = self.longs(), self.ints()
+        if sum(int_sizes) % 2:
+            int_sizes.append(1)
         for name, buffer, expected in (
             ("host", host, self.max_visits + self.n_patients),
-            ("fields", fields, sum(self.longs())),
+            ("fields", fields, sum(long_sizes)),
         ):
-            if buffer.dtype != torch.int64 or buffer.shape != (expected,):
+            if buffer.dtype != torch.int64 or buffer.dim() != 1 or buffer.numel() != expected:
                 raise ValueError(
                     f"{name}: expected int64 of shape [{expected}] for {self}, got {buffer.dtype} "
                     f"of shape {list(buffer.shape)}"
                 )
         batch_sizes, lengths = host.split_with_sizes([self.max_visits, self.n_patients])
-        *longs, ints = fields.split_with_sizes(self.longs())
-        return {
-            "batch_sizes": batch_sizes,
-            "lengths": lengths,
-            **dict(zip((*LONGS, *self.outcomes), longs, strict=True)),
-            **dict(zip(INTS, ints.view(torch.int32).split_with_sizes(sizes), strict=False)),
-        }
+        *longs, ints = fields.split_with_sizes(long_sizes)
+        views = dict(zip((*LONGS, *self.outcomes), longs, strict=True))
+        views.update(zip(INTS, ints.view(torch.int32).split_with_sizes(int_sizes), strict=False))
+        views.update(batch_sizes=batch_sizes, lengths=lengths)
+        return views
 
 
 def layout_of(sizes: tuple[int, int, int, int, int], outcomes: Sequence[Any]) -> Layout:

@@ -83,8 +83,6 @@ class Storage:
         # `fields` moves to a device, to pinned memory or to another process in one piece.
         layout = Layout(*layout)
         host, fields = trainable(host), trainable(fields)
-        with outside_inference():
-            views = layout.views(host, fields)
         of_visits = {k: trainable(v) for k, v in (visit_targets or {}).items()}
         with outside_inference():  # a view as another dtype would be an inference tensor
             views = layout.views(host, fields)
