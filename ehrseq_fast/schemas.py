@@ -74,6 +74,19 @@ SCHEMAS = (
     " Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor output, Tensor gates, Tensor cells,"
     " bool reverse, bool need_input, bool need_weights, bool need_states) -> (Tensor input,"
     " Tensor weight_ih, Tensor weight_hh, Tensor bias, Tensor h0, Tensor c0)",
+    # linear: one layer, float32 or float64. activation is 0 none, 1 ReLU, 2 tanh, 3 sigmoid.
+    "linear_layer(Tensor input, Tensor weight, Tensor? bias, int activation) -> Tensor",
+    "linear_layer_backward(Tensor grad, Tensor input, Tensor weight, Tensor out, int activation,"
+    " bool need_input, bool need_weights) -> (Tensor input, Tensor weight, Tensor bias)",
+    # hazard_head: Linear, ReLU, Dropout, Linear to one unit, Sigmoid. `kept` says which hidden
+    # units dropout keeps, and `scale` what it multiplies them by; `hidden` are those before it,
+    # which the backward pass needs, no rows of them without training.
+    "hazard_head(Tensor input, Tensor weight, Tensor bias, Tensor last_weight, Tensor last_bias,"
+    " Tensor? kept, float scale, bool training) -> (Tensor hazards, Tensor hidden)",
+    "hazard_head_backward(Tensor grad, Tensor hazards, Tensor hidden, Tensor input, Tensor weight,"
+    " Tensor bias, Tensor last_weight, Tensor last_bias, Tensor? kept, float scale,"
+    " bool need_input, bool need_weights) -> (Tensor input, Tensor weight, Tensor bias,"
+    " Tensor last_weight, Tensor last_bias)",
 )
 
 _fakes: dict[str, Callable[..., Any]] = {}

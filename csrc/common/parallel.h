@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <limits>
@@ -40,6 +41,19 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   };
   EHRSEQ_THREADS::parallel_for(begin, end, grain, kept);
   if (first_error) std::rethrow_exception(first_error);
+}
+
+// body(from, to, share) over shares of [0, count), at most one per thread.
+template <typename Body>
+void share_out(int64_t count, int64_t threads, const Body& body) {
+  const int64_t shares = std::min(threads, count);
+  if (shares <= 1) {
+    if (count > 0) body(int64_t{0}, count, int64_t{0});
+    return;
+  }
+  parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+    body(count * first / shares, count * last / shares, first);
+  });
 }
 
 }  // namespace ehrseq

@@ -12,9 +12,9 @@
 
 namespace ehrseq::packed_lstm::EHRSEQ_ISA {
 
-#include "packed_lstm/tile.h"
+#include "common/tile.h"
 // Order matters from here on: each builds on those before.
-#include "packed_lstm/activations.h"
+#include "common/activations.h"
 #include "packed_lstm/gates.h"
 #include "packed_lstm/panels.h"
 #include "packed_lstm/scan_backward.h"

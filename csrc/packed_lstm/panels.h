@@ -2,44 +2,8 @@
 // instruction set (see kernels_impl.h).
 
 template <typename S>
-int64_t blocks_of(int64_t units) {
-  return (units + kLanes<S> - 1) / kLanes<S>;
-}
-
-// How many units of `block` there are; fewer than the lanes in the last one.
-template <typename S>
-EHRSEQ_INLINE int64_t units_in(int64_t block, int64_t units) {
-  return std::min(kLanes<S>, units - block * kLanes<S>);
-}
-
-template <typename S>
 int64_t gate_panel_size(const Shape& shape) {
   return (shape.inputs + shape.hidden) * kGates * kLanes<S>;
-}
-
-// A pack as one word, to be moved about.
-template <typename S>
-using Word = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
-
-// Transposes a square of words by swapping ever larger blocks across its diagonal.
-template <typename W, int64_t L>
-EHRSEQ_INLINE void transpose(Vector<W> (&rows)[L]) {
-#pragma GCC unroll 8
-  for (int64_t side = 1; side < L; side *= 2) {
-    Vector<W> upper = {}, lower = {};
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < L; ++i) {
-      upper[i] = i & side ? L + i - side : i;
-      lower[i] = i & side ? L + i : i + side;
-    }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < L; ++i) {
-      if (i & side) continue;
-      const Vector<W> above = rows[i];
-      rows[i] = __builtin_shuffle(above, rows[i + side], upper);
-      rows[i + side] = __builtin_shuffle(above, rows[i + side], lower);
-    }
-  }
 }
 
 // Columns of `weight` [4 * hidden, columns] for the units of one block: [column][gate][L], in
@@ -49,29 +13,10 @@ void pack_columns_of_block(const Shape& shape, const S* weight, int64_t columns,
                            S* panel) {
   constexpr int64_t L = kLanes<S>;
   constexpr int64_t P = kPack<S>;
-  static_assert(sizeof(Word<S>) == P * sizeof(S));
-  const int64_t units = units_in<S>(block, shape.hidden);
   for (int64_t gate = 0; gate < kGates; ++gate) {
-    const S* rows = weight + (gate * shape.hidden + block * L) * columns;
-    for (int64_t k = 0; k < columns; k += L * P) {
-      const int64_t taken = std::min(L * P, columns - k);
-      Vector<Word<S>> square[L];
-      for (int64_t unit = 0; unit < L; ++unit) {
-        const S* row = rows + unit * columns + k;
-        square[unit] = Vector<Word<S>>{};
-        if (unit >= units) continue;
-        if (taken == L * P) {
-          std::memcpy(&square[unit], row, sizeof(square[unit]));
-        } else {
-          std::memcpy(&square[unit], row, taken * sizeof(S));
-        }
-      }
-      transpose<Word<S>, L>(square);
-      for (int64_t pack = 0; pack < taken / P; ++pack) {
-        S* to = panel + ((k / P + pack) * kGates + gate) * L * P;
-        std::memcpy(to, &square[pack], sizeof(square[pack]));
-      }
-    }
+    pack_rows_as_lanes(weight + (gate * shape.hidden + block * L) * columns,
+                       units_in<S>(block, shape.hidden), columns, panel + gate * L * P,
+                       kGates * L * P);
   }
 }
 

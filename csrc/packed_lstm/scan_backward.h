@@ -103,13 +103,6 @@ void scan_tile_back(const Backward<S>& layer, const Step& step, int64_t block, i
   }
 }
 
-// As many vectors side by side as fit a tile, then what is left over singly.
-template <typename Body>
-EHRSEQ_INLINE void for_block_groups(int64_t from, int64_t to, const Body& body) {
-  for (; from + 4 <= to; from += 4) body(from, Count<4>{});
-  for (; from < to; ++from) body(from, Count<1>{});
-}
-
 template <typename S>
 void scan_blocks_back(const Backward<S>& layer, Times chunk, int64_t time, int64_t first_block,
                       int64_t last_block, int64_t from, int64_t to) {

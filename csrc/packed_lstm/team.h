@@ -17,19 +17,6 @@
 
 namespace ehrseq::packed_lstm {
 
-// body(from, to, share) over shares of [0, count), at most one per thread.
-template <typename Body>
-void share_out(int64_t count, int64_t threads, const Body& body) {
-  const int64_t shares = std::min(threads, count);
-  if (shares <= 1) {
-    if (count > 0) body(int64_t{0}, count, int64_t{0});
-    return;
-  }
-  parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
-    body(count * first / shares, count * last / shares, first);
-  });
-}
-
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();

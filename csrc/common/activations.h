@@ -1,5 +1,5 @@
 // Sigmoid and tanh of a vector of float32, to about one or two units in the last place; of float64,
-// by the C library. Included once per instruction set (see kernels_impl.h).
+// by the C library. Included once per instruction set, after tile.h.
 
 // 2^n and the polynomial of e^r - 1 for x = n ln 2 + r, |r| <= ln 2 / 2 (Cody and Waite's split of
 // ln 2; Taylor's polynomial, whose remainder there is below half a unit in the last place).

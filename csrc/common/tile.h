@@ -1,11 +1,16 @@
-// A tile of R rows times V vectors of sums, held in registers, and the one product loop of the
-// room. Included once per instruction set (see kernels_impl.h).
+// A tile of R rows times V vectors of sums, held in registers, and the one loop of products of the
+// package. Included once per instruction set, which the including file names (see
+// packed_lstm/kernels_impl.h, linear/kernels.h).
 //
 // Every sum is one chain over k in rising order, whatever R and V are: so a visit's numbers do not
 // depend on which rows share its tile, and hence not on the number of threads.
 
 template <typename T>
 using Vector __attribute__((vector_size(EHRSEQ_VECTOR_BYTES))) = T;
+
+// What values stored as S are added up in.
+template <typename S>
+using Sum = accumulator_t<S>;
 
 template <typename S>
 constexpr int64_t kLanes = EHRSEQ_VECTOR_BYTES / sizeof(Sum<S>);
@@ -201,4 +206,74 @@ EHRSEQ_INLINE void for_row_tiles(int64_t from, int64_t to, const Body& body) {
   with_row_count(height, [&](auto count) {
     for (int64_t row = split; row < to; row += count) body(row, count);
   });
+}
+
+// As many vectors side by side as fit a tile, then what is left over singly.
+template <typename Body>
+EHRSEQ_INLINE void for_block_groups(int64_t from, int64_t to, const Body& body) {
+  for (; from + 4 <= to; from += 4) body(from, Count<4>{});
+  for (; from < to; ++from) body(from, Count<1>{});
+}
+
+template <typename S>
+int64_t blocks_of(int64_t units) {
+  return (units + kLanes<S> - 1) / kLanes<S>;
+}
+
+// How many units of `block` there are; fewer than the lanes in the last one.
+template <typename S>
+EHRSEQ_INLINE int64_t units_in(int64_t block, int64_t units) {
+  return std::min(kLanes<S>, units - block * kLanes<S>);
+}
+
+// A pack as one word, to be moved about.
+template <typename S>
+using Word = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+
+// Transposes a square of words by swapping ever larger blocks across its diagonal.
+template <typename W, int64_t L>
+EHRSEQ_INLINE void transpose(Vector<W> (&rows)[L]) {
+#pragma GCC unroll 8
+  for (int64_t side = 1; side < L; side *= 2) {
+    Vector<W> upper = {}, lower = {};
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i) {
+      upper[i] = i & side ? L + i - side : i;
+      lower[i] = i & side ? L + i : i + side;
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i) {
+      if (i & side) continue;
+      const Vector<W> above = rows[i];
+      rows[i] = __builtin_shuffle(above, rows[i + side], upper);
+      rows[i + side] = __builtin_shuffle(above, rows[i + side], lower);
+    }
+  }
+}
+
+// Rows [units, columns], at most L of them, with the units in the lanes: pack k of all units at
+// to + k * step, zeros beyond the units.
+template <typename S>
+void pack_rows_as_lanes(const S* rows, int64_t units, int64_t columns, S* to, int64_t step) {
+  constexpr int64_t L = kLanes<S>;
+  constexpr int64_t P = kPack<S>;
+  static_assert(sizeof(Word<S>) == P * sizeof(S));
+  for (int64_t k = 0; k < columns; k += L * P) {
+    const int64_t taken = std::min(L * P, columns - k);
+    Vector<Word<S>> square[L];
+    for (int64_t unit = 0; unit < L; ++unit) {
+      const S* row = rows + unit * columns + k;
+      square[unit] = Vector<Word<S>>{};
+      if (unit >= units) continue;
+      if (taken == L * P) {
+        std::memcpy(&square[unit], row, sizeof(square[unit]));
+      } else {
+        std::memcpy(&square[unit], row, taken * sizeof(S));
+      }
+    }
+    transpose<Word<S>, L>(square);
+    for (int64_t pack = 0; pack < taken / P; ++pack) {
+      std::memcpy(to + (k / P + pack) * step, &square[pack], sizeof(square[pack]));
+    }
+  }
 }

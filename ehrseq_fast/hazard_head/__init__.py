@@ -1,0 +1,1 @@
+"""The hazard head: hidden states of visits to hazards."""

@@ -1,0 +1,110 @@
+"""The hazard head as an operation: shapes, gradient, choice of backend.
+
+One function of the rows, since autograd would hold the hidden layer, its gradient before and after
+the ReLU and that of the rows at once, each ``[rows, units]``. Here the gradient of the hidden layer
+exists for a few thousand rows at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..autograd import once
+from ..schemas import fake
+
+backend.register("hazard_head", "cpu")
+
+
+@fake("hazard_head")
+def _shapes(input, weight, bias, last_weight, last_bias, kept, scale, training):
+    rows, units = input.shape[0], weight.shape[0]
+    return input.new_empty(rows), input.new_empty(rows if training else 0, units)
+
+
+@fake("hazard_head_backward")
+def _backward_shapes(
+    grad,
+    hazards,
+    hidden,
+    input,
+    weight,
+    bias,
+    last_weight,
+    last_bias,
+    kept,
+    scale,
+    need_input,
+    need_weights,
+):
+    weights = (weight, bias, last_weight, last_bias)
+    return (
+        torch.empty_like(input) if need_input else input.new_empty(0),
+        *(torch.empty_like(w) if need_weights else input.new_empty(0) for w in weights),
+    )
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        last_weight: Tensor,
+        last_bias: Tensor,
+        kept: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        operands = (input, weight, bias, last_weight, last_bias, kept)
+        hazards, hidden = torch.ops.ehrseq_fast.hazard_head(*operands, scale, True)
+        ctx.save_for_backward(hazards, hidden, *operands)
+        ctx.scale = scale
+        return hazards
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        with torch.no_grad():
+            gradients = torch.ops.ehrseq_fast.hazard_head_backward(
+                grad, *saved, ctx.scale, need[0], any(need[1:5])
+            )
+        gradients = once("hazard_head", gradients, (grad, *saved[2:7]))
+        wanted = [x if needed else None for x, needed in zip(gradients, need[:5], strict=True)]
+        return *wanted, None, None
+
+
+def hazard_head(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    last_weight: Tensor,
+    last_bias: Tensor,
+    kept: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Hazards of rows that the compiled kernel takes (``linear.op.serves``), the same bits for any
+    number of threads; see ``reference.py``.
+
+    Args:
+        input: ``[rows, inputs]``, float32 or float64.
+        weight, bias: ``[units, inputs]`` and ``[units]``.
+        last_weight, last_bias: ``[1, units]`` and ``[1]``.
+        kept: ``[rows, units]`` bool: which hidden units dropout keeps. All of them by default.
+        scale: what dropout multiplies them by.
+
+    Returns:
+        ``[rows]``.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+        RuntimeError: on differentiating twice.
+    """
+    operands = (input, weight, bias, last_weight, last_bias)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in operands):
+        return _Head.apply(*operands, kept, scale)
+    return torch.ops.ehrseq_fast.hazard_head(*operands, kept, scale, False)[0]

@@ -1,0 +1,1 @@
+"""Linear layers whose bits do not depend on the number of threads."""

@@ -1,0 +1,96 @@
+"""Linear layers as an operation: shapes, gradient, choice of backend.
+
+PyTorch gives products on the CPU to MKL or oneDNN, which cut sums where it suits the threads: the
+gradient of a weight then differs between 1 and 2 of them. Here every sum has one order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..autograd import once, transformed
+from ..schemas import fake
+from . import reference
+
+backend.register("linear", "cpu")
+
+DTYPES = (torch.float32, torch.float64)
+_NUMBERS = {name: number for number, name in enumerate(reference.ACTIVATIONS)}
+
+
+@fake("linear_layer")
+def _shapes(input, weight, bias, activation):
+    return input.new_empty(input.shape[0], weight.shape[0])
+
+
+@fake("linear_layer_backward")
+def _backward_shapes(grad, input, weight, out, activation, need_input, need_weights):
+    return (
+        torch.empty_like(input) if need_input else input.new_empty(0),
+        torch.empty_like(weight) if need_weights else input.new_empty(0),
+        weight.new_empty(weight.shape[0] if need_weights else 0),
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: int
+    ) -> Tensor:
+        out = torch.ops.ehrseq_fast.linear_layer(input, weight, bias, activation)
+        ctx.save_for_backward(input, weight, bias, out)
+        ctx.activation = activation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, out = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        with torch.no_grad():
+            gradients = torch.ops.ehrseq_fast.linear_layer_backward(
+                grad, input, weight, out, ctx.activation, need[0], need[1] or need[2]
+            )
+        gradients = once("linear", gradients, (grad, input, weight, bias))
+        wanted = [x if needed else None for x, needed in zip(gradients, need[:3], strict=True)]
+        return *wanted, None
+
+
+def serves(input: Tensor, *weights: Tensor | None) -> bool:
+    """Whether the compiled kernel takes this call; the modules compute it elsewhere."""
+    operands = (input, *(weight for weight in weights if weight is not None))
+    return (
+        input.dim() == 2
+        and input.dtype in DTYPES
+        and all(x.device.type == "cpu" and x.dtype == input.dtype for x in operands)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and backend.choose("linear", "cpu", input.dtype) == "cpu"
+        and not transformed(*operands)
+    )
+
+
+def linear_layer(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """``act(x Wᵀ + b)`` of operands that the kernel :func:`serves`, the same bits for any number of
+    threads.
+
+    Args:
+        input: ``[rows, inputs]``, float32 or float64.
+        weight: ``[units, inputs]``.
+        bias: ``[units]``, or None.
+        activation: ``"none"``, ``"relu"``, ``"tanh"`` or ``"sigmoid"``.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+        RuntimeError: on differentiating twice.
+    """
+    number = _NUMBERS[activation]
+    operands = (input, weight, bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        return _Linear.apply(input, weight, bias, number)
+    return torch.ops.ehrseq_fast.linear_layer(input, weight, bias, number)
