@@ -100,3 +100,47 @@ def test_no_term_of_a_double_backward_is_lost():
         model.path = "padded"
         for mine, theirs in zip(ours, penalty(model), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def spoilt_results(model, batch):
+    hazards = model(batch).values
+    gradients = torch.autograd.grad(hazards.sum(), list(model.parameters()))
+    return [model.loss(batch).detach(), hazards.detach(), *gradients]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_any_parameter_shows(value):
+    """A model that has diverged says so: on the fused path as on the packed one."""
+    torch.manual_seed(0)
+    batch = PackedVisits.from_lists(
+        [[[1, 2], [3]], [[4]], [[2], [1], [3, 4]]],
+        event_times=[1, 0, 2],
+        event_indicators=[1, 1, 0],
+    )
+    model = DiscreteTimeSurvivalLSTM(5, 3, 6, dropout=0.0)
+    for name, parameter in model.named_parameters():
+        for at in range(parameter.numel()):
+            if name == "embedding.weight" and at < 3:
+                continue  # code 0 is padding
+            flat = parameter.detach().view(-1)
+            before, flat[at] = flat[at].item(), value
+            model.path = "fused"
+            ours = spoilt_results(model, batch)
+            model.path = "packed"
+            theirs = spoilt_results(model, batch)
+            flat[at] = before
+            for mine, plain in zip(ours, theirs, strict=True):
+                assert torch.equal(mine.isnan(), plain.isnan()), (name, at)
+
+
+def test_new_tensors_go_where_the_rows_are():
+    """Whatever the default device is."""
+    head = hazard_head(4, 8, 0.5).train()
+    rows = torch.randn(5, 4)
+    torch.set_default_device("meta")
+    try:
+        hazards = hazards_of(head, rows)
+    finally:
+        torch.set_default_device(None)
+    assert hazards.device.type == "cpu"
+    assert hazards.isfinite().all()

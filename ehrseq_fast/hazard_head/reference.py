@@ -19,5 +19,5 @@ def hazard_head(
     units dropout keeps, which it multiplies by ``scale``; the others it multiplies by 0."""
     hidden = linear(input, weight, bias).relu()
     if kept is not None:
-        hidden = hidden * (kept * scale)
+        hidden = hidden * (kept.to(hidden.dtype) * scale)
     return linear(hidden, last_weight, last_bias).sigmoid().squeeze(1)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from ..autograd import transformed, values_are_hidden
 from ..batch import PackedVisits
 from ..rows import PackedRows, VisitState
-from .head import hazards_of
+from .head import hazards_of, run_network
 from .pooling import plain_pool
 from .reading import is_plain_embedding
 from .recurrent import first_state, last_layer, recurrent_layer, run, run_plain
@@ -100,6 +100,10 @@ class VisitSequenceModel(nn.Module):
     def _apply_head(self, head: nn.Module, states: Tensor) -> Tensor:
         """A hazard head of states; on the packed and padded paths in plain PyTorch."""
         return hazards_of(head, states) if self.path == "fused" else head(states)
+
+    def _apply_network(self, network: nn.Module, rows: Tensor) -> Tensor:
+        """Likewise a Linear, or several with activations between them."""
+        return run_network(network, rows) if self.path == "fused" else network(rows)
 
     # Whole records
 

@@ -13,6 +13,7 @@ from ..backend import use_backend
 from ..batch import PackedVisits
 from ..visit_pool import codes_in_use, masked_pool, packed_visit_pool
 from .base import VisitSequenceModel
+from .head import run_network
 from .pooling import attend, plain_pool
 from .reading import are_plain, is_plain, is_plain_embedding, readable
 from .recurrent import lstm_dropout, visit_lstm
@@ -116,7 +117,7 @@ class VisitEncoder(nn.Module):
             # A score depends on the code alone, so each code in use is scored once. The rows in use
             # alone: another code's row may hold anything, and 0 · NaN is NaN.
             table = embed(embedding, batch.index_codes)
-            scores = self.attention(table).squeeze(-1).to(table.dtype)
+            scores = run_network(self.attention, table).squeeze(-1).to(table.dtype)
             vectors = packed_visit_pool(codes_in_use(batch), table, mode="attention", scores=scores)
         else:
             rows = embed(embedding, batch.codes)
@@ -280,7 +281,7 @@ class LSTMBaseline(VisitSequenceModel):
         return output
 
     def _output(self, states: Tensor) -> dict[str, Any]:
-        logits = self.fc(self.dropout(states))
+        logits = self._apply_network(self.fc, self.dropout(states))
         return {"logits": logits, "predictions": self.activation(logits)}
 
     def loss(self, batch: PackedVisits, target: str = "labels", **options: Any) -> Tensor:

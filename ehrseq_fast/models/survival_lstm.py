@@ -264,7 +264,7 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
                 f"visits must have {TIME_FEATURES} features (time since the last visit, since the "
                 f"first, index), and have {visit_features.shape[-1]}"
             )
-        encoded = self.time_encoder(visit_features.to(vectors.dtype))
+        encoded = self._apply_network(self.time_encoder, visit_features.to(vectors.dtype))
         return torch.cat([vectors, encoded.to(vectors.dtype)], dim=-1)
 
     def forward(  # type: ignore[override]  # the reference's signature has one argument more
