@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ehrseq_fast import (
     PackedVisits,
@@ -27,6 +27,8 @@ from ehrseq_fast import (
     packed_visit_pool,
     visit_mean_pool,
 )
+from ehrseq_fast.models.head import hazards_of, run_network
+from ehrseq_fast.models.survival_lstm import hazard_head
 from ehrseq_fast.packed_lstm import reference as lstm_reference
 from ehrseq_fast.survival_nll import reference as nll_reference
 from ehrseq_fast.visit_pool import reference as pool_reference
@@ -84,8 +86,8 @@ class Entry:
     """What one case is about.
 
     Attributes:
-        function: the public operation, by its name in the package.
-        mode: of pooling, the link of a loss, or the direction of the LSTM.
+        function: the public operation, by its name in the package, or what the models call.
+        mode: of pooling, the link of a loss, the direction of the LSTM, or the kind of network.
         dtype: of what is computed.
         mask: the mask's dtype; None where there is no mask.
         operations: as ``backend.operations()`` names them.
@@ -123,6 +125,9 @@ def entries() -> Iterator[Entry]:
             yield Entry("packed_competing_risks_nll", link, dtype, None, "packed_survival_nll")
         yield Entry("packed_lstm", "one direction", dtype, None, "packed_lstm")
         yield Entry("packed_lstm", "both directions", dtype, None, "packed_lstm")
+    for dtype in DTYPES[:2]:
+        yield Entry("hazards_of", "head", dtype, None, "hazard_head")
+        yield Entry("run_network", "tanh", dtype, None, "linear")
     for mask in MASKS[1:]:
         yield Entry("visit_mean_pool", "mean", torch.float32, mask, "visit_pool")
         yield Entry("masked_pool", "mean", torch.float32, mask, "masked_pool")
@@ -133,13 +138,14 @@ def entries() -> Iterator[Entry]:
 def case(entry: Entry, device: Device, *, quick: bool = False, backend: str | None = None) -> Case:
     """Forward and backward of one entry, ours and the definition."""
     size = QUICK if quick else Size()
-    make = {"packed_lstm": _lstm}.get(entry.function, _nll if "nll" in entry.function else _pool)
+    special = {"packed_lstm": _lstm, "hazards_of": _network, "run_network": _network}
+    make = special.get(entry.function, _nll if "nll" in entry.function else _pool)
     plain, ours_way, leaves = make(entry, size, device.name)
     on = our_backends(entry.operation, device.name, entry.dtype, backend)
     variants: dict[str, Variant | Missing] = {REFERENCE: _variant(plain, leaves)}
     variants.update(ours(OURS, on, lambda: _variant(ours_way, leaves)))
     patients = size.patients
-    if make is not _pool:
+    if make not in (_pool, _network):
         patients = size.loss_patients if make is _nll else size.lstm_patients
     return Case(
         *(entry.title, WORKLOAD, patients, "forward+backward", _name(entry.dtype)),
@@ -282,6 +288,24 @@ def _lstm(entry: Entry, size: Size, device: str) -> tuple[Way, Way, list[Tensor]
         return packed_lstm(sequence, weights, bidirectional=directions == 2)[0].data
 
     return plain, packed, [rows, *(weight for layer in weights for weight in layer)]
+
+
+def _network(entry: Entry, size: Size, device: str) -> tuple[Way, Way, list[Tensor]]:
+    """What the models run on rows of visits: their heads and small networks, called and read."""
+    torch.manual_seed(0)
+    width = size.width
+    if entry.function == "hazards_of":
+        network: nn.Module = hazard_head(width, width, 0.0)
+    else:
+        network = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
+    network = network.to(device, entry.dtype)
+    rows = torch.randn(size.patients * size.visits, width).to(device, entry.dtype).requires_grad_()
+    read = hazards_of if entry.function == "hazards_of" else run_network
+    return (
+        lambda: network(rows),
+        lambda: read(network, rows),
+        [rows, *network.parameters()],
+    )
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def test_every_operation_in_every_mode_and_dtype_is_a_row():
         for mode in KNOWN_MODES.get(name, ("an operation without modes",))
         for dtype in backend.FLOATING
     }
-    assert wanted == {(entry.function, entry.mode, entry.dtype) for entry in ENTRIES}
+    public = [entry for entry in ENTRIES if entry.function in public_operations()]
+    assert wanted == {(entry.function, entry.mode, entry.dtype) for entry in public}
 
 
 def test_masks_of_every_dtype_are_rows():

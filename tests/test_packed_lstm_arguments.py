@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from ehrseq_fast import packed_lstm
+from ehrseq_fast.packed_lstm import reference
 
 OPS = torch.ops.ehrseq_fast
 VISITS, PATIENTS, INPUTS, HIDDEN = 8, 3, 3, 5
@@ -108,29 +109,41 @@ def test_visits_to_keep_the_gates_of(compiled, kept, training):
         OPS.packed_lstm_layer(**{**forward_arguments(), "kept": kept, "training": training})
 
 
-@pytest.mark.parametrize(("inputs", "hidden"), [(3, 0), (0, 3), (0, 0)])
-def test_layers_without_units_or_inputs(unemulated, inputs, hidden):
-    """nn.LSTM cannot be built with them; backward once divided by zero."""
+@pytest.mark.parametrize("inputs", [3, 0])
+def test_layers_without_units(unemulated, inputs):
+    """nn.LSTM cannot be built with none; backward once divided by zero."""
+    weights = [torch.randn(0, inputs), torch.randn(0, 0), torch.randn(0), torch.randn(0)]
     data = torch.randn(3, inputs, requires_grad=True)
-    shapes = [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)]
-    weights = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    sizes = torch.tensor([2, 1])
-    with pytest.raises(ValueError, match="at least one hidden unit and one input"):
-        packed_lstm(PackedSequence(data, sizes), [weights])
+    with pytest.raises(ValueError, match="at least one hidden unit"):
+        packed_lstm(PackedSequence(data, torch.tensor([2, 1])), [weights])
 
 
-@pytest.mark.parametrize(("inputs", "hidden"), [(3, 0), (0, 3), (0, 0)])
-def test_raw_layers_without_units_or_inputs(compiled, inputs, hidden):
+@pytest.mark.parametrize("inputs", [3, 0])
+def test_raw_layers_without_units(compiled, inputs):
     data, sizes = torch.randn(3, inputs), torch.tensor([2, 1])
-    weights = [torch.randn(4 * hidden, n) for n in (inputs, hidden)]
+    weights = [torch.randn(0, inputs), torch.randn(0, 0)]
     with pytest.raises(ValueError, match="at least one"):
         OPS.packed_lstm_layer(data, sizes, *weights, None, None, None, None, False, True, 0)
-    states = [torch.randn(3, hidden), torch.randn(0, 0), torch.randn(3, 16)]
+    states = [torch.randn(3, 0), torch.randn(0, 0), torch.randn(3, 0)]
     with pytest.raises(ValueError, match="at least one"):
         OPS.packed_lstm_layer_backward(
             *(None, None, None, data, sizes, *weights, None, None, None, None, *states),
             *(False, True, True, True),
         )
+
+
+def test_layers_without_inputs(unemulated):
+    """Their states come of the biases and of each other."""
+    shapes = [(8, 0), (20, 0), (20, 5), (20,), (20,)]
+    x, *weights = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    sizes = torch.tensor([3, 2, 2, 1])
+    output, (h_n, c_n) = packed_lstm(PackedSequence(x, sizes), [weights])
+    expected = reference.packed_lstm_layer(x, sizes, *weights)
+    for mine, theirs in zip((output.data, h_n[0], c_n[0]), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    mine = torch.autograd.grad(output.data.sum(), [x, *weights])
+    for a, b in zip(mine, torch.autograd.grad(expected[0].sum(), [x, *weights]), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_states_that_are_no_pair(unemulated):

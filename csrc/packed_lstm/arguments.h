@@ -74,7 +74,6 @@ inline Shape checked_shape(const Tensor& input, const std::vector<int64_t>& batc
   const ScalarType dtype = input.scalar_type();
   expect_dim(weight_hh, kName, "weight_hh", 2, "[4 * hidden, hidden]");
   const Shape shape{input.size(1), weight_hh.size(1), input.size(0), batch_sizes[0]};
-  if (shape.inputs < 1) refuse(kName, "input", "at least one column wide", "none");
   if (shape.hidden < 1) refuse(kName, "weight_hh", "of at least one hidden unit", "none");
   const int64_t gates = kGates * shape.hidden;
   expect_like(weight_ih, "weight_ih", dtype, {gates, shape.inputs}, "[4 * hidden, inputs]");

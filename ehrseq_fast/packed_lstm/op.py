@@ -275,10 +275,10 @@ def _check(
                 f"both biases or none; entry {i} holds {len(layer)} tensors"
             )
     hidden = weights[0][1].shape[-1] if weights[0][1].dim() else 0
-    if hidden < 1 or data.shape[1] < 1:
+    if hidden < 1:
         raise ValueError(
-            "packed_lstm: there must be at least one hidden unit and one input, got weight_hh "
-            f"{list(weights[0][1].shape)} and data {list(data.shape)}"
+            "packed_lstm: there must be at least one hidden unit, got weight_hh "
+            f"{list(weights[0][1].shape)}"
         )
     for i, layer in enumerate(weights):
         inputs = data.shape[1] if i < directions else directions * hidden

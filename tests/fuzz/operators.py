@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ehrseq_fast import schemas
+from ehrseq_fast.hazard_head import reference as head_reference
+from ehrseq_fast.linear import reference as linear_reference
 from ehrseq_fast.packed_lstm import reference as lstm_reference
 from ehrseq_fast.survival_nll import reference as nll_reference
 from ehrseq_fast.visit_pool import reference as pool_reference
@@ -284,3 +286,53 @@ def _lstm(draw: Draw, ops: Any, name: str) -> Call:
         ops.packed_lstm_layer_backward,
         [*grads, *operands, output, gates, cells, reverse, *needs],
     )
+
+
+# Linear layers and the hazard head ----------------------------------------------------------------
+
+ACTIVATIONS = tuple(linear_reference.ACTIVATIONS)
+
+
+@makes("linear_layer", "linear_layer_backward")
+def _linear(draw: Draw, ops: Any, name: str) -> Call:
+    dtype = draw.one_of((torch.float32, torch.float64))
+    rows, inputs, units = draw.whole(0, 9), draw.whole(0, 40), draw.one_of((0, 1, 7, 16, 33, 70))
+    input, weight = draw.floats((rows, inputs), dtype), draw.floats((units, inputs), dtype) * 0.2
+    bias = draw.floats((units,), dtype) if draw.chance(0.7) else None
+    activation = draw.whole(0, 3)
+
+    def forward(*operands: Tensor) -> Tensor:
+        given = (*operands, None)[:3]
+        return linear_reference.linear_layer(*given, activation=ACTIVATIONS[activation])
+
+    operands = [input, weight] if bias is None else [input, weight, bias]
+    if name == "linear_layer":
+        return Call(
+            ops.linear_layer,
+            [input, weight, bias, activation],
+            lambda: [forward(*(x.double() for x in operands))],
+        )
+    out = ops.linear_layer(input, weight, bias, activation)
+    grad = draw.floats((rows, units), dtype)
+    needs = [draw.chance(0.7) for _ in range(2)]
+    return Call(ops.linear_layer_backward, [grad, input, weight, out, activation, *needs])
+
+
+@makes("hazard_head", "hazard_head_backward")
+def _head(draw: Draw, ops: Any, name: str) -> Call:
+    dtype = draw.one_of((torch.float32, torch.float64))
+    rows, inputs, units = draw.whole(0, 9), draw.whole(0, 40), draw.one_of((0, 1, 7, 16, 33, 70))
+    shapes = [(rows, inputs), (units, inputs), (units,), (1, units), (1,)]
+    operands = [draw.floats(shape, dtype) * 0.2 for shape in shapes]
+    kept = draw.integers(0, 2, (rows, units), torch.int64).bool() if draw.chance(0.5) else None
+    scale = draw.one_of((1.0, 1.25, 0.0))
+    if name == "hazard_head":
+        return Call(
+            ops.hazard_head,
+            [*operands, kept, scale, draw.chance(0.5)],
+            lambda: [head_reference.hazard_head(*(x.double() for x in operands), kept, scale)],
+        )
+    hazards, hidden = ops.hazard_head(*operands, kept, scale, True)
+    needs = [draw.chance(0.7) for _ in range(2)]
+    grad = draw.floats((rows,), dtype)
+    return Call(ops.hazard_head_backward, [grad, hazards, hidden, *operands, kept, scale, *needs])
