@@ -67,11 +67,14 @@ OPERATORS = (
     "tests/test_packed_survival_nll.py",
     "tests/test_packed_lstm.py",
 )
+BATCHES = tuple(
+    str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_batch*.py"))
+)
 # What is about values or torch.compile is tested without sanitizers; other backends' kernels are
 # not in these libraries (tests/cuda_on_cpu has a sanitized run of its own).
 _OTHERS = "not cuda and not triton and not reference and not compile and not gradcheck"
 TESTS = {
-    "address": (*OPERATORS, "tests/test_batch.py", "-k", f"{_OTHERS} and not thousand"),
+    "address": (*OPERATORS, *BATCHES, "-k", f"{_OTHERS} and not thousand"),
     "thread": ("tests/test_threads.py",),
 }
 SELF_TEST = ("tests/test_sanitized.py",)

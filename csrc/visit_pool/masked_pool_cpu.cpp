@@ -109,7 +109,9 @@ Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg
           collect_real_slots<acc_t, mask_t>(real, n_slots, visit, visit + 1, tile, slots);
           const scalar_t* grad_row = grad_rows + visit * row_size;
           scalar_t* visit_out = out + visit * n_slots * row_size;
-          std::memset(static_cast<void*>(visit_out), 0, n_slots * row_size * sizeof(scalar_t));
+          if (n_slots * row_size > 0) {
+            std::memset(static_cast<void*>(visit_out), 0, n_slots * row_size * sizeof(scalar_t));
+          }
           for (size_t i = 0; i < tile.rows.size(); ++i) {
             const int32_t slot = tile.rows[i];
             if (mode == kMax) {

@@ -1,0 +1,154 @@
+"""Every parallel loop of the compiled CPU kernels on one to four threads: the same bits. Under
+``python -m tests.sanitized thread`` the same calls are searched for races."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from ehrseq_fast import (
+    PackedVisits,
+    competing_risks_nll,
+    discrete_time_survival_nll,
+    masked_pool,
+    packed_competing_risks_nll,
+    packed_lstm,
+    packed_survival_nll,
+    packed_visit_pool,
+    visit_mean_pool,
+)
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+VOCABULARY, WIDTH = 60, 24
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Enough for each loop to be cut into several shares, and some codes that nearly all have."""
+    generator = torch.Generator().manual_seed(0)
+    patients = []
+    for patient in range(300):
+        length = 1 + int(40 * torch.rand(1, generator=generator) ** 3) + 30 * (patient % 50 == 0)
+        visits = []
+        for _ in range(length):
+            count = int(torch.randint(0, 12, (1,), generator=generator))
+            skewed = torch.rand(count, generator=generator) ** 3
+            visits.append([0, 1, *(skewed * VOCABULARY).long().tolist()][: count + 1])
+        patients.append(visits)
+    times = [len(visits) - 1 for visits in patients]
+    return PackedVisits.from_lists(
+        patients,
+        vocab_size=VOCABULARY,
+        event_times=times,
+        event_indicators=[patient % 2 for patient in range(300)],
+        event_types=[patient % 4 for patient in range(300)],
+    )
+
+
+def on_threads(compute, counts=(1, 2, 3, 4)):
+    """Values and gradients on so many threads, which must be the same bits."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    for count, result in zip(counts[1:], results[1:], strict=True):
+        for at, (one, other) in enumerate(zip(results[0], result, strict=True)):
+            assert torch.equal(one, other), f"result {at} on {count} threads"
+
+
+def both(value, *leaves):
+    scale = torch.linspace(0.5, 1.5, value.numel()).reshape(value.shape).to(value.dtype)
+    return value.detach(), *torch.autograd.grad(value, leaves, scale)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@DTYPES
+@pytest.mark.parametrize("mode", ["mean", "sum", "max", "attention"])
+def test_packed_pooling(batch, mode, dtype):
+    table = torch.randn(VOCABULARY, WIDTH).to(dtype).requires_grad_()
+    scores = torch.randn(VOCABULARY).to(dtype).requires_grad_()
+    given = {"scores": scores} if mode == "attention" else {}
+    leaves = [table, scores] if given else [table]
+    on_threads(lambda: both(packed_visit_pool(batch, table, mode=mode, **given), *leaves))
+    if not given:
+        on_threads(
+            lambda: [
+                x.to_dense() if x.is_sparse else x
+                for x in both(packed_visit_pool(batch, table, mode=mode, sparse_grad=True), table)
+            ]
+        )
+
+
+@DTYPES
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+def test_padded_pooling(batch, mode, dtype):
+    codes, mask, _ = batch.to_padded()
+    table = torch.randn(VOCABULARY, WIDTH).to(dtype).requires_grad_()
+    for given in (mask, mask * 0.5):
+        on_threads(lambda given=given: both(visit_mean_pool(codes, table, given, mode=mode), table))
+    on_threads(
+        lambda: [
+            x.to_dense() if x.is_sparse else x
+            for x in both(visit_mean_pool(codes, table, mask, mode=mode, sparse_grad=True), table)
+        ]
+    )
+    embeddings = table.detach()[codes[:60]].requires_grad_()
+    on_threads(lambda: both(masked_pool(embeddings, mask[:60], mode=mode), embeddings))
+
+
+@DTYPES
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("causes", [1, 3])
+def test_losses(causes, reduction, dtype):
+    patients, slots = 2000, 90
+    lengths = torch.arange(patients) * 7 % slots + 1
+    mask = torch.arange(slots) < lengths[:, None]
+    batch = PackedVisits.from_lists([[[]] * int(n) for n in lengths])
+    x = torch.randn(patients, slots, *([causes] if causes > 1 else [])).to(dtype).requires_grad_()
+    rows = batch.pack(x.detach()).requires_grad_()
+    types = torch.arange(patients) % (causes + 1)
+    padded = competing_risks_nll if causes > 1 else discrete_time_survival_nll
+    packed = packed_competing_risks_nll if causes > 1 else packed_survival_nll
+    kinds = {"event_types" if causes > 1 else "event_indicators": types}
+    options = {"from_logits": True, "reduction": reduction}
+    for given in (mask, mask.float()):
+        on_threads(lambda given=given: both(padded(x, lengths - 1, types, given, **options), x))
+    on_threads(lambda: both(packed(rows, batch, event_times=lengths - 1, **kinds, **options), rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("keep_gates", [0.3, 1.0])
+@pytest.mark.parametrize(
+    "sizes",
+    [[120] * 4 + [40] * 10 + [3] * 40, [2] * 150, [200, 1]],
+    ids=["groups, then in step", "in step alone", "groups alone"],
+)
+def test_packed_lstm(sizes, reverse, keep_gates, dtype):
+    """Patients apart while there are many, and the tail of few long records in step (team.h)."""
+    inputs, hidden = 32, 50
+    directions = 2 if reverse else 1
+    rows = torch.randn(sum(sizes), inputs).to(dtype).requires_grad_()
+    shapes = [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)]
+    weights = [
+        [(torch.randn(shape) * 0.2).to(dtype).requires_grad_() for shape in shapes]
+        for _ in range(directions)
+    ]
+    leaves = [rows, *(weight for layer in weights for weight in layer)]
+
+    def compute():
+        sequence = PackedSequence(rows, torch.tensor(sizes))
+        output, (h_n, c_n) = packed_lstm(
+            sequence, weights, bidirectional=reverse, keep_gates=keep_gates
+        )
+        total = output.data.sum() + (h_n * c_n).sum()
+        return output.data.detach(), h_n.detach(), *torch.autograd.grad(total, leaves)
+
+    on_threads(compute)
