@@ -56,7 +56,7 @@ class Child:
     """A process that runs cases one after the other."""
 
     def __init__(self, command: Sequence[str] = CHILD) -> None:
-        self.log = tempfile.NamedTemporaryFile("w+", prefix="fuzz-")  # noqa: SIM115
+        self.log = tempfile.NamedTemporaryFile("a+", prefix="fuzz-")  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
