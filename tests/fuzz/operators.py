@@ -247,7 +247,7 @@ def _nll(draw: Draw, ops: Any, name: str) -> Call:
 @makes("packed_lstm_layer", "packed_lstm_layer_backward")
 def _lstm(draw: Draw, ops: Any, name: str) -> Call:
     dtype = draw.one_of(FLOATING)
-    inputs, hidden = draw.whole(0, 9), draw.one_of((1, 2, 7, 16, 17, 33))
+    inputs, hidden = draw.whole(1, 9), draw.one_of((1, 2, 7, 16, 17, 33))
     sizes = torch.sort(draw.integers(1, 6, (draw.whole(1, 6),)), descending=True).values
     visits, patients = int(sizes.sum()), int(sizes[0])
     input = draw.floats((visits, inputs), dtype)

@@ -111,10 +111,15 @@ def _compare(call: Call, at: int, result: Any, wanted: Any) -> None:
 def _refuse_poison(call: Call, results: Sequence[Any]) -> None:
     """Whatever the values, no result may hold memory that nothing was written to (all ones, which
     no arithmetic gives unless it was fed with it)."""
-    if any(isinstance(x, Tensor) and _holds_poison(x) for x in call.arguments):
+    given = [x for x in call.arguments if isinstance(x, Tensor)]
+    if any(map(_holds_poison, given)):
         return
+    # a NaN of any kind may be rounded to 16 bits that are all ones
+    has_nan = any(x.is_floating_point() and not x.isfinite().all() for x in given)
     for at, result in enumerate(results):
-        if isinstance(result, Tensor) and _holds_poison(result):
+        if not isinstance(result, Tensor) or (has_nan and result.element_size() == 2):
+            continue
+        if _holds_poison(result):
             raise Defect(f"result {at} holds unwritten memory: {result}\n{call.describe()}")
 
 
