@@ -105,6 +105,8 @@ def from_lists(draw: Draw) -> Call:
 
 def _array_changed(draw: Draw, array: np.ndarray) -> np.ndarray:  # noqa: PLR0911
     what = draw.whole(0, 9)
+    if array.dtype.kind not in "iu":  # changed before, to what no file holds
+        return array
     if what == 0 and array.size:
         changed = array.copy()
         limits = np.iinfo(array.dtype)
@@ -198,7 +200,7 @@ def from_padded(draw: Draw) -> Call:
     if draw.chance(0.2) and codes.dim() == 3:
         codes = codes.transpose(0, 1).contiguous().transpose(0, 1)
     if draw.chance(0.1):
-        codes = codes[..., 0] if shape[2] else codes[0:0, 0]
+        codes = codes.flatten(draw.whole(0, 1), 2)
     told = None if draw.chance(0.6) else lengths.numpy()
 
     def build(*given: Any) -> PackedVisits:
