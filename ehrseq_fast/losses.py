@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .backend import validate_on_device
 from .models.pooling import wide_dtype
 from .models.sequences import refuse_zero_lengths
+from .rows import PackedRows
 
 
 class FixedHorizonProgressionLoss(nn.Module):
@@ -50,7 +51,9 @@ class FixedHorizonProgressionLoss(nn.Module):
 
         Raises:
             ValueError: for shapes that differ, and labels outside [0, 1] at valid visits.
+            TypeError: for :class:`~ehrseq_fast.PackedRows`; pad them with ``to_padded()``.
         """
+        _refuse_rows(logits=logits, labels=labels, valid_mask=valid_mask)
         for name, tensor in (("labels", labels), ("valid_mask", valid_mask)):
             if tensor.shape != logits.shape:
                 raise ValueError(
@@ -66,6 +69,15 @@ class FixedHorizonProgressionLoss(nn.Module):
         )
         weight = valid_mask.to(wide)
         return ((loss * weight).sum() / weight.sum().clamp(min=1)).to(logits.dtype)
+
+
+def _refuse_rows(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, PackedRows):
+            raise TypeError(
+                f"{name} must be a padded tensor, got PackedRows: pass {name}.to_padded(), or call "
+                f"a PyTorch criterion on {name}.values, which are real visits alone"
+            )
 
 
 def _check_targets(targets: Tensor) -> None:
@@ -151,7 +163,8 @@ def compute_masked_loss(
 
     Raises:
         ValueError: for shapes other than these three, and lengths outside [1, T].
-        TypeError: for class indices that are not integers.
+        TypeError: for class indices that are not integers, and for
+            :class:`~ehrseq_fast.PackedRows`, whose values are real visits already.
 
     Example:
         >>> import torch
@@ -160,6 +173,7 @@ def compute_masked_loss(
         >>> compute_masked_loss(torch.nn.BCEWithLogitsLoss(), scores, torch.ones(2, 2), [2, 1])
         tensor(0.6931)
     """
+    _refuse_rows(predictions=predictions, labels=labels)
     if predictions.dim() not in (2, 3):
         raise ValueError(
             f"predictions must be [B, T] or [B, T, K], got shape {list(predictions.shape)}"
@@ -190,9 +204,11 @@ def compute_masked_loss(
 
 def _rows_of_real_visits(lengths: Tensor | Sequence[int], patients: int, visits: int) -> Tensor:
     """Positions of the real visits in the flattened ``[B * T]``, on the host."""
-    lengths = torch.as_tensor(lengths).cpu()
+    lengths = lengths.cpu() if isinstance(lengths, Tensor) else torch.tensor(lengths, device="cpu")
     if lengths.shape != (patients,):
         raise ValueError(f"lengths must be [B] = [{patients}], got shape {list(lengths.shape)}")
+    if not bool((lengths == lengths.long()).all()):
+        raise ValueError("lengths must be whole numbers")
     refuse_zero_lengths(lengths)
     outside = (lengths < 0) | (lengths > visits)
     if bool(outside.any()):
@@ -201,4 +217,4 @@ def _rows_of_real_visits(lengths: Tensor | Sequence[int], patients: int, visits:
             f"Found {int(outside.sum())} lengths outside [1, T = {visits}]. The first is "
             f"{lengths[first].item()}, of patient {first}."
         )
-    return (torch.arange(visits) < lengths[:, None]).flatten().nonzero().squeeze(1)
+    return (torch.arange(visits, device="cpu") < lengths[:, None]).flatten().nonzero().squeeze(1)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import torch
 from torch import Tensor
+
+from .rows import PackedRows
 
 
 def concordance_index(
-    hazards: Tensor,
-    event_times: Tensor,
-    event_indicators: Tensor,
+    hazards: Tensor | PackedRows,
+    event_times: Tensor | None = None,
+    event_indicators: Tensor | None = None,
     sequence_mask: Tensor | None = None,
+    *,
+    censored_visit: str = "excluded",
 ) -> float:
     """Harrell's C-index of a patient's summed hazards, in [0, 1]; 0.5 is chance.
 
     ``C = P(risk_i > risk_j | patient i has the event before j's time)``, over the pairs that can be
     compared; a tie in risk counts half. A pair can be compared where the earlier of the two times
-    is an event's; of two equal times, where one is an event's and the other censored (lifelines'
-    rule; the reference package leaves those pairs out). Without any such pair the result is 0.5.
+    is an event's. Of two equal times, one an event's and the other censored, it depends on what the
+    visit of a censoring says, as in the losses: with ``censored_visit="excluded"`` nothing, so the
+    censored patient may have had the event at that very visit and the pair is left out; with
+    ``"included"`` that it was survived, so the pair counts (lifelines' rule). Two events at the
+    same time are never compared. Without any pair the result is 0.5.
 
     The risk is the sum of hazards over real visits, as in the reference. It grows with the number
     of visits, so patients with longer records are scored as riskier whatever the model says: where
@@ -25,14 +36,18 @@ def concordance_index(
     Computed on the host by lifelines in O(n log n), which needs the ``metrics`` extra.
 
     Args:
-        hazards: ``[B, V]`` floating.
+        hazards: ``[B, V]`` floating, a tensor or an array; or :class:`~ehrseq_fast.PackedRows`,
+            without a mask, whose batch's outcomes are taken where none are given.
         event_times: ``[B]``, time (visit index) of event or censoring.
         event_indicators: ``[B]``, non-zero = event seen, 0 = censored.
         sequence_mask: ``[B, V]`` bool or numeric, non-zero for real visits. Without it padded slots
             count, which is right only where their hazards are 0, as the models here give them.
+        censored_visit: ``"excluded"`` or ``"included"``.
 
     Raises:
-        ValueError: for shapes that do not fit, and NaN among real hazards or times.
+        ValueError: for shapes that do not fit, an unknown ``censored_visit``, and NaN among real
+            hazards, times or indicators.
+        TypeError: where outcomes are missing.
         ImportError: where lifelines is not installed.
 
     Example:
@@ -42,6 +57,52 @@ def concordance_index(
         >>> concordance_index(hazards, torch.tensor([0, 2, 1]), torch.tensor([1, 0, 1]))
         1.0
     """
+    if censored_visit not in ("excluded", "included"):
+        raise ValueError(f"censored_visit must be 'excluded' or 'included', got {censored_visit!r}")
+    if isinstance(hazards, PackedRows):
+        if sequence_mask is not None:
+            raise ValueError("sequence_mask must be None where hazards are PackedRows")
+        batch = hazards.batch
+        event_times = batch.event_times if event_times is None else event_times
+        event_indicators = batch.event_indicators if event_indicators is None else event_indicators
+        hazards = hazards.to_padded()
+    if event_times is None or event_indicators is None:
+        raise TypeError("event_times and event_indicators must be given")
+    hazards, event_times, event_indicators = map(_on_host, (hazards, event_times, event_indicators))
+    sequence_mask = None if sequence_mask is None else _on_host(sequence_mask)
+    _check_shapes(hazards, event_times, event_indicators, sequence_mask)
+
+    hazards = hazards.double()
+    if sequence_mask is not None:
+        hazards = hazards.masked_fill(sequence_mask == 0, 0.0)
+    risk = hazards.sum(1)
+    times = event_times.double()
+    _refuse_nan("hazards", risk)
+    _refuse_nan("event_times", times)
+    _refuse_nan("event_indicators", event_indicators.double())
+    events = event_indicators != 0
+    if censored_visit == "excluded":
+        # Ranks with a place between them: a censoring comes before the events of its time.
+        times = 2 * torch.unique(times, return_inverse=True)[1] - (~events).long()
+    score = _lifelines_concordance_index()
+    try:
+        # lifelines wants a score that rises with survival, so the risk is turned round.
+        return float(score(times.numpy(), -risk.numpy(), events.numpy()))
+    except ZeroDivisionError:
+        return 0.5
+
+
+def _on_host(values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    if np.ma.isMaskedArray(values):
+        raise TypeError("expected an array without a mask, got a masked array")
+    return torch.tensor(np.asarray(values), device="cpu")
+
+
+def _check_shapes(
+    hazards: Tensor, event_times: Tensor, event_indicators: Tensor, sequence_mask: Tensor | None
+) -> None:
     if hazards.dim() != 2:
         raise ValueError(f"hazards must be [B, V], got shape {list(hazards.shape)}")
     patients = hazards.shape[0]
@@ -53,20 +114,6 @@ def concordance_index(
             f"sequence_mask must be [B, V] = {list(hazards.shape)} as hazards, "
             f"got shape {list(sequence_mask.shape)}"
         )
-    hazards = hazards.detach().cpu().double()
-    if sequence_mask is not None:
-        hazards = hazards.masked_fill(sequence_mask.cpu() == 0, 0.0)
-    risk = hazards.sum(1)
-    times = event_times.detach().cpu().double()
-    _refuse_nan("hazards", risk)
-    _refuse_nan("event_times", times)
-    score = _lifelines_concordance_index()
-    events = event_indicators.detach().cpu() != 0
-    try:
-        # lifelines wants a score that rises with survival, so the risk is turned round.
-        return float(score(times.numpy(), -risk.numpy(), events.numpy()))
-    except ZeroDivisionError:
-        return 0.5
 
 
 def _refuse_nan(name: str, per_patient: Tensor) -> None:

@@ -7,11 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ehrseq_fast import (
+    PackedRows,
+    PackedVisits,
+    discrete_time_survival_nll,
+    packed_survival_nll,
+)
 from ehrseq_fast.losses import (
     FixedHorizonProgressionLoss,
     MultiTaskSurvivalLoss,
     compute_masked_loss,
 )
+
+from .batches import from_lists
 
 torch.manual_seed(0)  # for the labels below, made when the file is imported
 LENGTHS = [3, 1, 4]
@@ -118,6 +126,51 @@ def test_masked_loss_of_non_contiguous_predictions():
 def test_masked_loss_refuses(predictions, labels, lengths, error, message):
     with pytest.raises(error, match=message):
         compute_masked_loss(nn.MSELoss(), torch.zeros(predictions), torch.zeros(labels), lengths)
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_losses_under_another_default_device(device):
+    scores, labels = torch.randn(3, 5), torch.rand(3, 5).round()
+    wanted = compute_masked_loss(nn.BCEWithLogitsLoss(), scores, labels, LENGTHS)
+    horizon = FixedHorizonProgressionLoss()(scores, labels, REAL)
+    with torch.device(device):
+        for lengths in (LENGTHS, torch.tensor(LENGTHS, device="cpu")):
+            got = compute_masked_loss(nn.BCEWithLogitsLoss(), scores, labels, lengths)
+            assert torch.equal(got, wanted)
+        assert torch.equal(FixedHorizonProgressionLoss()(scores, labels, REAL), horizon)
+
+
+def test_survival_losses_under_another_default_device(backend):
+    hazards = torch.rand(3, 4) * 0.8 + 0.1
+    times, seen = torch.tensor([1, 0, 3]), torch.tensor([1, 0, 1])
+    batch = from_lists([[[1]] * 4] * 3, event_times=times, event_indicators=seen)
+    rows = batch.pack(hazards)
+    wanted = discrete_time_survival_nll(hazards, times, seen)
+    with torch.device("meta"):
+        x, y = hazards.clone().requires_grad_(), rows.clone().requires_grad_()
+        for loss, given in (
+            (discrete_time_survival_nll(x, times, seen), x),
+            (packed_survival_nll(y, batch), y),
+        ):
+            torch.testing.assert_close(loss, wanted)
+            assert torch.autograd.grad(loss, given, create_graph=True)[0].isfinite().all()
+        torch.func.jacfwd(lambda h: packed_survival_nll(h, batch))(rows)
+
+
+def test_losses_on_padded_predictions_say_what_to_do_with_packed_rows():
+    batch = PackedVisits.from_lists([[[1]] * n for n in LENGTHS])
+    rows = PackedRows(torch.randn(batch.n_visits), batch)
+    labels = torch.ones(3, 4)
+    with pytest.raises(TypeError, match=r"predictions must be a padded tensor.*to_padded\(\)"):
+        compute_masked_loss(nn.BCEWithLogitsLoss(), rows, labels, LENGTHS)
+    with pytest.raises(TypeError, match=r"logits must be a padded tensor, got PackedRows"):
+        FixedHorizonProgressionLoss()(rows, labels, labels)
+
+
+@pytest.mark.parametrize("lengths", [[2.5, 1, 4], [float("nan"), 1, 4]])
+def test_masked_loss_refuses_lengths_that_are_not_whole(lengths):
+    with pytest.raises(ValueError, match="lengths must be whole numbers"):
+        compute_masked_loss(nn.MSELoss(), torch.zeros(3, 5), torch.zeros(3, 5), lengths)
 
 
 def horizon_case():

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
+from ehrseq_fast import PackedRows, PackedVisits
 from ehrseq_fast.metrics import concordance_index
 
 
-def pair_by_pair(risk, times, events):
+def pair_by_pair(risk, times, events, censored_visit="excluded"):
     """Harrell's C over pairs whose earlier time is an event's, ties in risk counted half."""
+    included = censored_visit == "included"
     score = pairs = 0.0
     for i in range(len(risk)):
         for j in range(len(risk)):
-            comparable = times[i] < times[j] or (times[i] == times[j] and not events[j])
+            together = times[i] == times[j] and not events[j] and included
+            comparable = times[i] < times[j] or together
             if events[i] and comparable and i != j:
                 pairs += 1
                 score += 1.0 if risk[i] > risk[j] else 0.5 if risk[i] == risk[j] else 0.0
@@ -23,13 +29,61 @@ def pair_by_pair(risk, times, events):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_definition_with_ties_and_censoring(seed):
+@pytest.mark.parametrize("censored_visit", ["excluded", "included"])
+def test_definition_with_ties_and_censoring(seed, censored_visit):
     torch.manual_seed(seed)
     hazards = (torch.rand(40, 6) * 4).round() / 8  # sums are exact and often equal
     times, events = torch.randint(0, 6, (40,)), torch.rand(40) < 0.6
-    wanted = pair_by_pair(hazards.sum(1).tolist(), times.tolist(), events.tolist())
-    assert concordance_index(hazards, times, events) == pytest.approx(wanted, abs=1e-12)
+    wanted = pair_by_pair(hazards.sum(1).tolist(), times.tolist(), events.tolist(), censored_visit)
+    actual = concordance_index(hazards, times, events, censored_visit=censored_visit)
+    assert actual == pytest.approx(wanted, abs=1e-12)
+    in_days = times * 30.4 - 7.25
+    actual = concordance_index(hazards, in_days, events, censored_visit=censored_visit)
+    assert actual == pytest.approx(wanted, abs=1e-12)
     assert 0.2 < wanted < 0.8
+
+
+def test_a_censoring_at_the_time_of_an_event():
+    """With "excluded" the censored patient may have had the event at that very visit."""
+    hazards, times, seen = torch.tensor([[0.1], [0.9]]), torch.tensor([3, 3]), torch.tensor([1, 0])
+    assert concordance_index(hazards, times, seen) == 0.5
+    assert concordance_index(hazards, times, seen, censored_visit="included") == 0.0
+    with pytest.raises(ValueError, match="censored_visit must be 'excluded' or 'included'"):
+        concordance_index(hazards, times, seen, censored_visit="both")
+
+
+def test_arrays_and_packed_rows():
+    batch = PackedVisits.from_lists(
+        [[[1]], [[1], [2]], [[1], [2], [3]]], event_times=[0, 1, 2], event_indicators=[1, 1, 0]
+    )
+    padded = torch.tensor([[0.9, 0, 0], [0.2, 0.4, 0], [0.1, 0.1, 0.1]])
+    assert concordance_index(PackedRows(batch.pack(padded), batch)) == 1.0
+    later = torch.tensor([2, 1, 0])
+    assert concordance_index(PackedRows(batch.pack(padded), batch), later, torch.ones(3)) == 0.0
+    arrays = padded.numpy(), np.array([0, 1, 2]), np.array([True, True, False])
+    assert concordance_index(*arrays) == 1.0
+    with pytest.raises(TypeError, match="masked array"):
+        concordance_index(padded, arrays[1], np.ma.masked_array(arrays[2], [0, 1, 0]))
+    with pytest.raises(TypeError, match="must be given"):
+        concordance_index(padded)
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_a_nan_indicator_is_a_value_error_where_warnings_are_errors(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"event_indicators of 1 patients hold NaN.*patient 1"):
+            concordance_index(
+                make([[0.5], [0.2], [0.1]]), make([0, 1, 2]), make([1.0, math.nan, 0.0])
+            )
+
+
+def test_under_another_default_device():
+    hazards, times = torch.tensor([[0.9], [0.5], [0.1]]), torch.tensor([1, 2, 3])
+    seen = torch.ones(3)
+    with torch.device("meta"):
+        assert concordance_index(hazards, times, seen) == 1.0
+        assert concordance_index(hazards.numpy(), times.numpy(), seen.numpy()) == 1.0
 
 
 def test_higher_risk_means_earlier_event():

@@ -27,7 +27,6 @@ from .test_packed_models import VOCABULARY, batch, build
 
 BASELINES = [f"baseline, {aggregation}" for aggregation in ("mean", "max", "attention")]
 MODELS = ["survival", "with time", "competing risks", *BASELINES]
-WHOLE = ["survival", "with time", "competing risks", "baseline, attention"]  # every kind of module
 
 
 def scaled(output):
@@ -86,12 +85,11 @@ def check(name, change, *, called=None, effect=True):
 
 
 def submodules(kinds=object):
-    for name in WHOLE:
+    for name in MODELS:
         for path, module in build(name).named_modules():
             # the loss takes the logits, before the activation
             skipped = isinstance(module, nn.ModuleList) or path in ("", "activation")
-            one_of_many = path.startswith(("hazard_heads.0", "hazard_heads.2"))
-            if isinstance(module, kinds) and not skipped and not one_of_many:
+            if isinstance(module, kinds) and not skipped:
                 yield pytest.param(name, path, id=f"{name}-{path}")
 
 
@@ -179,10 +177,9 @@ def weighted(name):
 
 
 def parametrizable():
-    for name in WHOLE:
+    for name in MODELS:
         for place, weight in weighted(name):
-            if not place.startswith(("hazard_heads.0", "hazard_heads.2")):
-                yield pytest.param(name, place, weight, id=f"{name}-{place}.{weight}")
+            yield pytest.param(name, place, weight, id=f"{name}-{place}.{weight}")
 
 
 class Doubled(nn.Module):
@@ -355,7 +352,7 @@ EMBEDDINGS = {
 
 @pytest.mark.parametrize("change", EMBEDDINGS)
 @pytest.mark.parametrize("name", MODELS)
-def test_embeddings(name, change):
+def test_embeddings(unemulated, name, change):
     def seeded(model):
         torch.manual_seed(5)
         return EMBEDDINGS[change](model)

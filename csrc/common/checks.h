@@ -15,10 +15,11 @@
 #include <string>
 #include <vector>
 
-#include "common/dtypes.h"
 #include "common/shapes.h"
 
 namespace ehrseq {
+
+using torch::headeronly::ScalarType;
 
 constexpr int64_t kAnySize = -1;
 

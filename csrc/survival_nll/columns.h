@@ -10,11 +10,22 @@
 
 namespace ehrseq::survival {
 
+// A bool as torch reads it: any byte but 0 is true.
+struct Truth {
+  uint8_t byte;
+
+  template <typename T>
+  explicit operator T() const {
+    return static_cast<T>(byte != 0);
+  }
+};
+
 // Calls body(TypeTag<T>{}) for the C++ type behind any real dtype that a mask or a label comes in.
 template <typename Body>
 void dispatch_real(ScalarType dtype, const char* name, Body&& body) {
   switch (dtype) {
     case ScalarType::Bool:
+      return body(TypeTag<Truth>{});
     case ScalarType::Byte:
       return body(TypeTag<uint8_t>{});
     case ScalarType::Char:

@@ -4,16 +4,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "common/denormals.h"
 #include "common/dtypes.h"
 #include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
+#include "survival_nll/arguments.h"
 #include "survival_nll/outcomes.h"
 #include "survival_nll/rows.h"
 
@@ -47,6 +48,7 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
   std::atomic<bool> possible{true};
 
   parallel_for(0, groups, grain, [&](int64_t first_group, int64_t last_group) {
+    const KeepDenormals denormals;
     Outcome group_outcomes[kGroup];
     double patient_nll[kGroup];
     for (int64_t group = first_group; group < last_group; ++group) {
@@ -87,9 +89,7 @@ std::tuple<Tensor, Tensor> nll_and_grad(Settings settings, const Tensor& hazards
                                         const Outcomes& outcomes, bool needs_grad) {
   const bool is_mean = settings.reduction == Reduction::kMean;
   settings.share = is_mean ? 1.0 / static_cast<double>(settings.patients) : 1.0;
-  if (settings.slots * settings.classes > std::numeric_limits<int32_t>::max()) {
-    throw std::invalid_argument("hazards: a patient's row has more than 2^31 - 1 values");
-  }
+  check_row_length(settings.slots, settings.classes);
   const Tensor rows = torch::stable::contiguous(hazards);
   std::tuple<Tensor, Tensor> result;
   dispatch_floating(hazards.scalar_type(), "hazards", [&](auto tag) {
@@ -106,6 +106,7 @@ std::tuple<Tensor, Tensor> survival_nll(const Tensor& hazards, const Tensor& eve
                                         bool censored_included, double eps, int64_t reduction,
                                         bool needs_grad) {
   if (hazards.dim() != 2) throw std::invalid_argument("hazards: expected shape [B, V]");
+  check_options("survival_nll", false, link, eps, reduction);
   const int64_t patients = hazards.sizes()[0];
   const int64_t slots = hazards.sizes()[1];
   return nll_and_grad({patients, slots, 1, static_cast<Link>(link), censored_included, eps,
@@ -124,11 +125,11 @@ std::tuple<Tensor, Tensor> competing_risks_nll(const Tensor& hazards, const Tens
                                                bool censored_included, double eps,
                                                int64_t reduction, bool needs_grad) {
   if (hazards.dim() != 3) throw std::invalid_argument("hazards: expected shape [B, V, K]");
+  check_options("competing_risks_nll", true, link, eps, reduction);
   const int64_t patients = hazards.sizes()[0];
   const int64_t slots = hazards.sizes()[1];
   const int64_t classes = hazards.sizes()[2];
-  const int64_t causes = static_cast<Link>(link) == Link::kSoftmax ? classes - 1 : classes;
-  if (causes < 1) throw std::invalid_argument("hazards: expected at least one cause");
+  const int64_t causes = causes_of(classes, link);
   return nll_and_grad({patients, slots, classes, static_cast<Link>(link), censored_included, eps,
                        static_cast<Reduction>(reduction), 1.0},
                       hazards,

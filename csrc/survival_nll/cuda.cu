@@ -1,6 +1,7 @@
 // The survival losses on a GPU: what is launched, and where its memory comes from.
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -12,6 +13,7 @@
 
 #include "common/cuda/launch.h"
 #include "common/operators.h"
+#include "survival_nll/arguments.h"
 #include "survival_nll/kernels.cuh"
 
 namespace ehrseq::survival::cuda {
@@ -32,6 +34,7 @@ using saved_grad_t = std::conditional_t<std::is_same_v<scalar_t, __half>, float,
 Kind kind_of(ScalarType dtype, const char* name) {
   switch (dtype) {
     case ScalarType::Bool:
+      return Kind::kBool;
     case ScalarType::Byte:
       return Kind::kUnsigned;
     case ScalarType::Char:
@@ -68,7 +71,7 @@ Numbers column(const OptionalTensor& tensor, int64_t patients, const char* name)
 
 Numbers integer_column(const OptionalTensor& tensor, int64_t patients, const char* name) {
   const Numbers numbers = column(tensor, patients, name);
-  const bool is_bool = tensor.has_value() && tensor->scalar_type() == ScalarType::Bool;
+  const bool is_bool = numbers.data != nullptr && numbers.kind == Kind::kBool;
   if (is_bool || numbers.kind > Kind::kSigned) {
     throw std::invalid_argument(std::string(name) + ": expected an integer dtype");
   }
@@ -170,9 +173,7 @@ template <typename Layout>
 std::tuple<Tensor, Tensor> nll_and_gradient(Settings settings, const Layout& layout,
                                             const Outcomes& outcomes, const Tensor& hazards,
                                             int64_t link, int64_t reduction, bool needs_grad) {
-  if (int64_t{settings.slots} * settings.classes > std::numeric_limits<int32_t>::max()) {
-    throw std::invalid_argument("hazards: a patient's row has more than 2^31 - 1 values");
-  }
+  settings.nll_of_eps = -std::log(settings.eps);
   const bool is_mean = static_cast<Reduction>(reduction) == Reduction::kMean;
   settings.reduces = static_cast<Reduction>(reduction) != Reduction::kNone;
   settings.share = is_mean ? 1.0 / static_cast<double>(settings.patients) : 1.0;
@@ -197,12 +198,6 @@ std::tuple<Tensor, Tensor> nll_and_gradient(Settings settings, const Layout& lay
   return both;
 }
 
-int64_t causes_of(int64_t classes, int64_t link) {
-  const int64_t causes = static_cast<Link>(link) == Link::kSoftmax ? classes - 1 : classes;
-  if (causes < 1) throw std::invalid_argument("hazards: expected at least one cause");
-  return causes;
-}
-
 PaddedLayout padded_layout(const OptionalTensor& mask, int64_t patients, int64_t slots) {
   if (!mask.has_value()) return {};
   if (mask->dim() != 2 || mask->size(0) != patients || mask->size(1) != slots) {
@@ -222,7 +217,10 @@ std::tuple<Tensor, Tensor> padded_nll(bool competing, const Tensor& hazards, con
   const int64_t patients = rows.size(0);
   const int64_t slots = rows.size(1);
   const int64_t classes = competing ? rows.size(2) : 1;
+  check_options(competing ? "competing_risks_nll" : "survival_nll", competing, link, eps,
+                reduction);
   causes_of(classes, link);
+  check_row_length(slots, classes);
   Settings settings{};
   settings.patients = patients;
   settings.slots = static_cast<unsigned>(slots);
@@ -297,8 +295,10 @@ std::tuple<Tensor, Tensor> packed_survival_nll(
               sample_weight);
   const bool competing = hazards.dim() == 2;
   const int64_t classes = competing ? hazards.size(1) : 1;
+  check_options("packed_survival_nll", competing, link, eps, reduction);
   causes_of(classes, link);
   const PackedRows rows(row_starts, unsorted_indices);
+  check_row_length(rows.slots(), classes);
   Settings settings{};
   settings.patients = rows.patients();
   settings.slots = static_cast<unsigned>(rows.slots());
@@ -333,6 +333,7 @@ Tensor scaled(const Tensor& saved, const Tensor& grad_nll,
               const std::optional<PackedRows>& packed) {
   using nll_t = accumulator_t<saved_t>;
   const bool per_patient = grad_nll.dim() == 1;
+  if (saved.dim() < 1) throw std::invalid_argument("survival_nll_scale: grad has no dimensions");
   if (grad_nll.scalar_type() != kDtypeOf<nll_t> || grad_nll.dim() > 1) {
     throw std::invalid_argument("survival_nll_scale: grad_nll is not that of this loss");
   }
@@ -369,6 +370,10 @@ Tensor survival_nll_scale(const Tensor& grad, const Tensor& grad_nll,
                           const OptionalTensor& row_starts, const OptionalTensor& unsorted_indices,
                           const OptionalTensor& last_rows, ScalarType dtype) {
   (void)last_rows;
+  if (row_starts.has_value() != unsorted_indices.has_value()) {
+    throw std::invalid_argument(
+        "survival_nll_scale: row_starts and unsorted_indices must be given together");
+  }
   expect_with(grad, grad_nll, row_starts, unsorted_indices);
   const Tensor saved = made_contiguous(grad);
   std::optional<PackedRows> packed;

@@ -18,7 +18,7 @@ constexpr int kThreads = 256;
 constexpr int kMostBlocks = 1024;
 constexpr int kInFlight = 4;  // values on their way to one lane
 
-enum class Kind : int { kUnsigned, kSigned, kFloat, kHalf, kBFloat16 };
+enum class Kind : int { kBool, kUnsigned, kSigned, kFloat, kHalf, kBFloat16 };
 
 // Numbers of any real dtype, one after another `stride` elements apart; absent if data is null.
 struct Numbers {
@@ -31,9 +31,11 @@ struct Numbers {
 __device__ inline int64_t integer_at(const Numbers& numbers, int64_t at) {
   at *= numbers.stride;
   switch (numbers.bytes) {
-    case 1:
-      return numbers.kind == Kind::kSigned ? static_cast<const int8_t*>(numbers.data)[at]
-                                           : static_cast<const uint8_t*>(numbers.data)[at];
+    case 1: {
+      if (numbers.kind == Kind::kSigned) return static_cast<const int8_t*>(numbers.data)[at];
+      const uint8_t byte = static_cast<const uint8_t*>(numbers.data)[at];
+      return numbers.kind == Kind::kBool ? byte != 0 : byte;  // any byte but 0 is true
+    }
     case 2:
       return static_cast<const int16_t*>(numbers.data)[at];
     case 4:
@@ -90,8 +92,9 @@ struct Settings {
   bool censored_included;
   bool reduces;  // to one number
   double eps;
-  double share;  // of one patient in the result: 1 / patients for the mean, else 1
-  int lanes;     // that share a patient: a power of two, at most a warp
+  double nll_of_eps;  // -log(eps)
+  double share;       // of one patient in the result: 1 / patients for the mean, else 1
+  int lanes;          // that share a patient: a power of two, at most a warp
 };
 
 // One patient's outcome, within the slots: `time` is `slots` where the event time is no slot.
@@ -187,21 +190,40 @@ struct Term {
   T slope;
 };
 
+// A derivative of 0 that a value has is written as -0, and +0 where no value counts, or where it
+// was clamped: infinity times the one is NaN in the backward pass, times the other 0 (scaled
+// below).
+template <typename T>
+__device__ T signed_zero(T x) {
+  return x == T(0) ? -T(0) : x;
+}
+
 template <typename T>
 struct FromProbabilities {
   T lowest;
   T highest;
+  T nll_of_eps;
+  bool rounds;  // 1 - eps to 1, and maybe eps to 0: the clamp shall hold all the same
 
-  __device__ explicit FromProbabilities(double eps)
-      : lowest(static_cast<T>(eps)), highest(static_cast<T>(1 - eps)) {}
+  __device__ explicit FromProbabilities(const Settings& settings)
+      : lowest(static_cast<T>(settings.eps)),
+        highest(static_cast<T>(1 - settings.eps)),
+        nll_of_eps(static_cast<T>(settings.nll_of_eps)),
+        rounds(settings.eps > 0 && highest == T(1)) {}
 
   __device__ Term<T> survived(T h) const {
     const T clamped = clamp(h);
+    if (rounds && h >= T(1)) return {nll_of_eps, T(0)};
     return {-log1p(-clamped), inside(h) ? T(1) / (T(1) - clamped) : T(0)};
   }
   __device__ Term<T> event(T h) const {
     const T clamped = clamp(h);
+    if (rounds && h <= T(0)) return {nll_of_eps, T(0)};
     return {-log(clamped), inside(h) ? T(-1) / clamped : T(0)};
+  }
+  // The slope of a clamped value is +0 whatever the scale.
+  static __device__ T scaled(T slope, T scale) {
+    return slope == T(0) ? slope : signed_zero(slope * scale);
   }
 
  private:
@@ -210,12 +232,14 @@ struct FromProbabilities {
     const T raised = h < lowest ? lowest : h;
     return raised > highest ? highest : raised;
   }
-  __device__ bool inside(T h) const { return h >= lowest && h <= highest; }
+  __device__ bool inside(T h) const {
+    return h >= lowest && h <= highest && !(rounds && (h <= T(0) || h >= T(1)));
+  }
 };
 
 template <typename T>
 struct FromLogits {
-  __device__ explicit FromLogits(double) {}
+  __device__ explicit FromLogits(const Settings&) {}
 
   // -log(1 - sigmoid(x)) = softplus(x) = max(x, 0) + log(1 + e^-|x|)
   __device__ Term<T> survived(T x) const {
@@ -226,6 +250,7 @@ struct FromLogits {
     const Term<T> mirrored = survived(-x);
     return {mirrored.nll, -mirrored.slope};
   }
+  static __device__ T scaled(T slope, T scale) { return signed_zero(slope * scale); }
 };
 
 // --- one patient -----------------------------------------------------------------------------
@@ -245,7 +270,7 @@ __device__ accumulator_t<scalar_t> nll_of_trials(const Visits& visits, const Out
                                                  const Hazards<scalar_t, grad_t>& hazards,
                                                  unsigned lane) {
   using T = accumulator_t<scalar_t>;
-  const Likelihood<T> likelihood(settings.eps);
+  const Likelihood<T> likelihood(settings);
   const T scale = static_cast<T>(outcome.weight * settings.share);
   const unsigned classes = settings.classes;
   const bool wants_grad = hazards.grad != nullptr;
@@ -283,7 +308,7 @@ __device__ accumulator_t<scalar_t> nll_of_trials(const Visits& visits, const Out
       if (counts[i]) {
         const Term<T> term = likelihood.survived(value[i]);
         nll += term.nll;
-        slope = term.slope * scale;
+        slope = Likelihood<T>::scaled(term.slope, scale);
       }
       if (wants_grad && at[i] >= 0 && at[i] != event_at) {
         hazards.grad[at[i]] = narrow<grad_t>(slope);
@@ -293,7 +318,8 @@ __device__ accumulator_t<scalar_t> nll_of_trials(const Visits& visits, const Out
   if (has_event && lane == 0) {
     const Term<T> term = likelihood.event(event_value);
     nll += term.nll;
-    if (wants_grad) hazards.grad[event_at] = narrow<grad_t>(term.slope * scale);
+    if (wants_grad)
+      hazards.grad[event_at] = narrow<grad_t>(Likelihood<T>::scaled(term.slope, scale));
   }
   return nll;
 }
@@ -314,7 +340,7 @@ __device__ accumulator_t<scalar_t> nll_of_class(const scalar_t* logits, grad_t* 
       which = c;
     }
   }
-  T others = 0;
+  T others = largest - largest;  // 0, or NaN where softmax is not defined
   for (unsigned c = 0; c < classes; ++c) {
     if (c != which) others += exp(T(widen(logits[c])) - largest);
   }
@@ -322,7 +348,7 @@ __device__ accumulator_t<scalar_t> nll_of_class(const scalar_t* logits, grad_t* 
     const T share = scale / (T(1) + others);
     for (unsigned c = 0; c < classes; ++c) {
       const T p = c == which ? share : exp(T(widen(logits[c])) - largest) * share;
-      grad[c] = narrow<grad_t>(p - (c == target ? scale : T(0)));
+      grad[c] = narrow<grad_t>(signed_zero(p - (c == target ? scale : T(0))));
     }
   }
   return (largest - T(widen(logits[target]))) + log1p(others);
@@ -465,6 +491,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // --- backward --------------------------------------------------------------------------------
 
+// What is saved as +0 stays so whatever it is multiplied by.
+template <typename grad_t, typename saved_t, typename T>
+__device__ grad_t scaled(saved_t saved, T factor) {
+  const T value = widen(saved);
+  const bool counts = value != T(0) || signbit(value);
+  return narrow<grad_t>(counts ? value * factor + T(0) : T(0));
+}
+
 // The gradient of the loss: one number (stride 0), or one per patient.
 template <typename T>
 struct LossGradient {
@@ -499,7 +533,7 @@ __global__ void __launch_bounds__(kThreads)
         next_row += task.row_values;
         scale = loss.values[++patient * loss.stride];
       }
-      grad.values[i] = narrow<grad_t>(widen(saved.values[i]) * scale);
+      grad.values[i] = scaled<grad_t>(saved.values[i], scale);
     }
     store_pack(task.grad + at, grad);
   }
@@ -520,7 +554,7 @@ __global__ void __launch_bounds__(kThreads)
     for (unsigned visit = lane; visit < slots && visits.has(visit); visit += kWarp) {
       const int64_t row = visits.row(visit) * classes;
       for (unsigned c = 0; c < classes; ++c) {
-        task.grad[row + c] = narrow<grad_t>(widen(task.saved[row + c]) * scale);
+        task.grad[row + c] = scaled<grad_t>(task.saved[row + c], scale);
       }
     }
   }

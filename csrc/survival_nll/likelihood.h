@@ -13,14 +13,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
-#include "common/simd.h"
-#include "common/vector_math.h"
+#include "survival_nll/sums.h"
 
 namespace ehrseq::survival::EHRSEQ_ISA {
-
-using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
 
 // The Bernoulli trials that a patient adds to the likelihood, as positions in the patient's row,
 // [V, K] flattened: survived from `begin` to `survived_end`, but for the one at `event` (if any).
@@ -34,158 +32,68 @@ struct Trials {
   int64_t end() const { return std::max(survived_end, event + 1); }
 };
 
-// What is left of a patient's loss once its visits are read: `rest`, and a logarithm of `argument`,
-// which is taken for eight patients at a time.
-struct Unfinished {
-  double argument;
-  double rest;
-};
-
-// Π of factors in (0, 1], as many running products as T has lanes.
-template <typename T>
-class Product {
- public:
-  Product() {
-    for (Doubles& part : running_.part) part = broadcast(1.0);
-  }
-
-  // By `base + change`, lane by lane, in double precision.
-  template <typename Base>
-  EHRSEQ_INLINE void multiply(const Base& base, const Lanes<T>& change) {
-    const Wide<T> wide = widen(change);
-    for (int i = 0; i < Wide<T>::kParts; ++i) running_.part[i] *= part(base, i) + wide.part[i];
-  }
-
-  // Splits the product so far into mantissa and exponent, before it can underflow.
-  EHRSEQ_INLINE void flush() {
-    constexpr int64_t kNotNormal = int64_t{1} << 32;
-    Doubles mantissas = broadcast(1.0);
-    Mask<double> exponents{};
-    for (const Doubles& running : running_.part) {
-      const Mask<double> bits = (Mask<double>)running;
-      mantissas *= (Doubles)((bits & kFraction) | kOneBits);
-      exponents += running >= DBL_MIN ? (bits >> 52) - 1023 : broadcast<int64_t>(kNotNormal);
-    }
-    const int64_t exponent = sum_of_lanes<int64_t>(exponents);
-    if (exponent < kNotNormal / 2) {
-      mantissa_ *= product_of_lanes<double>(mantissas);
-      exponent_ += exponent;
-    } else {  // a zero or a NaN: the logarithm shall see it
-      for (const Doubles& running : running_.part) mantissa_ *= product_of_lanes<double>(running);
-    }
-    for (Doubles& running : running_.part) running = broadcast(1.0);
-  }
-
-  // Between two flushes, so that the mantissa cannot grow without end.
-  EHRSEQ_INLINE void shrink_mantissa() {
-    if (!(mantissa_ >= DBL_MIN)) return;
-    int64_t bits;
-    std::memcpy(&bits, &mantissa_, sizeof bits);
-    exponent_ += (bits >> 52) - 1023;
-    bits = (bits & kFraction) | kOneBits;
-    std::memcpy(&mantissa_, &bits, sizeof bits);
-  }
-
-  // -log(Π). As much of the exponent as a double can hold goes back into the argument, so that a
-  // product near 1 keeps its logarithm's digits.
-  EHRSEQ_INLINE Unfinished unfinished() {
-    flush();
-    const int64_t held = std::max<int64_t>(exponent_, -1000);
-    const int64_t bits = (held + 1023) << 52;
-    double power_of_two;
-    std::memcpy(&power_of_two, &bits, sizeof power_of_two);
-    return {mantissa_ * power_of_two,
-            static_cast<double>(held - exponent_) * 0.69314718055994530942};
-  }
-
- private:
-  static constexpr int64_t kFraction = (int64_t{1} << 52) - 1;
-  static constexpr int64_t kOneBits = int64_t{1023} << 52;
-
-  static EHRSEQ_INLINE Doubles part(double base, int) { return broadcast(base); }
-  static EHRSEQ_INLINE Doubles part(const Wide<T>& base, int i) { return base.part[i]; }
-
-  Wide<T> running_;
-  double mantissa_ = 1;
-  int64_t exponent_ = 0;
-};
-
-// Σ (linear + log(1 + excess)), with Π (1 + excess) kept as its distance from 1: tiny terms keep
-// their digits.
-template <typename T>
-class SumOfSoftplus {
- public:
-  // Π over all lanes of 1 + excess may not pass 2^1000 before a flush.
-  static constexpr int64_t kMostBits = 1000 / kLanes<T>;
-
-  EHRSEQ_INLINE void add(const Wide<T>& linear, const Wide<T>& excess) {
-    for (int i = 0; i < Wide<T>::kParts; ++i) {
-      linear_.part[i] += linear.part[i];
-      excess_.part[i] += excess.part[i] * (1.0 + excess_.part[i]);
-    }
-  }
-
-  EHRSEQ_INLINE void flush() {
-    logs_ += std::log1p(excess_of_all());
-    excess_ = {};
-  }
-
-  EHRSEQ_INLINE Unfinished unfinished() const {
-    double rest = logs_;
-    for (const Doubles& linear : linear_.part) rest += sum_of_lanes<double>(linear);
-    return {excess_of_all(), rest};
-  }
-
- private:
-  EHRSEQ_INLINE double excess_of_all() const {
-    const auto join = [](const auto& a, const auto& b)
-                          __attribute__((always_inline)) { return a + b * (1.0 + a); };
-    Doubles lanes = excess_.part[0];
-    for (int i = 1; i < Wide<T>::kParts; ++i) lanes = join(lanes, excess_.part[i]);
-    return join_lanes<double>(lanes, join);
-  }
-
-  Wide<T> linear_{};
-  Wide<T> excess_{};
-  double logs_ = 0;
-};
-
 // One way from a row's values to the likelihood of trials: adds a vector of trials to the sum and
 // gives their gradient. In `mixed`, `event` and `counts` mark lanes: which trial is the event, and
 // which are trials at all.
+//
+// A derivative of 0 that a trial has is written as -0, and +0 where no value counts: infinity times
+// the one is NaN in the backward pass, times the other 0 (scale.cpp). So `scale` is never +0.
 template <typename T>
+EHRSEQ_INLINE T signed_zero(T scale) {
+  return scale == T(0) ? T(-0.0) : scale;
+}
+
+// `scale` is one number or one of each lane.
+template <typename T, typename Scale>
+EHRSEQ_INLINE Lanes<T> scale_of_event(const Scale& scale) {
+  const Lanes<T> scales = scale - Lanes<T>{};
+  return scales == T(0) ? scales : -scales;
+}
+
+template <typename T, typename Total = Product<T>>
 class FromProbabilities {
  public:
-  // Before a flush each lane holds at most 32 (16) factors of at least 2^-24 (2^-53), 1 - h being
-  // rounded to T, and one more: the event's.
-  static constexpr int64_t kBlocksPerFlush = sizeof(T) == 4 ? 32 : 16;
+  // In double precision the event's factor may be any number, so a lane holds no other with it.
+  static constexpr bool kEventAlone = sizeof(T) == 8;
 
   explicit FromProbabilities(double eps)
-      : lowest_(static_cast<T>(eps)), highest_(static_cast<T>(1 - eps)) {}
+      : lowest_(static_cast<T>(eps)),
+        highest_(static_cast<T>(1 - eps)),
+        inner_lowest_(lowest_),
+        inner_highest_(highest_) {
+    if (eps > 0 && highest_ == T(1)) {  // eps has been rounded away, but the clamp shall hold
+      least_ = eps;
+      inner_highest_ = std::nextafter(T(1), T(0));
+      inner_lowest_ = std::max(lowest_, std::numeric_limits<T>::denorm_min());
+      const int64_t bits = 1 - std::ilogb(eps);
+      most_factors_ = std::max<int64_t>(1, std::min(most_factors_, 960 / bits));
+    }
+  }
 
-  EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& h, T scale) {
+  // Vectors before a flush.
+  EHRSEQ_INLINE int64_t room() const { return most_factors_; }
+
+  template <typename Scale>
+  EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& h, const Scale& scale) {
     const Lanes<T> clamped = clamp(h);
-    product_.multiply(1.0, -clamped);
+    product_.multiply(1.0, -clamped, least_);
     return inside(h) ? scale / (T(1) - clamped) : Lanes<T>{};
   }
 
-  EHRSEQ_INLINE Lanes<T> mixed(const Lanes<T>& values, T scale, const Mask<T>& event,
+  template <typename Scale>
+  EHRSEQ_INLINE Lanes<T> mixed(const Lanes<T>& values, const Scale& scale, const Mask<T>& event,
                                const Mask<T>& counts) {
     const Lanes<T> h = counts ? values : broadcast(T(0.5));
     const Lanes<T> clamped = clamp(h);
     product_.multiply(widen(event ? Lanes<T>{} : broadcast(T(1))),
-                      counts ? (event ? clamped : -clamped) : Lanes<T>{});
-    const Lanes<T> slope =
-        (event ? broadcast(-scale) : broadcast(scale)) / (event ? clamped : T(1) - clamped);
+                      counts ? (event ? clamped : -clamped) : Lanes<T>{}, least_);
+    const Lanes<T> scales = event ? scale_of_event<T>(scale) : scale - Lanes<T>{};
+    const Lanes<T> slope = scales / (event ? clamped : T(1) - clamped);
     return counts & inside(h) ? slope : Lanes<T>{};
   }
 
-  EHRSEQ_INLINE void flush() {
-    product_.flush();
-    product_.shrink_mantissa();
-  }
-
-  EHRSEQ_INLINE Unfinished unfinished() { return product_.unfinished(); }
+  EHRSEQ_INLINE void flush() { product_.flush(); }
+  EHRSEQ_INLINE auto unfinished() { return product_.unfinished(); }
 
   static EHRSEQ_INLINE Doubles finish(const Doubles& argument, const Doubles& rest) {
     return rest - log_nonnegative(argument);
@@ -198,37 +106,49 @@ class FromProbabilities {
     return raised > highest_ ? broadcast(highest_) : raised;
   }
 
-  EHRSEQ_INLINE Mask<T> inside(const Lanes<T>& h) const { return (h >= lowest_) & (h <= highest_); }
+  EHRSEQ_INLINE Mask<T> inside(const Lanes<T>& h) const {
+    return (h >= inner_lowest_) & (h <= inner_highest_);
+  }
 
   T lowest_;
   T highest_;
-  Product<T> product_;
+  T inner_lowest_;
+  T inner_highest_;
+  double least_ = 0;
+  // Each factor is at least 2^-24 (2^-53), 1 - h being rounded to T; an event's in single precision
+  // at least 2^-149.
+  int64_t most_factors_ = sizeof(T) == 4 ? 32 : 16;
+  Total product_;
 };
 
-template <typename T>
+template <typename T, typename Total = SumOfSoftplus<T>>
 class FromLogits {
  public:
-  static constexpr int64_t kBlocksPerFlush = SumOfSoftplus<T>::kMostBits;  // 1 + excess <= 2
+  static constexpr bool kEventAlone = false;
 
   explicit FromLogits(double /*eps*/) {}
 
-  EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& x, T scale) {
+  EHRSEQ_INLINE int64_t room() const { return Total::kMostBits; }  // 1 + excess <= 2
+
+  template <typename Scale>
+  EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& x, const Scale& scale) {
     const Lanes<T> decay = exp_nonpositive<T>(x > T(0) ? -x : x);
     sum_.add(widen(x > T(0) ? x : Lanes<T>{}), widen(decay));
     return scaled_sigmoid(x, decay, scale);
   }
 
-  EHRSEQ_INLINE Lanes<T> mixed(const Lanes<T>& values, T scale, const Mask<T>& event,
+  template <typename Scale>
+  EHRSEQ_INLINE Lanes<T> mixed(const Lanes<T>& values, const Scale& scale, const Mask<T>& event,
                                const Mask<T>& counts) {
     const Lanes<T> x = counts ? (event ? -values : values) : Lanes<T>{};
     const Lanes<T> decay = exp_nonpositive<T>(x > T(0) ? -x : x);
     sum_.add(widen(x > T(0) ? x : Lanes<T>{}), widen(counts ? decay : Lanes<T>{}));
-    const Lanes<T> slope = scaled_sigmoid(x, decay, scale);
-    return counts ? (event ? -slope : slope) : Lanes<T>{};
+    const Lanes<T> scales = event ? scale_of_event<T>(scale) : scale - Lanes<T>{};
+    return counts ? scaled_sigmoid(x, decay, scales) : Lanes<T>{};
   }
 
   EHRSEQ_INLINE void flush() { sum_.flush(); }
-  EHRSEQ_INLINE Unfinished unfinished() const { return sum_.unfinished(); }
+  EHRSEQ_INLINE auto unfinished() const { return sum_.unfinished(); }
 
   static EHRSEQ_INLINE Doubles finish(const Doubles& argument, const Doubles& rest) {
     return rest + log1p_nonnegative(argument);
@@ -236,11 +156,14 @@ class FromLogits {
 
  private:
   // decay = e^-|x|
-  static EHRSEQ_INLINE Lanes<T> scaled_sigmoid(const Lanes<T>& x, const Lanes<T>& decay, T scale) {
-    return scale * (x > T(0) ? broadcast(T(1)) : decay) / (T(1) + decay);
+  template <typename Scale>
+  static EHRSEQ_INLINE Lanes<T> scaled_sigmoid(const Lanes<T>& x, const Lanes<T>& decay,
+                                               const Scale& scale) {
+    const Lanes<T> slope = scale * (x > T(0) ? broadcast(T(1)) : decay) / (T(1) + decay);
+    return slope == T(0) ? broadcast(T(-0.0)) : slope;
   }
 
-  SumOfSoftplus<T> sum_;
+  Total sum_;
 };
 
 // One vector from `at` on; what lies past the end of the row is read as 0 and never written.
@@ -267,16 +190,15 @@ template <typename Likelihood, typename T, typename scalar_t, typename grad_t>
 EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* grad,
                                        int64_t row_length, const Trials& trials, T scale) {
   Likelihood likelihood(eps);
-  constexpr int64_t kRoom = Likelihood::kBlocksPerFlush;
   const bool wants_grad = grad != nullptr;
   const int64_t end = trials.end();
   int64_t at = trials.begin;
-  int64_t room = kRoom;
+  int64_t room = likelihood.room();
 
   while (at + kLanes<T> <= trials.certain_end) {
     if (room == 0) {
       likelihood.flush();
-      room = kRoom;
+      room = likelihood.room();
     }
     const int64_t blocks = std::min(room, (trials.certain_end - at) / kLanes<T>);
     for (int64_t i = 0; i < blocks; ++i, at += kLanes<T>) {
@@ -287,9 +209,11 @@ EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* 
   }
 
   for (; at < end; at += kLanes<T>, --room) {
-    if (room == 0) {
+    const bool alone =
+        Likelihood::kEventAlone && at <= trials.event && trials.event < at + kLanes<T>;
+    if (room == 0 || alone) {
       likelihood.flush();
-      room = kRoom;
+      room = alone ? 1 : likelihood.room();
     }
     const Mask<T> position = lane_numbers<T>();
     const Mask<T> event = position == static_cast<bits_t<T>>(trials.event - at);
@@ -372,7 +296,8 @@ class Softmax {
 
     if (grad == nullptr) return;
     for (int64_t c = 0; c < classes_; ++c) {
-      store(&scratch_[c * kLanes<T>], lanes_of(c) * share - (c == target ? scale : T(0)));
+      const Lanes<T> slope = lanes_of(c) * share - (c == target ? scale : T(0));
+      store(&scratch_[c * kLanes<T>], slope == T(0) ? broadcast(T(-0.0)) : slope);
     }
     for (int64_t i = 0; i < visits; ++i) {
       for (int64_t c = 0; c < classes_; ++c) {

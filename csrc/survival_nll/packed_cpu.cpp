@@ -1,7 +1,7 @@
 // The survival losses of packed batches on the CPU. The visits of a patient stand far apart in
 // time-major rows, but those of patients of neighbouring ranks stand side by side at every time. So
-// patients are taken in the order of their ranks, some at a time: their visits are turned into rows
-// of the padded layout, given to its kernel, and their gradients turned back.
+// patients are taken in the order of their ranks, some at a time. With softmax their visits are
+// turned into rows of the padded layout, given to its kernel, and their gradients turned back.
 
 #include <algorithm>
 #include <cstdint>
@@ -9,79 +9,18 @@
 #include <tuple>
 #include <vector>
 
+#include "common/denormals.h"
 #include "common/dtypes.h"
 #include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
+#include "survival_nll/arguments.h"
 #include "survival_nll/outcomes.h"
+#include "survival_nll/packed_layout.h"
 #include "survival_nll/rows.h"
 
 namespace ehrseq::survival {
 namespace {
-
-// Visit t of patient p is row row_starts[t] + ranks[p].
-class PackedLayout {
- public:
-  PackedLayout(int64_t n_visits, const Tensor& row_starts, const Tensor& ranks,
-               const Tensor& last_rows)
-      : row_starts_(torch::stable::contiguous(row_starts)),
-        ranks_(torch::stable::contiguous(ranks)),
-        patients_(ranks.numel()) {
-    const auto last = torch::stable::contiguous(last_rows);
-    for (const Tensor& tensor : {row_starts_, ranks_, last}) {
-      if (tensor.scalar_type() != ScalarType::Long || tensor.dim() != 1) refuse();
-    }
-    const int64_t* begin = starts();
-    const int64_t* end = begin + row_starts_.numel();
-    if (begin == end || *begin != 0 || end[-1] != n_visits || last.numel() != patients_) refuse();
-    for (const int64_t* start = begin; start + 1 < end; ++start) {
-      if (start[0] >= start[1] || start[1] - start[0] > patients_) refuse();
-    }
-    const auto* last_row = static_cast<const int64_t*>(last.data_ptr());
-    lengths_.resize(patients_);
-    for (int64_t patient = 0; patient < patients_; ++patient) {
-      const int64_t length = std::upper_bound(begin, end, last_row[patient]) - begin;
-      const bool fits = rank(patient) >= 0 && length > 0 && last_row[patient] < n_visits &&
-                        begin[length - 1] + rank(patient) == last_row[patient];
-      if (!fits) refuse();
-      lengths_[patient] = length;
-    }
-    patient_of_rank_.assign(patients_, -1);
-    for (int64_t patient = 0; patient < patients_; ++patient) {
-      if (rank(patient) >= patients_) refuse();
-      patient_of_rank_[rank(patient)] = patient;
-    }
-    for (const int64_t patient : patient_of_rank_) {
-      if (patient < 0) refuse();
-    }
-  }
-
-  // The row of rank `rank` at a time, and how many ranks have a visit then: the first ones.
-  int64_t row(int64_t rank, int64_t visit) const { return starts()[visit] + rank; }
-  int64_t ranks_at(int64_t visit) const { return starts()[visit + 1] - starts()[visit]; }
-  int64_t most_visits() const { return row_starts_.numel() - 1; }
-  int64_t patient_of_rank(int64_t rank) const { return patient_of_rank_[rank]; }
-  int64_t patients() const { return patients_; }
-  const std::vector<int64_t>& lengths() const { return lengths_; }
-
- private:
-  [[noreturn]] static void refuse() {
-    throw std::invalid_argument(
-        "packed_survival_nll: row_starts, unsorted_indices and last_rows "
-        "are not those of a batch with these visits");
-  }
-
-  const int64_t* starts() const { return static_cast<const int64_t*>(row_starts_.data_ptr()); }
-  int64_t rank(int64_t patient) const {
-    return static_cast<const int64_t*>(ranks_.data_ptr())[patient];
-  }
-
-  Tensor row_starts_;
-  Tensor ranks_;
-  int64_t patients_;
-  std::vector<int64_t> lengths_;
-  std::vector<int64_t> patient_of_rank_;
-};
 
 // The visits of some neighbouring ranks as rows of the padded layout, `slots` per patient.
 template <typename scalar_t>
@@ -185,6 +124,7 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const PackedLayout& lay
 
   parallel_for(0, groups, std::max<int64_t>(1, kWorthAThread / group_values),
                [&](int64_t first_group, int64_t last_group) {
+                 const KeepDenormals denormals;
                  Turned<scalar_t> visits(layout, settings.classes);
                  Outcome group_outcomes[kGroup];
                  double patient_nll[kGroup];
@@ -193,14 +133,23 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const PackedLayout& lay
                    const int64_t count = std::min(kGroup, settings.patients - first);
                    for (int64_t i = 0; i < count; ++i)
                      group_outcomes[i] = all[layout.patient_of_rank(first + i)];
-                   visits.gather(hazards_data, first, group_outcomes, count);
-                   Settings group_settings = settings;
-                   group_settings.slots = visits.slots();
-                   grad_t* group_grad = needs_grad ? visits.zero_gradients() : nullptr;
-                   rows_nll(group_settings,
-                            Rows<scalar_t>{visits.values(), group_grad, group_outcomes, count},
-                            patient_nll);
-                   if (needs_grad) visits.scatter_gradients(grad_data);
+                   if (settings.link == Link::kSoftmax) {
+                     visits.gather(hazards_data, first, group_outcomes, count);
+                     Settings group_settings = settings;
+                     group_settings.slots = visits.slots();
+                     grad_t* group_grad = needs_grad ? visits.zero_gradients() : nullptr;
+                     rows_nll(group_settings,
+                              Rows<scalar_t>{visits.values(), group_grad, group_outcomes, count},
+                              patient_nll);
+                     if (needs_grad) visits.scatter_gradients(grad_data);
+                   } else {
+                     ranks_nll(
+                         settings,
+                         RankRows<scalar_t>{hazards_data, needs_grad ? grad_data : nullptr,
+                                            hazards.numel(), layout.row_starts(),
+                                            layout.most_visits(), first, group_outcomes, count},
+                         patient_nll);
+                   }
                    for (int64_t i = 0; i < count; ++i) {
                      const double weighted = patient_nll[i] * group_outcomes[i].weight;
                      if (!reduces)
@@ -222,13 +171,16 @@ std::tuple<Tensor, Tensor> packed_survival_nll(
     const Tensor& last_rows, const Tensor& event_times, const Tensor& event_types,
     const OptionalTensor& entry_times, const OptionalTensor& sample_weight, int64_t link,
     bool censored_included, double eps, int64_t reduction, bool needs_grad) {
-  const bool competing = hazards.dim() == 2;
-  const int64_t classes = competing ? hazards.size(1) : 1;
-  const int64_t causes = static_cast<Link>(link) == Link::kSoftmax ? classes - 1 : classes;
-  if (hazards.dim() < 1 || hazards.dim() > 2 || causes < 1) {
+  if (hazards.dim() < 1 || hazards.dim() > 2) {
     throw std::invalid_argument("hazards: expected shape [n_visits] or [n_visits, K]");
   }
-  const PackedLayout layout(hazards.size(0), row_starts, unsorted_indices, last_rows);
+  const bool competing = hazards.dim() == 2;
+  check_options("packed_survival_nll", competing, link, eps, reduction);
+  const int64_t classes = competing ? hazards.size(1) : 1;
+  const int64_t causes = causes_of(classes, link);
+  const PackedLayout layout("packed_survival_nll", hazards.size(0), row_starts, unsorted_indices,
+                            last_rows);
+  check_row_length(layout.most_visits(), classes);
   const Outcomes outcomes(layout.patients(), VisitMask(layout.lengths()), causes,
                           competing ? "event_types" : "event_indicators", event_times, event_types,
                           entry_times, sample_weight);

@@ -14,7 +14,7 @@ inline Trials trials_of(const Outcome& outcome, const Settings& settings) {
 
 template <typename scalar_t>
 accumulator_t<scalar_t> grad_scale(const Outcome& outcome, const Settings& settings) {
-  return static_cast<accumulator_t<scalar_t>>(outcome.weight * settings.share);
+  return signed_zero(static_cast<accumulator_t<scalar_t>>(outcome.weight * settings.share));
 }
 
 // The next rows' visits at risk, on their way from memory while this row is computed: rows are read
@@ -32,20 +32,19 @@ EHRSEQ_INLINE void prefetch(const Settings& settings, const Rows<scalar_t>& rows
   }
 }
 
-template <template <typename> class Likelihood, typename scalar_t>
+template <typename Likelihood, typename scalar_t>
 void bernoulli_rows(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {
-  using T = accumulator_t<scalar_t>;
   const int64_t row_length = settings.slots * settings.classes;
   Group<Outcomes::kAtOnce> group;
   for (int64_t i = 0; i < kRowsAhead; ++i) prefetch(settings, rows, i);
   for (int64_t i = 0; i < rows.patients; ++i) {
     prefetch(settings, rows, i + kRowsAhead);
-    group.set(i, nll_of_trials<Likelihood<T>>(settings.eps, rows.hazards + i * row_length,
-                                              rows.grad ? rows.grad + i * row_length : nullptr,
-                                              row_length, trials_of(rows.outcomes[i], settings),
-                                              grad_scale<scalar_t>(rows.outcomes[i], settings)));
+    group.set(i, nll_of_trials<Likelihood>(settings.eps, rows.hazards + i * row_length,
+                                           rows.grad ? rows.grad + i * row_length : nullptr,
+                                           row_length, trials_of(rows.outcomes[i], settings),
+                                           grad_scale<scalar_t>(rows.outcomes[i], settings)));
   }
-  group.template finish<Likelihood<T>>(rows.patients, nll);
+  group.template finish<Likelihood>(rows.patients, nll);
 }
 
 template <typename scalar_t>
@@ -67,85 +66,127 @@ void softmax_rows(const Settings& settings, const Rows<scalar_t>& rows, double* 
 
 template <typename scalar_t>
 void rows_nll(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {
+  using T = accumulator_t<scalar_t>;
   switch (settings.link) {
     case Link::kProbabilities:
-      return bernoulli_rows<FromProbabilities>(settings, rows, nll);
+      return bernoulli_rows<FromProbabilities<T>>(settings, rows, nll);
     case Link::kSigmoid:
-      return bernoulli_rows<FromLogits>(settings, rows, nll);
+      return bernoulli_rows<FromLogits<T>>(settings, rows, nll);
     case Link::kSoftmax:
       return softmax_rows(settings, rows, nll);
   }
 }
 
-EHRSEQ_INLINE uint64_t load_word(const uint8_t* from) {
-  uint64_t word;
-  std::memcpy(&word, from, sizeof word);
-  return word;
+// --- masks -----------------------------------------------------------------------------------
+
+template <typename Values>
+using MaskLanes = typename Vector<typename Values::bits, 64 / sizeof(typename Values::bits)>::type;
+
+template <typename Values>
+EHRSEQ_INLINE MaskLanes<Values> load_mask_lanes(const typename Values::bits* from) {
+  MaskLanes<Values> lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
 }
 
-using Words = Lanes<uint64_t>;
-
-EHRSEQ_INLINE Words load_words(const uint8_t* from) {
-  Words words;
-  std::memcpy(&words, from, sizeof words);
-  return words;
+// All bits set where a value is a 1.
+template <typename Values>
+EHRSEQ_INLINE MaskLanes<Values> are_ones(const MaskLanes<Values>& lanes) {
+  if constexpr (Values::kAnyIsOne) return (MaskLanes<Values>)(lanes != 0);
+  return (MaskLanes<Values>)(lanes == Values::kOne);
 }
 
-EHRSEQ_INLINE uint64_t any_bit(const Words& words) {
+// Some bit set where a value is neither 0 nor 1.
+template <typename Values>
+EHRSEQ_INLINE MaskLanes<Values> others(const MaskLanes<Values>& lanes,
+                                       const MaskLanes<Values>& ones) {
+  if constexpr (Values::kAnyIsOne) return MaskLanes<Values>{};
+  return (Values::kHasSign ? lanes << 1 : lanes) & ~ones;
+}
+
+EHRSEQ_INLINE uint64_t any_bit(const Lanes<uint64_t>& words) {
   return join_lanes<uint64_t>(
       words, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a | b; });
 }
 
-EHRSEQ_INLINE int64_t sum_of_bytes(uint64_t word) {
+template <typename Bits, typename VectorType>
+EHRSEQ_INLINE int64_t sum_of_counts(const VectorType& counts) {
   constexpr uint64_t kEvenBytes = 0x00ff00ff00ff00ff;
-  const uint64_t pairs = (word & kEvenBytes) + ((word >> 8) & kEvenBytes);
-  return static_cast<int64_t>((pairs * 0x0001000100010001) >> 48);
+  constexpr uint64_t kEvenPairs = 0x0000ffff0000ffff;
+  Lanes<uint64_t> words = (Lanes<uint64_t>)counts;
+  if constexpr (sizeof(Bits) == 1) words = (words & kEvenBytes) + ((words >> 8) & kEvenBytes);
+  if constexpr (sizeof(Bits) <= 2) words = (words & kEvenPairs) + ((words >> 16) & kEvenPairs);
+  if constexpr (sizeof(Bits) <= 4) words = (words & 0xffffffff) + (words >> 32);
+  return static_cast<int64_t>(sum_of_lanes<uint64_t>(words));
 }
 
-EHRSEQ_INLINE int64_t sum_of_bytes(const Words& words) {
-  constexpr uint64_t kEvenBytes = 0x00ff00ff00ff00ff;
-  const Words w = (words & kEvenBytes) + ((words >> 8) & kEvenBytes);
-  const uint64_t pairs = sum_of_lanes<uint64_t>(w);
-  return static_cast<int64_t>((pairs * 0x0001000100010001) >> 48);
-}
+// Loaded from position n on: all bits set in the last n lanes.
+template <typename Bits>
+struct LateLanes {
+  Bits lanes[128 / sizeof(Bits)] = {};
+  constexpr LateLanes() {
+    for (size_t i = 64 / sizeof(Bits); i < 128 / sizeof(Bits); ++i) {
+      lanes[i] = static_cast<Bits>(~Bits{0});
+    }
+  }
+};
+template <typename Bits>
+constexpr LateLanes<Bits> kLateLanes;
 
-// Sixty-four bytes a step, then eight (little-endian). A byte is wrong if it is neither 0 nor 1, or
-// if it is 0 and the next one is 1. At least eight slots.
-EHRSEQ_INLINE int64_t visits_of_bytes(const uint8_t* row, int64_t slots) {
-  constexpr uint64_t kOnes = 0x0101010101010101;
-  constexpr int64_t kBlock = sizeof(Words);
-  constexpr int64_t kMostBlocks = 128;  // so that no byte's sum overflows, the words' included
+// Sixty-four bytes a step. A row is malformed where a value is neither 0 nor 1, or where a 0 is
+// followed by a 1.
+template <typename Values>
+EHRSEQ_INLINE int64_t visits_of_row(const typename Values::bits* row, int64_t slots) {
+  using bits = typename Values::bits;
+  using Lanes_ = MaskLanes<Values>;
+  constexpr int64_t kBlock = sizeof(Lanes_) / sizeof(bits);
+  constexpr int64_t kMostBlocks = 255;  // so that no byte's count overflows
 
+  Lanes_ wrong{};
   int64_t visits = 0;
   int64_t at = 0;
-  Words wrong_words{};
   while (at + kBlock < slots) {
-    Words sums{};
+    Lanes_ counts{};
     const int64_t blocks = std::min((slots - at - 1) / kBlock, kMostBlocks);
     for (int64_t i = 0; i < blocks; ++i, at += kBlock) {
-      const Words words = load_words(row + at);
-      const Words next = load_words(row + at + 1);
-      wrong_words |= (next & ~words) | (words & ~kOnes);
-      sums += words;
+      const Lanes_ values = load_mask_lanes<Values>(row + at);
+      const Lanes_ ones = are_ones<Values>(values);
+      const Lanes_ next = are_ones<Values>(load_mask_lanes<Values>(row + at + 1));
+      wrong |= others<Values>(values, ones) | (next & ~ones);
+      counts -= ones;
     }
-    visits += sum_of_bytes(sums);
+    visits += sum_of_counts<bits>(counts);
   }
-  uint64_t wrong = any_bit(wrong_words);
-  uint64_t sum = 0;
-  for (; at + 8 < slots; at += 8) {
-    const uint64_t word = load_word(row + at);
-    const uint64_t next = load_word(row + at + 1);
-    wrong |= (next & ~word) | (word & ~kOnes);
-    sum += word;
+
+  // The rest of the row, at most one block of it: with the values before it, which are not counted
+  // again, or in short rows with zeros after it.
+  Lanes_ before;
+  Lanes_ values;
+  if (at > 0) {
+    before = load_mask_lanes<Values>(row + slots - kBlock - 1);
+    values = load_mask_lanes<Values>(row + slots - kBlock);
+  } else {
+    bits rest[kBlock + 1] = {};
+    std::memcpy(rest + 1, row, slots * sizeof(bits));
+    rest[0] = Values::kOne;
+    before = load_mask_lanes<Values>(rest);
+    values = load_mask_lanes<Values>(rest + 1);
   }
-  const uint64_t rest = load_word(row + slots - 8) >> (8 * (8 - (slots - at)));
-  wrong |= ((rest >> 8) & ~rest) | (rest & ~kOnes);
-  return wrong != 0 ? kMalformed : visits + sum_of_bytes(sum + rest);
+  const Lanes_ ones = are_ones<Values>(values);
+  wrong |= others<Values>(values, ones) | (ones & ~are_ones<Values>(before));
+  Lanes_ is_new = ones;
+  if (at > 0) is_new &= load_mask_lanes<Values>(kLateLanes<bits>.lanes + (slots - at));
+  visits += sum_of_counts<bits>(-is_new);
+  return any_bit((Lanes<uint64_t>)wrong) != 0 ? kMalformed : visits;
 }
 
-void count_in_bytes(const uint8_t* mask, int64_t row_stride, int64_t slots, int64_t rows,
-                    int64_t* visits) {
-  for (int64_t i = 0; i < rows; ++i) visits[i] = visits_of_bytes(mask + i * row_stride, slots);
+template <typename Values>
+void count_in_rows(const void* mask, int64_t row_stride, int64_t slots, int64_t rows,
+                   int64_t* visits) {
+  const auto* values = static_cast<const typename Values::bits*>(mask);
+  for (int64_t i = 0; i < rows; ++i) {
+    visits[i] = visits_of_row<Values>(values + i * row_stride, slots);
+  }
 }
 
 }  // namespace ehrseq::survival::EHRSEQ_ISA

@@ -10,27 +10,30 @@
 namespace ehrseq::survival {
 namespace {
 
-template <typename T>
-int64_t visits_of(const T* row, int64_t slots) {
-  int64_t visits = 0;
-  bool malformed = false;
-  for (int64_t i = 0; i < slots; ++i) {
-    malformed |= (row[i] != T(0)) & (row[i] != T(1));
-    visits += row[i] != T(0);
-  }
-  for (int64_t i = 0; i + 1 < slots; ++i) malformed |= row[i] < row[i + 1];
-  return malformed ? kMalformed : visits;
-}
-
-template <typename T>
-void count(const T* mask, int64_t row_stride, int64_t slots, int64_t begin, int64_t end,
-           int64_t* visits) {
-  if (sizeof(T) == 1 && slots >= 8) {
-    const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
-    count_in_bytes(bytes + begin * row_stride, row_stride, slots, end - begin, visits);
-  } else {
-    for (int64_t i = begin; i < end; ++i)
-      visits[i - begin] = visits_of(mask + i * row_stride, slots);
+// The rows' counter for a mask of this dtype.
+auto counter_of(ScalarType dtype) -> decltype(&count_visits<BoolMask>) {
+  switch (dtype) {
+    case ScalarType::Bool:
+      return &count_visits<BoolMask>;
+    case ScalarType::Byte:
+    case ScalarType::Char:
+      return &count_visits<Int8Mask>;
+    case ScalarType::Short:
+      return &count_visits<Int16Mask>;
+    case ScalarType::Int:
+      return &count_visits<Int32Mask>;
+    case ScalarType::Long:
+      return &count_visits<Int64Mask>;
+    case ScalarType::Half:
+      return &count_visits<HalfMask>;
+    case ScalarType::BFloat16:
+      return &count_visits<BFloat16Mask>;
+    case ScalarType::Float:
+      return &count_visits<FloatMask>;
+    case ScalarType::Double:
+      return &count_visits<DoubleMask>;
+    default:
+      throw std::invalid_argument("sequence_mask: expected a bool, integer or float dtype");
   }
 }
 
@@ -54,11 +57,9 @@ void VisitMask::count_visits(int64_t begin, int64_t end, int64_t* visits) const 
     std::fill(visits, visits + (end - begin), slots_);
     return;
   }
-  dispatch_real(mask_->scalar_type(), "sequence_mask", [&](auto tag) {
-    using stored_t = typename decltype(tag)::type;
-    count(static_cast<const stored_t*>(mask_->const_data_ptr()), mask_->stride(0), slots_, begin,
-          end, visits);
-  });
+  const auto* first = static_cast<const char*>(mask_->const_data_ptr()) +
+                      begin * mask_->stride(0) * mask_->element_size();
+  counter_of(mask_->scalar_type())(first, mask_->stride(0), slots_, end - begin, visits);
 }
 
 VisitMask::Fault VisitMask::first_fault(int64_t patient) const {

@@ -1,6 +1,6 @@
 """What the survival losses refuse: wrong shapes, dtypes and devices, and impossible patients.
 
-``check_tensors`` looks at metadata alone. ``check_values`` reads values; the compiled CPU kernel
+``check_tensors`` looks at metadata alone. ``check_outcomes`` reads values; the compiled CPU kernel
 makes the same checks, in the same order and with the same words, while it computes.
 """
 
@@ -9,9 +9,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autograd import transformed
+from .fused import REDUCTIONS, Inputs, Options
+
 INTEGER = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 REAL = INTEGER | FLOATING | {torch.bool}
+CENSORED_VISITS = ("excluded", "included")
+
+
+def require_outcomes(**outcomes: Tensor | None) -> tuple[Tensor, ...]:
+    """Refuse outcomes that were left out: padded hazards bring none with them."""
+    for name, tensor in outcomes.items():
+        if tensor is None:
+            raise TypeError(f"{name} must be given with padded hazards")
+    return tuple(tensor for tensor in outcomes.values() if tensor is not None)
+
+
+def refuse_mask(sequence_mask: Tensor | None) -> None:
+    """Packed rows are real visits alone."""
+    if sequence_mask is not None:
+        raise ValueError(
+            "sequence_mask must be None where hazards are PackedRows, which hold real visits alone"
+        )
+
+
+def check_link(hazards: Tensor, link: str, from_logits: bool) -> None:
+    """Refuse an unknown link, and hazards whose last dimension does not fit it."""
+    if link not in ("sigmoid", "softmax"):
+        raise ValueError(f"link must be 'sigmoid' or 'softmax', got {link!r}")
+    if link == "softmax" and not from_logits:
+        raise ValueError("link='softmax' takes logits: pass from_logits=True")
+    fewest = 2 if link == "softmax" else 1
+    if hazards.shape[-1] < fewest:
+        raise ValueError(
+            f"hazards must have at least {fewest} values per visit with link={link!r}, "
+            f"got shape {list(hazards.shape)}"
+        )
+
+
+def check_options(options: Options) -> None:
+    """Refuse options that there are not."""
+    _, censored_visit, eps, reduction = options
+    if censored_visit not in CENSORED_VISITS:
+        raise ValueError(f"censored_visit must be one of {CENSORED_VISITS}, got {censored_visit!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {tuple(REDUCTIONS)}, got {reduction!r}")
+    if not 0 <= eps < 0.5:
+        raise ValueError(f"eps must lie in [0, 0.5), got {eps}")
 
 
 def check_tensors(
@@ -67,7 +112,8 @@ def check_companions(
         _check_companion(hazards, shape, "entry_times", entry_times, INTEGER, "an integer")
     if sample_weight is not None:
         _check_companion(hazards, shape, "sample_weight", sample_weight, REAL, "a real")
-        if sample_weight.requires_grad and torch.is_grad_enabled():
+        learns = sample_weight.requires_grad and torch.is_grad_enabled()
+        if learns and not transformed(hazards, sample_weight):
             raise ValueError(
                 "sample_weight requires grad, but the loss has a gradient with respect to hazards "
                 'alone; detach it, or weight the result of reduction="none" yourself'
@@ -96,16 +142,16 @@ def _check_companion(
         raise ValueError(f"{name} is on {tensor.device}, but hazards is on {hazards.device}")
 
 
-def check_values(
-    slots: int,
-    causes: int,
-    event_times: Tensor,
-    types_name: str,
-    event_types: Tensor,
-    sequence_mask: Tensor | None,
-    entry_times: Tensor | None,
-) -> None:
-    """Refuse malformed masks, empty sequences and outcomes outside a patient's visits."""
+def check_outcomes(inputs: Inputs, link: str) -> None:
+    """Refuse malformed masks, empty sequences and outcomes outside a patient's visits, of padded
+    hazards; nothing where a transform hides the values."""
+    hazards, event_times, event_types, sequence_mask, entry_times, _ = inputs
+    if _vmapped():
+        return
+    competing = hazards.dim() == 3
+    slots = hazards.shape[1]
+    causes = hazards.shape[2] - (link == "softmax") if competing else 1
+    types_name = "event_types" if competing else "event_indicators"
     times, types = event_times.long(), event_types.double()
     visits = torch.full_like(times, slots)
     if sequence_mask is not None:
@@ -152,6 +198,13 @@ def check_values(
             f"{float(types[patient]):g}",
             offending,
         )
+
+
+def _vmapped() -> bool:
+    return torch._C._are_functorch_transforms_active() and any(
+        interpreter.key() == torch._C._functorch.TransformType.Vmap
+        for interpreter in torch._C._functorch.get_interpreter_stack() or ()
+    )
 
 
 def _first(offending: Tensor) -> int | None:

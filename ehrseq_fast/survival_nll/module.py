@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..rows import PackedRows
 from .op import competing_risks_nll, discrete_time_survival_nll
 
 
@@ -44,15 +45,16 @@ class DiscreteTimeSurvivalLoss(nn.Module):
 
     def forward(
         self,
-        hazards: Tensor,
-        event_times: Tensor,
-        event_indicators: Tensor,
+        hazards: Tensor | PackedRows,
+        event_times: Tensor | None = None,
+        event_indicators: Tensor | None = None,
         sequence_mask: Tensor | None = None,
         *,
         entry_times: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Hazards ``[B, V]``, times and indicators ``[B]``, mask ``[B, V]`` to the loss."""
+        """Hazards ``[B, V]``, times and indicators ``[B]``, mask ``[B, V]`` to the loss. Or of
+        :class:`~ehrseq_fast.PackedRows` alone, whose batch has the outcomes."""
         return discrete_time_survival_nll(
             hazards,
             event_times,
@@ -112,15 +114,16 @@ class CompetingRisksSurvivalLoss(nn.Module):
 
     def forward(
         self,
-        hazards: Tensor,
-        event_times: Tensor,
-        event_types: Tensor,
+        hazards: Tensor | PackedRows,
+        event_times: Tensor | None = None,
+        event_types: Tensor | None = None,
         sequence_mask: Tensor | None = None,
         *,
         entry_times: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Hazards ``[B, V, K]``, times and types ``[B]``, mask ``[B, V]`` to the loss."""
+        """Hazards ``[B, V, K]``, times and types ``[B]``, mask ``[B, V]`` to the loss. Or of
+        :class:`~ehrseq_fast.PackedRows` alone, whose batch has the outcomes."""
         return competing_risks_nll(
             hazards,
             event_times,

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import backend
-from ..backend import must_check_values, operators
-from ..schemas import fake
-from .checks import INTEGER, REAL, check_companions, check_hazards
-from .op import (
-    LINKS,
-    REDUCTIONS,
-    Inputs,
-    Options,
+from ..autograd import transformed
+from ..backend import must_check_values
+from ..rows import PackedRows
+from .checks import (
+    INTEGER,
+    REAL,
+    check_companions,
+    check_hazards,
     check_link,
     check_options,
     check_outcomes,
-    empty_nll_and_grad,
-    packed_rows,
-    reference_nll,
-    scaled_gradient,
 )
+from .fused import Inputs, Options, Rows, as_padded, nll
 
 if TYPE_CHECKING:
     from ..batch import PackedVisits
@@ -32,8 +29,8 @@ backend.register("packed_survival_nll", "cpu", "cuda", "triton")
 
 
 def packed_survival_nll(
-    hazards: Tensor,
-    batch: PackedVisits,
+    hazards: Tensor | PackedRows,
+    batch: PackedVisits | None = None,
     *,
     event_times: Tensor | None = None,
     event_indicators: Tensor | None = None,
@@ -49,7 +46,7 @@ def packed_survival_nll(
 
     Args:
         hazards: ``[n_visits]``, rows in the order of ``batch``: probabilities, or logits with
-            ``from_logits=True``.
+            ``from_logits=True``. Or :class:`~ehrseq_fast.PackedRows`, which bring their batch.
         batch: whose visits they are; its ``event_times`` and ``event_indicators`` are the outcomes.
         event_times, event_indicators: ``[B]`` in the caller's order, in place of the batch's.
         entry_times, sample_weight: ``[B]`` in the caller's order.
@@ -70,6 +67,7 @@ def packed_survival_nll(
         >>> packed_survival_nll(torch.tensor([0.2, 0.1, 0.3]), batch, reduction="none")
         tensor([2.3026, 0.2231])
     """
+    hazards, batch = _rows_and_batch(hazards, batch)
     times = batch.event_times if event_times is None else event_times
     seen = batch.event_indicators if event_indicators is None else event_indicators
     if times is None or seen is None:
@@ -84,8 +82,8 @@ def packed_survival_nll(
 
 
 def packed_competing_risks_nll(
-    hazards: Tensor,
-    batch: PackedVisits,
+    hazards: Tensor | PackedRows,
+    batch: PackedVisits | None = None,
     *,
     event_times: Tensor | None = None,
     event_types: Tensor | None = None,
@@ -114,6 +112,7 @@ def packed_competing_risks_nll(
         >>> packed_competing_risks_nll(torch.tensor([[0.1, 0.2], [0.5, 0.3]]), batch)
         tensor(1.0217)
     """
+    hazards, batch = _rows_and_batch(hazards, batch)
     times = batch.event_times if event_times is None else event_times
     kinds = batch.event_types if event_types is None else event_types
     if times is None or kinds is None:
@@ -127,6 +126,24 @@ def packed_competing_risks_nll(
     inputs = (hazards, times, kinds, None, entry_times, sample_weight)
     options = (link if from_logits else "probabilities", censored_visit, eps, reduction)
     return _packed_nll(batch, inputs, options, validate)
+
+
+def _rows_and_batch(
+    hazards: Tensor | PackedRows, batch: PackedVisits | None
+) -> tuple[Tensor, PackedVisits]:
+    if not isinstance(hazards, PackedRows):
+        if batch is None:
+            raise TypeError("batch must be given, unless hazards are PackedRows")
+        return hazards, batch
+    if batch is None or batch is hazards.batch:
+        return hazards.values, hazards.batch
+    # a copy with other outcomes has the same tensors for its rows
+    if batch.unsorted_indices is not hazards.batch.unsorted_indices:
+        raise ValueError(
+            "batch must be the one that hazards, PackedRows, belong to; pass hazards.values for "
+            "rows of another batch with the same layout"
+        )
+    return hazards.values, batch
 
 
 def _check_tensors(
@@ -156,85 +173,9 @@ def _packed_nll(batch: PackedVisits, inputs: Inputs, options: Options, validate:
     hazards = inputs[0]
     check_options(options)
     chosen = backend.choose("packed_survival_nll", hazards.device.type, hazards.dtype)
-    if chosen == "reference" or must_check_values(chosen, hazards.device.type, validate):
-        padded, mask = _padded(batch, hazards)
-        padded_inputs = (padded, *inputs[1:3], mask, *inputs[4:])
-        if must_check_values(chosen, hazards.device.type, validate):
-            check_outcomes(padded_inputs, options)
-        if chosen == "reference":
-            return reference_nll(padded_inputs, options)
-    rows = packed_rows(batch)
-    if hazards.requires_grad and torch.is_grad_enabled():
-        return _PackedNll.apply(chosen, batch, *rows, *inputs, *options)
-    return _fused(chosen, rows, inputs, options, needs_grad=False)[0]
-
-
-def _padded(batch: PackedVisits, hazards: Tensor) -> tuple[Tensor, Tensor]:
-    real = torch.ones(batch.n_visits, dtype=torch.bool, device=hazards.device)
-    return batch.pad(hazards), batch.pad(real, False)
-
-
-Rows = tuple[Tensor, Tensor, Tensor]  # row_starts, unsorted_indices, last_rows
-
-
-def _fused(
-    chosen: str, rows: Rows, inputs: Inputs, options: Options, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    hazards, times, types, _, entry_times, sample_weight = inputs
-    link, censored_visit, eps, reduction = options
-    return operators(chosen).packed_survival_nll.default(
-        hazards,
-        *rows,
-        times,
-        types,
-        entry_times,
-        sample_weight,
-        LINKS[link],
-        censored_visit == "included",
-        eps,
-        REDUCTIONS[reduction],
-        needs_grad,
-    )
-
-
-class _PackedNll(torch.autograd.Function):
-    """As for padded hazards: the kernel writes the gradient along with the loss."""
-
-    @staticmethod
-    def forward(ctx: Any, chosen: str, batch: PackedVisits, *args: Any) -> Tensor:
-        rows, inputs, options = args[:3], args[3:9], args[9:]
-        nll, grad = _fused(chosen, rows, inputs, options, needs_grad=True)
-        ctx.save_for_backward(grad, *inputs)
-        ctx.chosen, ctx.batch, ctx.options = chosen, batch, options
-        return nll
-
-    @staticmethod
-    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        grad, *inputs = ctx.saved_tensors
-        hazards = inputs[0]
-        if torch.is_grad_enabled():  # create_graph=True: a gradient that has a gradient itself
-            padded, mask = _padded(ctx.batch, hazards)
-            nll = reference_nll((padded, *inputs[1:3], mask, *inputs[4:]), ctx.options)
-            (grad,) = torch.autograd.grad(nll, hazards, grad_nll, create_graph=True)
-        else:
-            grad = scaled_gradient(ctx.chosen, grad, grad_nll, hazards, ctx.batch)
-        return *(None,) * 5, grad, *(None,) * 9
-
-
-@fake("packed_survival_nll")
-def _(
-    hazards,
-    row_starts,
-    unsorted_indices,
-    last_rows,
-    event_times,
-    event_types,
-    entry_times,
-    sample_weight,
-    link,
-    censored_included,
-    eps,
-    reduction,
-    needs_grad,
-):
-    return empty_nll_and_grad(hazards, event_times.shape[:1], reduction, needs_grad)
+    if transformed(hazards, inputs[5]):
+        chosen = "reference"
+    rows: Rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
+    if must_check_values(chosen, hazards.device.type, validate):
+        check_outcomes(as_padded(rows, inputs), options[0])
+    return nll(chosen, rows, inputs, options)

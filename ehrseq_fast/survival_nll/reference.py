@@ -9,6 +9,8 @@ Slots that are not at risk (after the event time, before the entry time, padding
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -98,11 +100,28 @@ def _bernoulli_nll(
     """-log h where the event was, -log(1-h) where it was survived, 0 elsewhere."""
     h = torch.where(event | survived, _upcast(hazards), 0.0 if from_logits else 0.5)
     if from_logits:
-        log_h, log_survival = logsigmoid(h), logsigmoid(-h)
-    else:
-        h = h.clamp(eps, 1 - eps)
-        log_h, log_survival = h.log(), torch.log1p(-h)
-    return -torch.where(event, log_h, torch.where(survived, log_survival, 0.0))
+        return torch.where(event | survived, -logsigmoid(torch.where(event, h, -h)), 0.0)
+    clamped = h.clamp(eps, 1 - eps)
+    # Where 1 - eps is rounded to 1 (and eps to 0), clamp lets these pass.
+    passed = ((h <= 0) | (h >= 1)) if eps > 0 and rounds_to_one(1 - eps, h.dtype) else None
+    if passed is not None:
+        clamped = torch.where(passed, 0.5, clamped)
+    # Each logarithm sees its own values alone: elsewhere its derivative may be infinite, and
+    # infinity times 0 is NaN.
+    nll = torch.where(
+        event,
+        -torch.where(event, clamped, 1.0).log(),
+        -torch.log1p(-torch.where(survived & ~event, clamped, 0.0)),
+    )
+    if passed is not None:
+        impossible = torch.where(event, h <= 0, h >= 1)
+        nll = torch.where(impossible, -math.log(eps), torch.where(passed, eps, nll))
+    return nll
+
+
+def rounds_to_one(value: float, dtype: torch.dtype) -> bool:
+    """Whether a probability below 1 is 1 in this dtype."""
+    return value >= 1 - torch.finfo(dtype).eps / 4
 
 
 def _reduced(nll: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:

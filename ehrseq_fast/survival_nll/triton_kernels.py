@@ -23,7 +23,10 @@ from torch import Tensor
 
 from ..backend import implemented_in_triton
 from ..triton_support import current, interpreted, launch
-from .op import empty_nll_and_grad
+from . import raw_checks
+from .fused import empty_nll_and_grad
+from .reference import rounds_to_one
+from .triton_terms import nll_of_logits, nll_of_probabilities, nll_of_softmax, scaled_by
 
 # As the operators number them (schemas.py).
 PROBABILITIES: tl.constexpr = tl.constexpr(0)
@@ -32,76 +35,6 @@ MEAN = 1
 
 # So that the last program adds all the others' sums in one load.
 MOST_PROGRAMS: tl.constexpr = tl.constexpr(1024)
-
-LOG2_E: tl.constexpr = tl.constexpr(1.44269502162933349609375)  # as float32 has it
-LOG2_E_REST: tl.constexpr = tl.constexpr(1.925963033500011e-08)
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _log1p(x):
-    # log(1 + x) is off by what rounding 1 + x lost; x / ((1 + x) - 1) puts that right.
-    raised = 1.0 + x
-    kept = raised - 1.0
-    lost_all = kept == 0.0
-    return tl.where(lost_all, x, tl.log(raised) * (x / tl.where(lost_all, 1.0, kept)))
-
-
-@triton.jit
-def _exp_nonpositive(x):
-    if x.dtype == tl.float64:
-        power = tl.exp(x)
-    else:
-        # The GPU has 2^x. Rounding x log2(e) would cost a digit for every power of ten in x, so
-        # what the product lost is put back. Below e^-104 float32 has nothing but 0.
-        x = tl.where(x < -104.0, -104.0, x)
-        scaled = x * LOG2_E
-        lost = tl.fma(x, tl.full(x.shape, LOG2_E, x.dtype), -scaled) + x * LOG2_E_REST
-        power = tl.exp2(scaled) * (1.0 + lost * LN_2)
-    return power
-
-
-@triton.jit
-def _nll_of_probabilities(h, event, scale, EPS: tl.constexpr):
-    """-log h at an event, -log(1 - h) elsewhere, and its slope; 0 outside the clamp."""
-    lowest = tl.full(h.shape, EPS, h.dtype)
-    highest = tl.full(h.shape, 1.0 - EPS, h.dtype)
-    # comparisons, not minimum and maximum: a NaN at risk has to reach the loss
-    clamped = tl.where(h < lowest, lowest, h)
-    clamped = tl.where(clamped > highest, highest, clamped)
-    # of which the logarithm is taken; see _log1p for what puts right the rounding of 1 - h
-    factor = tl.where(event, clamped, 1.0 - clamped)
-    kept = tl.where(event, 1.0, 1.0 - factor)
-    lost_all = kept == 0.0
-    ratio = tl.where(event, 1.0, clamped / tl.where(lost_all, 1.0, kept))
-    terms = tl.where(lost_all, clamped, -tl.log(factor) * ratio)
-    slopes = tl.where(event, -scale, scale) / factor
-    return terms, tl.where((h >= lowest) & (h <= highest), slopes, 0.0)
-
-
-@triton.jit
-def _nll_of_logits(x, event, scale):
-    """softplus(-x) at an event, softplus(x) elsewhere, and its slope."""
-    y = tl.where(event, -x, x)
-    decay = _exp_nonpositive(tl.where(y > 0.0, -y, y))
-    terms = tl.where(y > 0.0, y, 0.0) + _log1p(decay)
-    sigmoid = tl.where(y > 0.0, 1.0, decay) / (1.0 + decay)
-    return terms, tl.where(event, -scale, scale) * sigmoid
-
-
-@triton.jit
-def _nll_of_softmax(x, class_of, target, scale, CLASSES: tl.constexpr):
-    """-log of the softmax at ``target``, placed at class 0, and its slope by every class."""
-    x = tl.where(class_of < CLASSES, x, -float("inf"))
-    largest = tl.max(x, axis=2)[:, :, None]
-    # 1 + (the others' odds): were the largest logit's 1 added to them, small ones would lose digits
-    first_largest = tl.min(tl.where(x == largest, class_of, CLASSES), axis=2)[:, :, None]
-    odds = _exp_nonpositive(x - largest)
-    others = tl.sum(tl.where(class_of == first_largest, 0.0, odds), axis=2)[:, :, None]
-    chosen = tl.sum(tl.where(class_of == target, x, 0.0), axis=2)[:, :, None]
-    terms = (largest - chosen) + _log1p(others)
-    slopes = scale * (odds / (1.0 + others) - tl.where(class_of == target, 1.0, 0.0))
-    return tl.where(class_of == 0, terms, 0.0), slopes
 
 
 @triton.jit
@@ -226,6 +159,7 @@ def survival_nll_kernel(
     LINK: tl.constexpr,
     CENSORED_INCLUDED: tl.constexpr,
     EPS: tl.constexpr,
+    NLL_OF_EPS: tl.constexpr,
     REDUCES: tl.constexpr,
     PATIENTS: tl.constexpr,
     VISITS: tl.constexpr,
@@ -280,7 +214,7 @@ def survival_nll_kernel(
                 logit = tl.load(
                     hazards + of_hazards, mask=trial & (class_of < CLASSES), other=0.0
                 ).to(ACCUMULATOR)
-                terms, slopes = _nll_of_softmax(logit, class_of, target, scale, CLASSES)
+                terms, slopes = nll_of_softmax(logit, class_of, target, scale, CLASSES)
             else:
                 event, trial = _trials(
                     before[:, :, None],
@@ -293,9 +227,9 @@ def survival_nll_kernel(
                 hazard = tl.load(hazards + of_hazards, mask=trial, other=0.0).to(ACCUMULATOR)
                 if LINK == PROBABILITIES:
                     hazard = tl.where(trial, hazard, 0.5)
-                    terms, slopes = _nll_of_probabilities(hazard, event, scale, EPS)
+                    terms, slopes = nll_of_probabilities(hazard, event, scale, EPS, NLL_OF_EPS)
                 else:
-                    terms, slopes = _nll_of_logits(hazard, event, scale)
+                    terms, slopes = nll_of_logits(hazard, event, scale)
             terms_of_visits += tl.sum(tl.where(trial, terms, 0.0), axis=2)
 
             if grad is not None:
@@ -334,10 +268,10 @@ def scale_by_one_kernel(grad, grad_nll, scaled, values, ACCUMULATOR: tl.constexp
     at = start + tl.arange(0, BLOCK)
     factor = tl.load(grad_nll).to(ACCUMULATOR)
     if start + BLOCK <= values:  # without a mask, which would keep loads narrow
-        product = tl.load(grad + at).to(ACCUMULATOR) * factor
+        product = scaled_by(tl.load(grad + at).to(ACCUMULATOR), factor)
         tl.store(scaled + at, product.to(scaled.dtype.element_ty))
     else:
-        product = tl.load(grad + at, mask=at < values, other=0.0).to(ACCUMULATOR) * factor
+        product = scaled_by(tl.load(grad + at, mask=at < values, other=0.0).to(ACCUMULATOR), factor)
         tl.store(scaled + at, product.to(scaled.dtype.element_ty), mask=at < values)
 
 
@@ -370,12 +304,18 @@ def scale_by_patient_kernel(
             patient, exists, position // CLASSES, slots, n_rows, row_starts, ranks, last_rows
         )
         at = row * CLASSES + (position % CLASSES)[None, :]
-        product = tl.load(grad + at, mask=inside, other=0.0).to(ACCUMULATOR) * factor
+        product = scaled_by(tl.load(grad + at, mask=inside, other=0.0).to(ACCUMULATOR), factor)
         tl.store(scaled + at, product.to(scaled.dtype.element_ty), mask=inside)
 
 
 def _accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _nll_of_eps(eps: float, dtype: torch.dtype) -> float:
+    """-log(eps) where 1 - eps is rounded to 1, else 0."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return -math.log(eps) if eps > 0 and rounds_to_one(1 - eps, wide) else 0.0
 
 
 def _share(reduction: int, patients: int) -> float:
@@ -464,6 +404,11 @@ def _launch_nll(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     patients, slots, n_rows, classes = sizes
+    operation = "competing_risks_nll" if competing else "survival_nll"
+    raw_checks.check_options(operation, competing, classes, link, eps, reduction)
+    raw_checks.check_patients(
+        hazards, patients, competing, event_times, event_types, entry_times, sample_weight
+    )
     if slots * classes >= 2**31:  # positions within a row are int32
         raise ValueError("hazards: a patient's row has more than 2^31 - 1 values")
     device = hazards.device
@@ -504,6 +449,7 @@ def _launch_nll(
         LINK=link,
         CENSORED_INCLUDED=censored_included,
         EPS=eps if link == PROBABILITIES.value else 0.0,
+        NLL_OF_EPS=_nll_of_eps(eps, hazards.dtype) if link == PROBABILITIES.value else 0.0,
         REDUCES=bool(reduction),
         **tile,
         num_warps=_WARPS,
@@ -514,18 +460,28 @@ def _launch_nll(
 
 
 @implemented_in_triton("survival_nll")
-def survival_nll(hazards: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def survival_nll(
+    hazards: Tensor, event_times: Tensor, event_types: Tensor, mask: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor]:
+    raw_checks.check_hazards("survival_nll", hazards, (2,), "[B, V]")
+    raw_checks.check_mask(hazards, mask)
     patients, slots = hazards.shape
     strides = (*hazards.stride(), 0)
     sizes = (patients, slots, patients * slots, 1)
-    return _launch_nll(hazards, strides, (None,) * 3, sizes, False, *others)
+    outcomes = (event_times, event_types, mask)
+    return _launch_nll(hazards, strides, (None,) * 3, sizes, False, *outcomes, *others)
 
 
 @implemented_in_triton("competing_risks_nll")
-def competing_risks_nll(hazards: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def competing_risks_nll(
+    hazards: Tensor, event_times: Tensor, event_types: Tensor, mask: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor]:
+    raw_checks.check_hazards("competing_risks_nll", hazards, (3,), "[B, V, K]")
+    raw_checks.check_mask(hazards, mask)
     patients, slots, classes = hazards.shape
     sizes = (patients, slots, patients * slots, classes)
-    return _launch_nll(hazards, hazards.stride(), (None,) * 3, sizes, True, *others)
+    strides, outcomes = hazards.stride(), (event_times, event_types, mask)
+    return _launch_nll(hazards, strides, (None,) * 3, sizes, True, *outcomes, *others)
 
 
 @implemented_in_triton("packed_survival_nll")
@@ -538,11 +494,14 @@ def packed_survival_nll(
     event_types: Tensor,
     *others: Any,
 ) -> tuple[Tensor, Tensor]:
+    shape = "[n_visits] or [n_visits, K]"
+    raw_checks.check_hazards("packed_survival_nll", hazards, (1, 2), shape)
+    raw_checks.check_rows(hazards, row_starts, unsorted_indices, last_rows)
     competing = hazards.dim() == 2
     strides = (0, hazards.stride(0), hazards.stride(1) if competing else 0)
     classes = hazards.shape[1] if competing else 1
     rows = (row_starts.contiguous(), unsorted_indices.contiguous(), last_rows.contiguous())
-    sizes = (len(event_times), len(row_starts) - 1, hazards.shape[0], classes)
+    sizes = (len(unsorted_indices), len(row_starts) - 1, hazards.shape[0], classes)
     return _launch_nll(
         hazards, strides, rows, sizes, competing, event_times, event_types, None, *others
     )
@@ -557,6 +516,7 @@ def survival_nll_scale(
     last_rows: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    raw_checks.check_scale(grad, grad_nll, (row_starts, unsorted_indices, last_rows), dtype)
     grad = grad.contiguous()
     scaled = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel() == 0:

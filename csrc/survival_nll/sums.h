@@ -1,0 +1,269 @@
+// Sums of logarithms, as logarithms of products: of all lanes together, for a patient whose visits
+// lie side by side, and of each lane on its own, for patients that do.
+//
+// No include guard: see common/vector_math.h.
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/simd.h"
+#include "common/vector_math.h"
+
+namespace ehrseq::survival::EHRSEQ_ISA {
+
+using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
+
+// What is left of a patient's loss once its visits are read: `rest`, and a logarithm of `argument`,
+// which is taken for eight patients at a time.
+struct Unfinished {
+  double argument;
+  double rest;
+};
+
+constexpr int64_t kFraction = (int64_t{1} << 52) - 1;
+constexpr int64_t kOneBits = int64_t{1023} << 52;
+constexpr double kLog2 = 0.69314718055994530942;
+
+// Multiplies the mantissa by a number that is not normal, subnormal ones among them; the exponent
+// that belongs to it. The logarithm shall see a zero or a NaN.
+inline int64_t multiply_abnormal(double* mantissa, double factor) {
+  if (!(factor > 0 && factor <= DBL_MAX)) {
+    *mantissa *= factor;
+    return 0;
+  }
+  int exponent = 0;
+  *mantissa *= std::frexp(factor, &exponent);
+  return exponent;
+}
+
+EHRSEQ_INLINE Doubles part_of(double base, int) { return broadcast(base); }
+template <typename T>
+EHRSEQ_INLINE Doubles part_of(const Wide<T>& base, int i) {
+  return base.part[i];
+}
+
+// `base + change`, at least `least`, times each running product, in double precision. A NaN stays.
+template <typename T, typename Base>
+EHRSEQ_INLINE void multiply_lanes(Wide<T>& running, const Base& base, const Lanes<T>& change,
+                                  double least) {
+  const Wide<T> wide = widen(change);
+  for (int i = 0; i < Wide<T>::kParts; ++i) {
+    const Doubles factor = part_of(base, i) + wide.part[i];
+    running.part[i] *= factor < least ? broadcast(least) : factor;
+  }
+}
+
+template <typename T>
+EHRSEQ_INLINE Wide<T> ones() {
+  Wide<T> wide;
+  for (Doubles& part : wide.part) part = broadcast(1.0);
+  return wide;
+}
+
+// Π of factors in (0, 1], as many running products as T has lanes, over all lanes.
+template <typename T>
+class Product {
+ public:
+  Product() { running_ = ones<T>(); }
+
+  template <typename Base>
+  EHRSEQ_INLINE void multiply(const Base& base, const Lanes<T>& change, double least) {
+    multiply_lanes<T>(running_, base, change, least);
+  }
+
+  // Splits the product so far into mantissa and exponent, before it can underflow.
+  EHRSEQ_INLINE void flush() {
+    add_running();
+    // so that the mantissa cannot grow without end
+    if (!(mantissa_ >= DBL_MIN)) return;
+    int64_t bits;
+    std::memcpy(&bits, &mantissa_, sizeof bits);
+    exponent_ += (bits >> 52) - 1023;
+    bits = (bits & kFraction) | kOneBits;
+    std::memcpy(&mantissa_, &bits, sizeof bits);
+  }
+
+  // -log(Π). As much of the exponent as a double can hold goes back into the argument, so that a
+  // product near 1 keeps its logarithm's digits.
+  EHRSEQ_INLINE Unfinished unfinished() {
+    add_running();
+    const int64_t held = std::max<int64_t>(exponent_, -1000);
+    const int64_t bits = (held + 1023) << 52;
+    double power_of_two;
+    std::memcpy(&power_of_two, &bits, sizeof power_of_two);
+    return {mantissa_ * power_of_two, static_cast<double>(held - exponent_) * kLog2};
+  }
+
+ private:
+  EHRSEQ_INLINE void add_running() {
+    constexpr int64_t kNotNormal = int64_t{1} << 32;
+    Doubles mantissas = broadcast(1.0);
+    Mask<double> exponents{};
+    for (const Doubles& running : running_.part) {
+      const Mask<double> bits = (Mask<double>)running;
+      mantissas *= (Doubles)((bits & kFraction) | kOneBits);
+      exponents += running >= DBL_MIN ? (bits >> 52) - 1023 : broadcast<int64_t>(kNotNormal);
+    }
+    const int64_t exponent = sum_of_lanes<int64_t>(exponents);
+    if (exponent < kNotNormal / 2) {
+      mantissa_ *= product_of_lanes<double>(mantissas);
+      exponent_ += exponent;
+    } else {
+      for (const Doubles& running : running_.part) {
+        for (int64_t i = 0; i < kLanes<double>; ++i) {
+          exponent_ += multiply_abnormal(&mantissa_, running[i]);
+        }
+      }
+    }
+    running_ = ones<T>();
+  }
+
+  Wide<T> running_;
+  double mantissa_ = 1;
+  int64_t exponent_ = 0;
+};
+
+// Σ (linear + log(1 + excess)), with Π (1 + excess) kept as its distance from 1: tiny terms keep
+// their digits. Over all lanes.
+template <typename T>
+class SumOfSoftplus {
+ public:
+  // Π over all lanes of 1 + excess may not pass 2^1000 before a flush.
+  static constexpr int64_t kMostBits = 1000 / kLanes<T>;
+
+  EHRSEQ_INLINE void add(const Wide<T>& linear, const Wide<T>& excess) {
+    for (int i = 0; i < Wide<T>::kParts; ++i) {
+      linear_.part[i] += linear.part[i];
+      excess_.part[i] += excess.part[i] * (1.0 + excess_.part[i]);
+    }
+  }
+
+  EHRSEQ_INLINE void flush() {
+    logs_ += std::log1p(excess_of_all());
+    excess_ = {};
+  }
+
+  EHRSEQ_INLINE Unfinished unfinished() const {
+    double rest = logs_;
+    for (const Doubles& linear : linear_.part) rest += sum_of_lanes<double>(linear);
+    return {excess_of_all(), rest};
+  }
+
+ private:
+  EHRSEQ_INLINE double excess_of_all() const {
+    const auto join = [](const auto& a, const auto& b)
+                          __attribute__((always_inline)) { return a + b * (1.0 + a); };
+    Doubles lanes = excess_.part[0];
+    for (int i = 1; i < Wide<T>::kParts; ++i) lanes = join(lanes, excess_.part[i]);
+    return join_lanes<double>(lanes, join);
+  }
+
+  Wide<T> linear_{};
+  Wide<T> excess_{};
+  double logs_ = 0;
+};
+
+// What is left of each lane's loss.
+template <typename T>
+struct UnfinishedLanes {
+  Wide<T> argument;
+  Wide<T> rest;
+};
+
+// As Product, of each lane on its own.
+template <typename T>
+class ProductOfLane {
+ public:
+  ProductOfLane() {
+    running_ = ones<T>();
+    mantissa_ = ones<T>();
+  }
+
+  template <typename Base>
+  EHRSEQ_INLINE void multiply(const Base& base, const Lanes<T>& change, double least) {
+    multiply_lanes<T>(running_, base, change, least);
+  }
+
+  EHRSEQ_INLINE void flush() {
+    for (int i = 0; i < Wide<T>::kParts; ++i) {
+      const Doubles running = running_.part[i];
+      const Doubles product = running * mantissa_.part[i];
+      const Mask<double> normal = (running >= DBL_MIN) & (product >= DBL_MIN);
+      const int64_t all_normal =
+          join_lanes<int64_t>(normal, [](const auto& a, const auto& b)
+                                          __attribute__((always_inline)) { return a & b; });
+      if (all_normal) {
+        const Mask<double> bits = (Mask<double>)product;
+        mantissa_.part[i] = (Doubles)((bits & kFraction) | kOneBits);
+        exponent_[i] += (bits >> 52) - 1023;
+      } else {
+        flush_abnormal(i);
+      }
+    }
+    running_ = ones<T>();
+  }
+
+  EHRSEQ_INLINE UnfinishedLanes<T> unfinished() {
+    flush();
+    UnfinishedLanes<T> lanes;
+    for (int i = 0; i < Wide<T>::kParts; ++i) {
+      const Mask<double> held = exponent_[i] < -1000 ? broadcast<int64_t>(-1000) : exponent_[i];
+      lanes.argument.part[i] = mantissa_.part[i] * (Doubles)((held + 1023) << 52);
+      lanes.rest.part[i] = __builtin_convertvector(held - exponent_[i], Doubles) * kLog2;
+    }
+    return lanes;
+  }
+
+ private:
+  void flush_abnormal(int part) {
+    double mantissas[kLanes<double>];
+    double running[kLanes<double>];
+    int64_t exponents[kLanes<double>];
+    std::memcpy(mantissas, &mantissa_.part[part], sizeof mantissas);
+    std::memcpy(running, &running_.part[part], sizeof running);
+    std::memcpy(exponents, &exponent_[part], sizeof exponents);
+    for (int64_t i = 0; i < kLanes<double>; ++i) {
+      exponents[i] += multiply_abnormal(&mantissas[i], running[i]);
+      exponents[i] += multiply_abnormal(&(running[i] = 1), mantissas[i]);
+      mantissas[i] = running[i];
+    }
+    std::memcpy(&mantissa_.part[part], mantissas, sizeof mantissas);
+    std::memcpy(&exponent_[part], exponents, sizeof exponents);
+  }
+
+  Wide<T> running_;
+  Wide<T> mantissa_;
+  Mask<double> exponent_[Wide<T>::kParts] = {};
+};
+
+// As SumOfSoftplus, of each lane on its own.
+template <typename T>
+class SumOfSoftplusOfLane {
+ public:
+  static constexpr int64_t kMostBits = 1000;
+
+  EHRSEQ_INLINE void add(const Wide<T>& linear, const Wide<T>& excess) {
+    for (int i = 0; i < Wide<T>::kParts; ++i) {
+      rest_.part[i] += linear.part[i];
+      excess_.part[i] += excess.part[i] * (1.0 + excess_.part[i]);
+    }
+  }
+
+  EHRSEQ_INLINE void flush() {
+    for (int i = 0; i < Wide<T>::kParts; ++i) {
+      rest_.part[i] += log1p_nonnegative(excess_.part[i]);
+    }
+    excess_ = {};
+  }
+
+  EHRSEQ_INLINE UnfinishedLanes<T> unfinished() const { return {excess_, rest_}; }
+
+ private:
+  Wide<T> rest_{};
+  Wide<T> excess_{};
+};
+
+}  // namespace ehrseq::survival::EHRSEQ_ISA

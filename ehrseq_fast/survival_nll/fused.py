@@ -1,0 +1,209 @@
+"""The losses computed by kernels, and their gradient; or by the reference, of padded or packed
+hazards alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import transformed
+from ..backend import operators
+from ..schemas import fake
+from . import reference
+
+# As the operators number them (schemas.py).
+LINKS = {"probabilities": 0, "sigmoid": 1, "softmax": 2}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+# row_starts, unsorted_indices, last_rows of a packed batch; None for padded hazards
+Rows = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]
+PADDED = (None, None, None)
+# hazards, event_times, event_types, sequence_mask, entry_times, sample_weight
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# link, censored_visit, eps, reduction
+Options = tuple[str, str, float, str]
+
+
+def nll(chosen: str, rows: Rows, inputs: Inputs, options: Options) -> Tensor:
+    """The loss of checked arguments, by the backend ``chosen``."""
+    hazards = inputs[0]
+    if chosen == "reference" or transformed(hazards, inputs[5]):
+        return reference_nll(rows, inputs, options)
+    if hazards.requires_grad and torch.is_grad_enabled():
+        return _Nll.apply(chosen, *rows, *inputs, *options)
+    return _nll_and_grad(chosen, rows, inputs, options, needs_grad=False)[0]
+
+
+def as_padded(rows: Rows, inputs: Inputs) -> Inputs:
+    """The same patients with hazards ``[B, V, ...]`` and a mask."""
+    if rows[0] is None:
+        return inputs
+    row_starts, ranks, _ = rows
+    exists = ranks[:, None] < row_starts.diff()
+    row = torch.where(exists, row_starts[:-1] + ranks[:, None], 0)
+    return inputs[0][row], *inputs[1:3], exists, *inputs[4:]
+
+
+def reference_nll(rows: Rows, inputs: Inputs, options: Options) -> Tensor:
+    """The definition."""
+    inputs = as_padded(rows, inputs)
+    hazards, event_times, event_types, sequence_mask, entry_times, sample_weight = inputs
+    link, censored_visit, eps, reduction = options
+    common: dict[str, Any] = {
+        "from_logits": link != "probabilities",
+        "censored_visit": censored_visit,
+        "entry_times": entry_times,
+        "sample_weight": sample_weight,
+        "eps": eps,
+        "reduction": reduction,
+    }
+    if hazards.dim() == 3:
+        return reference.competing_risks_nll(
+            hazards,
+            event_times,
+            event_types,
+            sequence_mask,
+            link="softmax" if link == "softmax" else "sigmoid",
+            **common,
+        )
+    return reference.discrete_time_survival_nll(
+        hazards, event_times, event_types, sequence_mask, **common
+    )
+
+
+def _nll_and_grad(
+    chosen: str, rows: Rows, inputs: Inputs, options: Options, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    ops = operators(chosen)
+    hazards = inputs[0]
+    link, censored_visit, eps, reduction = options
+    numbered = (
+        LINKS[link],
+        censored_visit == "included",
+        float(eps),
+        REDUCTIONS[reduction],
+        needs_grad,
+    )
+    if rows[0] is not None:
+        outcomes = (*inputs[1:3], *inputs[4:])
+        return ops.packed_survival_nll.default(hazards, *rows, *outcomes, *numbered)
+    operator = ops.competing_risks_nll if hazards.dim() == 3 else ops.survival_nll
+    return operator.default(*inputs, *numbered)
+
+
+class _Nll(torch.autograd.Function):
+    """The kernel writes the gradient along with the loss, so that backward has only to scale it.
+
+    On the host the first backward pass gives away that very tensor, for which there must be no
+    second use; a second pass computes it anew. So no copy is ever made, and whatever is done to
+    the result, also behind autograd's back, no other result changes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, chosen: str, *args: Any) -> Tensor:
+        rows, inputs, options = args[:3], args[3:9], args[9:]
+        value, grad = _nll_and_grad(chosen, rows, inputs, options, needs_grad=True)
+        gives_away = chosen == "cpu" and not torch.compiler.is_compiling()
+        ctx.once = [grad] if gives_away else []
+        ctx.save_for_backward(None if gives_away else grad, *rows, *inputs)
+        ctx.chosen, ctx.options = chosen, options
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        saved, *tensors = ctx.saved_tensors
+        rows, inputs = tuple(tensors[:3]), tuple(tensors[3:])
+        hazards = inputs[0]
+        if torch.is_grad_enabled() or transformed(grad_nll):
+            # create_graph=True: a gradient that has a gradient itself; or several gradients at once
+            with torch.enable_grad():
+                value = reference_nll(rows, inputs, ctx.options)
+            (grad,) = torch.autograd.grad(
+                value, hazards, grad_nll, create_graph=torch.is_grad_enabled()
+            )
+        elif saved is not None:
+            grad = _scaled(ctx.chosen, saved, grad_nll, rows, hazards.dtype)
+        else:
+            try:
+                own = ctx.once.pop()
+            except IndexError:
+                _, own = _nll_and_grad(ctx.chosen, rows, inputs, ctx.options, needs_grad=True)
+            grad = _scaled_in_place(own, grad_nll, rows, hazards.dtype)
+        return *(None,) * 4, grad, *(None,) * 9
+
+
+def _scaled(chosen: str, grad: Tensor, grad_nll: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """The saved gradient times that of the loss: a number, or one per patient."""
+    return operators(chosen).survival_nll_scale.default(grad, grad_nll, *rows, dtype)
+
+
+def _scaled_in_place(grad: Tensor, grad_nll: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """As :func:`_scaled`, of a gradient on the host that nothing else holds."""
+    if grad.dtype == dtype and grad_nll.dim() == 0 and type(grad_nll) is Tensor:
+        factor = grad_nll.item()
+        if factor == 1:
+            return grad
+        if math.isfinite(factor):
+            return grad.mul_(factor)
+    return _scaled("cpu", grad, grad_nll, rows, dtype)
+
+
+def empty_nll_and_grad(
+    hazards: Tensor, patients: tuple[int, ...], reduction: int, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of loss and saved gradient (float32 for float16: see ``csrc``)."""
+    wide = torch.float64 if hazards.dtype == torch.float64 else torch.float32
+    saved = torch.float32 if hazards.dtype == torch.float16 else hazards.dtype
+    value = hazards.new_empty(patients if reduction == REDUCTIONS["none"] else (), dtype=wide)
+    return value, hazards.new_empty(hazards.shape if needs_grad else (0,), dtype=saved)
+
+
+@fake("survival_nll", "competing_risks_nll")
+def _(
+    hazards: Tensor,
+    event_times: Tensor,
+    event_types: Tensor,
+    sequence_mask: Tensor | None,
+    entry_times: Tensor | None,
+    sample_weight: Tensor | None,
+    link: int,
+    censored_included: bool,
+    eps: float,
+    reduction: int,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    return empty_nll_and_grad(hazards, hazards.shape[:1], reduction, needs_grad)
+
+
+@fake("packed_survival_nll")
+def _(
+    hazards,
+    row_starts,
+    unsorted_indices,
+    last_rows,
+    event_times,
+    event_types,
+    entry_times,
+    sample_weight,
+    link,
+    censored_included,
+    eps,
+    reduction,
+    needs_grad,
+):
+    return empty_nll_and_grad(hazards, event_times.shape[:1], reduction, needs_grad)
+
+
+@fake("survival_nll_scale")
+def _(
+    grad: Tensor,
+    grad_nll: Tensor,
+    row_starts: Tensor | None,
+    unsorted_indices: Tensor | None,
+    last_rows: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=dtype)
