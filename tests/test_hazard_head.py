@@ -10,6 +10,7 @@ from ehrseq_fast import backend as backends
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 from ehrseq_fast.models.head import hazards_of
 from ehrseq_fast.models.survival_lstm import hazard_head
+from tests.tolerances import ROUNDOFF
 
 
 def results(run, head, rows):
@@ -144,3 +145,20 @@ def test_new_tensors_go_where_the_rows_are():
         torch.set_default_device(None)
     assert hazards.device.type == "cpu"
     assert hazards.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dtypes_are_those_of_the_modules(dtype, autocast):
+    head = hazard_head(8, 16, 0.0)
+    rows = torch.randn(50, 8)
+    if not autocast:
+        head, rows = head.to(dtype), rows.to(dtype)
+    elif dtype == torch.float64:
+        head, rows = head.double(), rows.double()
+    with torch.autocast("cpu", dtype, enabled=autocast and dtype != torch.float64):
+        ours, theirs = hazards_of(head, rows), head(rows)
+    assert ours.dtype == theirs.dtype == dtype
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=8 * ROUNDOFF.get(dtype, 1e-13))
+    ours.sum().backward()
+    assert all(p.grad.dtype == p.dtype for p in head.parameters())

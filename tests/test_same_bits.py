@@ -53,9 +53,11 @@ def batch_of(name: str, patients: int = 1000, visits: int = 24) -> PackedVisits:
     )
 
 
-def everything(name: str, batch: PackedVisits) -> dict[str, torch.Tensor]:
+def everything(
+    name: str, batch: PackedVisits, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = MODELS[name]().to(dtype)
     model.loss(batch).backward()
     gradients = {key: p.grad for key, p in model.named_parameters()}
     loss = model.loss(batch)  # with other units dropped
@@ -71,15 +73,24 @@ def digest(results: dict[str, torch.Tensor]) -> str:
     return hashlib.sha256(whole).hexdigest()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_whole_models_with_any_number_of_threads(compiled, name):
+CASES = [
+    *((name, torch.float32, False) for name in MODELS),
+    *((name, torch.bfloat16, False) for name in ("survival", "with time")),
+    ("survival", torch.float64, False),
+    ("survival", torch.float32, True),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "autocast"), CASES)
+def test_whole_models_with_any_number_of_threads(compiled, name, dtype, autocast):
     batch = batch_of(name)
     before = torch.get_num_threads()
     try:
         first = None
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            results = everything(name, batch)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                results = everything(name, batch, dtype)
             first = first or results
             differing = [key for key in first if not torch.equal(first[key], results[key])]
             assert not differing, f"{threads} threads: {differing}"

@@ -87,8 +87,8 @@ def hazard_head(
     kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Hazards of rows that the compiled kernel takes (``linear.op.serves``), the same bits for any
-    number of threads; see ``reference.py``.
+    """Hazards where the kernels serve (``linear.op.dtypes_for``), the same bits for any number of
+    threads; see ``reference.py``.
 
     Args:
         input: ``[rows, inputs]``, float32 or float64.

@@ -18,7 +18,6 @@ from . import reference
 
 backend.register("linear", "cpu")
 
-DTYPES = (torch.float32, torch.float64)
 _NUMBERS = {name: number for number, name in enumerate(reference.ACTIVATIONS)}
 
 
@@ -59,25 +58,38 @@ class _Linear(torch.autograd.Function):
         return *wanted, None
 
 
-def serves(input: Tensor, *weights: Tensor | None) -> bool:
-    """Whether the compiled kernel takes this call; the modules compute it elsewhere."""
-    operands = (input, *(weight for weight in weights if weight is not None))
-    return (
+def dtypes_for(input: Tensor, *weights: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+    """What a linear layer of these is computed in here and what its result has to be in, as
+    ``nn.Linear`` has it; None where the compiled kernels do not serve, and modules are called.
+
+    16 bits are computed in float32 and rounded once at the end, as PyTorch's own products of them
+    are no faster on most CPUs, and take other bits from other numbers of threads.
+    """
+    operands = (input, *weights)
+    given = {x.dtype for x in operands}
+    result = input.dtype
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in given:
+        result = torch.get_autocast_dtype("cpu")
+    elif len(given) > 1:
+        return None
+    served = (
         input.dim() == 2
-        and input.dtype in DTYPES
-        and all(x.device.type == "cpu" and x.dtype == input.dtype for x in operands)
+        and given <= backend.FLOATING
+        and all(x.device.type == "cpu" for x in operands)
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
         and backend.choose("linear", "cpu", input.dtype) == "cpu"
         and not transformed(*operands)
     )
+    if not served:
+        return None
+    return torch.float64 if result == torch.float64 else torch.float32, result
 
 
 def linear_layer(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
-    """``act(x Wᵀ + b)`` of operands that the kernel :func:`serves`, the same bits for any number of
-    threads.
+    """``act(x Wᵀ + b)`` where the kernels serve (:func:`dtypes_for`), the same bits for any number
+    of threads.
 
     Args:
         input: ``[rows, inputs]``, float32 or float64.

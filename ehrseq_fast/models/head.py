@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hazard_head.op import hazard_head
-from ..linear.op import linear_layer, serves
+from ..linear.op import dtypes_for, linear_layer
 from .reading import are_plain, is_plain
 
 _HEAD = (nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.Sigmoid)
@@ -23,12 +23,16 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 def hazards_of(head: nn.Module, states: Tensor) -> Tensor:
     """``head`` (Linear, ReLU, Dropout, Linear, Sigmoid) of states: ``[..., D]`` → ``[..., 1]``.
 
-    As one function for rows ``[N, D]`` of float32 or float64 on the CPU, where the modules are what
-    they were built as and nothing watches them. Elsewhere, on the backend ``reference``, under
-    autocast, ``torch.compile`` and the transforms of ``torch.func``, as the modules stand.
+    As one function for rows ``[N, D]`` on the CPU, where the modules are what they were built as
+    and nothing watches them. Elsewhere, on the backend ``reference``, under ``torch.compile`` and
+    the transforms of ``torch.func``, as the modules stand.
     """
-    if not _is_hazard_head(head) or not serves(states, *head.parameters()):
+    if not _is_hazard_head(head):
         return head(states)
+    dtypes = dtypes_for(states, *head.parameters())
+    if dtypes is None:
+        return head(states)
+    computed, result = dtypes
     assert isinstance(head, nn.Sequential)
     hidden, last = cast(nn.Linear, head[0]), cast(nn.Linear, head[3])
     dropout = cast(nn.Dropout, head[2])
@@ -38,7 +42,9 @@ def hazards_of(head: nn.Module, states: Tensor) -> Tensor:
         kept.bernoulli_(1 - dropout.p)
         scale = 1 / (1 - dropout.p) if dropout.p < 1 else 0.0
     weights = (hidden.weight, hidden.bias, last.weight, last.bias)
-    return hazard_head(states, *weights, kept, scale).unsqueeze(1)
+    weight, bias, last_weight, last_bias = (x.to(computed) for x in weights)
+    hazards = hazard_head(states.to(computed), weight, bias, last_weight, last_bias, kept, scale)
+    return hazards.to(result).unsqueeze(1)
 
 
 def _is_hazard_head(head: nn.Module) -> bool:
@@ -51,15 +57,21 @@ def _is_hazard_head(head: nn.Module) -> bool:
 def run_network(network: nn.Module, rows: Tensor) -> Tensor:
     """``network(rows)`` for a Linear, or a Sequential of Linears with ReLU or Tanh between them."""
     layers = [network] if isinstance(network, nn.Linear) else network
-    if not _is_plain_network(layers) or not serves(rows, *network.parameters()):
+    if not _is_plain_network(layers):
         return network(rows)
+    dtypes = dtypes_for(rows, *network.parameters())
+    if dtypes is None:
+        return network(rows)
+    computed, result = dtypes
+    rows = rows.to(computed)
     modules = list(cast(nn.Sequential, layers))
     for i, module in enumerate(modules):
         if isinstance(module, nn.Linear):
             after = type(modules[i + 1]) if i + 1 < len(modules) else nn.Identity
             activation = _ACTIVATIONS.get(after, "none")
-            rows = linear_layer(rows, module.weight, module.bias, activation)
-    return rows
+            bias = None if module.bias is None else module.bias.to(computed)
+            rows = linear_layer(rows, module.weight.to(computed), bias, activation)
+    return rows.to(result)
 
 
 def _is_plain_network(layers: object) -> bool:
