@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,10 +34,10 @@ class Launch:
         return self.kernel.fn.__name__
 
 
-@dataclass
+@dataclass(eq=False)
 class _Watcher:
     launches: list[Launch]
-    held_back: bool
+    held_back_in: int | None  # the thread whose launches do not run
 
 
 _watchers: list[_Watcher] = []
@@ -70,7 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         watched = Launch(kernel, grid, arguments, options)
         for watcher in _watchers:
             watcher.launches.append(watched)
-        if any(watcher.held_back for watcher in _watchers):
+        if any(watcher.held_back_in == threading.get_ident() for watcher in _watchers):
             return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with current(device):  # where Triton launches
@@ -79,9 +80,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 @contextlib.contextmanager
 def watching_launches(held_back: bool = False) -> Iterator[list[Launch]]:
-    """The kernels that are launched inside the ``with`` block, in their order. For tests and for
-    compiling ahead of time: ``held_back`` launches are listed and do not run, so what they would
-    have written is left as it was.
+    """The kernels that are launched inside the ``with`` block, in their order, by any thread. For
+    tests and for compiling ahead of time: ``held_back`` launches are listed and do not run, so what
+    they would have written is left as it was; other threads' launches run.
 
     Example:
         >>> from ehrseq_fast.triton_support import watching_launches
@@ -90,7 +91,7 @@ def watching_launches(held_back: bool = False) -> Iterator[list[Launch]]:
         >>> [launch.name for launch in launches]
         []
     """
-    watcher = _Watcher([], held_back)
+    watcher = _Watcher([], threading.get_ident() if held_back else None)
     _watchers.append(watcher)
     try:
         yield watcher.launches

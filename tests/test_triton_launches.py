@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
+import threading
+
 import pytest
 import torch
 
@@ -104,6 +107,28 @@ def test_several_programs_add_up_in_their_order_and_leave_the_ticket_at_zero():
     assert ticket.dtype == torch.int32
     assert ticket.tolist() == [0]
     torch.testing.assert_close(total.double(), each().double().sum())
+
+
+def test_watchers_that_saw_the_same_are_told_apart():
+    _, loss = padded()
+    with watching_launches() as outer:
+        with watching_launches() as inner:
+            pass
+        loss()
+    assert (len(outer), inner) == (1, [])
+
+
+def test_other_threads_launches_are_not_held_back():
+    _, loss = padded()
+    expected, found = loss(), []
+    thread = threading.Thread(
+        target=contextvars.copy_context().run, args=(lambda: found.append(loss()),)
+    )
+    with watching_launches(held_back=True) as watched:
+        thread.start()
+        thread.join()
+    assert len(watched) == 1
+    assert torch.equal(found[0], expected)
 
 
 def test_held_back_launches_do_not_run():

@@ -153,7 +153,7 @@ class VisitSequenceModel(nn.Module):
                 raise
             raise RuntimeError(
                 f"path={self.path!r} runs PyTorch's nn.LSTM, which torch.func and forward-mode "
-                'differentiation do not transform in this way; path="fused" is transformed'
+                f'differentiation do not transform in this way; path="fused" is ({error})'
             ) from error
 
     def _run_batch(self, batch: PackedVisits) -> HiddenStates:

@@ -17,7 +17,6 @@ from torch.nn.modules import module as _module
 
 _Kind = TypeVar("_Kind", bound=type[nn.Module])
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 # What `forward` was when the class was defined: it may be replaced on the class itself.
@@ -59,7 +58,12 @@ def is_plain(module: object, kind: type[nn.Module]) -> bool:
     return (
         "forward" not in own
         and kind.forward is _FORWARDS[kind]
-        and not any(own[hooks] for hooks in _HOOKS)
+        and not (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        )
         and own.get("_compiled_call_impl") is None
         and _holds_plain_tensors(own)
         and not _all_modules_are_watched()
@@ -89,9 +93,13 @@ def is_plain_embedding(embedding: object) -> TypeGuard[nn.Embedding]:
 
 
 def _holds_plain_tensors(own: dict[str, Any]) -> bool:
-    # Replicas of DataParallel hold their weights as attributes, not as parameters.
-    held = [*own["_parameters"].values(), *(own.get(name) for name in ("weight", "bias"))]
-    return all(tensor is None or type(tensor) in _PLAIN_TENSORS for tensor in held)
+    for tensor in own["_parameters"].values():
+        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
+            return False
+    for name in ("weight", "bias"):  # replicas of DataParallel hold their weights as attributes
+        if name in own and type(own[name]) not in _PLAIN_TENSORS:
+            return False
+    return True
 
 
 def _all_modules_are_watched() -> bool:
