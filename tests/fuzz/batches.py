@@ -111,7 +111,7 @@ def _array_changed(draw: Draw, array: np.ndarray) -> np.ndarray:  # noqa: PLR091
         changed = array.copy()
         limits = np.iinfo(array.dtype)
         wrong = draw.one_of((-1, 0, 1, 5, 1000, 2**31 - 1, 2**31, 2**62, -(2**63), 2**63 - 1))
-        changed[draw.whole(0, array.size - 1)] = min(max(wrong, limits.min), limits.max)
+        changed.flat[draw.whole(0, array.size - 1)] = min(max(wrong, limits.min), limits.max)
         return changed
     if what == 1:
         return array[::-1]
