@@ -18,7 +18,10 @@ def plain_pool(embeddings: Tensor, visit_mask: Tensor | None, mode: str) -> Tens
         visit_mask = torch.ones(embeddings.shape[:-1], dtype=torch.bool, device=embeddings.device)
     if mode == "max":
         padded = (visit_mask == 0).unsqueeze(-1)
-        largest = embeddings.masked_fill(padded, float("-inf")).amax(-2)
+        if embeddings.shape[-2] == 0:
+            return embeddings.sum(-2)
+        # max and not amax, whose gradient sends NaN to the other codes of the visit as well
+        largest = embeddings.masked_fill(padded, float("-inf")).max(-2).values
         return largest.masked_fill(padded.all(-2), 0.0)
     padded = (visit_mask == 0).unsqueeze(-1)
     if visit_mask.dtype != torch.bool:
@@ -38,8 +41,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def softmax_over_real(scores: Tensor, real: Tensor) -> Tensor:
     """Attention weights over the last dimension, in at least float32; zeros where not ``real``."""
     scores = scores.to(wide_dtype(scores.dtype))
-    # The lowest finite number, since -inf everywhere in a visit would give NaN.
-    scores = scores.masked_fill(~real, torch.finfo(scores.dtype).min)
+    # A lowest finite number in padded slots would outweigh real scores of -inf. In a visit without
+    # a real code, -inf everywhere would give NaN.
+    scores = scores.masked_fill(~real, float("-inf"))
+    scores = scores.masked_fill(~real.any(-1, keepdim=True), 0.0)
     return scores.softmax(-1).masked_fill(~real, 0.0)
 
 
