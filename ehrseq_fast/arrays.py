@@ -165,6 +165,7 @@ def whole(name: str, values: ArrayLike) -> Array:
         return truth(array).astype(np.int64)
     if array.dtype.kind != "f" or _all_ints(values) or not array.size:
         return longs(name, values)
+    array = array.astype(np.result_type(array, np.float64), copy=False)
     # 2**53: beyond it floats are whole, but not the numbers that were meant
     with np.errstate(invalid="ignore"):
         wrong = ~(np.isfinite(array) & (array == np.trunc(array)) & (np.abs(array) <= 2.0**53))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arrays import whole
 from .backend import validate_on_device
 from .models.pooling import wide_dtype
 from .models.sequences import refuse_zero_lengths
@@ -204,11 +205,9 @@ def compute_masked_loss(
 
 def _rows_of_real_visits(lengths: Tensor | Sequence[int], patients: int, visits: int) -> Tensor:
     """Positions of the real visits in the flattened ``[B * T]``, on the host."""
-    lengths = lengths.cpu() if isinstance(lengths, Tensor) else torch.tensor(lengths, device="cpu")
+    lengths = torch.from_numpy(whole("lengths", lengths))
     if lengths.shape != (patients,):
         raise ValueError(f"lengths must be [B] = [{patients}], got shape {list(lengths.shape)}")
-    if not bool((lengths == lengths.long()).all()):
-        raise ValueError("lengths must be whole numbers")
     refuse_zero_lengths(lengths)
     outside = (lengths < 0) | (lengths > visits)
     if bool(outside.any()):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import ArrayLike, as_array
 from .rows import PackedRows
 
 
@@ -68,8 +66,10 @@ def concordance_index(
         hazards = hazards.to_padded()
     if event_times is None or event_indicators is None:
         raise TypeError("event_times and event_indicators must be given")
-    hazards, event_times, event_indicators = map(_on_host, (hazards, event_times, event_indicators))
-    sequence_mask = None if sequence_mask is None else _on_host(sequence_mask)
+    hazards = _on_host("hazards", hazards)
+    event_times = _on_host("event_times", event_times)
+    event_indicators = _on_host("event_indicators", event_indicators)
+    sequence_mask = None if sequence_mask is None else _on_host("sequence_mask", sequence_mask)
     _check_shapes(hazards, event_times, event_indicators, sequence_mask)
 
     hazards = hazards.double()
@@ -92,12 +92,10 @@ def concordance_index(
         return 0.5
 
 
-def _on_host(values: Any) -> Tensor:
+def _on_host(name: str, values: ArrayLike) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach().cpu()
-    if np.ma.isMaskedArray(values):
-        raise TypeError("expected an array without a mask, got a masked array")
-    return torch.tensor(np.asarray(values), device="cpu")
+    return torch.tensor(as_array(name, values), device="cpu")
 
 
 def _check_shapes(

@@ -169,7 +169,7 @@ def test_losses_on_padded_predictions_say_what_to_do_with_packed_rows():
 
 @pytest.mark.parametrize("lengths", [[2.5, 1, 4], [float("nan"), 1, 4]])
 def test_masked_loss_refuses_lengths_that_are_not_whole(lengths):
-    with pytest.raises(ValueError, match="lengths must be whole numbers"):
+    with pytest.raises(ValueError, match="lengths: expected whole numbers"):
         compute_masked_loss(nn.MSELoss(), torch.zeros(3, 5), torch.zeros(3, 5), lengths)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ehrseq_fast import PackedRows, PackedVisits
+from ehrseq_fast import PackedRows, PackedVisits, discrete_time_survival_nll
 from ehrseq_fast.metrics import concordance_index
 
 
@@ -62,7 +62,7 @@ def test_arrays_and_packed_rows():
     assert concordance_index(PackedRows(batch.pack(padded), batch), later, torch.ones(3)) == 0.0
     arrays = padded.numpy(), np.array([0, 1, 2]), np.array([True, True, False])
     assert concordance_index(*arrays) == 1.0
-    with pytest.raises(TypeError, match="masked array"):
+    with pytest.raises((TypeError, ValueError), match=r"event_indicators: .* masked"):
         concordance_index(padded, arrays[1], np.ma.masked_array(arrays[2], [0, 1, 0]))
     with pytest.raises(TypeError, match="must be given"):
         concordance_index(padded)
@@ -76,6 +76,22 @@ def test_a_nan_indicator_is_a_value_error_where_warnings_are_errors(make):
             concordance_index(
                 make([[0.5], [0.2], [0.1]]), make([0, 1, 2]), make([1.0, math.nan, 0.0])
             )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("make", [np.array, torch.tensor, list])
+def test_a_nan_indicator_is_refused_by_batches_and_losses_too(make, dtype):
+    indicators = np.array([1.0, math.nan], dtype)
+    given = make(indicators) if make is not torch.tensor else torch.from_numpy(indicators)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(
+            ValueError, match=r"event_indicators: expected whole numbers.*nan, at 1"
+        ):
+            PackedVisits.from_lists([[[1]], [[2]]], event_times=[0, 0], event_indicators=given)
+        if isinstance(given, torch.Tensor):
+            with pytest.raises(ValueError, match=r"event_indicators must be 0 .* 1 has nan"):
+                discrete_time_survival_nll(torch.rand(2, 1), torch.tensor([0, 0]), given)
 
 
 def test_under_another_default_device():

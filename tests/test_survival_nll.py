@@ -471,6 +471,7 @@ ON_ONE_INSTRUCTION_SET = """
 import torch
 from tests.survival_cases import draw_hazards, draw_patients, value_and_grad
 from tests.tolerances import assert_close
+from ehrseq_fast import PackedVisits, packed_competing_risks_nll
 from ehrseq_fast.survival_nll import competing_risks_nll, reference
 
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -478,18 +479,40 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         patients = draw_patients(70, 45, 3)
         classes = 3 + ("link" in options)
         hazards = draw_hazards((70, 45, classes), dtype, bool(options))
-        args = patients.times, patients.types, patients.mask
-        value, grad = value_and_grad(competing_risks_nll, hazards, *args, **options)
+        args = patients.times, patients.types, patients.mask.to(dtype)
         oracle, oracle_grad = value_and_grad(
             reference.competing_risks_nll, hazards.double(), *args, **options
         )
-        assert_close(value, oracle, terms=40)
-        assert_close(grad, oracle_grad, terms=40)
+        batch = PackedVisits.from_lists(
+            [[[1]] * n for n in patients.lengths.tolist()],
+            event_times=patients.times, event_types=patients.types,
+        )
+        def packed(h, *args, **options):
+            return packed_competing_risks_nll(batch.pack(h), batch, **options)
+        for loss in (competing_risks_nll, packed):
+            value, grad = value_and_grad(loss, hazards, *args, **options)
+            assert_close(value, oracle, terms=40)
+            assert_close(grad, oracle_grad, terms=40)
+for kind in (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16,
+             torch.bfloat16, torch.float32, torch.float64):
+    patients = draw_patients(70, 200)
+    hazards = draw_hazards((70, 200), torch.float32, False)[..., None]
+    args = hazards, patients.times, patients.types
+    expected = competing_risks_nll(*args, patients.mask)
+    assert torch.equal(competing_risks_nll(*args, patients.mask.to(kind)), expected)
+    wrong = patients.mask.to(kind)
+    wrong[30, -2], wrong[30, -1] = 0, 1
+    try:
+        competing_risks_nll(*args, wrong)
+    except ValueError as error:
+        assert "patient 30 has 1 at visit 199, after a 0" in str(error)
+    else:
+        raise AssertionError("a hole was taken")
 """
 
 
-@pytest.mark.parametrize("instructions", ["baseline", "avx2"])
-def test_on_lesser_processors(compiled, instructions):
+@pytest.mark.parametrize("instructions", ["baseline", "avx2", "avx512"])
+def test_on_every_instruction_set(compiled, instructions):
     environment = os.environ | {
         "EHRSEQ_FAST_CPU_CAPABILITY": instructions,
         "EHRSEQ_FAST_BACKEND": "cpu",

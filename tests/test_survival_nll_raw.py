@@ -162,3 +162,12 @@ def test_options_out_of_range_say_so(compiled):
         torch.ops.ehrseq_fast.survival_nll(*(PADDED | {"reduction": 5}).values())
     with pytest.raises(ValueError, match=r"eps must be in \[0, 0\.5\)"):
         torch.ops.ehrseq_fast.survival_nll(*(PADDED | {"eps": 0.75}).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_opcheck_of_scaling(compiled, dtype):
+    saved = torch.rand(3, 4).to(torch.float32 if dtype == torch.float16 else dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for grad_nll in (torch.rand((), dtype=wide), torch.rand(3, dtype=wide)):
+        arguments = (saved, grad_nll, None, None, None, dtype)
+        torch.library.opcheck(torch.ops.ehrseq_fast.survival_nll_scale.default, arguments)

@@ -50,6 +50,13 @@ EHRSEQ_INLINE Lanes<T> scale_of_event(const Scale& scale) {
   return scales == T(0) ? scales : -scales;
 }
 
+// +0 in all other lanes. Masks are joined as integers: joined for a choice between lanes, GCC takes
+// them apart bit by bit.
+template <typename T>
+EHRSEQ_INLINE Lanes<T> only_where(const Mask<T>& mask, const Lanes<T>& lanes) {
+  return (Lanes<T>)((Mask<T>)lanes & mask);
+}
+
 template <typename T, typename Total = Product<T>>
 class FromProbabilities {
  public:
@@ -77,7 +84,17 @@ class FromProbabilities {
   EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& h, const Scale& scale) {
     const Lanes<T> clamped = clamp(h);
     product_.multiply(1.0, -clamped, least_);
-    return inside(h) ? scale / (T(1) - clamped) : Lanes<T>{};
+    return only_where<T>(inside(h), scale / (T(1) - clamped));
+  }
+
+  // Of some lanes; the others count nothing.
+  template <typename Scale>
+  EHRSEQ_INLINE Lanes<T> survived_where(const Mask<T>& counts, const Lanes<T>& values,
+                                        const Scale& scale) {
+    const Lanes<T> h = counts ? values : broadcast(T(0.5));
+    const Lanes<T> clamped = clamp(h);
+    product_.multiply(1.0, only_where<T>(counts, -clamped), least_);
+    return only_where<T>(counts, only_where<T>(inside(h), scale / (T(1) - clamped)));
   }
 
   template <typename Scale>
@@ -86,10 +103,10 @@ class FromProbabilities {
     const Lanes<T> h = counts ? values : broadcast(T(0.5));
     const Lanes<T> clamped = clamp(h);
     product_.multiply(widen(event ? Lanes<T>{} : broadcast(T(1))),
-                      counts ? (event ? clamped : -clamped) : Lanes<T>{}, least_);
+                      only_where<T>(counts, event ? clamped : -clamped), least_);
     const Lanes<T> scales = event ? scale_of_event<T>(scale) : scale - Lanes<T>{};
     const Lanes<T> slope = scales / (event ? clamped : T(1) - clamped);
-    return counts & inside(h) ? slope : Lanes<T>{};
+    return only_where<T>(counts, only_where<T>(inside(h), slope));
   }
 
   EHRSEQ_INLINE void flush() { product_.flush(); }
@@ -138,13 +155,22 @@ class FromLogits {
   }
 
   template <typename Scale>
+  EHRSEQ_INLINE Lanes<T> survived_where(const Mask<T>& counts, const Lanes<T>& values,
+                                        const Scale& scale) {
+    const Lanes<T> x = counts ? values : Lanes<T>{};
+    const Lanes<T> decay = exp_nonpositive<T>(x > T(0) ? -x : x);
+    sum_.add(widen(x > T(0) ? x : Lanes<T>{}), widen(only_where<T>(counts, decay)));
+    return only_where<T>(counts, scaled_sigmoid(x, decay, scale));
+  }
+
+  template <typename Scale>
   EHRSEQ_INLINE Lanes<T> mixed(const Lanes<T>& values, const Scale& scale, const Mask<T>& event,
                                const Mask<T>& counts) {
     const Lanes<T> x = counts ? (event ? -values : values) : Lanes<T>{};
     const Lanes<T> decay = exp_nonpositive<T>(x > T(0) ? -x : x);
-    sum_.add(widen(x > T(0) ? x : Lanes<T>{}), widen(counts ? decay : Lanes<T>{}));
+    sum_.add(widen(x > T(0) ? x : Lanes<T>{}), widen(only_where<T>(counts, decay)));
     const Lanes<T> scales = event ? scale_of_event<T>(scale) : scale - Lanes<T>{};
-    return counts ? scaled_sigmoid(x, decay, scales) : Lanes<T>{};
+    return only_where<T>(counts, scaled_sigmoid(x, decay, scales));
   }
 
   EHRSEQ_INLINE void flush() { sum_.flush(); }

@@ -13,23 +13,29 @@ namespace ehrseq::survival::EHRSEQ_ISA {
 template <typename T>
 struct Series {
   bits_t<T> entry[kLanes<T>] = {};
-  bits_t<T> survived_end[kLanes<T>] = {};
-  bits_t<T> event[kLanes<T>];  // the time of the event, or -1
+  bits_t<T> survived[kLanes<T>] = {};  // how many visits from the entry on
+  bits_t<T> event[kLanes<T>];          // the time of the event, or -1
   T scale[kLanes<T>] = {};
   int64_t last_entry = 0;
   int64_t first_time = std::numeric_limits<int64_t>::max();
   int64_t last_time = -1;
+  int64_t events[kLanes<T> + 1];  // their times in order, and one after all
 
   template <typename scalar_t>
   Series(const Settings& settings, const RankRows<scalar_t>& rows, int64_t begin, int64_t lanes) {
     int64_t patient = begin / settings.classes;
     int64_t cause = begin % settings.classes;
     std::fill(event, event + kLanes<T>, bits_t<T>(-1));
+    int64_t* events_end = events;
     for (int64_t i = 0; i < lanes; ++i) {
       const Outcome& outcome = rows.outcomes[patient];
       entry[i] = static_cast<bits_t<T>>(outcome.entry);
-      survived_end[i] = static_cast<bits_t<T>>(outcome.time + settings.censored_included);
-      if (outcome.type == cause + 1) event[i] = static_cast<bits_t<T>>(outcome.time);
+      survived[i] =
+          static_cast<bits_t<T>>(outcome.time + settings.censored_included - outcome.entry);
+      if (outcome.type == cause + 1) {
+        event[i] = static_cast<bits_t<T>>(outcome.time);
+        *events_end++ = outcome.time;
+      }
       scale[i] = signed_zero(static_cast<T>(outcome.weight * settings.share));
       last_entry = std::max(last_entry, outcome.entry);
       first_time = std::min(first_time, outcome.time);
@@ -40,8 +46,13 @@ struct Series {
       }
     }
     if (lanes < kLanes<T>) first_time = 0;  // not every lane survives any visit
+    std::sort(events, events_end);
+    *events_end = std::numeric_limits<int64_t>::max();
   }
 };
+
+template <typename T>
+using Unsigned = Lanes<std::make_unsigned_t<bits_t<T>>>;
 
 template <typename T>
 EHRSEQ_INLINE Mask<T> load_mask(const bits_t<T>* from) {
@@ -67,7 +78,7 @@ EHRSEQ_INLINE void nll_of_lanes(const Settings& settings, const RankRows<scalar_
   constexpr int64_t kTimesAhead = 8;
   const Series<T> series(settings, rows, begin, lanes);
   const Mask<T> entry = load_mask<T>(series.entry);
-  const Mask<T> survived_end = load_mask<T>(series.survived_end);
+  const Unsigned<T> survived_visits = (Unsigned<T>)load_mask<T>(series.survived);
   const Mask<T> event_time = load_mask<T>(series.event);
   const Lanes<T> scale = load(series.scale);
   const int64_t classes = settings.classes;
@@ -75,6 +86,7 @@ EHRSEQ_INLINE void nll_of_lanes(const Settings& settings, const RankRows<scalar_
   const bool wants_grad = rows.grad != nullptr;
 
   Likelihood likelihood(settings.eps);
+  const int64_t* next_event = series.events;
   int64_t room = likelihood.room();
   for (int64_t time = 0; time <= series.last_time; ++time, --room) {
     const int64_t at = rows.row_starts[time] * classes + offset;
@@ -84,12 +96,9 @@ EHRSEQ_INLINE void nll_of_lanes(const Settings& settings, const RankRows<scalar_
                rows.patients * classes);
     }
     const Mask<T> now = broadcast<bits_t<T>>(static_cast<bits_t<T>>(time));
-    const Mask<T> event = event_time == now;
-    bool alone = false;
-    if constexpr (Likelihood::kEventAlone) {
-      alone = join_lanes<bits_t<T>>(
-          event, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a | b; });
-    }
+    const bool has_event = *next_event == time;
+    while (*next_event == time) ++next_event;
+    const bool alone = Likelihood::kEventAlone && has_event;
     if (room == 0 || alone) {
       likelihood.flush();
       room = alone ? 1 : likelihood.room();
@@ -98,9 +107,15 @@ EHRSEQ_INLINE void nll_of_lanes(const Settings& settings, const RankRows<scalar_
     if (time >= series.last_entry && time < series.first_time) {
       slopes = likelihood.survived(load(rows.hazards + at), scale);
     } else {
-      const Mask<T> counts = event | ((now >= entry) & (now < survived_end));
-      slopes =
-          likelihood.mixed(load_within<T>(rows.hazards, at, rows.values), scale, event, counts);
+      const Lanes<T> values = load_within<T>(rows.hazards, at, rows.values);
+      // Visits before the entry are wrapped around to large numbers.
+      const Mask<T> survived = (Unsigned<T>)(now - entry) < survived_visits;
+      if (has_event) {
+        const Mask<T> event = event_time == now;
+        slopes = likelihood.mixed(values, scale, event, event | survived);
+      } else {
+        slopes = likelihood.survived_where(survived, values, scale);
+      }
     }
     if (wants_grad) store_within<T>(rows.grad + at, 0, std::min(lanes, present), slopes);
   }
