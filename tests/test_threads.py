@@ -18,6 +18,8 @@ from ehrseq_fast import (
     packed_visit_pool,
     visit_mean_pool,
 )
+from ehrseq_fast.hazard_head.op import hazard_head
+from ehrseq_fast.linear.op import linear_layer
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -152,3 +154,22 @@ def test_packed_lstm(sizes, reverse, keep_gates, dtype):
         return output.data.detach(), h_n.detach(), *torch.autograd.grad(total, leaves)
 
     on_threads(compute)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_hazard_head(dropout):
+    inputs, units = 40, 37
+    rows = torch.randn(3000, inputs, requires_grad=True)
+    shapes = [(units, inputs), (units,), (1, units), (1,)]
+    weights = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    kept = torch.rand(len(rows), units) < 0.7 if dropout else None
+    scale = 1 / 0.7 if dropout else 1.0
+    leaves = [rows, *weights]
+    on_threads(lambda: both(hazard_head(rows, *weights, kept, scale), *leaves))
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "tanh", "sigmoid"])
+def test_linear(activation):
+    rows = torch.randn(3000, 40, requires_grad=True)
+    weights = [torch.randn(shape, requires_grad=True) for shape in [(37, 40), (37,)]]
+    on_threads(lambda: both(linear_layer(rows, *weights, activation), rows, *weights))
