@@ -112,7 +112,7 @@ def in_a_process(code, **environment):
 
 ON_OTHER_CPUS = """
 from tests.test_packed_lstm_nonfinite import *
-for dtype in DTYPES:
+for dtype in (torch.float32, torch.bfloat16):
     assert not_finite_where_nn_lstm_is_not(dtype, 18, 6, False, 0.0, False)[1] == []
 print("done")
 """
@@ -127,7 +127,7 @@ IN_POISONED_MEMORY = """
 from tests.test_packed_lstm_nonfinite import *
 from tests.test_packed_lstm import close, records, states_for, twins, everything
 for dtype, bound in ((torch.float32, 2e-5), (torch.float64, 1e-11), (torch.bfloat16, 0.1)):
-    for hidden, patients, times in ((50, 500, 50), (200, 500, 10), (5, 9, 4)):
+    for hidden, patients, times in ((50, 300, 60), (200, 300, 12), (5, 9, 4)):
         plain, fast = twins(6, hidden, dtype=dtype, bidirectional=hidden == 5)
         fast.keep_gates = 0.3
         visits = records([1 + i * times // patients for i in range(patients)], 6, dtype)
