@@ -82,24 +82,6 @@ EHRSEQ_INLINE Vector<T> splat(T value) {
   return value - Vector<T>{};
 }
 
-EHRSEQ_INLINE Vector<int32_t> lane_numbers(Vector<float>) {
-  Vector<int32_t> lane = {};
-  for (int i = 0; i < kLanes<float>; ++i) lane[i] = i;
-  return lane;
-}
-
-EHRSEQ_INLINE Vector<int64_t> lane_numbers(Vector<double>) {
-  Vector<int64_t> lane = {};
-  for (int i = 0; i < kLanes<double>; ++i) lane[i] = i;
-  return lane;
-}
-
-// The first `count` lanes; zeros in the others, whatever stands there.
-template <typename Value>
-EHRSEQ_INLINE Value first_lanes(Value value, int count) {
-  return lane_numbers(value) < count ? value : Value{};
-}
-
 template <typename T, int R, int V>
 struct Tile {
   Vector<T> sum[R][V];

@@ -64,16 +64,18 @@ EHRSEQ_INLINE void finish_visit_back(const Backward<S>& layer, const Step& step,
 
   const Sum<S> one = 1;
   grad_cell += grad_hidden * out * (one - tanh_cell * tanh_cell);
-  // The products over all lanes follow: those beyond the units must not bring a NaN into them
-  // (an infinite input times their weights of zero is one).
-  const auto keep = [&](int64_t gate, Vector<Sum<S>> gradient) {
-    if (units < L) gradient = first_lanes(gradient, static_cast<int>(units));
-    store(gate_gradient(layer, block * kGates + gate, row), gradient);
-  };
-  keep(0, grad_cell * candidate * in * (one - in));
-  keep(1, grad_cell * before * forget * (one - forget));
-  keep(2, grad_cell * in * (one - candidate * candidate));
-  keep(3, grad_hidden * tanh_cell * out * (one - out));
+  const int64_t gate = block * kGates;
+  store(gate_gradient(layer, gate, row), grad_cell * candidate * in * (one - in));
+  store(gate_gradient(layer, gate + 1, row), grad_cell * before * forget * (one - forget));
+  store(gate_gradient(layer, gate + 2, row), grad_cell * in * (one - candidate * candidate));
+  store(gate_gradient(layer, gate + 3, row), grad_hidden * tanh_cell * out * (one - out));
+  if (units < L) {
+    // The products over all lanes follow, and a NaN beyond the units must not reach them (an
+    // infinite input times their weights of zero is one).
+    for (int64_t of = gate; of < gate + kGates; ++of) {
+      std::fill(gate_gradient(layer, of, row) + units, gate_gradient(layer, of, row) + L, S(0));
+    }
+  }
   store(carried, grad_cell * forget);
 }
 
