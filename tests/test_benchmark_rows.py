@@ -13,7 +13,7 @@ from benchmarks import devices, every, suite
 from benchmarks.cases import Missing, Variant, asked_for, difference_of
 from ehrseq_fast import backend
 from ehrseq_fast.survival_nll import checks
-from ehrseq_fast.survival_nll.op import LINKS
+from ehrseq_fast.survival_nll.fused import LINKS
 from ehrseq_fast.visit_pool.op import MODES
 from ehrseq_fast.visit_pool.packed import PACKED_MODES
 
