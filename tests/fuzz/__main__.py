@@ -5,6 +5,7 @@ act on, or gives a result; the right one where the arguments are valid, and neve
 that nothing was written to. Cases run in a child process, under the poisoning allocator where there
 is one, so that a crash is caught too; each defect is printed with the command that repeats it.
 ``--cases N`` runs N cases of every target, whatever time they take: the same ones each time.
+``--cuda`` takes the operators of the CUDA kernels, compiled for the host (``tests/cuda_on_cpu``).
 ``python -m tests.sanitized address -- -m tests.fuzz ...`` runs it all under the sanitizers.
 """
 
@@ -130,18 +131,22 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first case of every target")
     parser.add_argument("--cases", type=int, help="of every target, in place of --seconds")
     parser.add_argument("--targets", nargs="+", metavar="NAME")
+    parser.add_argument(
+        "--cuda", action="store_true", help="the CUDA kernels, compiled for the host, instead"
+    )
     parser.add_argument("--only", nargs="+", metavar="TARGET:SEED", help="just these cases")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child)
         return 0
-    from .runner import TARGETS
+    from .runner import CUDA_TARGETS, TARGETS
 
+    targets = tuple(args.targets or (CUDA_TARGETS if args.cuda else TARGETS))
     counts: Counter[str] = Counter()
     defects = 0
     process = Child()
-    for case in cases(args, tuple(args.targets or TARGETS)):
+    for case in cases(args, targets):
         outcome = process.run(case)
         kind, _, what = outcome.partition(" ")
         counts[kind] += 1

@@ -29,9 +29,13 @@ NOT_ON_CPU = ("survival_nll_scale",)
 _makers: dict[str, Callable[[Draw, Any], Call]] = {}
 
 
-def call_of(name: str, draw: Draw) -> Call:
+# Those that the CUDA kernels have, which can be called where they are compiled for the host.
+ON_CUDA = tuple(name for name in NAMES if "pool" in name or "nll" in name)
+
+
+def call_of(name: str, draw: Draw, ops: Any = torch.ops.ehrseq_fast) -> Call:
     """A valid call of the operator ``name``."""
-    return _makers[name](draw, torch.ops.ehrseq_fast)
+    return _makers[name](draw, ops)
 
 
 def makes(*names: str) -> Callable[[Callable[..., Call]], Callable[..., Call]]:
@@ -238,6 +242,22 @@ def _nll(draw: Draw, ops: Any, name: str) -> Call:
         ops.packed_survival_nll,
         [packed, starts, ranks, last_rows, times, types, *companions],
         expected,
+    )
+
+
+@makes("survival_nll_scale")
+def _scale(draw: Draw, ops: Any, name: str) -> Call:
+    """On the CPU autograd does this; there is a kernel on a GPU alone."""
+    patients, slots = draw.whole(1, 5), draw.whole(1, 6)
+    dtype = draw.one_of(FLOATING)
+    saved = torch.float32 if dtype == torch.float16 else dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    grad = draw.floats((patients, slots), saved)
+    loss = draw.floats((patients,) if draw.chance(0.5) else (), wide)
+    return Call(
+        ops.survival_nll_scale,
+        [grad, loss, None, None, None, dtype],
+        lambda: [grad.double() * (loss.double()[:, None] if loss.dim() else loss.double())],
     )
 
 

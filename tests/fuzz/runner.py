@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import cuda_on_cpu
 from ..tolerances import tolerance
 from . import batches, operators
 from .arguments import FLOATING, Call, Draw, change
 
 # What bad arguments may raise. Whatever else comes out is a defect.
 ERRORS = (ValueError, TypeError, IndexError, RuntimeError, OverflowError, MemoryError)
-TARGETS = (*operators.known_operators(), *batches.BUILDERS)
+CUDA = "cuda/"
+TARGETS = (
+    *(name for name in operators.known_operators() if name not in operators.NOT_ON_CPU),
+    *batches.BUILDERS,
+)
+CUDA_TARGETS = tuple(CUDA + name for name in operators.ON_CUDA)
 
 
 class Defect(AssertionError):
@@ -35,11 +41,18 @@ def run_case(target: str, seed: int) -> str:
         if target in batches.BUILDERS:
             call = batches.BUILDERS[target](draw)
         else:
-            call = operators.call_of(target, draw)
+            call = operators.call_of(target.removeprefix(CUDA), draw, _operators_of(target))
             change(draw, call)
     except ERRORS as error:
         raise Defect(f"valid arguments could not be made: {error!r}") from error
     return judged(call, is_builder=target in batches.BUILDERS)
+
+
+def _operators_of(target: str) -> Any:
+    if not target.startswith(CUDA):
+        return torch.ops.ehrseq_fast
+    cuda_on_cpu.load()
+    return getattr(torch.ops, cuda_on_cpu.NAMESPACE)
 
 
 def judged(call: Call, is_builder: bool) -> str:
