@@ -20,11 +20,12 @@ import torch
 
 SCHEMAS = (
     # visit_pool: codes (or embeddings) -> one vector per visit. arg_max is filled in mode max only.
+    # A gradient takes no value of the table, and so no table, but how many rows it has.
     "visit_pool(Tensor codes, Tensor weight, Tensor? visit_mask, int mode)"
     " -> (Tensor pooled, Tensor arg_max)",
-    "visit_pool_backward(Tensor grad, Tensor codes, Tensor weight, Tensor? visit_mask,"
+    "visit_pool_backward(Tensor grad, Tensor codes, SymInt vocabulary, Tensor? visit_mask,"
     " Tensor? arg_max, int mode, int padding_idx) -> Tensor",
-    "visit_pool_backward_sparse(Tensor grad, Tensor codes, Tensor weight, Tensor? visit_mask,"
+    "visit_pool_backward_sparse(Tensor grad, Tensor codes, SymInt vocabulary, Tensor? visit_mask,"
     " Tensor? arg_max, int mode, int padding_idx) -> (Tensor code_ids, Tensor rows)",
     "masked_pool(Tensor embeddings, Tensor? mask, int mode) -> (Tensor pooled, Tensor arg_max)",
     "masked_pool_backward(Tensor grad, Tensor? mask, Tensor? arg_max, SymInt n_slots, int mode)"
@@ -33,14 +34,16 @@ SCHEMAS = (
     "packed_visit_pool(Tensor codes, Tensor code_offsets, Tensor weight, int mode)"
     " -> (Tensor pooled, Tensor arg_max)",
     "packed_visit_pool_backward(Tensor grad, Tensor code_offsets, Tensor index_codes,"
-    " Tensor index_offsets, Tensor index_visits, Tensor weight, Tensor? arg_max, int mode,"
+    " Tensor index_offsets, Tensor index_visits, SymInt vocabulary, Tensor? arg_max, int mode,"
     " int padding_idx) -> Tensor",
     "packed_visit_pool_backward_sparse(Tensor grad, Tensor code_offsets, Tensor index_codes,"
-    " Tensor index_offsets, Tensor index_visits, Tensor weight, Tensor? arg_max, int mode,"
+    " Tensor index_offsets, Tensor index_visits, SymInt vocabulary, Tensor? arg_max, int mode,"
     " int padding_idx) -> (Tensor code_ids, Tensor rows)",
+    # Attention is exp(score - highest) * inverse, with a visit's highest score and 1 / (sum of
+    # exp(score - highest)), in float64.
     "packed_attention_pool(Tensor codes, Tensor code_offsets, Tensor weight, Tensor scores)"
-    " -> (Tensor pooled, Tensor normaliser)",
-    "packed_attention_pool_backward(Tensor grad, Tensor pooled, Tensor normaliser,"
+    " -> (Tensor pooled, Tensor highest, Tensor inverse)",
+    "packed_attention_pool_backward(Tensor grad, Tensor pooled, Tensor highest, Tensor inverse,"
     " Tensor index_codes, Tensor index_offsets, Tensor index_visits, Tensor weight, Tensor scores,"
     " int padding_idx) -> (Tensor grad_weight, Tensor grad_scores)",
     # survival_nll: the forward kernel also writes the gradient, where one is needed.

@@ -75,7 +75,7 @@ def test_launches_of_a_packed_batch(mode):
     assert forward == ["pool_runs"]
     backward = launched(
         lambda: triton_kernels.packed_visit_pool_backward(
-            grad, batch.code_offsets, *index, weight, arg_max, number, 0
+            grad, batch.code_offsets, *index, 50, arg_max, number, 0
         )
     )
     assert backward == ["find_runs", "sum_runs", "sum_pieces"]
@@ -84,7 +84,7 @@ def test_launches_of_a_packed_batch(mode):
 def test_launches_of_attention():
     batch = packed([[[1, 2, 3]] * 40] * 9)
     weight, scores, grad = torch.randn(50, 8), torch.randn(50), torch.randn(batch.n_visits, 8)
-    normaliser = torch.zeros(batch.n_visits, dtype=torch.float64)
+    highest = torch.zeros(batch.n_visits, dtype=torch.float64)
     index = (batch.index_codes, batch.index_offsets, batch.index_visits)
     forward = launched(
         lambda: triton_kernels.packed_attention_pool(
@@ -94,7 +94,7 @@ def test_launches_of_attention():
     assert forward == ["pool_attention"]
     backward = launched(
         lambda: triton_kernels.packed_attention_pool_backward(
-            grad, grad, normaliser, *index, weight, scores, 0
+            grad, grad, highest, highest, *index, weight, scores, 0
         )
     )
     assert backward == ["find_runs", "sum_attention", "sum_pieces"]
@@ -110,7 +110,9 @@ def test_launches_of_a_padded_batch(mode, vocabulary, digits):
     forward = launched(lambda: triton_kernels.visit_pool(codes, weight, mask, number))
     assert forward == ["pool_masked"]
     backward = launched(
-        lambda: triton_kernels.visit_pool_backward(grad, codes, weight, mask, arg_max, number, 0)
+        lambda: triton_kernels.visit_pool_backward(
+            grad, codes, vocabulary, mask, arg_max, number, 0
+        )
     )
     sort = ["count_digits", "scan_digits", "scatter_digits"] * digits
     index = ["count_codes", "scan_counts", "gather_codes", *sort]
@@ -222,15 +224,15 @@ def test_a_code_outside_the_vocabulary_shows_and_gets_no_gradient(mode, wrong):
     ):
         assert pooled[1].isnan().all()
         assert not pooled[[0, 2]].isnan().any()
-        padded = triton_kernels.visit_pool_backward(grad, codes, weight, mask, arg_max, number, -1)
+        padded = triton_kernels.visit_pool_backward(grad, codes, 5, mask, arg_max, number, -1)
         given = triton_kernels.packed_visit_pool_backward(
-            grad, offsets, *index, weight, arg_max, number, -1
+            grad, offsets, *index, 5, arg_max, number, -1
         )
         for gradient in (padded, given):
             assert (gradient[[0, 4]] == 0).all()
             assert (gradient[3] == 1).all()
         code_ids, rows = triton_kernels.packed_visit_pool_backward_sparse(
-            grad, offsets, *index, weight, arg_max, number, -1
+            grad, offsets, *index, 5, arg_max, number, -1
         )
         assert ((code_ids >= 0) & (code_ids < 5)).all()
         assert (rows[ids.index(wrong)] == 0).all()
@@ -272,6 +274,4 @@ def test_attention_without_columns_has_gradients_of_scores():
 def test_a_huge_padded_batch_is_refused_by_the_backward_pass():
     slots = torch.empty(1, dtype=torch.int32).expand(2**31 - 2**15)
     with pytest.raises(ValueError, match="takes at most 2147418112 slots"):
-        triton_kernels.visit_pool_backward(
-            torch.ones(4), slots, torch.ones(3, 4), None, None, 0, -1
-        )
+        triton_kernels.visit_pool_backward(torch.ones(4), slots, 3, None, None, 0, -1)

@@ -315,7 +315,7 @@ def test_opcheck(kernels, mode):
     )
     torch.library.opcheck(ops.visit_pool, (codes, weight, mask, mode), test_utils=tests)
     arg_max = ops.visit_pool(codes, weight, mask, mode)[1]
-    arguments = (torch.randn(4, 6, 8), codes, weight, mask, arg_max, mode, -1)
+    arguments = (torch.randn(4, 6, 8), codes, 23, mask, arg_max, mode, -1)
     torch.library.opcheck(ops.visit_pool_backward, arguments, test_utils=tests)
     torch.library.opcheck(ops.visit_pool_backward_sparse, arguments, test_utils=tests[:3])
     embeddings = torch.randn(4, 6, 7, 8)

@@ -310,7 +310,7 @@ def test_a_code_outside_the_vocabulary_traps(emulator, code):
     with pytest.raises(RuntimeError, match="__trap"):
         operators().visit_pool(codes, weight, None, 0)
     with pytest.raises(RuntimeError, match="__trap"):
-        operators().visit_pool_backward(grad, codes, weight, None, None, 0, -1)
+        operators().visit_pool_backward(grad, codes, 3, None, None, 0, -1)
     if abs(code) < 2**31 or code == -(2**31):
         offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
         flat = codes.flatten().int()
@@ -345,22 +345,22 @@ def test_a_tampered_batch_traps(emulator, name):
 
     def both():
         operators().packed_visit_pool(codes, offsets, weight, 0)
-        operators().packed_visit_pool_backward(grad, offsets, *index, weight, None, 0, -1)
+        operators().packed_visit_pool_backward(grad, offsets, *index, 3, None, 0, -1)
 
     with pytest.raises(RuntimeError, match="__trap"):
         both()
 
 
 def test_an_index_that_is_none_is_refused(emulator):
-    weight, grad = torch.randn(3, 8), torch.randn(3, 8)
+    grad = torch.randn(3, 8)
     index = [BATCH.index_codes, BATCH.index_offsets, BATCH.index_visits]
     backward = operators().packed_visit_pool_backward
     with pytest.raises(ValueError, match="index_codes must be int32"):
-        backward(grad, BATCH.code_offsets, index[0].long(), *index[1:], weight, None, 0, -1)
-    with pytest.raises(ValueError, match="code index is not one of a batch"):
-        backward(grad, BATCH.code_offsets, index[0][1:], *index[1:], weight, None, 0, -1)
-    with pytest.raises(ValueError, match="one longer than grad"):
-        backward(grad[1:], BATCH.code_offsets, *index, weight, None, 0, -1)
+        backward(grad, BATCH.code_offsets, index[0].long(), *index[1:], 3, None, 0, -1)
+    with pytest.raises(ValueError, match="index_offsets must be"):
+        backward(grad, BATCH.code_offsets, index[0][1:], *index[1:], 3, None, 0, -1)
+    with pytest.raises(ValueError, match="code_offsets must be"):
+        backward(grad[1:], BATCH.code_offsets, *index, 3, None, 0, -1)
 
 
 # ---------------------------------------------------------------------------------------------

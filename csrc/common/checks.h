@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -120,6 +121,21 @@ inline void expect_option(int64_t value, const char* operation, const char* name
   if (value < first || value > last) {
     refuse(operation, name, "in " + std::to_string(first) + ".." + std::to_string(last),
            std::to_string(value));
+  }
+}
+
+// A CPU kernel follows addresses of the host. The dispatcher gives it a call of which one tensor is
+// there and another, say, on the meta device.
+inline bool is_on_cpu(const torch::stable::Tensor& tensor) { return tensor.is_cpu(); }
+inline bool is_on_cpu(const std::optional<torch::stable::Tensor>& tensor) {
+  return !tensor.has_value() || tensor->is_cpu();
+}
+
+template <typename... Tensors>
+void expect_on_cpu(const char* operation, const Tensors&... tensors) {
+  if (!(is_on_cpu(tensors) && ...)) {
+    throw std::invalid_argument(std::string(operation) +
+                                ": expected all tensors on the CPU, got some on another device");
   }
 }
 

@@ -15,9 +15,20 @@
 
 namespace ehrseq {
 
-inline const int32_t* winners_or_null(const OptionalTensor& arg_max, int64_t mode) {
-  return mode == kMax ? static_cast<const int32_t*>(arg_max->data_ptr()) : nullptr;
-}
+// Mode max's winners, contiguous; null in other modes and where there are none (an operator refuses
+// that before it uses them).
+class Winners {
+ public:
+  Winners(const OptionalTensor& arg_max, int64_t mode) {
+    if (mode == kMax && arg_max.has_value()) tensor_ = torch::stable::contiguous(*arg_max);
+  }
+  const int32_t* get() const {
+    return tensor_.has_value() ? static_cast<const int32_t*>(tensor_->data_ptr()) : nullptr;
+  }
+
+ private:
+  OptionalTensor tensor_;
+};
 
 constexpr int64_t kEntriesPerTask = 4096;
 

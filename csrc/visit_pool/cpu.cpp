@@ -11,6 +11,7 @@
 #include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
+#include "visit_pool/arguments.h"
 #include "visit_pool/code_gradients.h"
 #include "visit_pool/code_index.h"
 #include "visit_pool/masks.h"
@@ -31,13 +32,12 @@ struct PaddedCodes {
   int64_t vocabulary;
 };
 
-PaddedCodes padded_codes(const Tensor& codes, const OptionalTensor& mask, const Tensor& weight) {
-  PaddedCodes in{torch::stable::contiguous(codes), contiguous_mask(mask), 1, 0, weight.size(0)};
-  const auto shape = shape_of(codes);
-  in.n_slots = shape.back();
-  for (size_t i = 0; i + 1 < shape.size(); ++i) in.n_visits *= shape[i];
-  if (in.n_visits > INT32_MAX) throw std::invalid_argument("visit_pool: more than 2^31-1 visits");
-  return in;
+PaddedCodes padded_codes(const Tensor& codes, const OptionalTensor& mask, int64_t vocabulary,
+                         const char* operation) {
+  expect_on_cpu(operation, codes, mask);
+  pooling::expect_padded_codes(codes, mask, operation);
+  return {torch::stable::contiguous(codes), contiguous_mask(mask),
+          pooling::product(leading_shape(codes, 1)), codes.size(codes.dim() - 1), vocabulary};
 }
 
 // Calls body with the C++ types of the codes and of the mask.
@@ -122,8 +122,13 @@ std::tuple<Tensor, Tensor> empty_outputs(const Tensor& table, std::vector<int64_
 
 std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTensor visit_mask,
                                       int64_t mode) {
-  const auto in = padded_codes(codes, visit_mask, weight);
+  constexpr auto kName = "visit_pool";
+  expect_on_cpu(kName, weight);
+  pooling::expect_table(weight, kName);
+  pooling::expect_mode(mode, kName);
+  const auto in = padded_codes(codes, visit_mask, weight.size(0), kName);
   const auto table = torch::stable::contiguous(weight);
+  const int64_t tile_visits = visits_at_once(kTileVisits, in.n_slots);
   const int64_t row_size = table.size(1);
   auto shape = leading_shape(codes, 1);
   shape.push_back(row_size);
@@ -140,8 +145,8 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
       using mask_t = typename decltype(mask_tag)::type;
       parallel_for(0, in.n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
         Tile<accumulator_t<scalar_t>> tile;
-        for (int64_t first = begin; first < end; first += kTileVisits) {
-          const int64_t last = std::min(first + kTileVisits, end);
+        for (int64_t first = begin; first < end; first += tile_visits) {
+          const int64_t last = std::min(first + tile_visits, end);
           collect_real_codes<accumulator_t<scalar_t>, code_t, mask_t>(in, first, last, tile);
           pool_tile(tile, weighted, mode, table_data, row_size, out + first * row_size,
                     winners == nullptr ? nullptr : winners + first * row_size);
@@ -158,8 +163,8 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
 // The transpose of a padded batch. Codes equal to padding_idx get no gradient and stay out.
 template <typename acc_t>
 CodeIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t padding_idx) {
-  constexpr int64_t kVisitsPerList = 4096;
-  const int64_t n_lists = (in.n_visits + kVisitsPerList - 1) / kVisitsPerList;
+  const int64_t visits_per_list = visits_at_once(4096, in.n_slots);
+  const int64_t n_lists = (in.n_visits + visits_per_list - 1) / visits_per_list;
   std::vector<std::vector<Occurrence<acc_t>>> lists(n_lists);
   dispatch_codes_and_mask(in, [&](auto code_tag, auto mask_tag) {
     using code_t = typename decltype(code_tag)::type;
@@ -167,8 +172,8 @@ CodeIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t
     parallel_for(0, n_lists, 1, [&](int64_t begin, int64_t end) {
       Tile<acc_t> tile;
       for (int64_t list = begin; list < end; ++list) {
-        const int64_t first = list * kVisitsPerList;
-        const int64_t last = std::min(first + kVisitsPerList, in.n_visits);
+        const int64_t first = list * visits_per_list;
+        const int64_t last = std::min(first + visits_per_list, in.n_visits);
         collect_real_codes<acc_t, code_t, mask_t>(in, first, last, tile);
         lists[list].reserve(tile.rows.size());
         for (int64_t visit = first; visit < last; ++visit) {
@@ -187,11 +192,15 @@ CodeIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t
 
 // Calls body(TypeTag<scalar_t>{}, index) with the transpose of the batch.
 template <typename Body>
-void with_padded_index(const Tensor& grad, const Tensor& codes, const Tensor& weight,
-                       const OptionalTensor& visit_mask, int64_t mode, int64_t padding_idx,
+void with_padded_index(const char* operation, const Tensor& grad, const Tensor& codes,
+                       int64_t vocabulary, const OptionalTensor& visit_mask,
+                       const OptionalTensor& arg_max, int64_t mode, int64_t padding_idx,
                        const Body& body) {
-  const auto in = padded_codes(codes, visit_mask, weight);
-  dispatch_floating(grad.scalar_type(), "visit_pool_backward", [&](auto scalar_tag) {
+  expect_on_cpu(operation, grad, arg_max);
+  pooling::expect_padding(padding_idx, vocabulary, operation);
+  const auto in = padded_codes(codes, visit_mask, vocabulary, operation);
+  pooling::expect_gradient(grad, leading_shape(codes, 1), arg_max, mode, operation);
+  dispatch_floating(grad.scalar_type(), operation, [&](auto scalar_tag) {
     using acc_t = accumulator_t<typename decltype(scalar_tag)::type>;
     const auto index = index_padded_codes<acc_t>(in, mode, padding_idx);
     body(scalar_tag,
@@ -200,44 +209,50 @@ void with_padded_index(const Tensor& grad, const Tensor& codes, const Tensor& we
   });
 }
 
-Tensor visit_pool_backward(Tensor grad, Tensor codes, Tensor weight, OptionalTensor visit_mask,
+Tensor visit_pool_backward(Tensor grad, Tensor codes, int64_t vocabulary, OptionalTensor visit_mask,
                            OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
-  const int64_t row_size = weight.size(1);
-  const auto rows = torch::stable::contiguous(grad);
-  auto grad_weight = empty(rows, shape_of(weight), rows.scalar_type());
-  with_padded_index(rows, codes, weight, visit_mask, mode, padding_idx, [&](auto tag, auto index) {
-    using scalar_t = typename decltype(tag)::type;
-    auto* out = static_cast<scalar_t*>(grad_weight.data_ptr());
-    zero_absent_rows(index.codes, index.n_codes, weight.size(0), row_size, out);
-    sum_code_gradients(static_cast<const scalar_t*>(rows.data_ptr()),
-                       winners_or_null(arg_max, mode), row_size, index,
-                       [&](int64_t segment, const auto* sums) {
-                         write_row(sums, row_size, out + index.codes[segment] * row_size);
-                       });
-  });
-  return grad_weight;
+  const Winners winners(arg_max, mode);
+  std::optional<Tensor> grad_weight;
+  with_padded_index("visit_pool_backward", grad, codes, vocabulary, visit_mask, arg_max, mode,
+                    padding_idx, [&](auto tag, auto index) {
+                      using scalar_t = typename decltype(tag)::type;
+                      const auto rows = torch::stable::contiguous(grad);
+                      const int64_t row_size = rows.size(rows.dim() - 1);
+                      grad_weight = empty(rows, {vocabulary, row_size}, rows.scalar_type());
+                      auto* out = static_cast<scalar_t*>(grad_weight->data_ptr());
+                      zero_absent_rows(index.codes, index.n_codes, vocabulary, row_size, out);
+                      sum_code_gradients(
+                          static_cast<const scalar_t*>(rows.data_ptr()), winners.get(), row_size,
+                          index, [&](int64_t segment, const auto* sums) {
+                            write_row(sums, row_size, out + index.codes[segment] * row_size);
+                          });
+                    });
+  return *grad_weight;
 }
 
-std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes, Tensor weight,
+std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes, int64_t vocabulary,
                                                       OptionalTensor visit_mask,
                                                       OptionalTensor arg_max, int64_t mode,
                                                       int64_t padding_idx) {
-  const int64_t row_size = weight.size(1);
-  const auto rows = torch::stable::contiguous(grad);
+  const Winners winners(arg_max, mode);
   std::optional<std::tuple<Tensor, Tensor>> result;
-  with_padded_index(rows, codes, weight, visit_mask, mode, padding_idx, [&](auto tag, auto index) {
-    using scalar_t = typename decltype(tag)::type;
-    auto code_ids = empty(rows, {index.n_codes}, ScalarType::Long);
-    auto code_rows = empty(rows, {index.n_codes, row_size}, rows.scalar_type());
-    std::copy(index.codes, index.codes + index.n_codes, static_cast<int64_t*>(code_ids.data_ptr()));
-    auto* out = static_cast<scalar_t*>(code_rows.data_ptr());
-    sum_code_gradients(static_cast<const scalar_t*>(rows.data_ptr()),
-                       winners_or_null(arg_max, mode), row_size, index,
-                       [&](int64_t segment, const auto* sums) {
-                         write_row(sums, row_size, out + segment * row_size);
-                       });
-    result.emplace(code_ids, code_rows);
-  });
+  with_padded_index("visit_pool_backward_sparse", grad, codes, vocabulary, visit_mask, arg_max,
+                    mode, padding_idx, [&](auto tag, auto index) {
+                      using scalar_t = typename decltype(tag)::type;
+                      const auto rows = torch::stable::contiguous(grad);
+                      const int64_t row_size = rows.size(rows.dim() - 1);
+                      auto code_ids = empty(rows, {index.n_codes}, ScalarType::Long);
+                      auto code_rows = empty(rows, {index.n_codes, row_size}, rows.scalar_type());
+                      std::copy(index.codes, index.codes + index.n_codes,
+                                static_cast<int64_t*>(code_ids.data_ptr()));
+                      auto* out = static_cast<scalar_t*>(code_rows.data_ptr());
+                      sum_code_gradients(static_cast<const scalar_t*>(rows.data_ptr()),
+                                         winners.get(), row_size, index,
+                                         [&](int64_t segment, const auto* sums) {
+                                           write_row(sums, row_size, out + segment * row_size);
+                                         });
+                      result.emplace(code_ids, code_rows);
+                    });
   return *result;
 }
 

@@ -21,7 +21,11 @@ namespace {
 
 std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTensor visit_mask,
                                       int64_t mode) {
+  constexpr auto kName = "visit_pool";
   const OnDeviceOf device(weight, codes, visit_mask);
+  pooling::expect_table(weight, kName);
+  pooling::expect_mode(mode, kName);
+  pooling::expect_padded_codes(codes, visit_mask, kName);
   const auto table = torch::stable::contiguous(weight);
   const PaddedBatch batch(codes, visit_mask, table.size(0));
   auto shape = batch.visits_shape;
@@ -38,7 +42,14 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
 }
 
 std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, int64_t mode) {
+  constexpr auto kName = "masked_pool";
   const OnDeviceOf device(embeddings, mask);
+  if (embeddings.dim() < 2) {
+    refuse(kName, "embeddings", "[..., C, E]", "shape " + as_text(shape_of(embeddings)));
+  }
+  expect_floating(embeddings, kName, "embeddings");
+  pooling::expect_mask(mask, leading_shape(embeddings, 1), kName);
+  pooling::expect_mode(mode, kName);
   const auto table = torch::stable::contiguous(embeddings);
   const auto slots_mask = contiguous_or_none(mask);
   auto shape = leading_shape(table, 2);
@@ -58,14 +69,19 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
 
 Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg_max,
                             int64_t n_slots, int64_t mode) {
+  constexpr auto kName = "masked_pool_backward";
   const OnDeviceOf device(grad, mask, arg_max);
+  if (grad.dim() < 1) refuse(kName, "grad", "[..., E]", "no dimension");
+  auto shape = leading_shape(grad, 1);
+  pooling::expect_gradient(grad, shape, arg_max, mode, kName);
+  pooling::expect_countable(n_slots, kName, "n_slots");
+  const int64_t n_visits = product(shape);
+  shape.push_back(n_slots);
+  pooling::expect_mask(mask, shape, kName);
   const auto rows = torch::stable::contiguous(grad);
   const auto slots_mask = contiguous_or_none(mask);
   const auto winners = contiguous_or_none(arg_max);
-  auto shape = leading_shape(rows, 1);
-  const int64_t n_visits = product(shape);
   const int64_t row_size = rows.size(rows.dim() - 1);
-  shape.push_back(n_slots);
   shape.push_back(row_size);
   const auto grad_embeddings = empty(rows, shape, rows.scalar_type());
   dispatch_floating(rows.scalar_type(), "masked_pool_backward", [&](auto tag) {
@@ -91,15 +107,24 @@ Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg
 // ---------------------------------------------------------------------------------------------
 // Backward
 
-Tensor visit_pool_backward(Tensor grad, Tensor codes, Tensor weight, OptionalTensor visit_mask,
+void expect_padded_gradient(const Tensor& grad, const Tensor& codes, int64_t vocabulary,
+                            const OptionalTensor& visit_mask, const OptionalTensor& arg_max,
+                            int64_t mode, int64_t padding_idx, const char* operation) {
+  pooling::expect_padded_codes(codes, visit_mask, operation);
+  pooling::expect_padding(padding_idx, vocabulary, operation);
+  pooling::expect_gradient(grad, leading_shape(codes, 1), arg_max, mode, operation);
+}
+
+Tensor visit_pool_backward(Tensor grad, Tensor codes, int64_t vocabulary, OptionalTensor visit_mask,
                            OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
   const OnDeviceOf device(grad, codes, visit_mask, arg_max);
+  expect_padded_gradient(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx,
+                         "visit_pool_backward");
   const auto rows = torch::stable::contiguous(grad);
   const auto winners = contiguous_or_none(arg_max);
-  const int64_t vocabulary = weight.size(0);
-  const int64_t row_size = weight.size(1);
+  const int64_t row_size = rows.size(rows.dim() - 1);
   const PaddedBatch batch(codes, visit_mask, vocabulary);
-  const auto grad_weight = empty(rows, shape_of(weight), rows.scalar_type());
+  const auto grad_weight = empty(rows, {vocabulary, row_size}, rows.scalar_type());
   if (batch.n_visits * batch.n_slots == 0) {
     fill_zero(grad_weight, device.stream());
     return grad_weight;
@@ -119,15 +144,16 @@ Tensor visit_pool_backward(Tensor grad, Tensor codes, Tensor weight, OptionalTen
 }
 
 // The number of distinct codes is the size of what is returned: the one wait of this file.
-std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes, Tensor weight,
+std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes, int64_t vocabulary,
                                                       OptionalTensor visit_mask,
                                                       OptionalTensor arg_max, int64_t mode,
                                                       int64_t padding_idx) {
   const OnDeviceOf device(grad, codes, visit_mask, arg_max);
+  expect_padded_gradient(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx,
+                         "visit_pool_backward_sparse");
   const auto rows = torch::stable::contiguous(grad);
   const auto winners = contiguous_or_none(arg_max);
-  const int64_t vocabulary = weight.size(0);
-  const int64_t row_size = weight.size(1);
+  const int64_t row_size = rows.size(rows.dim() - 1);
   const PaddedBatch batch(codes, visit_mask, vocabulary);
   const int64_t n_slots_in_all = batch.n_visits * batch.n_slots;
   auto code_ids = empty(rows, {0}, ScalarType::Long);

@@ -688,7 +688,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 template <typename scalar_t, int kColumns>
 __global__ void __launch_bounds__(kGradientThreads, 4)
     weigh_entries(BatchIndex index, const scalar_t* grad, const scalar_t* table,
-                  const scalar_t* pooled, const scalar_t* scores, const double* normalisers,
+                  const scalar_t* pooled, const scalar_t* scores, Normalisers normalisers,
                   RowShape shape, accumulator_t<scalar_t>* attention,
                   accumulator_t<scalar_t>* score_terms) {
   using acc_t = accumulator_t<scalar_t>;
@@ -704,7 +704,7 @@ __global__ void __launch_bounds__(kGradientThreads, 4)
   const Entry entry = index.load(cursor, first, n, lanes);
   acc_t weight = 0;
   if (lanes.lane < n) {
-    weight = attention_of<acc_t>(scores[entry.code], normalisers[entry.visit]);
+    weight = attention_of<acc_t>(scores[entry.code], normalisers.of(entry.visit));
   }
 
   acc_t mine = 0;

@@ -8,18 +8,13 @@
 #include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
+#include "visit_pool/arguments.h"
 #include "visit_pool/masks.h"
 #include "visit_pool/modes.h"
 #include "visit_pool/segments.h"
 
 namespace ehrseq {
 namespace {
-
-int64_t product(const std::vector<int64_t>& shape) {
-  int64_t n = 1;
-  for (const int64_t size : shape) n *= size;
-  return n;
-}
 
 // Rows are counted from the tile's first visit, so that they fit 32 bits whatever the batch.
 // `slots` says of each which slot of its visit it is.
@@ -39,11 +34,21 @@ void collect_real_slots(const OptionalTensor& mask, int64_t n_slots, int64_t fir
 }
 
 std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, int64_t mode) {
+  constexpr auto kName = "masked_pool";
+  expect_on_cpu(kName, embeddings, mask);
+  if (embeddings.dim() < 2) {
+    refuse(kName, "embeddings", "[..., C, E]", "shape " + as_text(shape_of(embeddings)));
+  }
+  expect_floating(embeddings, kName, "embeddings");
+  pooling::expect_mask(mask, leading_shape(embeddings, 1), kName);
+  pooling::expect_mode(mode, kName);
   const auto table = torch::stable::contiguous(embeddings);
   const auto real = contiguous_mask(mask);
   auto shape = leading_shape(table, 2);
-  const int64_t n_visits = product(shape);
+  const int64_t n_visits = pooling::product(shape);
   const int64_t n_slots = table.size(table.dim() - 2);
+  pooling::expect_countable(n_slots, kName, "the number of slots of a visit");
+  const int64_t tile_visits = visits_at_once(kTileVisits, n_slots);
   const int64_t row_size = table.size(table.dim() - 1);
   shape.push_back(row_size);
   auto pooled = empty(table, shape, table.scalar_type());
@@ -60,8 +65,8 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
       parallel_for(0, n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
         Tile<acc_t> tile;
         std::vector<int32_t> slots;
-        for (int64_t first = begin; first < end; first += kTileVisits) {
-          const int64_t last = std::min(first + kTileVisits, end);
+        for (int64_t first = begin; first < end; first += tile_visits) {
+          const int64_t last = std::min(first + tile_visits, end);
           collect_real_slots<acc_t, mask_t>(real, n_slots, first, last, tile, slots);
           const scalar_t* base = rows + first * n_slots * row_size;
           if (mode == kMax) {
@@ -84,12 +89,20 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
 
 Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg_max,
                             int64_t n_slots, int64_t mode) {
+  constexpr auto kName = "masked_pool_backward";
+  expect_on_cpu(kName, grad, mask, arg_max);
+  if (grad.dim() < 1) refuse(kName, "grad", "[..., E]", "no dimension");
+  pooling::expect_gradient(grad, leading_shape(grad, 1), arg_max, mode, kName);
+  pooling::expect_countable(n_slots, kName, "n_slots");
+  auto shape = leading_shape(grad, 1);
+  const int64_t n_visits = pooling::product(shape);
+  shape.push_back(n_slots);
+  pooling::expect_mask(mask, shape, kName);
   const auto rows = torch::stable::contiguous(grad);
   const auto real = contiguous_mask(mask);
-  auto shape = leading_shape(rows, 1);
-  const int64_t n_visits = product(shape);
+  const auto won =
+      mode == kMax ? OptionalTensor(torch::stable::contiguous(*arg_max)) : std::nullopt;
   const int64_t row_size = rows.size(rows.dim() - 1);
-  shape.push_back(n_slots);
   shape.push_back(row_size);
   auto grad_embeddings = empty(rows, shape, rows.scalar_type());
 
@@ -97,7 +110,7 @@ Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg
     using scalar_t = typename decltype(scalar_tag)::type;
     using acc_t = accumulator_t<scalar_t>;
     const auto* grad_rows = static_cast<const scalar_t*>(rows.data_ptr());
-    const auto* winners = mode == kMax ? static_cast<const int32_t*>(arg_max->data_ptr()) : nullptr;
+    const auto* winners = mode == kMax ? static_cast<const int32_t*>(won->data_ptr()) : nullptr;
     auto* out = static_cast<scalar_t*>(grad_embeddings.data_ptr());
     const auto& kernels = row_kernels<scalar_t>();
     dispatch_mask(real, [&](auto mask_tag) {

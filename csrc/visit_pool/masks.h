@@ -40,6 +40,12 @@ inline OptionalTensor contiguous_mask(const OptionalTensor& mask) {
   return torch::stable::contiguous(*mask);
 }
 
+// A visit's slots are counted in 32 bits: fewer visits are looked at together where there are many.
+inline int64_t visits_at_once(int64_t wanted, int64_t n_slots) {
+  const int64_t fit = INT32_MAX / (n_slots > 0 ? n_slots : 1);
+  return fit < wanted ? (fit > 0 ? fit : 1) : wanted;
+}
+
 template <typename mask_t>
 const mask_t* mask_of_visit(const OptionalTensor& mask, int64_t visit, int64_t n_slots) {
   if (!mask.has_value()) return nullptr;

@@ -10,6 +10,7 @@
 #include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
+#include "visit_pool/arguments.h"
 #include "visit_pool/code_gradients.h"
 #include "visit_pool/modes.h"
 #include "visit_pool/segments.h"
@@ -25,27 +26,36 @@ struct PackedCodes {
   int64_t n_visits;
 };
 
-// Checked at every call: a wrong offset or code would read outside the table.
-PackedCodes packed_codes(const Tensor& codes, const Tensor& code_offsets, int64_t vocabulary) {
-  PackedCodes in{torch::stable::contiguous(codes), torch::stable::contiguous(code_offsets), nullptr,
-                 nullptr, code_offsets.numel() - 1};
-  if (in.codes_tensor.scalar_type() != ScalarType::Int ||
-      in.offsets_tensor.scalar_type() != ScalarType::Int || in.n_visits < 0) {
-    throw std::invalid_argument(
-        "packed_visit_pool: codes and code_offsets must be int32, and "
-        "code_offsets one longer than the visits");
+// Where the codes of each visit begin, checked at every call: a wrong offset would be followed out
+// of bounds. The offsets of a batch begin at 0 and end at its number of codes.
+void expect_rising(const int32_t* offsets, int64_t n_visits, int64_t n_codes,
+                   const char* operation) {
+  bool rising = offsets[0] == 0 && offsets[n_visits] == n_codes;
+  for (int64_t visit = 0; visit < n_visits; ++visit) {
+    rising &= offsets[visit] <= offsets[visit + 1];
   }
+  if (rising) return;
+  int64_t at = 0;
+  if (offsets[0] == 0) {
+    while (at < n_visits && offsets[at] <= offsets[at + 1]) ++at;
+    if (at < n_visits) ++at;
+  }
+  throw std::invalid_argument(std::string(operation) + ": code_offsets must rise from 0 to the " +
+                              std::to_string(n_codes) + " codes of the batch, got " +
+                              std::to_string(offsets[at]) + " at position " + std::to_string(at));
+}
+
+// Codes are checked at every call, too: a wrong one would read outside the table.
+PackedCodes packed_codes(const Tensor& codes, const Tensor& code_offsets, int64_t vocabulary,
+                         const char* operation) {
+  expect_on_cpu(operation, codes, code_offsets);
+  pooling::expect_packed_codes(codes, code_offsets, operation);
+  PackedCodes in{torch::stable::contiguous(codes), torch::stable::contiguous(code_offsets), nullptr,
+                 nullptr, code_offsets.size(0) - 1};
   in.codes = static_cast<const int32_t*>(in.codes_tensor.data_ptr());
   in.offsets = static_cast<const int32_t*>(in.offsets_tensor.data_ptr());
-  const int64_t n_codes = codes.numel();
-  bool rising = in.offsets[0] == 0 && in.offsets[in.n_visits] == n_codes;
-  for (int64_t visit = 0; visit < in.n_visits; ++visit) {
-    rising &= in.offsets[visit] <= in.offsets[visit + 1];
-  }
-  if (!rising) {
-    throw std::invalid_argument(
-        "packed_visit_pool: code_offsets must rise from 0 to the number of codes");
-  }
+  const int64_t n_codes = codes.size(0);
+  expect_rising(in.offsets, in.n_visits, n_codes, operation);
   bool inside = true;
   for (int64_t i = 0; i < n_codes; ++i) inside &= uint32_t(in.codes[i]) < uint64_t(vocabulary);
   if (!inside) {
@@ -75,23 +85,22 @@ struct PackedIndex {
 };
 
 PackedIndex packed_index(const Tensor& index_codes, const Tensor& index_offsets,
-                         const Tensor& index_visits, int64_t n_visits, int64_t vocabulary) {
+                         const Tensor& index_visits, int64_t n_visits, int64_t vocabulary,
+                         const char* operation) {
+  expect_on_cpu(operation, index_codes, index_offsets, index_visits);
+  pooling::expect_index(index_codes, index_offsets, index_visits, operation);
   PackedIndex in{torch::stable::contiguous(index_codes),
                  torch::stable::contiguous(index_offsets),
                  torch::stable::contiguous(index_visits),
                  nullptr,
                  nullptr,
                  nullptr,
-                 index_codes.numel(),
-                 index_visits.numel()};
+                 index_codes.size(0),
+                 index_visits.size(0)};
   in.codes = static_cast<const int32_t*>(in.codes_tensor.data_ptr());
   in.offsets = static_cast<const int32_t*>(in.offsets_tensor.data_ptr());
   in.visits = static_cast<const int32_t*>(in.visits_tensor.data_ptr());
-  bool sound = in.codes_tensor.scalar_type() == ScalarType::Int &&
-               in.offsets_tensor.scalar_type() == ScalarType::Int &&
-               in.visits_tensor.scalar_type() == ScalarType::Int &&
-               index_offsets.numel() == in.n_codes + 1;
-  sound = sound && in.offsets[0] == 0 && in.offsets[in.n_codes] == in.n_entries;
+  bool sound = in.offsets[0] == 0 && in.offsets[in.n_codes] == in.n_entries;
   for (int64_t i = 0; sound && i < in.n_codes; ++i) {
     sound = in.offsets[i] < in.offsets[i + 1] && uint32_t(in.codes[i]) < uint64_t(vocabulary) &&
             (i == 0 || in.codes[i - 1] < in.codes[i]);
@@ -101,8 +110,13 @@ PackedIndex packed_index(const Tensor& index_codes, const Tensor& index_offsets,
       sound &= uint32_t(in.visits[i]) < uint64_t(n_visits);
     }
   }
-  if (!sound)
-    throw std::invalid_argument("packed_visit_pool: the code index is not one of a batch");
+  if (!sound) {
+    throw std::invalid_argument(
+        std::string(operation) +
+        ": the code index is not one of a batch: codes must ascend within "
+        "the vocabulary, offsets rise to the number of entries, and entries "
+        "name visits");
+  }
   return in;
 }
 
@@ -111,8 +125,12 @@ PackedIndex packed_index(const Tensor& index_codes, const Tensor& index_offsets,
 
 std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, Tensor weight,
                                              int64_t mode) {
+  constexpr auto kName = "packed_visit_pool";
+  expect_on_cpu(kName, weight);
+  pooling::expect_table(weight, kName);
+  pooling::expect_mode(mode, kName);
   const auto table = torch::stable::contiguous(weight);
-  const auto in = packed_codes(codes, code_offsets, table.size(0));
+  const auto in = packed_codes(codes, code_offsets, table.size(0), kName);
   const int64_t row_size = table.size(1);
   const std::vector<int64_t> shape{in.n_visits, row_size};
   auto pooled = empty(table, shape, table.scalar_type());
@@ -158,38 +176,64 @@ std::vector<acc_t> mean_weights(const PackedIndex& index, const int32_t* code_of
   return weights;
 }
 
-// Sums the gradient of every code but padding_idx and hands it to finish(segment, sums).
-template <typename scalar_t, typename Finish>
-void packed_code_gradients(const Tensor& grad, const PackedIndex& index,
-                           const int32_t* code_offsets, const OptionalTensor& arg_max, int64_t mode,
-                           const Finish& finish) {
-  using acc_t = accumulator_t<scalar_t>;
-  const auto weights =
-      mode == kMean ? mean_weights<acc_t>(index, code_offsets) : std::vector<acc_t>();
-  const IndexView<acc_t> view{index.codes, index.offsets, index.visits,
-                              mode == kMean ? weights.data() : nullptr, index.n_codes};
-  sum_code_gradients(static_cast<const scalar_t*>(grad.data_ptr()), winners_or_null(arg_max, mode),
-                     grad.size(1), view, finish);
-}
+// What a gradient is made from, checked, contiguous.
+struct PackedGradient {
+  Tensor rows;
+  Tensor offsets;
+  Winners winners;
+  int64_t mode;
+  PackedIndex index;
+
+  PackedGradient(const Tensor& grad, const Tensor& code_offsets, const Tensor& index_codes,
+                 const Tensor& index_offsets, const Tensor& index_visits, int64_t vocabulary,
+                 const OptionalTensor& arg_max, int64_t mode_, int64_t padding_idx,
+                 const char* operation)
+      : rows(torch::stable::contiguous(grad)),
+        offsets(torch::stable::contiguous(code_offsets)),
+        winners(arg_max, mode_),
+        mode(mode_) {
+    expect_on_cpu(operation, grad, code_offsets, arg_max);
+    pooling::expect_padding(padding_idx, vocabulary, operation);
+    expect_dim(grad, operation, "grad", 2, "[n_visits, E]");
+    pooling::expect_gradient(grad, {grad.size(0)}, arg_max, mode, operation);
+    pooling::expect_int32_row(code_offsets, operation, "code_offsets", grad.size(0) + 1);
+    index =
+        packed_index(index_codes, index_offsets, index_visits, grad.size(0), vocabulary, operation);
+    expect_rising(offsets_data(), grad.size(0), index.n_entries, operation);
+  }
+
+  int64_t row_size() const { return rows.size(1); }
+  const int32_t* offsets_data() const { return static_cast<const int32_t*>(offsets.data_ptr()); }
+
+  // Sums the gradient of every code and hands it to finish(segment, sums).
+  template <typename scalar_t, typename Finish>
+  void sum(const Finish& finish) const {
+    using acc_t = accumulator_t<scalar_t>;
+    const auto weights =
+        mode == kMean ? mean_weights<acc_t>(index, offsets_data()) : std::vector<acc_t>();
+    const IndexView<acc_t> view{index.codes, index.offsets, index.visits,
+                                mode == kMean ? weights.data() : nullptr, index.n_codes};
+    sum_code_gradients(static_cast<const scalar_t*>(rows.data_ptr()), winners.get(), row_size(),
+                       view, finish);
+  }
+};
 
 Tensor packed_visit_pool_backward(Tensor grad, Tensor code_offsets, Tensor index_codes,
-                                  Tensor index_offsets, Tensor index_visits, Tensor weight,
+                                  Tensor index_offsets, Tensor index_visits, int64_t vocabulary,
                                   OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
-  const int64_t row_size = weight.size(1);
-  const auto rows = torch::stable::contiguous(grad);
-  const auto offsets = torch::stable::contiguous(code_offsets);
-  const auto index =
-      packed_index(index_codes, index_offsets, index_visits, rows.size(0), weight.size(0));
-  auto grad_weight = empty(rows, shape_of(weight), rows.scalar_type());
-  dispatch_floating(rows.scalar_type(), "packed_visit_pool_backward", [&](auto scalar_tag) {
+  constexpr auto kName = "packed_visit_pool_backward";
+  const PackedGradient from(grad, code_offsets, index_codes, index_offsets, index_visits,
+                            vocabulary, arg_max, mode, padding_idx, kName);
+  const auto& index = from.index;
+  const int64_t row_size = from.row_size();
+  auto grad_weight = empty(from.rows, {vocabulary, row_size}, from.rows.scalar_type());
+  dispatch_floating(from.rows.scalar_type(), kName, [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     auto* out = static_cast<scalar_t*>(grad_weight.data_ptr());
-    zero_absent_rows(index.codes, index.n_codes, weight.size(0), row_size, out);
-    packed_code_gradients<scalar_t>(rows, index, static_cast<const int32_t*>(offsets.data_ptr()),
-                                    arg_max, mode, [&](int64_t segment, const auto* sums) {
-                                      write_row(sums, row_size,
-                                                out + index.codes[segment] * row_size);
-                                    });
+    zero_absent_rows(index.codes, index.n_codes, vocabulary, row_size, out);
+    from.sum<scalar_t>([&](int64_t segment, const auto* sums) {
+      write_row(sums, row_size, out + index.codes[segment] * row_size);
+    });
     if (padding_idx >= 0) {
       std::fill_n(out + padding_idx * row_size, row_size, static_cast<scalar_t>(0.0f));
     }
@@ -199,30 +243,29 @@ Tensor packed_visit_pool_backward(Tensor grad, Tensor code_offsets, Tensor index
 
 std::tuple<Tensor, Tensor> packed_visit_pool_backward_sparse(
     Tensor grad, Tensor code_offsets, Tensor index_codes, Tensor index_offsets, Tensor index_visits,
-    Tensor weight, OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
-  const int64_t row_size = weight.size(1);
-  const auto rows = torch::stable::contiguous(grad);
-  const auto offsets = torch::stable::contiguous(code_offsets);
-  const auto index =
-      packed_index(index_codes, index_offsets, index_visits, rows.size(0), weight.size(0));
+    int64_t vocabulary, OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
+  constexpr auto kName = "packed_visit_pool_backward_sparse";
+  const PackedGradient from(grad, code_offsets, index_codes, index_offsets, index_visits,
+                            vocabulary, arg_max, mode, padding_idx, kName);
+  const auto& index = from.index;
+  const int64_t row_size = from.row_size();
   const int32_t* padding = std::lower_bound(index.codes, index.codes + index.n_codes, padding_idx);
   const bool has_padding = padding != index.codes + index.n_codes && *padding == padding_idx;
   const int64_t padding_segment = has_padding ? padding - index.codes : index.n_codes;
   const int64_t n_rows = index.n_codes - has_padding;
-  auto code_ids = empty(rows, {n_rows}, ScalarType::Long);
-  auto code_rows = empty(rows, {n_rows, row_size}, rows.scalar_type());
+  auto code_ids = empty(from.rows, {n_rows}, ScalarType::Long);
+  auto code_rows = empty(from.rows, {n_rows, row_size}, from.rows.scalar_type());
   auto* ids = static_cast<int64_t*>(code_ids.data_ptr());
   std::copy(index.codes + padding_segment + has_padding, index.codes + index.n_codes,
             std::copy(index.codes, index.codes + padding_segment, ids));
-  dispatch_floating(rows.scalar_type(), "packed_visit_pool_backward_sparse", [&](auto scalar_tag) {
+  dispatch_floating(from.rows.scalar_type(), kName, [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     auto* out = static_cast<scalar_t*>(code_rows.data_ptr());
-    packed_code_gradients<scalar_t>(rows, index, static_cast<const int32_t*>(offsets.data_ptr()),
-                                    arg_max, mode, [&](int64_t segment, const auto* sums) {
-                                      if (segment == padding_segment) return;
-                                      const int64_t row = segment - (segment > padding_segment);
-                                      write_row(sums, row_size, out + row * row_size);
-                                    });
+    from.sum<scalar_t>([&](int64_t segment, const auto* sums) {
+      if (segment == padding_segment) return;
+      const int64_t row = segment - (segment > padding_segment);
+      write_row(sums, row_size, out + row * row_size);
+    });
   });
   return {code_ids, code_rows};
 }
@@ -230,11 +273,18 @@ std::tuple<Tensor, Tensor> packed_visit_pool_backward_sparse(
 // ---------------------------------------------------------------------------------------------
 // Attention: a softmax of the codes' scores within each visit
 
-// log(sum of exp) of the scores of one visit. In double: attention is exp(score - this), and the
-// rounding of a float near 1,000 would be felt in it. -inf for an empty visit, which has no codes
-// to give weights to.
+// What the scores of one visit have in common: attention is exp(score - highest) * inverse, with
+// inverse = 1 / (sum of exponentials). The two are kept apart: beside a large score, the logarithm
+// of the sum would be lost in rounding. In double: the difference of two scores near 1,000 would
+// be, too.
+struct Normaliser {
+  double highest;
+  double inverse;
+};
+
+// Of an empty visit, which has no codes to give weights to: {-inf, 1}. A NaN makes `inverse` one.
 template <typename scalar_t>
-double log_sum_exp(const scalar_t* scores, const int32_t* codes, int32_t begin, int32_t end) {
+Normaliser normaliser_of(const scalar_t* scores, const int32_t* codes, int32_t begin, int32_t end) {
   double highest = -INFINITY;
   for (int32_t i = begin; i < end; ++i) {
     highest = std::max(highest, static_cast<double>(scores[codes[i]]));
@@ -243,28 +293,35 @@ double log_sum_exp(const scalar_t* scores, const int32_t* codes, int32_t begin, 
   for (int32_t i = begin; i < end; ++i) {
     total += std::exp(static_cast<double>(scores[codes[i]]) - highest);
   }
-  return highest + std::log(total);
+  return {highest, total == 0 ? 1 : 1 / total};
 }
 
 template <typename acc_t, typename scalar_t>
-acc_t attention_of(scalar_t score, double normaliser) {
-  return std::exp(static_cast<acc_t>(static_cast<double>(score) - normaliser));
+acc_t attention_of(scalar_t score, const Normaliser& normaliser) {
+  const double below = static_cast<double>(score) - normaliser.highest;
+  return std::exp(static_cast<acc_t>(below)) * static_cast<acc_t>(normaliser.inverse);
 }
 
-std::tuple<Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offsets, Tensor weight,
-                                                 Tensor scores) {
+std::tuple<Tensor, Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offsets,
+                                                         Tensor weight, Tensor scores) {
+  constexpr auto kName = "packed_attention_pool";
+  expect_on_cpu(kName, weight, scores);
+  pooling::expect_table(weight, kName);
+  pooling::expect_scores(scores, weight, kName);
   const auto table = torch::stable::contiguous(weight);
   const auto score = torch::stable::contiguous(scores);
-  const auto in = packed_codes(codes, code_offsets, table.size(0));
+  const auto in = packed_codes(codes, code_offsets, table.size(0), kName);
   const int64_t row_size = table.size(1);
   auto pooled = empty(table, {in.n_visits, row_size}, table.scalar_type());
-  auto normaliser = empty(table, {in.n_visits}, ScalarType::Double);
+  auto highest = empty(table, {in.n_visits}, ScalarType::Double);
+  auto inverse = empty(table, {in.n_visits}, ScalarType::Double);
   dispatch_floating(table.scalar_type(), "packed_attention_pool", [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     using acc_t = accumulator_t<scalar_t>;
     const auto* rows = static_cast<const scalar_t*>(table.data_ptr());
     const auto* code_scores = static_cast<const scalar_t*>(score.data_ptr());
-    auto* log_sums = static_cast<double*>(normaliser.data_ptr());
+    auto* highest_scores = static_cast<double*>(highest.data_ptr());
+    auto* inverses = static_cast<double*>(inverse.data_ptr());
     auto* out = static_cast<scalar_t*>(pooled.data_ptr());
     parallel_for(0, in.n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
       const int32_t first_entry = in.offsets[begin];
@@ -273,10 +330,11 @@ std::tuple<Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offse
       for (int64_t visit = begin; visit < end; ++visit) {
         const int32_t from = in.offsets[visit];
         const int32_t to = in.offsets[visit + 1];
-        log_sums[visit] = log_sum_exp(code_scores, in.codes, from, to);
+        const Normaliser normaliser = normaliser_of(code_scores, in.codes, from, to);
+        highest_scores[visit] = normaliser.highest;
+        inverses[visit] = normaliser.inverse;
         for (int32_t i = from; i < to; ++i) {
-          attention[i - first_entry] =
-              attention_of<acc_t>(code_scores[in.codes[i]], log_sums[visit]);
+          attention[i - first_entry] = attention_of<acc_t>(code_scores[in.codes[i]], normaliser);
         }
         offsets[visit - begin + 1] = to - first_entry;
       }
@@ -286,21 +344,30 @@ std::tuple<Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offse
                                            out + begin * row_size);
     });
   });
-  return {pooled, normaliser};
+  return {pooled, highest, inverse};
 }
 
 std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor pooled,
-                                                          Tensor normaliser, Tensor index_codes,
-                                                          Tensor index_offsets, Tensor index_visits,
-                                                          Tensor weight, Tensor scores,
-                                                          int64_t padding_idx) {
+                                                          Tensor highest, Tensor inverse,
+                                                          Tensor index_codes, Tensor index_offsets,
+                                                          Tensor index_visits, Tensor weight,
+                                                          Tensor scores, int64_t padding_idx) {
+  constexpr auto kName = "packed_attention_pool_backward";
+  expect_on_cpu(kName, grad, pooled, highest, inverse, weight, scores);
+  pooling::expect_table(weight, kName);
+  pooling::expect_scores(scores, weight, kName);
+  pooling::expect_attention_gradient(grad, pooled, highest, inverse, weight, kName);
+  pooling::expect_padding(padding_idx, weight.size(0), kName);
   const auto rows = torch::stable::contiguous(grad);
   const auto table = torch::stable::contiguous(weight);
+  const auto outputs = torch::stable::contiguous(pooled);
   const auto score = torch::stable::contiguous(scores);
+  const auto highest_of = torch::stable::contiguous(highest);
+  const auto inverse_of = torch::stable::contiguous(inverse);
   const int64_t row_size = table.size(1);
   const int64_t vocabulary = table.size(0);
   const auto index =
-      packed_index(index_codes, index_offsets, index_visits, rows.size(0), vocabulary);
+      packed_index(index_codes, index_offsets, index_visits, rows.size(0), vocabulary, kName);
   auto grad_weight = empty(rows, {vocabulary, row_size}, rows.scalar_type());
   auto grad_scores = empty(rows, {vocabulary}, rows.scalar_type());
   dispatch_floating(rows.scalar_type(), "packed_attention_pool_backward", [&](auto scalar_tag) {
@@ -308,7 +375,8 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
     using acc_t = accumulator_t<scalar_t>;
     const auto* visit_grads = static_cast<const scalar_t*>(rows.data_ptr());
     const auto* code_scores = static_cast<const scalar_t*>(score.data_ptr());
-    const auto* log_sums = static_cast<const double*>(normaliser.data_ptr());
+    const auto* highest_scores = static_cast<const double*>(highest_of.data_ptr());
+    const auto* inverses = static_cast<const double*>(inverse_of.data_ptr());
     auto* out = static_cast<scalar_t*>(grad_weight.data_ptr());
     auto* out_scores = static_cast<scalar_t*>(grad_scores.data_ptr());
 
@@ -317,7 +385,8 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
       for (int64_t segment = begin; segment < end; ++segment) {
         const auto code_score = code_scores[index.codes[segment]];
         for (int32_t i = index.offsets[segment]; i < index.offsets[segment + 1]; ++i) {
-          attention[i] = attention_of<acc_t>(code_score, log_sums[index.visits[i]]);
+          const int32_t visit = index.visits[i];
+          attention[i] = attention_of<acc_t>(code_score, {highest_scores[visit], inverses[visit]});
         }
       }
     });
@@ -336,7 +405,7 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
     parallel_for(0, index.n_codes, 16, [&](int64_t begin, int64_t end) {
       row_kernels<scalar_t>().sum_score_gradients(
           visit_grads, static_cast<const scalar_t*>(table.data_ptr()),
-          static_cast<const scalar_t*>(pooled.data_ptr()), row_size, view, begin, end, out_scores);
+          static_cast<const scalar_t*>(outputs.data_ptr()), row_size, view, begin, end, out_scores);
     });
   });
   return {grad_weight, grad_scores};

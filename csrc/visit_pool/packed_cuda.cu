@@ -6,16 +6,11 @@
 
 #include "common/cuda/launch.h"
 #include "common/operators.h"
+#include "visit_pool/arguments.h"
 #include "visit_pool/cuda_launch.h"
 
 namespace ehrseq::cuda {
 namespace {
-
-void expect_int32(const Tensor& tensor, const char* name) {
-  if (tensor.scalar_type() != ScalarType::Int) {
-    throw std::invalid_argument(std::string("packed_visit_pool: ") + name + " must be int32");
-  }
-}
 
 struct PackedBatch {
   Tensor codes_tensor;
@@ -23,13 +18,12 @@ struct PackedBatch {
   PackedCodes codes;
   int64_t n_visits;
 
-  PackedBatch(const Tensor& codes_, const Tensor& offsets_, int64_t vocabulary)
+  PackedBatch(const Tensor& codes_, const Tensor& offsets_, int64_t vocabulary,
+              const char* operation)
       : codes_tensor(torch::stable::contiguous(codes_)),
         offsets_tensor(torch::stable::contiguous(offsets_)),
         n_visits(offsets_.numel() - 1) {
-    expect_int32(codes_tensor, "codes");
-    expect_int32(offsets_tensor, "code_offsets");
-    if (n_visits < 0) throw std::invalid_argument("packed_visit_pool: code_offsets is empty");
+    pooling::expect_packed_codes(codes_, offsets_, operation);
     codes = {data_of<int32_t>(codes_tensor), data_of<int32_t>(offsets_tensor), codes_tensor.numel(),
              vocabulary};
   }
@@ -44,16 +38,11 @@ struct IndexOfBatch {
   BatchIndex view;
 
   IndexOfBatch(const Tensor& codes_, const Tensor& offsets_, const Tensor& visits_,
-               int64_t n_visits, int64_t vocabulary)
+               int64_t n_visits, int64_t vocabulary, const char* operation)
       : codes_tensor(torch::stable::contiguous(codes_)),
         offsets_tensor(torch::stable::contiguous(offsets_)),
         visits_tensor(torch::stable::contiguous(visits_)) {
-    expect_int32(codes_tensor, "index_codes");
-    expect_int32(offsets_tensor, "index_offsets");
-    expect_int32(visits_tensor, "index_visits");
-    if (offsets_tensor.numel() != codes_tensor.numel() + 1) {
-      throw std::invalid_argument("packed_visit_pool: the code index is not one of a batch");
-    }
+    pooling::expect_index(codes_, offsets_, visits_, operation);
     view = {data_of<int32_t>(codes_tensor),
             data_of<int32_t>(offsets_tensor),
             data_of<int32_t>(visits_tensor),
@@ -71,9 +60,12 @@ struct IndexOfBatch {
 
 std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, Tensor weight,
                                              int64_t mode) {
+  constexpr auto kName = "packed_visit_pool";
   const OnDeviceOf device(weight, codes, code_offsets);
+  pooling::expect_table(weight, kName);
+  pooling::expect_mode(mode, kName);
   const auto table = torch::stable::contiguous(weight);
-  const PackedBatch batch(codes, code_offsets, table.size(0));
+  const PackedBatch batch(codes, code_offsets, table.size(0), kName);
   const PooledRows out(table, {batch.n_visits, table.size(1)}, mode);
   dispatch_floating(table.scalar_type(), "packed_visit_pool", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -94,17 +86,17 @@ struct PackedGradient {
   int64_t mode;
 
   PackedGradient(const Tensor& grad_, const Tensor& offsets_, const OptionalTensor& arg_max,
-                 const Tensor& weight, int64_t mode_)
+                 int64_t vocabulary_, int64_t mode_, int64_t padding_idx, const char* operation)
       : grad(torch::stable::contiguous(grad_)),
         offsets(torch::stable::contiguous(offsets_)),
-        vocabulary(weight.size(0)),
-        row_size(weight.size(1)),
+        vocabulary(vocabulary_),
         mode(mode_) {
+    pooling::expect_padding(padding_idx, vocabulary, operation);
+    expect_dim(grad, operation, "grad", 2, "[n_visits, E]");
+    pooling::expect_gradient(grad, {grad.size(0)}, arg_max, mode, operation);
+    pooling::expect_int32_row(offsets_, operation, "code_offsets", grad.size(0) + 1);
+    row_size = grad.size(1);
     if (mode == kMax) winners = torch::stable::contiguous(*arg_max);
-    expect_int32(offsets, "code_offsets");
-    if (offsets.numel() != grad.size(0) + 1) {
-      throw std::invalid_argument("packed_visit_pool: code_offsets must be one longer than grad");
-    }
   }
 
   template <typename scalar_t>
@@ -119,13 +111,14 @@ struct PackedGradient {
 };
 
 Tensor packed_visit_pool_backward(Tensor grad, Tensor code_offsets, Tensor index_codes,
-                                  Tensor index_offsets, Tensor index_visits, Tensor weight,
+                                  Tensor index_offsets, Tensor index_visits, int64_t vocabulary,
                                   OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
   const OnDeviceOf device(grad, code_offsets, index_codes, index_offsets, index_visits, arg_max);
-  const PackedGradient from(grad, code_offsets, arg_max, weight, mode);
-  const IndexOfBatch index(index_codes, index_offsets, index_visits, from.grad.size(0),
-                           from.vocabulary);
-  const auto grad_weight = empty(from.grad, shape_of(weight), from.grad.scalar_type());
+  constexpr auto kName = "packed_visit_pool_backward";
+  const PackedGradient from(grad, code_offsets, arg_max, vocabulary, mode, padding_idx, kName);
+  const IndexOfBatch index(index_codes, index_offsets, index_visits, from.grad.size(0), vocabulary,
+                           kName);
+  const auto grad_weight = empty(from.grad, {vocabulary, from.row_size}, from.grad.scalar_type());
   dispatch_floating(grad_weight.scalar_type(), "packed_visit_pool_backward", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const GradientRows<scalar_t> out{mutable_data_of<scalar_t>(grad_weight), nullptr, padding_idx,
@@ -146,11 +139,12 @@ bool is_in_index(int64_t padding_idx, const Tensor& index_codes) {
 
 std::tuple<Tensor, Tensor> packed_visit_pool_backward_sparse(
     Tensor grad, Tensor code_offsets, Tensor index_codes, Tensor index_offsets, Tensor index_visits,
-    Tensor weight, OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
+    int64_t vocabulary, OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
   const OnDeviceOf device(grad, code_offsets, index_codes, index_offsets, index_visits, arg_max);
-  const PackedGradient from(grad, code_offsets, arg_max, weight, mode);
-  const IndexOfBatch index(index_codes, index_offsets, index_visits, from.grad.size(0),
-                           from.vocabulary);
+  constexpr auto kName = "packed_visit_pool_backward_sparse";
+  const PackedGradient from(grad, code_offsets, arg_max, vocabulary, mode, padding_idx, kName);
+  const IndexOfBatch index(index_codes, index_offsets, index_visits, from.grad.size(0), vocabulary,
+                           kName);
   const bool has_padding = is_in_index(padding_idx, index.codes_tensor);
   const int64_t n_rows = index.view.n_codes - (has_padding ? 1 : 0);
   const auto code_ids = empty(from.grad, {n_rows}, ScalarType::Long);
@@ -169,19 +163,31 @@ std::tuple<Tensor, Tensor> packed_visit_pool_backward_sparse(
 // ---------------------------------------------------------------------------------------------
 // Attention: a softmax of the codes' scores within each visit
 
-std::tuple<Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offsets, Tensor weight,
-                                                 Tensor scores) {
+// Only read in the backward pass.
+Normalisers normalisers_of(const Tensor& highest, const Tensor& inverse) {
+  return {const_cast<double*>(data_of<double>(highest)),
+          const_cast<double*>(data_of<double>(inverse))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offsets,
+                                                         Tensor weight, Tensor scores) {
+  constexpr auto kName = "packed_attention_pool";
   const OnDeviceOf device(weight, codes, code_offsets, scores);
+  pooling::expect_table(weight, kName);
+  pooling::expect_scores(scores, weight, kName);
   const auto table = torch::stable::contiguous(weight);
   const auto code_scores = torch::stable::contiguous(scores);
-  const PackedBatch batch(codes, code_offsets, table.size(0));
+  const PackedBatch batch(codes, code_offsets, table.size(0), kName);
   const int64_t row_size = table.size(1);
   const auto pooled = empty(table, {batch.n_visits, row_size}, table.scalar_type());
-  const auto normaliser = empty(table, {batch.n_visits}, ScalarType::Double);
+  const auto highest = empty(table, {batch.n_visits}, ScalarType::Double);
+  const auto inverse = empty(table, {batch.n_visits}, ScalarType::Double);
   dispatch_floating(table.scalar_type(), "packed_attention_pool", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    const AttentiveVisits<scalar_t> visits{batch.codes, data_of<scalar_t>(code_scores),
-                                           mutable_data_of<double>(normaliser)};
+    const AttentiveVisits<scalar_t> visits{
+        batch.codes,
+        data_of<scalar_t>(code_scores),
+        {mutable_data_of<double>(highest), mutable_data_of<double>(inverse)}};
     const auto* rows = data_of<scalar_t>(table);
     auto* out = mutable_data_of<scalar_t>(pooled);
     const auto alignment = Alignment().rows(rows, row_size).rows(out, row_size);
@@ -190,24 +196,31 @@ std::tuple<Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offse
                                                     row_size, rows, out, nullptr, device.stream());
     });
   });
-  return {pooled, normaliser};
+  return {pooled, highest, inverse};
 }
 
 std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor pooled,
-                                                          Tensor normaliser, Tensor index_codes,
-                                                          Tensor index_offsets, Tensor index_visits,
-                                                          Tensor weight, Tensor scores,
-                                                          int64_t padding_idx) {
-  const OnDeviceOf device(grad, pooled, normaliser, index_codes, index_offsets, index_visits,
+                                                          Tensor highest, Tensor inverse,
+                                                          Tensor index_codes, Tensor index_offsets,
+                                                          Tensor index_visits, Tensor weight,
+                                                          Tensor scores, int64_t padding_idx) {
+  constexpr auto kName = "packed_attention_pool_backward";
+  const OnDeviceOf device(grad, pooled, highest, inverse, index_codes, index_offsets, index_visits,
                           weight, scores);
+  pooling::expect_table(weight, kName);
+  pooling::expect_scores(scores, weight, kName);
+  pooling::expect_attention_gradient(grad, pooled, highest, inverse, weight, kName);
+  pooling::expect_padding(padding_idx, weight.size(0), kName);
   const auto rows = torch::stable::contiguous(grad);
   const auto table = torch::stable::contiguous(weight);
   const auto outputs = torch::stable::contiguous(pooled);
-  const auto normalisers = torch::stable::contiguous(normaliser);
+  const auto highest_of = torch::stable::contiguous(highest);
+  const auto inverse_of = torch::stable::contiguous(inverse);
   const auto code_scores = torch::stable::contiguous(scores);
   const int64_t vocabulary = table.size(0);
   const int64_t row_size = table.size(1);
-  const IndexOfBatch index(index_codes, index_offsets, index_visits, rows.size(0), vocabulary);
+  const IndexOfBatch index(index_codes, index_offsets, index_visits, rows.size(0), vocabulary,
+                           kName);
   const auto grad_weight = empty(rows, {vocabulary, row_size}, rows.scalar_type());
   const auto grad_scores = empty(rows, {vocabulary}, rows.scalar_type());
   dispatch_floating(rows.scalar_type(), "packed_attention_pool_backward", [&](auto tag) {
@@ -233,8 +246,8 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
       const RowLaunch launch_rows(row_size, kColumns);
       launch(weigh_entries<scalar_t, kColumns>, blocks_for(n_entries, kGradientThreads),
              kGradientThreads, 0, device.stream(), index.view, g, w, o,
-             data_of<scalar_t>(code_scores), data_of<double>(normalisers), launch_rows.shape,
-             attention, terms);
+             data_of<scalar_t>(code_scores), normalisers_of(highest_of, inverse_of),
+             launch_rows.shape, attention, terms);
       launch_gradients(VisitGradients<scalar_t, kColumns>{g, nullptr}, index.view, index.count(),
                        n_entries, weights, terms, out, vocabulary, row_size, rows, device.stream());
     });

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "visit_pool/arguments.h"
 #include "visit_pool/cuda_launch.h"
 
 namespace ehrseq::cuda {
@@ -42,11 +43,7 @@ inline bool is_weighted(const Mask& mask) {
   return mask.kind != MaskKind::kNone && mask.kind != MaskKind::kBool;
 }
 
-inline int64_t product(const std::vector<int64_t>& shape) {
-  int64_t n = 1;
-  for (const int64_t size : shape) n *= size;
-  return n;
-}
+using pooling::product;
 
 // Kernels count the slots of a visit in 32 bits, a few steps beyond the last.
 inline int32_t slots_of_a_visit(int64_t n_slots) {

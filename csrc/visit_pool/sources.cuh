@@ -279,12 +279,36 @@ struct PackedVisits {
   __device__ int64_t first_row(int64_t) const { return 0; }
 };
 
-// exp(score - normaliser). The difference is taken in float64: near a score of 1,000 the rounding
-// of a float would be felt in it.
+// What the scores of a visit have in common: attention is exp(score - highest) * inverse, with
+// inverse = 1 / (sum of exponentials). The two are kept apart: beside a large score, the logarithm
+// of the sum would be lost in rounding.
+struct Normaliser {
+  double highest;
+  double inverse;
+};
+
+// One for each visit.
+struct Normalisers {
+  double* highest;
+  double* inverse;
+
+  __device__ Normaliser of(int64_t visit) const { return {highest[visit], inverse[visit]}; }
+  __device__ void set(int64_t visit, const Normaliser& normaliser) const {
+    highest[visit] = normaliser.highest;
+    inverse[visit] = normaliser.inverse;
+  }
+};
+
+// exp(score - highest). The difference is taken in float64: near a score of 1,000 the rounding of a
+// float would be felt in it.
 template <typename acc_t, typename scalar_t>
-__device__ __forceinline__ acc_t attention_of(scalar_t score, double normaliser) {
-  const double wide = static_cast<double>(widen(score));
-  return exp(static_cast<acc_t>(wide - normaliser));
+__device__ __forceinline__ acc_t exp_below(scalar_t score, double highest) {
+  return exp(static_cast<acc_t>(static_cast<double>(widen(score)) - highest));
+}
+
+template <typename acc_t, typename scalar_t>
+__device__ __forceinline__ acc_t attention_of(scalar_t score, const Normaliser& normaliser) {
+  return exp_below<acc_t>(score, normaliser.highest) * static_cast<acc_t>(normaliser.inverse);
 }
 
 // The codes of a visit weighted by the softmax of their scores.
@@ -293,15 +317,16 @@ struct AttentiveVisits {
   using acc_t = accumulator_t<scalar_t>;
 
   struct AttentionCursor : Cursor<acc_t> {
-    double normaliser;
+    Normaliser normaliser;
   };
 
   PackedCodes packed;
   const scalar_t* scores;
-  double* normalisers;
+  Normalisers normalisers;
 
-  // log(sum of exp) of the scores of the whole visit, whichever part this is; -inf without codes.
-  __device__ double normaliser_of(const Cursor<acc_t>& visit, const Lanes& lanes) const {
+  // Of the scores of the whole visit, whichever part this is; {-inf, 1} without codes. A NaN
+  // among the scores makes `inverse` one.
+  __device__ Normaliser normaliser_of(const Cursor<acc_t>& visit, const Lanes& lanes) const {
     double highest = -INFINITY;
     for (int64_t at = lanes.lane; at < visit.end; at += lanes.count) {
       highest = fmax(highest, static_cast<double>(widen(scores[packed.at(visit.base + at)])));
@@ -309,14 +334,15 @@ struct AttentiveVisits {
     highest = lanes.largest(highest);
     double total = 0;
     for (int64_t at = lanes.lane; at < visit.end; at += lanes.count) {
-      total += attention_of<acc_t>(scores[packed.at(visit.base + at)], highest);
+      total += exp_below<acc_t>(scores[packed.at(visit.base + at)], highest);
     }
-    return highest + log(lanes.sum(total));
+    total = lanes.sum(total);
+    return {highest, total == 0 ? 1 : 1 / total};
   }
 
   __device__ AttentionCursor open(int64_t visit, const Part& part, const Lanes& lanes) const {
-    const double normaliser = normaliser_of(packed.open<acc_t>(visit, Part()), lanes);
-    if (part.index == 0 && lanes.lane == 0 && blockIdx.y == 0) normalisers[visit] = normaliser;
+    const Normaliser normaliser = normaliser_of(packed.open<acc_t>(visit, Part()), lanes);
+    if (part.index == 0 && lanes.lane == 0 && blockIdx.y == 0) normalisers.set(visit, normaliser);
     return {packed.open<acc_t>(visit, part), normaliser};
   }
 

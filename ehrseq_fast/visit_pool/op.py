@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..autograd import once
+from ..autograd import once, transformed, values_are_hidden
 from ..backend import must_check_values, operators
 from ..schemas import fake
 from . import reference
@@ -75,7 +75,9 @@ def visit_mean_pool(
         TypeError: codes that are not int32 or int64, a table that is not floating.
         IndexError: a real code, or ``padding_idx``, outside the vocabulary.
 
-    Double backward is not supported by the compiled kernels and raises ``RuntimeError``.
+    Double backward is not supported by the kernels and raises ``RuntimeError``. Forward-mode
+    differentiation and the transforms of ``torch.func`` (``grad``, ``jvp``, ``vmap``, ``hessian``)
+    are computed by the reference, whatever the backend.
 
     Example:
         >>> import torch
@@ -87,8 +89,9 @@ def visit_mean_pool(
                 [4., 0.]])
     """
     row = _check_table_arguments(codes, weight, visit_mask, mode, padding_idx)
-    chosen = backend.choose("visit_pool", weight.device.type, weight.dtype)
-    if must_check_values(chosen, weight.device.type, validate):
+    chosen = choose("visit_pool", weight, visit_mask)
+    must_check = must_check_values(chosen, weight.device.type, validate)
+    if must_check and not values_are_hidden(codes, visit_mask):
         _check_codes(codes, visit_mask, weight.shape[0])
     if chosen == "reference":
         return reference.visit_mean_pool(
@@ -121,7 +124,7 @@ def masked_pool(embeddings: Tensor, mask: Tensor | None = None, *, mode: str = "
         ValueError: shapes that do not fit, an unknown mode, a mask that asks for a gradient.
         TypeError: embeddings that are not floating.
 
-    Double backward is not supported by the compiled kernels and raises ``RuntimeError``.
+    Derivatives are those of :func:`visit_mean_pool`.
 
     Example:
         >>> import torch
@@ -135,7 +138,7 @@ def masked_pool(embeddings: Tensor, mask: Tensor | None = None, *, mode: str = "
     if embeddings.dim() < 2:
         raise ValueError(f"embeddings must be [..., C, E], got {_shape(embeddings)}")
     _check_mask(mask, embeddings.shape[:-1], "embeddings [..., C]", embeddings.device)
-    chosen = backend.choose("masked_pool", embeddings.device.type, embeddings.dtype)
+    chosen = choose("masked_pool", embeddings, mask)
     if chosen == "reference":
         return reference.masked_pool(embeddings, mask, mode=mode)
     mask = _readable_mask(mask)
@@ -148,24 +151,25 @@ class _VisitPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chosen, codes, weight, visit_mask, mode, padding_row, sparse_grad):
         pooled, arg_max = operators(chosen).visit_pool.default(codes, weight, visit_mask, mode)
-        ctx.save_for_backward(codes, weight, visit_mask, arg_max)
-        ctx.chosen, ctx.mode = chosen, mode
+        # of the table only the shape is used again: it may be changed before the backward pass
+        ctx.save_for_backward(codes, visit_mask, arg_max)
+        ctx.chosen, ctx.mode, ctx.vocabulary = chosen, mode, weight.shape[0]
         ctx.padding_row, ctx.sparse_grad = padding_row, sparse_grad
         return pooled
 
     @staticmethod
     def backward(ctx, grad):
-        codes, weight, visit_mask, arg_max = ctx.saved_tensors
-        arguments = (grad, codes, weight, visit_mask, arg_max, ctx.mode, ctx.padding_row)
+        codes, visit_mask, arg_max = ctx.saved_tensors
+        arguments = (grad, codes, ctx.vocabulary, visit_mask, arg_max, ctx.mode, ctx.padding_row)
         with torch.no_grad():
             if ctx.sparse_grad:
                 code_ids, rows = operators(ctx.chosen).visit_pool_backward_sparse.default(
                     *arguments
                 )
-                gradient = sparse_rows(code_ids, rows, weight.shape)
+                gradient = sparse_rows(code_ids, rows, ctx.vocabulary)
             else:
                 gradient = operators(ctx.chosen).visit_pool_backward.default(*arguments)
-        (tied,) = once("visit_mean_pool", [gradient], [grad, weight])
+        (tied,) = once("visit_mean_pool", [gradient], [grad])
         return None, None, tied, None, None, None, None
 
 
@@ -200,16 +204,16 @@ def _(codes, weight, visit_mask, mode):
 
 
 @fake("visit_pool_backward")
-def _(grad, codes, weight, visit_mask, arg_max, mode, padding_idx):
-    return grad.new_empty(weight.shape)
+def _(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx):
+    return grad.new_empty((vocabulary, grad.shape[-1]))
 
 
 @fake("visit_pool_backward_sparse")
-def _(grad, codes, weight, visit_mask, arg_max, mode, padding_idx):
+def _(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx):
     n_distinct = torch.library.get_ctx().new_dynamic_size()
     return (
         grad.new_empty((n_distinct,), dtype=torch.int64),
-        grad.new_empty((n_distinct, weight.shape[1])),
+        grad.new_empty((n_distinct, grad.shape[-1])),
     )
 
 
@@ -224,15 +228,30 @@ def _(grad, mask, arg_max, n_slots, mode):
     return grad.new_empty((*grad.shape[:-1], n_slots, grad.shape[-1]))
 
 
-def sparse_rows(code_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+def sparse_rows(code_ids: Tensor, rows: Tensor, vocabulary: int) -> Tensor:
     """A sparse gradient that holds whole rows of the table, ids ascending and distinct."""
     return torch.sparse_coo_tensor(
-        code_ids.unsqueeze(0), rows, shape, is_coalesced=True, check_invariants=False
+        code_ids.unsqueeze(0),
+        rows,
+        (vocabulary, rows.shape[1]),
+        is_coalesced=True,
+        check_invariants=False,
     )
 
 
 def fake_arg_max(like, shape, mode):
     return like.new_empty(shape if mode == MODES["max"] else (0,), dtype=torch.int32)
+
+
+# ---------------------------------------------------------------------------------------------
+# The choice of backend
+
+
+def choose(operation: str, values: Tensor, *others: Tensor | None) -> str:
+    """The backend for pooling ``values``; under a transform of ``torch.func`` or in forward-mode
+    differentiation of any of these, ``reference``."""
+    chosen = backend.choose(operation, values.device.type, values.dtype)
+    return "reference" if transformed(values, *others) else chosen
 
 
 # ---------------------------------------------------------------------------------------------

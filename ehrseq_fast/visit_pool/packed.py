@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..autograd import once
+from ..autograd import once, values_are_hidden
 from ..backend import must_check_values, operators
 from ..schemas import fake
 from . import reference
-from .op import MODES, fake_arg_max, padding_row, sparse_rows
+from .op import MODES, choose, fake_arg_max, padding_row, sparse_rows
 
 if TYPE_CHECKING:
     from ..batch import PackedVisits
@@ -38,6 +38,9 @@ def codes_in_use(batch: PackedVisits) -> PackedCodes:
 
     For a table that holds only the rows in use, ``table[batch.index_codes]``.
 
+    Raises:
+        ValueError: a code that the index does not hold, as the batch was changed (on the CPU).
+
     Example:
         >>> from ehrseq_fast import PackedVisits
         >>> from ehrseq_fast.visit_pool import codes_in_use
@@ -47,6 +50,8 @@ def codes_in_use(batch: PackedVisits) -> PackedCodes:
     """
     ids = torch.arange(batch.index_codes.shape[0], dtype=torch.int32, device=batch.codes.device)
     codes = torch.searchsorted(batch.index_codes, batch.codes, out_int32=True)
+    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_in_index(batch, codes)
     return PackedCodes(codes, batch.code_offsets, ids, batch.index_offsets, batch.index_visits)
 
 
@@ -90,6 +95,8 @@ def packed_visit_pool(
         TypeError: a table that is not floating.
         IndexError: a code, or ``padding_idx``, outside the vocabulary.
 
+    Derivatives are those of :func:`visit_mean_pool`.
+
     Example:
         >>> import torch
         >>> from ehrseq_fast import PackedVisits, packed_visit_pool
@@ -102,9 +109,10 @@ def packed_visit_pool(
     """
     row = _check_arguments(batch, weight, mode, scores, padding_idx, sparse_grad)
     operation = "packed_attention_pool" if mode == "attention" else "packed_visit_pool"
-    chosen = backend.choose(operation, weight.device.type, weight.dtype)
-    if must_check_values(chosen, weight.device.type, validate):
-        _check_packed_codes(batch.codes, weight.shape[0])
+    chosen = choose(operation, weight, scores)
+    must_check = must_check_values(chosen, weight.device.type, validate)
+    if must_check and not values_are_hidden(batch.codes, batch.code_offsets):
+        _check_packed_codes(batch, weight.shape[0])
     if chosen == "reference":
         return reference.packed_visit_pool(
             batch.codes,
@@ -147,26 +155,25 @@ class _PackedVisitPool(torch.autograd.Function):
         pooled, arg_max = operators(chosen).packed_visit_pool.default(
             codes, code_offsets, weight, mode
         )
-        ctx.save_for_backward(
-            code_offsets, index_codes, index_offsets, index_visits, weight, arg_max
-        )
-        ctx.chosen, ctx.mode = chosen, mode
+        # of the table only the shape is used again: it may be changed before the backward pass
+        ctx.save_for_backward(code_offsets, index_codes, index_offsets, index_visits, arg_max)
+        ctx.chosen, ctx.mode, ctx.vocabulary = chosen, mode, weight.shape[0]
         ctx.padding_row, ctx.sparse_grad = padding_row, sparse_grad
         return pooled
 
     @staticmethod
     def backward(ctx, grad):
-        arguments = (grad, *ctx.saved_tensors, ctx.mode, ctx.padding_row)
-        weight = ctx.saved_tensors[4]
+        *index, arg_max = ctx.saved_tensors
+        arguments = (grad, *index, ctx.vocabulary, arg_max, ctx.mode, ctx.padding_row)
         with torch.no_grad():
             if ctx.sparse_grad:
                 code_ids, rows = operators(ctx.chosen).packed_visit_pool_backward_sparse.default(
                     *arguments
                 )
-                gradient = sparse_rows(code_ids, rows, weight.shape)
+                gradient = sparse_rows(code_ids, rows, ctx.vocabulary)
             else:
                 gradient = operators(ctx.chosen).packed_visit_pool_backward.default(*arguments)
-        (tied,) = once("packed_visit_pool", [gradient], [grad, weight])
+        (tied,) = once("packed_visit_pool", [gradient], [grad])
         return *(None,) * 6, tied, None, None, None
 
 
@@ -184,21 +191,22 @@ class _PackedAttentionPool(torch.autograd.Function):
         scores,
         padding_row,
     ):
-        pooled, normaliser = operators(chosen).packed_attention_pool.default(
+        pooled, highest, inverse = operators(chosen).packed_attention_pool.default(
             codes, code_offsets, weight, scores
         )
         ctx.save_for_backward(
-            pooled, normaliser, index_codes, index_offsets, index_visits, weight, scores
+            pooled, highest, inverse, index_codes, index_offsets, index_visits, weight, scores
         )
         ctx.chosen, ctx.padding_row = chosen, padding_row
         return pooled
 
     @staticmethod
     def backward(ctx, grad):
-        weight, scores = ctx.saved_tensors[5:]
+        # read once: activation checkpointing computes them again, and lets go of them
+        *kept, weight, scores = ctx.saved_tensors
         with torch.no_grad():
             gradients = operators(ctx.chosen).packed_attention_pool_backward.default(
-                grad, *ctx.saved_tensors, ctx.padding_row
+                grad, *kept, weight, scores, ctx.padding_row
             )
         gradients = once("packed_visit_pool", gradients, [grad, weight, scores])
         return *(None,) * 6, *gradients, None
@@ -217,12 +225,12 @@ def _(
     index_codes,
     index_offsets,
     index_visits,
-    weight,
+    vocabulary,
     arg_max,
     mode,
     padding_idx,
 ):
-    return grad.new_empty(weight.shape)
+    return grad.new_empty((vocabulary, grad.shape[1]))
 
 
 @fake("packed_visit_pool_backward_sparse")
@@ -232,7 +240,7 @@ def _(
     index_codes,
     index_offsets,
     index_visits,
-    weight,
+    vocabulary,
     arg_max,
     mode,
     padding_idx,
@@ -240,7 +248,7 @@ def _(
     n_rows = torch.library.get_ctx().new_dynamic_size()
     return (
         grad.new_empty((n_rows,), dtype=torch.int64),
-        grad.new_empty((n_rows, weight.shape[1])),
+        grad.new_empty((n_rows, grad.shape[1])),
     )
 
 
@@ -250,6 +258,7 @@ def _(codes, code_offsets, weight, scores):
     return (
         weight.new_empty((n_visits, weight.shape[1])),
         weight.new_empty((n_visits,), dtype=torch.float64),
+        weight.new_empty((n_visits,), dtype=torch.float64),
     )
 
 
@@ -257,7 +266,8 @@ def _(codes, code_offsets, weight, scores):
 def _(
     grad,
     pooled,
-    normaliser,
+    highest,
+    inverse,
     index_codes,
     index_offsets,
     index_visits,
@@ -302,7 +312,28 @@ def _check_arguments(
     return padding_row(padding_idx, weight.shape[0])
 
 
-def _check_packed_codes(codes: Tensor, vocabulary: int) -> None:
+def _check_in_index(batch: PackedVisits | PackedCodes, places: Tensor) -> None:
+    beyond = places >= batch.index_codes.shape[0]
+    held = (
+        batch.index_codes.index_select(0, places.masked_fill(beyond, 0)) if len(places) else places
+    )
+    if bool(beyond.any()) or not torch.equal(held, batch.codes):
+        first = int((beyond | (held != batch.codes)).nonzero()[0])
+        raise ValueError(
+            "the batch's index must hold every code of the batch, got code "
+            f"{int(batch.codes[first])} at position {first} of the packed codes, which it lacks"
+        )
+
+
+def _check_packed_codes(batch: PackedVisits | PackedCodes, vocabulary: int) -> None:
+    codes, offsets = batch.codes, batch.code_offsets
+    falls = torch.cat([offsets[:1] != 0, offsets.diff() < 0, offsets[-1:] != codes.shape[0]])
+    if bool(falls.any()):
+        first = min(int(falls.nonzero()[0]), offsets.shape[0] - 1)
+        raise ValueError(
+            f"code_offsets must rise from 0 to the {codes.shape[0]} codes of the batch, got "
+            f"{int(offsets[first])} at position {first}"
+        )
     outside = (codes < 0) | (codes >= vocabulary)
     found = int(outside.sum())
     if found:

@@ -1,8 +1,10 @@
 """Attention over the codes of a packed visit, in Triton: a softmax of the codes' scores within each
 visit, and the gradients of the table and of the scores.
 
-The log of a visit's sum of exponentials, its *normaliser*, is kept in float64: attention is
-``exp(score - normaliser)``, and the rounding of a float near 1,000 would be felt in it.
+Attention is ``exp(score - highest) * inverse``, with a visit's highest score and
+``1 / (sum of exp(score - highest))``, in float64. The two are kept apart, since the logarithm of
+the sum would be lost in rounding beside a large score; and the difference is taken in float64,
+since the rounding of a float near 1,000 would be felt in it.
 """
 
 import triton
@@ -24,7 +26,8 @@ def _scores_of(codes, scores, entries, first, taken, vocabulary):
     do_not_specialize_on_alignment=ANY_ALIGNMENT,
 )
 def pool_attention(
-    table, codes, code_offsets, scores, pooled, normalisers, n_visits, n_entries, vocabulary,
+    table, codes, code_offsets, scores, pooled, highest_out, inverse_out, n_visits, n_entries,
+    vocabulary,
     ROW_SIZE: tl.constexpr, VISITS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """A tile of visits as in ``pool_runs``, walked over three times: for the highest score, the sum
@@ -51,7 +54,7 @@ def pool_attention(
         taken = first + step < last
         _, score, known = _scores_of(codes, scores, first + step, first, taken, vocabulary)
         total += tl.where(known, tl.exp(score - highest), 0.0)
-    normaliser = highest + tl.log(total)
+    inverse = 1.0 / tl.where(total == 0, 1.0, total)  # 0 in an empty visit alone
 
     value = tl.zeros([VISITS, COLUMNS], ACC)
     for step in range(0, longest, UNROLL):
@@ -60,14 +63,16 @@ def pool_attention(
             rows, score, known = _scores_of(
                 codes, scores, entries, first, entries < last, vocabulary
             )
-            attention = tl.exp((score - normaliser).to(ACC))
+            attention = tl.exp((score - highest).to(ACC)) * inverse.to(ACC)
             row = load_rows(table, rows, columns, known, inside, ROW_SIZE, ACC)
             value += tl.where(known[:, None], attention[:, None] * row, 0.0)
     value = tl.where(lost[:, None], float("nan"), value)
     written = present[:, None] & inside[None, :]
     at = visits[:, None] * ROW_SIZE + columns[None, :]
     tl.store(pooled + at, value.to(pooled.dtype.element_ty), mask=written)
-    tl.store(normalisers + visits, normaliser, mask=present & (tl.program_id(1) == 0))
+    kept = present & (tl.program_id(1) == 0)
+    tl.store(highest_out + visits, highest, mask=kept)
+    tl.store(inverse_out + visits, inverse, mask=kept)
 
 
 @triton.jit(
@@ -75,7 +80,7 @@ def pool_attention(
     do_not_specialize_on_alignment=ANY_ALIGNMENT,
 )
 def sum_attention(
-    grad, pooled, normalisers, table, scores, runs, entries,
+    grad, pooled, highest_scores, inverses, table, scores, runs, entries,
     out, score_out, partials, score_partials,
     n_entries, n_visits, windows, n_rows, padding_idx,
     ROW_SIZE: tl.constexpr, CHUNK: tl.constexpr,
@@ -105,8 +110,9 @@ def sum_attention(
             for i in tl.static_range(UNROLL):
                 entry = begin + (step + i)
                 _, visits, taken = visits_of(entries, entry, entry < end, None, n_visits)
-                normaliser = tl.load(normalisers + visits, mask=taken, other=0.0)
-                attention = tl.exp((score - normaliser).to(ACC))
+                highest = tl.load(highest_scores + visits, mask=taken, other=0.0)
+                inverse = tl.load(inverses + visits, mask=taken, other=0.0)
+                attention = tl.exp((score - highest).to(ACC)) * inverse.to(ACC)
                 grads = load_rows(grad, visits, columns, taken, inside, ROW_SIZE, ACC)
                 shared = load_rows(pooled, visits, columns, taken, inside, ROW_SIZE, ACC)
                 weighted = tl.where(taken[:, None], attention[:, None] * grads, 0.0)

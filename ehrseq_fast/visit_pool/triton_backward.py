@@ -172,7 +172,12 @@ def sum_codes(
 
 
 def index_padded_codes(
-    codes: Tensor, mask: Tensor | None, weight: Tensor, mode: int, padding_idx: int
+    codes: Tensor,
+    mask: Tensor | None,
+    vocabulary: int,
+    dtype: torch.dtype,
+    mode: int,
+    padding_idx: int,
 ) -> Index:
     """The code index of a padded batch that has slots, built without waiting for the device."""
     *leading, n_slots = codes.shape
@@ -182,12 +187,11 @@ def index_padded_codes(
             f"the gradient of visit pooling takes at most {_MOST_SLOTS} slots, got {n}: pass a "
             "PackedVisits, which has none that are empty"
         )
-    vocabulary = weight.shape[0]
     codes = codes.contiguous()
     mask, weighted = kernel_mask(mask)
     scales = None
     if mode == MEAN and mask is not None:
-        scales = codes.new_empty((n_visits,), dtype=accumulator(weight.dtype))
+        scales = codes.new_empty((n_visits,), dtype=accumulator(dtype))
 
     block, visits = 2048, 8
     blocks = triton.cdiv(n, block)

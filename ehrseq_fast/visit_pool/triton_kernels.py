@@ -25,6 +25,24 @@ from . import triton_attention as attention
 from . import triton_forward as forward
 from . import triton_index as index
 from .reference import accumulator
+from .triton_arguments import (
+    expect,
+    expect_attention_gradient,
+    expect_floating,
+    expect_gradient,
+    expect_index,
+    expect_mask,
+    expect_mode,
+    expect_packed_codes,
+    expect_packed_gradient,
+    expect_padded_codes,
+    expect_padded_gradient,
+    expect_padding,
+    expect_row,
+    expect_scores,
+    expect_table,
+    expect_together,
+)
 from .triton_backward import Index, Rows, find_runs, index_padded_codes, sum_codes, sum_pieces
 from .triton_tiles import MAX, grid, is_wide, kernel_mask, registers, tile_of
 
@@ -119,6 +137,10 @@ def visit_pool(
     codes: Tensor, weight: Tensor, visit_mask: Tensor | None, mode: int
 ) -> tuple[Tensor, Tensor]:
     """The operator ``visit_pool``."""
+    expect_together(codes, weight, visit_mask)
+    expect_table(weight)
+    expect_mode(mode)
+    expect_padded_codes(codes, visit_mask)
     table, codes = weight.contiguous(), codes.contiguous()
     vocabulary, row_size = table.shape
     *leading, n_slots = codes.shape
@@ -137,6 +159,10 @@ def packed_visit_pool(
     codes: Tensor, code_offsets: Tensor, weight: Tensor, mode: int
 ) -> tuple[Tensor, Tensor]:
     """The operator ``packed_visit_pool``."""
+    expect_together(codes, code_offsets, weight)
+    expect_table(weight)
+    expect_mode(mode)
+    expect_packed_codes(codes, code_offsets)
     table, codes, code_offsets = weight.contiguous(), codes.contiguous(), code_offsets.contiguous()
     vocabulary, row_size = table.shape
     n_visits = code_offsets.shape[0] - 1
@@ -148,6 +174,11 @@ def packed_visit_pool(
 @implemented_in_triton("masked_pool")
 def masked_pool(embeddings: Tensor, mask: Tensor | None, mode: int) -> tuple[Tensor, Tensor]:
     """The operator ``masked_pool``: the table is the slots themselves."""
+    expect_together(embeddings, mask)
+    expect(embeddings.dim() >= 2, "embeddings must be [..., C, E]", list(embeddings.shape))
+    expect_floating("embeddings", embeddings)
+    expect_mask(mask, embeddings.shape[:-1])
+    expect_mode(mode)
     table = embeddings.contiguous()
     *leading, n_slots, row_size = table.shape
     n_visits = math.prod(leading)
@@ -164,6 +195,10 @@ def masked_pool_backward(
     grad: Tensor, mask: Tensor | None, arg_max: Tensor | None, n_slots: int, mode: int
 ) -> Tensor:
     """The operator ``masked_pool_backward``."""
+    expect_together(grad, mask, arg_max)
+    expect_gradient(grad, grad.shape[:-1], arg_max, mode)
+    expect(n_slots >= 0, "n_slots must not be negative", n_slots)
+    expect_mask(mask, (*grad.shape[:-1], n_slots))
     grad = grad.contiguous()
     *leading, row_size = grad.shape
     out = grad.new_empty((*leading, n_slots, row_size))
@@ -175,7 +210,7 @@ def masked_pool_backward(
             (math.prod(leading), triton.cdiv(row_size, tile.columns)),
             grad,
             mask,
-            arg_max if mode == MAX else None,
+            _winners(arg_max, mode),
             out,
             n_slots,
             ROW_SIZE=row_size,
@@ -199,15 +234,17 @@ def packed_visit_pool_backward(
     index_codes: Tensor,
     index_offsets: Tensor,
     index_visits: Tensor,
-    weight: Tensor,
+    vocabulary: int,
     arg_max: Tensor | None,
     mode: int,
     padding_idx: int,
 ) -> Tensor:
     """The operator ``packed_visit_pool_backward``."""
-    at = _packed_index(code_offsets, index_codes, index_offsets, index_visits)
-    rows = Rows(weight.shape[0], padding_idx)
-    return sum_codes(grad.contiguous(), arg_max, at, rows, grad.new_empty(weight.shape), mode)
+    expect_packed_gradient(grad, vocabulary, arg_max, mode, padding_idx)
+    at = _packed_index(grad, code_offsets, index_codes, index_offsets, index_visits)
+    rows = Rows(vocabulary, padding_idx)
+    out = grad.new_empty((vocabulary, grad.shape[1]))
+    return sum_codes(grad.contiguous(), _winners(arg_max, mode), at, rows, out, mode)
 
 
 @implemented_in_triton("packed_visit_pool_backward_sparse")
@@ -217,7 +254,7 @@ def packed_visit_pool_backward_sparse(
     index_codes: Tensor,
     index_offsets: Tensor,
     index_visits: Tensor,
-    weight: Tensor,
+    vocabulary: int,
     arg_max: Tensor | None,
     mode: int,
     padding_idx: int,
@@ -227,13 +264,26 @@ def packed_visit_pool_backward_sparse(
     With ``padding_idx``, whether the batch holds that code decides the size of the result: then the
     host waits for the device, once.
     """
-    at = _packed_index(code_offsets, index_codes, index_offsets, index_visits)
-    return _sparse_rows(grad.contiguous(), arg_max, at, weight, mode, padding_idx)
+    expect_packed_gradient(grad, vocabulary, arg_max, mode, padding_idx)
+    at = _packed_index(grad, code_offsets, index_codes, index_offsets, index_visits)
+    winners = _winners(arg_max, mode)
+    return _sparse_rows(grad.contiguous(), winners, at, vocabulary, mode, padding_idx)
+
+
+def _winners(arg_max: Tensor | None, mode: int) -> Tensor | None:
+    return arg_max.contiguous() if mode == MAX and arg_max is not None else None
 
 
 def _packed_index(
-    code_offsets: Tensor, index_codes: Tensor, index_offsets: Tensor, index_visits: Tensor
+    grad: Tensor,
+    code_offsets: Tensor,
+    index_codes: Tensor,
+    index_offsets: Tensor,
+    index_visits: Tensor,
 ) -> Index:
+    expect_together(grad, code_offsets, index_codes, index_offsets, index_visits)
+    expect_row("code_offsets", code_offsets, grad.shape[0] + 1)
+    expect_index(index_codes, index_offsets, index_visits)
     return Index(
         index_codes.contiguous(),
         index_offsets.contiguous(),
@@ -243,10 +293,9 @@ def _packed_index(
 
 
 def _sparse_rows(
-    grad: Tensor, arg_max: Tensor | None, at: Index, weight: Tensor, mode: int, padding_idx: int
+    grad: Tensor, arg_max: Tensor | None, at: Index, vocabulary: int, mode: int, padding_idx: int
 ) -> tuple[Tensor, Tensor]:
     """The gradient's rows for the codes of a packed batch's index, and those codes."""
-    vocabulary, row_size = weight.shape
     # a code outside the vocabulary has a row of zeros, whose number must still be one of the table
     code_ids = at.codes.clamp(0, max(vocabulary - 1, 0)).long()
     padding_segment = at.codes.shape[0]
@@ -254,7 +303,7 @@ def _sparse_rows(
         padding_segment = _position_of(at.codes, padding_idx)
         code_ids = torch.cat([code_ids[:padding_segment], code_ids[padding_segment + 1 :]])
     rows = Rows(vocabulary, padding_idx, sparse=True, padding_segment=padding_segment)
-    out = grad.new_empty((code_ids.shape[0], row_size))
+    out = grad.new_empty((code_ids.shape[0], grad.shape[1]))
     return code_ids, sum_codes(grad, arg_max, at, rows, out, mode)
 
 
@@ -268,13 +317,18 @@ def _position_of(ascending: Tensor, wanted: int) -> int:
 @implemented_in_triton("packed_attention_pool")
 def packed_attention_pool(
     codes: Tensor, code_offsets: Tensor, weight: Tensor, scores: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``packed_attention_pool``."""
+    expect_together(codes, code_offsets, weight, scores)
+    expect_table(weight)
+    expect_scores(scores, weight)
+    expect_packed_codes(codes, code_offsets)
     table, codes, code_offsets = weight.contiguous(), codes.contiguous(), code_offsets.contiguous()
     vocabulary, row_size = table.shape
     n_visits = code_offsets.shape[0] - 1
     pooled = table.new_empty((n_visits, row_size))
-    normalisers = table.new_empty((n_visits,), dtype=torch.float64)
+    highest = table.new_empty((n_visits,), dtype=torch.float64)
+    inverse = torch.empty_like(highest)
     if n_visits:
         tile = tile_of(table, row_size, row_bytes=2048)
         launch(
@@ -285,7 +339,8 @@ def packed_attention_pool(
             code_offsets,
             scores.contiguous(),
             pooled,
-            normalisers,
+            highest,
+            inverse,
             n_visits,
             codes.shape[0],
             vocabulary,
@@ -295,14 +350,15 @@ def packed_attention_pool(
             UNROLL=2,
             num_warps=2,
         )
-    return pooled, normalisers
+    return pooled, highest, inverse
 
 
 @implemented_in_triton("packed_attention_pool_backward")
 def packed_attention_pool_backward(
     grad: Tensor,
     pooled: Tensor,
-    normaliser: Tensor,
+    highest: Tensor,
+    inverse: Tensor,
     index_codes: Tensor,
     index_offsets: Tensor,
     index_visits: Tensor,
@@ -311,6 +367,10 @@ def packed_attention_pool_backward(
     padding_idx: int,
 ) -> tuple[Tensor, Tensor]:
     """The operator ``packed_attention_pool_backward``."""
+    expect_attention_gradient(grad, pooled, highest, inverse, weight, scores)
+    expect_together(grad, index_codes, index_offsets, index_visits)
+    expect_index(index_codes, index_offsets, index_visits)
+    expect_padding(padding_idx, weight.shape[0])
     grad, table = grad.contiguous(), weight.contiguous()
     out, score_out = grad.new_empty(weight.shape), grad.new_empty(scores.shape)
     n_rows, row_size = out.shape
@@ -326,8 +386,9 @@ def packed_attention_pool_backward(
         attention.sum_attention,
         (triton.cdiv(windows, tile.rows) + triton.cdiv(n_rows, tile.rows),),
         grad,
-        pooled,
-        normaliser,
+        pooled.contiguous(),
+        highest.contiguous(),
+        inverse.contiguous(),
         table,
         scores.contiguous(),
         runs,
@@ -357,26 +418,27 @@ def packed_attention_pool_backward(
 def visit_pool_backward(
     grad: Tensor,
     codes: Tensor,
-    weight: Tensor,
+    vocabulary: int,
     visit_mask: Tensor | None,
     arg_max: Tensor | None,
     mode: int,
     padding_idx: int,
 ) -> Tensor:
     """The operator ``visit_pool_backward``."""
-    out = grad.new_empty(weight.shape)
+    expect_padded_gradient(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx)
+    out = grad.new_empty((vocabulary, grad.shape[-1]))
     if not codes.numel():
         return out.zero_()
-    at = index_padded_codes(codes, visit_mask, weight, mode, padding_idx)
-    rows = Rows(weight.shape[0], padding_idx)
-    return sum_codes(grad.contiguous(), arg_max, at, rows, out, mode)
+    at = index_padded_codes(codes, visit_mask, vocabulary, grad.dtype, mode, padding_idx)
+    rows = Rows(vocabulary, padding_idx)
+    return sum_codes(grad.contiguous(), _winners(arg_max, mode), at, rows, out, mode)
 
 
 @implemented_in_triton("visit_pool_backward_sparse")
 def visit_pool_backward_sparse(
     grad: Tensor,
     codes: Tensor,
-    weight: Tensor,
+    vocabulary: int,
     visit_mask: Tensor | None,
     arg_max: Tensor | None,
     mode: int,
@@ -386,10 +448,11 @@ def visit_pool_backward_sparse(
 
     The number of different codes is the size of the result: the host waits for it, once.
     """
-    vocabulary, row_size = weight.shape
+    expect_padded_gradient(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx)
+    row_size = grad.shape[-1]
     if not codes.numel() or not vocabulary:
         return grad.new_empty((0,), dtype=torch.int64), grad.new_empty((0, row_size))
-    at = index_padded_codes(codes, visit_mask, weight, mode, padding_idx)
+    at = index_padded_codes(codes, visit_mask, vocabulary, grad.dtype, mode, padding_idx)
     row_offsets = at.entries.new_empty((vocabulary + 1,))
     launch(
         index.find_rows,
@@ -406,4 +469,5 @@ def visit_pool_backward_sparse(
     at = replace(at, codes=code_ids.int(), offsets=offsets)
     rows = Rows(vocabulary, padding_idx, sparse=True, padding_segment=code_ids.shape[0])
     rows_out = grad.new_empty((code_ids.shape[0], row_size))
-    return code_ids, sum_codes(grad.contiguous(), arg_max, at, rows, rows_out, mode)
+    winners = _winners(arg_max, mode)
+    return code_ids, sum_codes(grad.contiguous(), winners, at, rows, rows_out, mode)

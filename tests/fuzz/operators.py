@@ -94,7 +94,7 @@ def _pool(draw: Draw, ops: Any, name: str) -> Call:
 
     return Call(
         getattr(ops, name),
-        [grad, codes, weight, mask, arg_max if mode == 2 else None, mode, padding],
+        [grad, codes, len(weight), mask, arg_max if mode == 2 else None, mode, padding],
         expected if name == "visit_pool_backward" else None,
     )
 
@@ -179,7 +179,7 @@ def _packed(draw: Draw, ops: Any, name: str) -> Call:
     grad = draw.floats(pooled.shape, weight.dtype)
     return Call(
         getattr(ops, name),
-        [grad, offsets, *index, weight, arg_max if mode == 2 else None, mode, padding],
+        [grad, offsets, *index, len(weight), arg_max if mode == 2 else None, mode, padding],
         (lambda: list(gradient(pooled_by, [weight], grad)))
         if name == "packed_visit_pool_backward"
         else None,
