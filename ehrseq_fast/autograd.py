@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,3 +84,14 @@ def values_are_hidden(*tensors: Tensor | None) -> bool:
                 return True
             tensor = functorch.get_unwrapped(tensor)
     return False
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """Inside, new tensors are plain ones, whatever transform of ``torch.func`` is at work.
+
+    A batch is built from values on the host. Under a transform even what is computed from plain
+    tensors is wrapped, and a wrapped tensor's memory cannot be read.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return torch._C._DisableFuncTorch()
+    return contextlib.nullcontext()

@@ -165,11 +165,20 @@ _operations: dict[str, frozenset[str]] = {}
 _reference_builder: ModuleType
 _by_environment: str | None = None
 
-# The use_backend blocks that the current context is in, outermost first: what identifies the block,
-# and its backend. A context variable, so that neither threads nor the tasks of an event loop see
-# each other's; and a block takes away its own entry alone, since generators that hold blocks open
-# may be closed in any order, in any context.
-_Blocks = tuple[tuple[object, str | None], ...]
+
+@dataclass(eq=False)
+class _Block:
+    """One ``use_backend`` block."""
+
+    backend: str | None
+    is_open: bool = True
+
+
+# The use_backend blocks that the current context is in, outermost first. A context variable, as
+# neither threads nor the tasks of an event loop may see each other's; and a block takes away its
+# own entry alone, since generators that hold blocks open may be closed in any order. One that is
+# closed in another context, whose variable is not this one's, is marked, and no longer counts here.
+_Blocks = tuple[_Block, ...]
 _blocks: ContextVar[_Blocks] = ContextVar("ehrseq_fast_backend", default=())
 
 
@@ -320,12 +329,17 @@ def requested() -> str | None:
         innermost = _traced.innermost
         return innermost[0] if innermost else _by_environment
     blocks = _blocks.get()
-    return blocks[-1][1] if blocks else _by_environment
+    if blocks and not blocks[-1].is_open:
+        blocks = _enter(blocks)
+    return blocks[-1].backend if blocks else _by_environment
 
 
-def _enter(blocks: _Blocks) -> None:
+def _enter(blocks: _Blocks) -> _Blocks:
+    """Make those of ``blocks`` that are open the current context's."""
+    blocks = tuple(block for block in blocks if block.is_open)
     _blocks.set(blocks)
-    _traced.innermost = blocks[-1][1:] if blocks else ()
+    _traced.innermost = (blocks[-1].backend,) if blocks else ()
+    return blocks
 
 
 @contextlib.contextmanager
@@ -351,12 +365,16 @@ def use_backend(backend: str | None) -> Iterator[None]:
     reason = None if backend is None else why_not_loaded(backend)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} was asked for, but cannot run: {reason}")
-    block = object()
-    _enter((*_blocks.get(), (block, backend)))
+    block = _Block(backend)
+    _enter((*_blocks.get(), block))
     try:
         yield
     finally:
-        _enter(tuple(entry for entry in _blocks.get() if entry[0] is not block))
+        blocks = _blocks.get()
+        if block in blocks:  # of this context alone: tasks that took it over keep it
+            _enter(tuple(entry for entry in blocks if entry is not block))
+        else:  # closed in another context than opened
+            block.is_open = False
 
 
 def validate_on_device() -> bool:

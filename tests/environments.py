@@ -88,9 +88,14 @@ def make_batch(patients: int = 160, seed: int = 0) -> PackedVisits:
     )
 
 
-def step(name: str, path: str = "fused", batch: PackedVisits | None = None) -> Found:
+def step(
+    name: str,
+    path: str = "fused",
+    batch: PackedVisits | None = None,
+    model: torch.nn.Module | None = None,
+) -> Found:
     """The loss and every gradient, the embedding's among them."""
-    model = make(name, path)
+    model = make(name, path) if model is None else model
     batch = make_batch() if batch is None else batch
     if name != "with time":
         batch = without_features(batch)
@@ -184,10 +189,11 @@ def spawned() -> Found:
 def ten_threads() -> dict[str, Found]:
     """Ten Python threads at once, each with a model of its own and one batch for all."""
     batch, found, errors = make_batch(), {}, []
+    models = [make("survival") for _ in range(10)]  # one after the other: they share a generator
 
     def work(at: int) -> None:
         try:
-            found[f"Python thread {at}"] = step("survival", "fused", batch)
+            found[f"Python thread {at}"] = step("survival", "fused", batch, models[at])
         except Exception as error:
             errors.append(error)
 

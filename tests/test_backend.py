@@ -136,6 +136,7 @@ def test_generators_closed_in_any_order_and_anywhere():
     next(third)
     in_thread(third.close)  # its block ends there, and is not to raise for that
     assert in_thread(backend.requested) is None
+    assert backend.requested() is None  # nor is it open here any more
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

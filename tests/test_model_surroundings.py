@@ -3,10 +3,12 @@ training after each of them."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from ehrseq_fast import PackedVisits
+from ehrseq_fast.models import DiscreteTimeSurvivalLSTM, LSTMBaseline
 from ehrseq_fast.models.base import PATHS
 
 from .test_packed_models import batch, build
@@ -142,3 +144,75 @@ def test_a_batch_of_one_patient_without_codes():
         )
         everything(model, packed)
         everything(watched(model), packed)
+
+
+class NormalizedOutputs(torch.nn.Module):
+    """A layer whose outputs are not its final states."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.norm = torch.nn.LayerNorm(10)
+
+    def forward(self, given, state=None):
+        outputs, final = self.layer(given, *(() if state is None else (state,)))
+        if isinstance(outputs, torch.nn.utils.rnn.PackedSequence):
+            return outputs._replace(data=self.norm(outputs.data)), final
+        return self.norm(outputs), final
+
+
+def test_a_step_says_what_the_layer_put_out():
+    model = DiscreteTimeSurvivalLSTM(12, 8, 10).eval()
+    model.lstm = NormalizedOutputs(model.lstm)
+    record, state = [[1, 2], [3], [4, 5]], model.start()
+    for visit in record:
+        hazard, state = model.step(state, visit)
+    whole = model(PackedVisits.from_lists([record])).last()
+    torch.testing.assert_close(hazard, whole)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_what_is_said_of_a_patient_is_read_from_the_outputs_on_every_path(bidirectional):
+    codes = torch.tensor([[[1, 2], [3, 0]], [[4, 0], [0, 0]]])
+    masks = codes != 0, (codes != 0).any(2)
+    model = LSTMBaseline(12, 8, 10 if not bidirectional else 5).eval()
+    if bidirectional:
+        model.lstm = torch.nn.LSTM(8, 5, batch_first=True, bidirectional=True)
+        model.fc = torch.nn.Linear(10, model.fc.out_features)
+    model.lstm = NormalizedOutputs(model.lstm)
+    found = {}
+    for path in PATHS:
+        model.path = path
+        found[path] = model(codes, *masks)["logits"]
+    torch.testing.assert_close(found["fused"], found["packed"])
+    if not bidirectional:  # the reverse direction begins on the padding there
+        torch.testing.assert_close(found["padded"], found["packed"])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_nan_in_a_mask_is_refused(path):
+    model = DiscreteTimeSurvivalLSTM(12, 8, 10, path=path).eval()
+    codes = torch.ones(1, 2, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="sequence_mask holds NaN"):
+        model(codes, codes != 0, torch.tensor([[1.0, float("nan")]]))
+
+
+def test_a_padded_batch_under_a_transform():
+    model = DiscreteTimeSurvivalLSTM(12, 8, 10).eval()
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    codes = torch.tensor([[[1, 2], [3, 0]]])
+
+    def total(weights):
+        given = (codes, codes != 0, torch.ones(1, 2))
+        return torch.func.functional_call(model, weights, given).sum()
+
+    found = torch.func.grad(total)(weights)
+    model(codes, codes != 0, torch.ones(1, 2)).sum().backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad)
+
+
+def test_a_vocabulary_size_of_numpy_is_stored_as_a_number(tmp_path):
+    batch = PackedVisits.from_lists([[[1]]], vocab_size=np.array([1, 5]).max() + 1)
+    torch.save(batch, tmp_path / "batch.pt")
+    assert torch.load(tmp_path / "batch.pt").vocab_size == 6

@@ -173,3 +173,13 @@ def test_the_first_states_of_a_model_are_two():
     state = DiscreteTimeSurvivalLSTM(5, 3, 4).start(2)
     state.h.fill_(1.0)
     assert (state.c == 0).all()
+
+
+def test_autocast_is_the_same_for_a_few_patients_and_for_many():
+    lstm = PackedLSTM(64, 128)
+    visits, state = torch.randn(5, 64), (torch.randn(1, 5, 128), torch.randn(1, 5, 128))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        five = lstm(PackedSequence(visits, torch.tensor([5])), state)[0].data
+        few = tuple(part[:, :4].contiguous() for part in state)
+        four = lstm(PackedSequence(visits[:4], torch.tensor([4])), few)[0].data
+    torch.testing.assert_close(four, five[:4], rtol=1e-5, atol=1e-6)

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ..arrays import ArrayLike
+from ..autograd import outside_transforms
 from . import builder
 from .changes import Changes
 from .checks import resolve_index
@@ -241,8 +242,8 @@ class PackedVisits(Changes):
             >>> batch.codes, batch.lengths
             (tensor([1, 2, 4, 3], dtype=torch.int32), tensor([1, 2]))
         """
-        return cls(
-            *builder.from_padded(
+        with outside_transforms():
+            contents = builder.from_padded(
                 visit_codes,
                 visit_mask,
                 sequence_mask,
@@ -253,7 +254,7 @@ class PackedVisits(Changes):
                 targets,
                 visit_targets,
             )
-        )
+        return cls(*contents)
 
     @classmethod
     def cat(cls, batches: Sequence[PackedVisits]) -> PackedVisits:
@@ -275,7 +276,8 @@ class PackedVisits(Changes):
         if not batches:
             raise ValueError("PackedVisits.cat expects at least one batch, got none")
         check_alike(batches)
-        return cls(*join(batches, [np.arange(len(batch)) for batch in batches]))
+        with outside_transforms():
+            return cls(*join(batches, [np.arange(len(batch)) for batch in batches]))
 
     def __getitem__(self, patients: int | slice | ArrayLike) -> PackedVisits:
         """The batch of some of the patients: an integer, a slice, or a list, array or tensor of
@@ -293,4 +295,5 @@ class PackedVisits(Changes):
             >>> batch[1:].codes, batch[[2, 0]].codes
             (tensor([2, 4, 3], dtype=torch.int32), tensor([4, 1], dtype=torch.int32))
         """
-        return type(self)(*join([self], [resolve_index(patients, len(self))]))
+        with outside_transforms():
+            return type(self)(*join([self], [resolve_index(patients, len(self))]))

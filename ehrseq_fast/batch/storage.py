@@ -92,7 +92,7 @@ class Storage:
             ("_fields", fields),
             ("_views", views),
             ("_versions", (host._version, fields._version)),
-            ("vocab_size", vocab_size),
+            ("vocab_size", None if vocab_size is None else int(vocab_size)),
             ("visit_features", None if visit_features is None else trainable(visit_features)),
             ("targets", ReadOnly({k: trainable(v) for k, v in (targets or {}).items()})),
             ("visit_targets", ReadOnly(of_visits)),

@@ -17,7 +17,7 @@ from ..rows import PackedRows, VisitState
 from .head import hazards_of, run_network
 from .pooling import plain_pool
 from .reading import is_plain_embedding
-from .recurrent import first_state, last_layer, recurrent_layer, run, run_plain
+from .recurrent import first_state, recurrent_layer, run, run_plain
 from .sequences import (
     check_padded_batch,
     check_sequence_mask,
@@ -201,8 +201,12 @@ class VisitSequenceModel(nn.Module):
         to_output: Callable[[Tensor], Any],
     ) -> HiddenStates:
         sequence = batch.as_packed_sequence(self._lstm_input(vectors, visit_features))
-        states, final = run(self.lstm, sequence)
-        return HiddenStates(states.data, last_layer(self.lstm, final), to_output)
+        states = run(self.lstm, sequence)[0].data
+        ends = states.index_select(0, batch.last_rows)
+        if recurrent_layer(self.lstm).bidirectional:
+            first_rows = states.index_select(0, batch.unsorted_indices)
+            ends = _of_both_directions(ends, first_rows)
+        return HiddenStates(states, ends, to_output)
 
     def _run_packed(
         self,
@@ -218,9 +222,10 @@ class VisitSequenceModel(nn.Module):
             lengths = real_lengths(sequence_mask)
         vectors = self._lstm_input(self._visit_vectors(visit_codes, visit_mask), visit_features)
         packed = pack_padded_sequence(vectors, lengths, batch_first=True, enforce_sorted=False)
-        states, final = run_plain(self.lstm, packed)
+        states, _ = run_plain(self.lstm, packed)
         padded, _ = pad_packed_sequence(states, batch_first=True, total_length=visits)
-        return HiddenStates(padded, last_layer(self.lstm, final), times_mask(sequence_mask))
+        ends = self._ends(padded, lengths.to(padded.device) - 1)
+        return HiddenStates(padded, ends, times_mask(sequence_mask))
 
     def _run_padded(
         self,
@@ -232,15 +237,22 @@ class VisitSequenceModel(nn.Module):
         if sequence_mask is not None:
             check_sequence_mask(sequence_mask)
         vectors = self._lstm_input(self._visit_vectors(visit_codes, visit_mask), visit_features)
-        states, final = run_plain(self.lstm, vectors)
+        states, _ = run_plain(self.lstm, vectors)
         if sequence_mask is None:
-            return HiddenStates(states, last_layer(self.lstm, final), times_mask(None))
-        last_visit = (sequence_mask != 0).sum(1) - 1
-        forward_end = states[torch.arange(len(states), device=states.device), last_visit]
+            last_visit = torch.full((len(states),), states.shape[1] - 1, device=states.device)
+        else:
+            last_visit = (sequence_mask != 0).sum(1) - 1
+        return HiddenStates(states, self._ends(states, last_visit), times_mask(sequence_mask))
+
+    def _ends(self, states: Tensor, last_visit: Tensor) -> Tensor:
+        """Outputs ``[B, V, D]`` at each patient's end: of both directions, where there are two.
+
+        Taken from the layer's outputs on every path, and not from its final states: a hook or a
+        wrapper may change the outputs alone."""
+        ends = states[torch.arange(len(states), device=states.device), last_visit]
         if recurrent_layer(self.lstm).bidirectional:
-            width = states.shape[2] // 2
-            forward_end = torch.cat([forward_end[:, :width], states[:, 0, width:]], dim=1)
-        return HiddenStates(states, forward_end, times_mask(sequence_mask))
+            ends = _of_both_directions(ends, states[:, 0])
+        return ends
 
     def _loss_divisor(self, batch: PackedVisits, **options: Any) -> Tensor:
         """What the mean of ``loss`` divides by: a float64 scalar, where the batch lies."""
@@ -314,9 +326,15 @@ class VisitSequenceModel(nn.Module):
         vectors = self._lstm_input(self._pool_rows(batch), visit_features)
         sequence = PackedSequence(vectors, batch.batch_sizes)
         before = state.h if state.c is None else (state.h, state.c)
-        _, final = run(self.lstm, sequence, before)
+        outputs, final = run(self.lstm, sequence, before)
         h, c = final if isinstance(final, tuple) else (final, None)
-        return self._output(h[-1]), VisitState(h, c, state.n_visits + 1)
+        return self._output(outputs.data), VisitState(h, c, state.n_visits + 1)
+
+
+def _of_both_directions(last: Tensor, first: Tensor) -> Tensor:
+    """The forward direction ends at a patient's last visit, the reverse one at the first."""
+    width = last.shape[1] // 2
+    return torch.cat([last[:, :width], first[:, width:]], dim=1)
 
 
 def times_mask(sequence_mask: Tensor | None) -> Callable[[Tensor], Tensor]:

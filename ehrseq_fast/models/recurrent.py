@@ -83,14 +83,6 @@ def run_plain(module: nn.Module, input: Tensor | PackedSequence) -> tuple[Any, A
         return run(module, input)
 
 
-def last_layer(module: nn.Module, final: Any) -> Tensor:
-    """Final states → ``[B, H]``, or ``[B, 2H]`` for both directions."""
-    h_n = final[0] if isinstance(final, tuple) else final
-    if recurrent_layer(module).bidirectional:
-        return torch.cat([h_n[-2], h_n[-1]], dim=1)
-    return h_n[-1]
-
-
 def first_state(module: nn.Module, n_patients: int) -> tuple[Tensor, Tensor | None]:
     """The state before the first visit: ``h`` and, for an LSTM, ``c``.
 

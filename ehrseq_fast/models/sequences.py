@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autograd import outside_transforms
 from ..backend import validate_on_device
 from ..batch import PackedVisits
 
@@ -69,6 +70,18 @@ def refuse_holes(lengths: Tensor, reaches: Tensor) -> None:
         )
 
 
+def refuse_nan(name: str, mask: Tensor) -> None:
+    """Raise where a mask says neither that a slot is real nor that it is not. Reads values."""
+    if not mask.is_floating_point():
+        return
+    holds = mask.isnan().flatten(1).any(1)
+    if holds.any():
+        raise ValueError(
+            f"{name} holds NaN for {int(holds.sum())} patients. The first is patient "
+            f"{int(holds.int().argmax())}."
+        )
+
+
 def real_lengths(sequence_mask: Tensor) -> Tensor:
     """Number of real visits of each patient, ``[B]`` int64 on the host.
 
@@ -76,8 +89,11 @@ def real_lengths(sequence_mask: Tensor) -> Tensor:
     lengths have to be on the host to build a ``PackedSequence``.
 
     Raises:
-        ValueError: for patients without a visit, and for real visits behind padding.
+        ValueError: for patients without a visit, for real visits behind padding and, on the CPU,
+            for NaN.
     """
+    if sequence_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        refuse_nan("sequence_mask", sequence_mask)
     lengths, reaches = _lengths_and_reaches(sequence_mask).cpu().unbind()
     refuse_zero_lengths(lengths)
     refuse_holes(lengths, reaches)
@@ -116,19 +132,24 @@ def pack_padded_batch(
     sequence_mask: Tensor | None,
     vocab_size: int | None,
 ) -> PackedVisits:
-    """A checked padded triple, packed at the door. Any value but zero marks a real visit.
+    """A checked padded triple, packed. Any value but zero marks a real visit.
 
     Raises:
         ValueError: on the CPU, for a mask that holds NaN.
     """
+    with outside_transforms():
+        return _pack_padded_batch(visit_codes, visit_mask, sequence_mask, vocab_size)
+
+
+def _pack_padded_batch(
+    visit_codes: Tensor,
+    visit_mask: Tensor | None,
+    sequence_mask: Tensor | None,
+    vocab_size: int | None,
+) -> PackedVisits:
     for name, mask in (("visit_mask", visit_mask), ("sequence_mask", sequence_mask)):
-        if mask is not None and mask.is_floating_point() and mask.device.type == "cpu":
-            holds = mask.isnan().flatten(1).any(1)
-            if holds.any():
-                raise ValueError(
-                    f"{name} holds NaN for {int(holds.sum())} patients. The first is patient "
-                    f"{int(holds.int().argmax())}."
-                )
+        if mask is not None and mask.device.type == "cpu":
+            refuse_nan(name, mask)
     return PackedVisits.from_padded(
         visit_codes.detach(),
         visit_mask,

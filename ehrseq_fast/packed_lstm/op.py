@@ -209,12 +209,16 @@ def _layers(
 def _one_step(
     data: Tensor, weights: Sequence[Sequence[Tensor]], states: States
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One visit of each patient: packing the weights would cost more than the step itself."""
+    """One visit of each patient: packing the weights would cost more than the step itself.
+
+    Autocast is off, as for the kernels: a patient's state must not depend on how many there are.
+    """
     finals = []
-    for i, layer in enumerate(weights):
-        final = torch.lstm_cell(data, (states[0][i], states[1][i]), *layer)
-        finals.append(final)
-        data = final[0]
+    with torch.autocast("cpu", enabled=False):
+        for i, layer in enumerate(weights):
+            final = torch.lstm_cell(data, (states[0][i], states[1][i]), *layer)
+            finals.append(final)
+            data = final[0]
     return data, torch.stack([h for h, _ in finals]), torch.stack([c for _, c in finals])
 
 
