@@ -36,6 +36,7 @@ from .tolerances import assert_matches
 
 MODES = st.sampled_from(("mean", "sum", "max"))
 NAN = float("nan")
+LARGEST = torch.finfo(torch.float64).max
 
 pytestmark = pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")
 
@@ -219,7 +220,7 @@ def test_attention(backend, data, lists, dtype):
     )
     for grad, exact_grad, scale in zip(grads, exact_grads, (1.0, largest), strict=True):
         scale = max(scale, float(exact_grad.abs().max())) * spread  # noqa: PLW2901
-        assert_matches(grad, exact_grad, scale=scale * 4, terms=terms)
+        assert_matches(grad, exact_grad, scale=min(scale * 4, LARGEST), terms=terms)
 
 
 # Losses -------------------------------------------------------------------------------------------
@@ -333,10 +334,8 @@ def test_packed_lstm(unemulated, data, dtype, sizes, inputs, hidden, bias, rever
     for _ in range(directions):
         leaves += [drawn(4 * hidden, inputs), drawn(4 * hidden, hidden)]
         leaves += [drawn(4 * hidden) for _ in range(per_layer - 2)]
-    if data.draw(st.booleans()) and data.draw(st.booleans()):
-        leaves[data.draw(st.integers(0, len(leaves) - 1))].view(-1)[0] = (
-            NAN if (layout == "contiguous") else 0.0
-        )
+    if layout == "contiguous" and data.draw(st.booleans()):
+        leaves[data.draw(st.integers(0, len(leaves) - 1))].view(-1)[0] = NAN
     exact = [x.detach().double().requires_grad_() for x in leaves]
     leaves = [x.detach().requires_grad_() for x in leaves]
 
