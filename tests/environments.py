@@ -148,6 +148,31 @@ def plain() -> Found:
     return every_model()
 
 
+def refused_paths() -> dict[str, list[str]]:
+    """What PyTorch's own LSTM says on the paths that run it, with oneDNN and without."""
+    batch, said = without_features(make_batch()), {}
+    for path in ("packed", "padded"):
+        said[path] = []
+        for enabled in (True, False):
+            torch.backends.mkldnn.enabled = enabled
+            try:
+                step("survival", path, batch)
+                said[path].append("")
+            except RuntimeError as error:
+                said[path].append(str(error))
+    return said
+
+
+def plain_paths() -> dict[str, Found]:
+    """PyTorch's own LSTM, without oneDNN; models of one direction, whose paths agree."""
+    torch.backends.mkldnn.enabled = False
+    batch, names = make_batch(), [name for name in NAMES if "directions" not in name]
+    return {
+        path: {k: v for name in names for k, v in step(name, path, batch).items()}
+        for path in ("packed", "padded")
+    }
+
+
 def threads() -> dict[str, Found]:
     found = {}
     for count in (1, 2, 3, 4):
@@ -209,7 +234,8 @@ def ten_threads() -> dict[str, Found]:
 
 
 CHECKS: dict[str, Callable[[], Any]] = {
-    check.__name__: check for check in (plain, threads, forked, spawned, ten_threads)
+    check.__name__: check
+    for check in (plain, refused_paths, plain_paths, threads, forked, spawned, ten_threads)
 }
 
 

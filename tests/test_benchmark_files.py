@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import files, results
+from benchmarks import files
 from benchmarks.__main__ import main
 
 

@@ -13,10 +13,12 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as every_module
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 
 from ehrseq_fast.models import LSTMBaseline, VisitEncoder
 from ehrseq_fast.models.base import PATHS
@@ -95,7 +97,7 @@ def submodules(kinds=object):
                 yield pytest.param(name, path, id=f"{name}-{path}")
 
 
-@pytest.mark.parametrize(("name", "place"), submodules())
+@pytest.mark.parametrize(("name", "place"), list(submodules()))
 def test_forward_hooks(name, place):
     """One that changes the output, and one that changes the input."""
     seen = []
@@ -120,7 +122,7 @@ def test_forward_hooks(name, place):
     check(name, input_hook, called=seen)
 
 
-@pytest.mark.parametrize(("name", "place"), submodules())
+@pytest.mark.parametrize(("name", "place"), list(submodules()))
 def test_patched_forwards(name, place):
     seen = []
 
@@ -139,7 +141,8 @@ def test_patched_forwards(name, place):
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), submodules((nn.Linear, nn.ReLU, nn.Embedding, nn.Sequential, VisitEncoder))
+    ("name", "place"),
+    list(submodules((nn.Linear, nn.ReLU, nn.Embedding, nn.Sequential, nn.LSTM, VisitEncoder))),
 )
 def test_backward_hooks(name, place):
     seen = []
@@ -153,7 +156,7 @@ def test_backward_hooks(name, place):
 
     def before(module, grad_outputs):
         seen.append(place)
-        return tuple(2 * grad for grad in grad_outputs)
+        return tuple(None if grad is None else 2 * grad for grad in grad_outputs)
 
     # there is nothing to change where the input, codes or time features, has no gradient
     has_input_gradient = place not in ("embedding", "time_encoder", "time_encoder.0")
@@ -190,7 +193,7 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
-@pytest.mark.parametrize(("name", "place", "weight"), parametrizable())
+@pytest.mark.parametrize(("name", "place", "weight"), list(parametrizable()))
 def test_parametrizations_pruning_and_weight_norm(name, place, weight):
     def parametrized(model):
         parametrize.register_parametrization(model.get_submodule(place), weight, Doubled())
@@ -657,6 +660,59 @@ def test_functional_calls(name, path):
     wanted = torch.autograd.grad(expected.sum(), list(other.parameters()))
     torch.testing.assert_close(gradients, wanted)
     torch.testing.assert_close(output(model, batch()), output(build(name, path=path), batch()))
+
+
+def calls_scaled(owner, attribute):
+    """Replace what leads from a call to ``forward``; linear layers' and tables' outputs change."""
+
+    def change(model):
+        of = owner if owner is not None else model.embedding
+        own, before = attribute in vars(of), getattr(of, attribute)
+
+        def called(*args, **kwargs):
+            output = before(*args, **kwargs)
+            module = args[0] if owner is not None else of
+            return scaled(output) if isinstance(module, (nn.Linear, nn.Embedding)) else output
+
+        setattr(of, attribute, called)
+        return lambda: setattr(of, attribute, before) if own else delattr(of, attribute)
+
+    return change
+
+
+WAYS_TO_CALL = {
+    "nn.Module.__call__": (nn.Module, "__call__"),
+    "nn.Linear.__call__": (nn.Linear, "__call__"),
+    "nn.Embedding.__call__": (nn.Embedding, "__call__"),
+    "nn.Module._call_impl": (nn.Module, "_call_impl"),
+    "nn.Linear._call_impl": (nn.Linear, "_call_impl"),
+    "embedding._call_impl": (None, "_call_impl"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_CALL)
+@pytest.mark.parametrize("name", MODELS)
+def test_replaced_calls(name, way):
+    check(name, calls_scaled(*WAYS_TO_CALL[way]))
+    assert is_plain(nn.Linear(1, 1), nn.Linear)
+
+
+class Scales(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        return 1.5 * output if func in (F.linear, F.embedding) else output
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_function_modes(name):
+    def change(model):
+        stack = contextlib.ExitStack()
+        stack.enter_context(Scales())
+        return stack.close
+
+    check(name, change)
+    with torch.device("cpu"):  # a mode as well, and one that changes nothing that is computed
+        assert is_plain(nn.Linear(1, 1), nn.Linear)
 
 
 def test_what_is_plain():

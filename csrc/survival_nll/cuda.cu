@@ -278,7 +278,7 @@ struct PackedRows {
   int64_t slots() const { return starts.numel() - 1; }
   int64_t patients() const { return ranks.numel(); }
   PackedLayout layout(int64_t n_visits) const {
-    return {data_of<int64_t>(starts), data_of<int64_t>(ranks), n_visits};
+    return {data_of<int64_t>(starts), data_of<int64_t>(ranks), n_visits, patients()};
   }
 };
 

@@ -65,6 +65,7 @@ struct PackedLayout {
   const int64_t* row_starts;  // [slots + 1]
   const int64_t* ranks;
   int64_t n_visits;
+  int64_t patients;
 
   struct Visits {
     const PackedLayout& layout;
@@ -81,7 +82,15 @@ struct PackedLayout {
     __device__ bool counts(unsigned visit) const { return has(visit); }
   };
 
-  __device__ Visits visits_of(int64_t patient, unsigned) const { return {*this, ranks[patient]}; }
+  // The rows of all patients make up the batch if its ends fit, sizes fall and ranks differ. The
+  // last is not checked here: it would take a kernel of its own.
+  __device__ Visits visits_of(int64_t patient, unsigned slots) const {
+    if (patient == 0) {
+      const int64_t all_start = slots == 0 ? patients : row_starts[1];
+      require(row_starts[0] == 0 && row_starts[slots] == n_visits && all_start == patients);
+    }
+    return {*this, ranks[patient]};
+  }
 };
 
 // --- one visit's part ------------------------------------------------------------------------

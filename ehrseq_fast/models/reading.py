@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as _module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 _Kind = TypeVar("_Kind", bound=type[nn.Module])
 
@@ -21,7 +23,9 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 # What `forward` was when the class was defined: it may be replaced on the class itself.
 _FORWARDS: dict[type[nn.Module], Any] = {}
+# What leads from a call to `forward`: either may be replaced, on nn.Module, a class or an instance.
 _CALL = nn.Module.__call__
+_CALL_IMPL = nn.Module._call_impl
 
 
 def readable(kind: _Kind) -> _Kind:
@@ -39,7 +43,8 @@ def is_plain(module: object, kind: type[nn.Module]) -> bool:
 
     False for a subclass (parametrizations make one), for a wrapper, and where a hook is registered
     on the module or on all modules (pruning and weight normalisation of the old style are hooks),
-    ``forward`` was replaced, the module was compiled, or a weight is of a tensor subclass.
+    ``forward`` or the way to it was replaced, the module was compiled, a weight is of a tensor
+    subclass, or a ``TorchFunctionMode`` watches what is called.
 
     Example:
         >>> from torch import nn
@@ -57,7 +62,9 @@ def is_plain(module: object, kind: type[nn.Module]) -> bool:
     own = module.__dict__
     return (
         "forward" not in own
+        and "_call_impl" not in own
         and kind.forward is _FORWARDS[kind]
+        and _is_called_as_defined(kind)
         and not (
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
@@ -102,12 +109,25 @@ def _holds_plain_tensors(own: dict[str, Any]) -> bool:
     return True
 
 
+def _is_called_as_defined(kind: type[nn.Module]) -> bool:
+    if torch.compiler.is_compiling():  # the tracer puts its own in the place of both
+        return True
+    return kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL
+
+
 def _all_modules_are_watched() -> bool:
-    if nn.Module.__call__ is not _CALL:
-        return not torch.compiler.is_compiling()
     return bool(
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
+        or _functions_are_watched()
     )
+
+
+def _functions_are_watched() -> bool:
+    """Whether a mode other than that of ``torch.set_default_device`` sees functions called."""
+    if torch.compiler.is_compiling() or not torch._C._is_torch_function_mode_enabled():
+        return False
+    modes = _get_current_function_mode_stack()
+    return any(type(mode) is not DeviceContext for mode in modes)

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import BackwardHook
 
 from ..backend import use_backend
 from ..packed_lstm import PackedLSTM
+from ..packed_lstm.threads import refuse_restricted_openmp
 
 # Share of the visits whose gates the models' LSTM keeps for the backward pass. A third is what
 # brings the peak of a training step on real records to 1/20 of the padded step's (all of them:
@@ -62,6 +65,9 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
         TypeError: if the result is not that of a recurrent layer.
     """
     layer = recurrent_layer(module)
+    hook = _backward_hook(module) if isinstance(input, PackedSequence) else None
+    if hook is not None:
+        input = input._replace(data=hook.setup_input_hook((input.data,))[0])  # type: ignore[union-attr]
     turned = isinstance(input, Tensor) and not layer.batch_first
     given = input.transpose(0, 1) if turned else input  # type: ignore[union-attr]
     result = module(given) if state is None else module(given, state)
@@ -72,13 +78,42 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
             f"nn.LSTM does; {type(module).__name__} returned {type(result).__name__}"
         )
     outputs, final = result
+    if hook is not None:
+        outputs = outputs._replace(data=hook.setup_output_hook((outputs.data, final))[0])
     return outputs.transpose(0, 1) if turned else outputs, final
+
+
+def _backward_hook(module: nn.Module) -> BackwardHook | None:
+    """What calls the full backward hooks of ``module``, with the gradients of the packed rows.
+
+    ``nn.Module`` calls them for tensors that a module takes and returns, and does not look for
+    tensors inside a PackedSequence: called with one, it would leave its hooks out.
+    """
+    full = _module._global_is_full_backward_hook is not False and _module._global_backward_hooks
+    if not (
+        full
+        or _module._global_backward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return None
+    hooks, _ = module._get_backward_hooks()
+    before = module._get_backward_pre_hooks()
+    return BackwardHook(module, hooks, before) if hooks or before else None
 
 
 @torch.compiler.disable
 def run_plain(module: nn.Module, input: Tensor | PackedSequence) -> tuple[Any, Any]:
     """:func:`run` with PyTorch's own kernels, which the packed and padded paths are there to
-    show."""
+    show.
+
+    Raises:
+        RuntimeError: where PyTorch's LSTM would be wrong
+            (:func:`~ehrseq_fast.packed_lstm.threads.refuse_restricted_openmp`).
+    """
+    if getattr(recurrent_layer(module), "mode", "LSTM") == "LSTM":
+        data = input if isinstance(input, Tensor) else input.data
+        refuse_restricted_openmp(data, 'path="padded" and path="packed"')
     with use_backend("reference"):
         return run(module, input)
 

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import backend
 from ..autograd import transformed
 from .op import packed_lstm
+from .threads import refuse_restricted_openmp
 
 
 class PackedLSTM(nn.LSTM):
@@ -22,7 +23,9 @@ class PackedLSTM(nn.LSTM):
     and forward-mode differentiation are right everywhere, at the speed of plain PyTorch.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`packed_lstm`.
+        ValueError, TypeError: as :func:`packed_lstm`.
+        RuntimeError: as :func:`packed_lstm`; where ``nn.LSTM`` would run and be wrong
+            (``OMP_THREAD_LIMIT`` below ``torch.get_num_threads()``, or ``OMP_DYNAMIC``).
 
     Example:
         >>> import torch
@@ -51,6 +54,8 @@ class PackedLSTM(nn.LSTM):
                 training=self.training,
                 keep_gates=self.keep_gates,
             )
+        data = input.data if isinstance(input, PackedSequence) else input
+        refuse_restricted_openmp(data, "PackedLSTM")
         return super().forward(input, hx)
 
     def _takes(self, input, hx) -> bool:

@@ -14,6 +14,7 @@ from .. import backend
 from ..autograd import once, transformed
 from ..schemas import fake
 from .reference import packed_lstm_layer as layer_by_definition
+from .threads import refuse_restricted_openmp
 
 backend.register("packed_lstm", "cpu")
 
@@ -412,6 +413,7 @@ def packed_lstm(
         output, h_n, c_n = _layers(data, batch_sizes, weights, hx, directions, rate, keep_gates)
     elif chosen == "reference":
         _check_batch_sizes(data, batch_sizes)
+        refuse_restricted_openmp(data, "packed_lstm")
         if hx is None:
             patients, hidden = int(batch_sizes[0]), weights[0][1].shape[1]
             zeros = data.new_zeros(len(weights), patients, hidden)
