@@ -18,6 +18,7 @@ from ehrseq_fast import PackedVisits, backend
 from ehrseq_fast.data import EventRecords, PaddedBatch, padded_batch
 
 from .cases import Case, Variant
+from .jobs import Benchmark, Job, Settings, of_case
 from .workloads import eunomia_records
 
 BATCH_SIZE = 256
@@ -121,3 +122,12 @@ def as_triple(batch: Any) -> Triple:
     if isinstance(batch, PaddedBatch):
         return batch.visit_codes, batch.visit_mask, batch.sequence_mask
     return batch
+
+
+def jobs(settings: Settings) -> Iterator[Job]:
+    if "D" in settings.workloads and settings.device == "cpu":
+        size = 32 if settings.quick else BATCH_SIZE
+        yield of_case(OPERATION, 6, lambda session: case(size))
+
+
+BENCHMARK = Benchmark(jobs={"ops": jobs}, page={OPERATION: None})

@@ -22,6 +22,7 @@ from ehrseq_fast import (
 from .cases import Case, Tensors, Variant, our_backends, ours
 from .ceilings import Work
 from .devices import Device
+from .jobs import Benchmark, Job, Settings, of_case
 
 OPERATION = "one eager call"
 EMPTY = "an empty call (add_ to one number)"
@@ -88,3 +89,15 @@ def _variants(device: Device, backward: bool, backend: str | None) -> Iterator[t
     ):
         on = our_backends(operation, device.name, torch.float32, backend)
         yield from ours(call, on, lambda f=forward, x=leaf: variant(f, x))
+
+
+def jobs(settings: Settings) -> Iterator[Job]:
+    for phase in ("forward", "forward+backward"):
+        yield of_case(
+            f"eager calls, {phase}",
+            2,
+            lambda session, p=phase: case(session.device, phase=p, backend=settings.backend),
+        )
+
+
+BENCHMARK = Benchmark(jobs={"ops": jobs})

@@ -1,7 +1,7 @@
 """One comparison: several ways to compute the same thing, found equal first and then timed.
 
-A room gives :class:`Case` objects; :func:`measure` makes rows of them, one per way, which is all
-that results files hold of them.
+An operation's module makes :class:`Case` objects; :func:`measure` makes rows of them, one per
+variant, which is all that results files hold of them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ SLOW_FIRST_RUN_S = 5.0
 # variants are timed several times even where one run of the slow ones takes all there was.
 LEAST_SHARE = 0.2
 ENOUGH_SAMPLES = 3  # with fewer, the run that gave the estimate counts too
+MOST_OF_FREE = 0.6
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,14 @@ class Missing:
     reason: str
 
 
+def fits(needed: int, device: Device) -> Missing | None:
+    """Why a variant that takes ``needed`` bytes is left out; None where they are free."""
+    free = device.free_memory()
+    if needed <= MOST_OF_FREE * free:
+        return None
+    return Missing(f"would hold {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free")
+
+
 @dataclass(frozen=True)
 class Case:
     """What is computed, and the ways to.
@@ -105,14 +115,15 @@ class Case:
         )
 
     def require_equal(self, difference: float) -> None:
-        """Refuse results that are further apart than allowed.
+        """Refuse results that differ by more than the tolerance.
 
         Raises:
             AssertionError: saying by how much.
         """
         if not difference <= self.tolerance:
             raise AssertionError(
-                f"its results differ by {difference:.1e}, and {self.tolerance:.0e} is allowed"
+                f"max. relative difference: expected at most {self.tolerance:.0e}, "
+                f"got {difference:.1e}"
             )
 
     def rows(self) -> dict[str, Row]:
@@ -386,7 +397,7 @@ def our_backends(operation: str, device: str, dtype: Any, wanted: str | None = N
 def ours(
     name: str, backends: Sequence[str], make: Callable[[], Variant]
 ) -> Iterator[tuple[str, Variant]]:
-    """This package's way on each backend; the first bears the plain name."""
+    """This package's way on each backend; the first has the plain name."""
     for i, chosen in enumerate(backends):
         label = name if i == 0 else f"{name} [{chosen}]"
         yield label, replace(make(), backend=chosen, ours=True)
@@ -395,14 +406,16 @@ def ours(
 def difference_of(actual: Tensors, expected: Tensors) -> float:
     """The greatest difference of an entry, over the greatest entry of its tensor."""
     if len(actual) != len(expected):
-        raise AssertionError(f"{len(actual)} results, where {len(expected)} were expected")
+        raise AssertionError(f"results: expected {len(expected)}, got {len(actual)}")
     greatest = 0.0
     for mine, theirs in zip(actual, expected, strict=True):
         if mine.shape != theirs.shape:
-            raise AssertionError(f"a result is {list(mine.shape)}, not {list(theirs.shape)}")
+            raise AssertionError(
+                f"shape of a result: expected {list(theirs.shape)}, got {list(mine.shape)}"
+            )
         scale = float(theirs.double().abs().max()) or 1.0
-        apart = float((mine.double() - theirs.double()).abs().max()) / scale
-        greatest = max(greatest, inf if isnan(apart) else apart)
+        difference = float((mine.double() - theirs.double()).abs().max()) / scale
+        greatest = max(greatest, inf if isnan(difference) else difference)
     return greatest
 
 

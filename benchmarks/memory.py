@@ -10,18 +10,12 @@ kernel), allocations made on a worker thread inside a parallel loop, and the int
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-if TYPE_CHECKING:
-    from .cases import Missing
-    from .devices import Device
-
 MIB = 2**20
-GIB = 2**30
-MOST_OF_FREE = 0.6
 
 
 def peak_memory(run: Callable[[], object]) -> int:
@@ -55,13 +49,3 @@ def _changes(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
             fields = event.extra_fields
             yield event.start_time_ns, fields.ptr, fields.alloc_size
         yield from _changes(event.children)
-
-
-def fits(needed: int, device: Device) -> Missing | None:
-    """Why something that takes ``needed`` bytes is left out; None where there is room."""
-    from .cases import Missing
-
-    free = device.free_memory()
-    if needed <= MOST_OF_FREE * free:
-        return None
-    return Missing(f"would hold {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import packed_lstm, step, survival_nll, visit_pool
+from . import registry, step
 from .cases import Row
 from .files import replacing
 from .growth import CODES, PADDING
@@ -173,10 +173,9 @@ def _operations(figure: Any, results: Results) -> None:
 def _shown_cases(results: Results) -> Sequence[list[Row]]:
     def shown(row: Row) -> bool:
         plain = row.dtype == "float32" and row.cache == "warm" and row.phase == "forward+backward"
-        wide = row.operation == survival_nll.OPERATION and row.workload == survival_nll.WIDE
-        lstm = row.operation == packed_lstm.OPERATION
-        pooled = row.operation == visit_pool.OPERATION and row.workload in "AD"
-        return plain and (wide or lstm or pooled)
+        return plain and row.operation in in_readme and registry.on_page(row)
+
+    in_readme = {wanted["operation"] for wanted in registry.readme_rows(results.device)}
 
     return [rows for rows in results.cases() if shown(rows[0])]
 

@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import batching, calls, packed_lstm, step, survival_nll, targets, visit_pool
+from . import calls, registry, step, targets
 from .cases import Row
 from .files import write_text
 from .growth import PADDING
 from .plot import draw_all, image_path
+from .recurrent import PRODUCTS
 from .report import measured_on, mib, ms, ours_in, significant, times
 from .results import RESULTS, Results, newest
 
@@ -24,22 +25,14 @@ SUMMARY = "write the README's figure and tables, and their page, from the newest
 
 README = Path(__file__).parent.parent / "README.md"
 ROOT = README.parent
-UNEQUAL = re.compile(r"AssertionError: its results differ by \S+, and (\S+) is allowed")
+# As results are refused now, and as they were before.
+UNEQUAL = (
+    re.compile(r"AssertionError: max. relative difference: expected at most (\S+), got \S+"),
+    re.compile(r"AssertionError: its results differ by \S+, and (\S+) is allowed"),
+)
 MARKED = "(<!-- {0} -->\n).*?(<!-- end {0} -->)"
 
-OPERATIONS = (
-    visit_pool.OPERATION,
-    survival_nll.OPERATION,
-    survival_nll.FROM_LOGITS,
-    packed_lstm.OPERATION,
-    batching.OPERATION,
-)
 MOST_LOSSES = 5  # in the README; the page has all
-# Of the many workloads of an operation, those that the page has rows for.
-SHOWN = {
-    visit_pool.OPERATION: ("A", "D"),
-    survival_nll.OPERATION: (survival_nll.WIDE,),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +100,7 @@ def _device(path: Path, results: Results) -> str:
             ["operation, forward+backward", "this package", "plain PyTorch", "the closest other"],
             _closest(results),
         ),
-        _table(["target", "bound", "measured", ""], _targets(results)),
+        _table(["target", "bound", "measured", "verdict"], _targets(results)),
         _notes(results),
         _losses(results, MOST_LOSSES),
     ]
@@ -219,8 +212,7 @@ def _memory(results: Results, of: Row) -> str:
 def _operations(results: Results) -> Iterator[Sequence[str]]:
     for rows in results.cases():
         first, ours = rows[0], ours_in(rows)
-        shown = first.workload in SHOWN.get(first.operation, (first.workload,))
-        if first.operation not in OPERATIONS or not shown or ours is None or not ours.seconds:
+        if not registry.on_page(first) or ours is None or not ours.seconds:
             continue
         others = "; ".join(
             f"{row.variant} **{times(row.median / ours.median)}**"
@@ -234,7 +226,7 @@ def _operations(results: Results) -> Iterator[Sequence[str]]:
             *(["cold caches"] if first.cache == "cold" else []),
         ]
         reached = f", {ours.floor_s / ours.median:.0%} of the ceiling" if ours.floor_s else ""
-        products = next((row for row in rows if row.variant == packed_lstm.PRODUCTS), None)
+        products = next((row for row in rows if row.variant == PRODUCTS), None)
         if products is not None and products.seconds:
             reached = f", {times(ours.median / products.median)} its products alone"
         yield (
@@ -246,7 +238,7 @@ def _operations(results: Results) -> Iterator[Sequence[str]]:
 
 def _closest(results: Results) -> Iterator[Sequence[str]]:
     """Of the cases that targets are read from: the first way that PyTorch has, and the quickest."""
-    for wanted in targets.OPERATIONS[results.device]:
+    for wanted in registry.readme_rows(results.device):
         rows = [
             row
             for row in results.rows
@@ -348,7 +340,9 @@ def _missing(results: Results) -> str:
     reasons: dict[str, Counter[str]] = {}
     for row in results.rows:
         if row.missing:
-            reason = UNEQUAL.sub(r"its results differ by more than \1", row.missing)
+            reason = row.missing
+            for unequal in UNEQUAL:
+                reason = unequal.sub(r"its results differ by more than \1", reason)
             reasons.setdefault(reason, Counter())[row.variant] += 1
     if not reasons:
         return ""
@@ -360,12 +354,12 @@ def _missing(results: Results) -> str:
 
 
 def _targets(results: Results) -> Iterator[Sequence[str]]:
-    for verdict in targets.judge(results):
+    for verdict in targets.judge(results, registry.targets()):
         word = {True: "met", False: "**missed**", None: ""}[verdict.met]
         yield verdict.what, verdict.bound, verdict.measured, word
 
 
 def _notes(results: Results) -> str:
     """Why targets were missed."""
-    missed = [verdict for verdict in targets.judge(results) if verdict.note]
+    missed = [verdict for verdict in targets.judge(results, registry.targets()) if verdict.note]
     return "".join(f"* Missed, {verdict.what}: {verdict.note}.\n" for verdict in missed)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import floor, log10
-from pathlib import Path
 from typing import Any
 
 from .cases import Row
 from .ceilings import Ceilings
-from .files import refuse_unwritable
-from .growth import Curve
-from .machine import describe_machine
 from .memory import MIB
-from .results import path_for, write
+from .results import Curve
 from .timing import Spread
 
 
@@ -83,7 +79,7 @@ def case_table(title: str, rows: Sequence[Row]) -> str:
         "runs": lambda row: str(row.seconds.count) if row.seconds else "",
         "host us": lambda row: significant(1e6 * row.host.median) if row.host else "",
         "of ceiling": lambda row: f"{row.floor_s / row.median:.0%}" if row.floor_s else "",
-        "apart": lambda row: f"{row.difference:.0e}" if row.difference is not None else "",
+        "max rel. diff": lambda row: f"{row.difference:.0e}" if row.difference is not None else "",
         "peak MiB": lambda row: mib(row.peak_bytes) if row.peak_bytes is not None else "",
         "ours is faster": lambda row: _ratio(row, ours),
     }
@@ -148,34 +144,3 @@ def describe_run(machine: dict[str, Any]) -> str:
         f"{machine['torch']}, Python {machine['python']}; commit {machine['commit'] or 'unknown'}\n"
         f"backends: {backends or 'none registered'}"
     )
-
-
-def add_saving_arguments(parser: Any) -> None:
-    """``--save`` and ``--out``: without either nothing is written, and a checkout stays clean."""
-    parser.add_argument(
-        "--save", action="store_true", help="keep the results as benchmarks/results/*.json"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results to FILE")
-
-
-def refuse_unwritable_results(args: Any, command: str) -> None:
-    """Before a run, whether :func:`save` will be able to write its results.
-
-    Raises:
-        SystemExit: with one line that says why it will not.
-    """
-    refuse_unwritable(args.out)
-    if args.out is None and args.save:
-        refuse_unwritable(path_for(describe_machine(), command))
-
-
-def save(results: dict[str, Any], args: Any) -> None:
-    """Write where the arguments of :func:`add_saving_arguments` say, and tell where."""
-    path = args.out
-    if path is None and args.save:
-        path = path_for(results["machine"], results["command"])
-    if path is None:
-        print("\nResults were not written to a file: --save keeps them, --out FILE names one.")
-        return
-    write(results, path)
-    print(f"\nResults: {path}")

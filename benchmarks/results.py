@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from .cases import Row
-from .files import write_text
-from .growth import Curve
+from .files import refuse_unwritable, write_text
 
 RESULTS = Path(__file__).parent / "results"
 WHOLE_RUN = "all"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Median times of one path against what grew, and the straight line through them."""
+
+    workload: str
+    grows: str
+    path: str
+    unit: str
+    at: list[float]
+    median_s: list[float]
+    slope_s: float
+    start_s: float
+    r_squared: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def doubled(self) -> float:
+        """The change of time from the first point to the second, as a share."""
+        return self.median_s[1] / self.median_s[0] - 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +103,34 @@ def path_for(machine: dict[str, Any], command: str) -> Path:
     return RESULTS / f"{device}-{date.today().isoformat()}{suffix}.json"
 
 
+def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--save`` and ``--out``: without either nothing is written, and a checkout stays clean."""
+    parser.add_argument(
+        "--save", action="store_true", help="keep the results as benchmarks/results/*.json"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results to FILE")
+
+
+def destination(args: argparse.Namespace, machine: dict[str, Any], command: str) -> Path | None:
+    """Where the arguments of :func:`add_saving_arguments` say that results go; None for nowhere.
+
+    Raises:
+        SystemExit: with one line that says why that file cannot be written.
+    """
+    path = args.out or (path_for(machine, command) if args.save else None)
+    refuse_unwritable(path)
+    return path
+
+
+def save(results: Results, path: Path | None, **more: Any) -> None:
+    """Write where :func:`destination` says, and tell where."""
+    if path is None:
+        print("\nResults were not written to a file: --save keeps them, --out FILE names one.")
+        return
+    write({**results.as_dict(), **more}, path)
+    print(f"\nResults: {path}")
+
+
 def write(results: dict[str, Any], path: Path) -> None:
     """JSON with one row per line, so that two files can be told apart by eye."""
     parts = []
@@ -100,7 +151,7 @@ def read(path: Path) -> Results:
     """
     values = json.loads(path.read_text())
     if not isinstance(values, dict) or "rows" not in values:
-        raise ValueError(f"{path} holds no results of python -m benchmarks")
+        raise ValueError(f"{path}: expected results of python -m benchmarks, got other JSON")
     values.pop("targets", None)
     return Results.from_dict(values)
 

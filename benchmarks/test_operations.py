@@ -7,21 +7,23 @@ them with its own saved runs (``--benchmark-autosave``, ``--benchmark-compare``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 
-from . import packed_lstm, step, survival_nll, visit_pool, workloads
+from . import registry, workloads
 from .cases import Case, Missing, Tensors, Variant, asked_for, difference_of
-from .devices import Cpu
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
-BATCH, WIDTH, HIDDEN = 32, 64, 64
 LETTERS = tuple(letter for letter in workloads.WORKLOADS if letter != "D")
-DEVICE = Cpu()
+MAKERS = {
+    name: benchmark.small
+    for name, benchmark in registry.benchmarks().items()
+    if benchmark.small is not None
+}
 
 
 @cache
@@ -29,44 +31,17 @@ def batch(letter: str) -> workloads.Batch:
     return workloads.WORKLOADS[letter].batch("small")
 
 
-def pooling(letter: str) -> Case:
-    return visit_pool.case(batch(letter), DEVICE, embedding_dim=WIDTH)
-
-
-def loss(letter: str) -> Case:
-    return survival_nll.case(survival_nll.Outcomes.of_batch(batch(letter)), DEVICE)
-
-
-def lstm(letter: str) -> Case:
-    lengths = batch(letter).packed.lengths
-    return packed_lstm.case(lengths, DEVICE, workload=letter, inputs=WIDTH, hidden=HIDDEN)
-
-
-def training_step(letter: str) -> Case:
-    size = step.ModelSize(batch(letter).vocabulary, WIDTH, HIDDEN)
-    return step.case(batch(letter), DEVICE, size=size)
-
-
-MAKERS: dict[str, Callable[[str], Case]] = {
-    "pooling": pooling,
-    "loss": loss,
-    "lstm": lstm,
-    "step": training_step,
-}
-
-
 def parameters() -> Iterator[Any]:
     """Every variant of every case, by name; the cases are made when they are run."""
-    for name, make in MAKERS.items():
-        variants = make("B").variants
-        for letter in LETTERS:
-            for variant in variants:
+    for name in MAKERS:
+        for variant in case(name, "B").variants:
+            for letter in LETTERS:
                 yield pytest.param(name, letter, variant, id=f"{name}-{letter}-{variant}")
 
 
 @cache
 def case(name: str, letter: str) -> Case:
-    return MAKERS[name](letter)
+    return MAKERS[name](batch(letter))
 
 
 @cache

@@ -1,21 +1,25 @@
-"""Pooling the codes of each visit: plain PyTorch, ``F.embedding_bag``, FBGEMM, and this package."""
+"""Pooling the codes of each visit: plain PyTorch, ``F.embedding_bag``, and this package."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ehrseq_fast import PackedVisits
-from ehrseq_fast.visit_pool import packed_visit_pool, reference, visit_mean_pool
+from ehrseq_fast.visit_pool import masked_pool, packed_visit_pool, reference, visit_mean_pool
 
-from . import peers
-from .cases import OURS, Case, Missing, Tensors, Variant, our_backends, ours
+from .cases import OURS, Case, Missing, Tensors, Variant, fits, our_backends, ours
 from .ceilings import Work
-from .devices import Device
-from .memory import fits
+from .devices import Cpu, Device
+from .jobs import Benchmark, Job, Session, Settings, of_case
+from .modes import DTYPES, NUMERIC_MASKS, Mode, Size, Ways
+from .results import Results
+from .targets import Figure, Target, at_least, ratio
 from .workloads import Batch
 
 OPERATION = "visit pooling"
@@ -25,7 +29,6 @@ BAG_PADDED = "F.embedding_bag, padded codes"
 BAG_FLATTENED = "F.embedding_bag, flattened on the way"
 BAG_FLAT = "F.embedding_bag, flat codes"
 BAG_SUM = "F.embedding_bag, flat codes, summed and divided"
-FBGEMM = "FBGEMM dense TBE, flat codes"
 OURS_PACKED = f"{OURS}, packed"
 OURS_PADDED = f"{OURS}, padded"
 OURS_GRAPH = f"{OURS}, packed, CUDA graph"
@@ -96,19 +99,18 @@ def _variants(
         forward: Callable[[], Tensor],
         gradient: Tensor,
         in_common: Callable[[Tensor], Tensor],
-        of: Tensor = weight,
         **kind: bool,
     ) -> Variant:
         def forward_backward() -> Tensors:
             pooled = forward()
-            return pooled.detach(), *torch.autograd.grad(pooled, of, gradient)
+            return pooled.detach(), *torch.autograd.grad(pooled, weight, gradient)
 
         def forward_only() -> Tensors:
             with torch.no_grad():
                 return (forward(),)
 
         def common(results: Tensors) -> Tensors:
-            return in_common(results[0]), *(g.view_as(weight) for g in results[1:])
+            return in_common(results[0]), *results[1:]
 
         run = forward_backward if weight.requires_grad else forward_only
         return Variant(run, common, **kind)
@@ -164,7 +166,6 @@ def _variants(
             rows,
         ),
     )
-    yield FBGEMM, _fbgemm(variant, weight, flat.long(), offsets.long(), packed_incoming, rows)
 
     def ours_packed(**kind: bool) -> Variant:
         return variant(lambda: packed_visit_pool(packed, weight), packed_incoming, rows, **kind)
@@ -179,22 +180,175 @@ def _variants(
         yield from ours(OURS_GRAPH, on, lambda: ours_packed(captured=True))
 
 
-def _fbgemm(
-    variant: Callable[..., Variant],
-    weight: Tensor,
-    flat: Tensor,
-    offsets: Tensor,
-    incoming: Tensor,
-    rows: Callable[[Tensor], Tensor],
-) -> Variant | Missing:
-    dense = peers.fbgemm_dense(weight)
-    if isinstance(dense, Missing):
-        return dense
-    forward, weights = dense
-    return variant(lambda: forward(flat, offsets), incoming, rows, of=weights)
-
-
 def bag_offsets(code_mask: Tensor) -> Tensor:
     """Where each visit's codes begin among the flat ones; int64, one per row of ``[..., C]``."""
     counts = code_mask.sum(-1).flatten()
     return counts.cumsum(0) - counts
+
+
+def jobs(settings: Settings) -> Iterator[Job]:
+    width = 16 if settings.quick else EMBEDDING_DIM
+
+    def job(letter: str, weight: float, for_target: bool = False, **options: Any) -> Job:
+        def make(session: Session) -> Case:
+            return case(
+                session.batch(letter),
+                session.device,
+                embedding_dim=width,
+                backend=settings.backend,
+                **options,
+            )
+
+        return of_case(f"pooling {letter}", weight, make, for_target=for_target)
+
+    main = settings.main_workload
+    for letter in settings.workloads:
+        compiled = letter == main and not settings.quick
+        weight = 28 if letter == main else {"E": 18}.get(letter, 8)
+        yield job(letter, weight, for_target=letter == main, compiled=compiled)
+    yield job(main, 6, phase="forward")
+    yield job(main, 8, cache="cold")
+    if settings.serves(torch.bfloat16):
+        yield job(main, 10, dtype=torch.bfloat16)
+
+
+# Every mode ---------------------------------------------------------------------------------------
+
+
+def modes() -> Iterator[Mode]:
+    for dtype in DTYPES:
+        for mode in ("mean", "sum", "max"):
+            yield Mode("visit_mean_pool", mode, dtype, "visit_pool", _of_padded, torch.bool)
+            yield Mode("masked_pool", mode, dtype, "masked_pool", _of_embeddings, torch.bool)
+            yield Mode("packed_visit_pool", mode, dtype, "packed_visit_pool", _of_packed)
+        attention = ("packed_visit_pool", "attention", dtype, "packed_attention_pool")
+        yield Mode(*attention, _of_packed)
+    for mask in NUMERIC_MASKS:
+        yield Mode("visit_mean_pool", "mean", torch.float32, "visit_pool", _of_padded, mask)
+        yield Mode("masked_pool", "mean", torch.float32, "masked_pool", _of_embeddings, mask)
+
+
+@cache
+def _batch(size: Size, device: str) -> PackedVisits:
+    generator = torch.Generator().manual_seed(0)
+    shape = (size.patients, size.visits, size.codes)
+    codes = torch.randint(1, size.vocabulary, shape, generator=generator)
+    return PackedVisits.from_padded(codes, vocab_size=size.vocabulary).to(device)
+
+
+def _table(mode: Mode, size: Size, device: str, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(size.vocabulary, size.width, generator=generator)
+    return drawn.to(device, mode.dtype).requires_grad_()
+
+
+def _of_packed(mode: Mode, size: Size, device: str) -> Ways:
+    generator = torch.Generator().manual_seed(0)
+    batch, table = _batch(size, device), _table(mode, size, device, generator)
+    options: dict[str, Any] = {"mode": mode.mode}
+    leaves = [table]
+    if mode.mode == "attention":
+        scores = torch.randn(size.vocabulary, generator=generator).to(device, mode.dtype)
+        options["scores"] = scores.requires_grad_()
+        leaves.append(scores)
+    flat = (batch.codes, batch.code_offsets)
+    return Ways(
+        lambda: reference.packed_visit_pool(*flat, table, **options),
+        lambda: packed_visit_pool(batch, table, **options),
+        leaves,
+        size.patients,
+    )
+
+
+def _padded(
+    mode: Mode, size: Size, device: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    codes = _batch(size, device).to_padded()[0]
+    kept = torch.rand(codes.shape, generator=generator) < 0.7
+    return codes, kept.to(device, mode.mask)
+
+
+def _of_padded(mode: Mode, size: Size, device: str) -> Ways:
+    generator = torch.Generator().manual_seed(0)
+    table = _table(mode, size, device, generator)
+    codes, mask = _padded(mode, size, device, generator)
+    return Ways(
+        lambda: reference.visit_mean_pool(codes, table, mask, mode=mode.mode),
+        lambda: visit_mean_pool(codes, table, mask, mode=mode.mode),
+        [table],
+        size.patients,
+    )
+
+
+def _of_embeddings(mode: Mode, size: Size, device: str) -> Ways:
+    generator = torch.Generator().manual_seed(0)
+    table = _table(mode, size, device, generator)
+    codes, mask = _padded(mode, size, device, generator)
+    embeddings = table.detach()[codes].requires_grad_()
+    return Ways(
+        lambda: reference.masked_pool(embeddings, mask, mode=mode.mode),
+        lambda: masked_pool(embeddings, mask, mode=mode.mode),
+        [embeddings],
+        size.patients,
+    )
+
+
+# README and targets -------------------------------------------------------------------------------
+
+WANTED = {
+    "operation": OPERATION,
+    "workload": "D",
+    "patients": 256,
+    "phase": "forward+backward",
+    "dtype": "float32",
+    "cache": "warm",
+}
+# A GPU machine may have no real records; a batch of outpatients is its reading of the same targets.
+OUTPATIENT_WANTED = {**WANTED, "workload": "A", "patients": 128}
+OMOP = "visit pooling, forward and backward, real OMOP batch of 256"
+OUTPATIENT = "visit pooling, forward and backward, outpatient batch of 128"
+
+
+def _against_flat_bags(results: Results) -> Figure:
+    """Against the quicker of both ways on flat codes."""
+    rows = results.of(**WANTED)
+    bags = (rows[name].median for name in (BAG_FLAT, BAG_SUM))
+    return at_least(min(bags) / rows[OURS_PACKED].median, 2.5)
+
+
+def _share_of_ceiling(results: Results) -> Figure:
+    row = results.of(**OUTPATIENT_WANTED)[OURS_PACKED]
+    if row.floor_s is None:
+        raise ValueError("no ceiling was measured")
+    share = row.floor_s / row.median
+    return Figure(share, 0.8, True, f"{share:.0%}")
+
+
+def _against_best_peer(results: Results) -> Figure:
+    rows = results.of(**OUTPATIENT_WANTED)
+    best = min(row.median for row in rows.values() if not row.ours and row.seconds)
+    return at_least(best / rows[OURS_PACKED].median, 2)
+
+
+BENCHMARK = Benchmark(
+    jobs={"ops": jobs},
+    modes=tuple(modes()),
+    small=lambda batch: case(batch, Cpu(), embedding_dim=64),
+    readme={"cpu": [WANTED], "cuda": [OUTPATIENT_WANTED]},
+    page={OPERATION: ("A", "D")},
+    targets=(
+        Target(
+            "cpu",
+            f"{OMOP}: against plain PyTorch",
+            "≥ 150x",
+            ratio(150, REFERENCE, OURS_PACKED, **WANTED),
+        ),
+        Target(
+            "cpu",
+            f"{OMOP}: against F.embedding_bag on flat codes",
+            "≥ 2.5x",
+            _against_flat_bags,
+        ),
+        Target("cuda", f"{OUTPATIENT}: share of the measured ceiling", "≥ 80 %", _share_of_ceiling),
+        Target("cuda", f"{OUTPATIENT}: against the best other", "≥ 2x", _against_best_peer),
+    ),
+)

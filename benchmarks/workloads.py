@@ -206,13 +206,7 @@ class Workload:
     def batch(self, size: str | int = "default", *, seed: int = 0) -> Batch:
         """A batch of a named size, or of so many patients."""
         patients = self.patients[size] if isinstance(size, str) else size
-        records = self.draw(patients, seed)
-        return Batch(
-            self.letter,
-            real_batch(records, patients, seed=seed),
-            packed_real_batch(records, patients, seed=seed),
-            len(records.vocabulary),
-        )
+        return batch_of(self.letter, self.draw(patients, seed), patients, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -300,6 +294,16 @@ WORKLOADS = {
         ),
     )
 }
+
+
+def batch_of(letter: str, records: EventRecords, patients: int, *, seed: int = 0) -> Batch:
+    """A workload's batch: the first patients of a seeded shuffle of its records."""
+    return Batch(
+        letter,
+        real_batch(records, patients, seed=seed),
+        packed_real_batch(records, patients, seed=seed),
+        len(records.vocabulary),
+    )
 
 
 def real_batch(records: EventRecords, batch_size: int, *, seed: int = 0) -> PaddedBatch:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ehrseq_fast
-from benchmarks import devices, every, suite
+from benchmarks import devices, jobs, modes, registry
 from benchmarks.cases import Missing, Variant, asked_for, difference_of
 from ehrseq_fast import backend
 from ehrseq_fast.survival_nll import checks
@@ -17,7 +17,7 @@ from ehrseq_fast.survival_nll.fused import LINKS
 from ehrseq_fast.visit_pool.op import MODES
 from ehrseq_fast.visit_pool.packed import PACKED_MODES
 
-ENTRIES = list(every.entries())
+ROWS = registry.modes()
 # These compute nothing.
 NO_OPERATION = {"use_backend", "warmup"}
 LAYERS = {"packed_lstm": ("one direction", "both directions")}
@@ -46,8 +46,8 @@ def test_every_operation_in_every_mode_and_dtype_is_a_row():
         for mode in KNOWN_MODES.get(name, ("an operation without modes",))
         for dtype in backend.FLOATING
     }
-    public = [entry for entry in ENTRIES if entry.function in public_operations()]
-    assert wanted == {(entry.function, entry.mode, entry.dtype) for entry in public}
+    public = [row for row in ROWS if row.function in public_operations()]
+    assert wanted == {(row.function, row.mode, row.dtype) for row in public}
 
 
 def test_masks_of_every_dtype_are_rows():
@@ -60,23 +60,21 @@ def test_masks_of_every_dtype_are_rows():
         )
     }
     wanted = {(name, mask) for name in masked for mask in checks.REAL}
-    assert wanted == {(entry.function, entry.mask) for entry in ENTRIES if entry.mask is not None}
+    assert wanted == {(row.function, row.mask) for row in ROWS if row.mask is not None}
 
 
 def test_every_operation_that_has_kernels_is_a_row():
-    assert set(backend.operations()) == {entry.operation for entry in ENTRIES}
+    assert set(backend.operations()) == {row.operation for row in ROWS}
 
 
 def test_all_of_them_are_run():
-    planned = [job.title for job in suite.jobs("ops", suite.Settings(workloads=("A",)))]
-    assert {entry.title for entry in ENTRIES} <= set(planned)
+    planned = [job.title for job in registry.jobs("ops", jobs.Settings(workloads=("A",)))]
+    assert {row.title for row in ROWS} <= set(planned)
 
 
-@pytest.mark.parametrize(
-    "entry", ENTRIES, ids=lambda e: f"{e.title}, {e.dtype}".replace("torch.", "")
-)
-def test_ours_gives_what_the_definition_gives(entry):
-    made = every.case(entry, devices.Cpu(), quick=True)
+@pytest.mark.parametrize("row", ROWS, ids=lambda e: f"{e.title}, {e.dtype}".replace("torch.", ""))
+def test_ours_gives_what_the_definition_gives(row):
+    made = modes.case(row, devices.Cpu(), quick=True)
     results = {}
     for name, variant in made.variants.items():
         assert not isinstance(variant, Missing)
@@ -84,7 +82,7 @@ def test_ours_gives_what_the_definition_gives(entry):
         with asked_for(variant.backend):
             results[name] = variant.in_common(variant.run())
     assert len(results) > 1
-    first = results.pop(every.REFERENCE)
+    first = results.pop(modes.REFERENCE)
     for name, result in results.items():
         assert torch.is_tensor(result[0]), name
         made.require_equal(difference_of(result, first))
