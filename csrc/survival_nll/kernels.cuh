@@ -76,20 +76,22 @@ struct PackedLayout {
     }
     __device__ int64_t row(unsigned visit) const {
       const int64_t row = layout.row_starts[visit] + rank;
-      require(rank >= 0 && row >= 0 && row < layout.n_visits);
+      require(row >= 0 && row < layout.n_visits);
       return row;
     }
     __device__ bool counts(unsigned visit) const { return has(visit); }
   };
 
-  // The rows of all patients make up the batch if its ends fit, sizes fall and ranks differ. The
-  // last is not checked here: it would take a kernel of its own.
+  // The patients' rows make up the batch if its ends fit, the sizes do not rise and the ranks
+  // differ. The last two are not checked: that would take a kernel of its own.
   __device__ Visits visits_of(int64_t patient, unsigned slots) const {
     if (patient == 0) {
       const int64_t all_start = slots == 0 ? patients : row_starts[1];
       require(row_starts[0] == 0 && row_starts[slots] == n_visits && all_start == patients);
     }
-    return {*this, ranks[patient]};
+    const int64_t rank = ranks[patient];
+    require(rank >= 0 && rank < patients);
+    return {*this, rank};
   }
 };
 

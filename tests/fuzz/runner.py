@@ -45,7 +45,8 @@ def run_case(target: str, seed: int) -> str:
             change(draw, call)
     except ERRORS as error:
         raise Defect(f"valid arguments could not be made: {error!r}") from error
-    return judged(call, is_builder=target in batches.BUILDERS)
+    trusts_rows = target == CUDA + "packed_survival_nll"
+    return judged(call, is_builder=target in batches.BUILDERS, trusts_rows=trusts_rows)
 
 
 def _operators_of(target: str) -> Any:
@@ -55,7 +56,7 @@ def _operators_of(target: str) -> Any:
     return getattr(torch.ops, cuda_on_cpu.NAMESPACE)
 
 
-def judged(call: Call, is_builder: bool) -> str:
+def judged(call: Call, is_builder: bool, trusts_rows: bool = False) -> str:
     # of a crash, this is what is left to be read
     print(call.describe(), file=sys.stderr, flush=True)
     try:
@@ -66,7 +67,8 @@ def judged(call: Call, is_builder: bool) -> str:
         raise Defect(f"{type(error).__name__}: {error}\n{call.describe()}") from error
     results = _tensors(results)
     if call.expected is None or not call.values_kept:
-        _refuse_poison(call, results)
+        if not (trusts_rows and _rows_are_changed(call)):
+            _refuse_poison(call, results)
         return "computed"
     try:
         expected = _tensors(call.expected())
@@ -75,6 +77,12 @@ def judged(call: Call, is_builder: bool) -> str:
     for at, (result, wanted) in enumerate(zip(results, expected, strict=False)):
         _compare(call, at, result, wanted)
     return "right"
+
+
+def _rows_are_changed(call: Call) -> bool:
+    """Whether ``row_starts`` or ``unsorted_indices`` may not be those of a batch. On a GPU their
+    values are held to the memory that they reach, not to reaching every row of the gradient."""
+    return any(change.startswith(("argument 1 ", "argument 2 ")) for change in call.changes)
 
 
 def _refused(call: Call, error: Exception, is_builder: bool) -> str:
