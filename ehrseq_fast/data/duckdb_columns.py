@@ -3,8 +3,9 @@ or move to another day is found and refused."""
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
+
+from .duckdb_tables import Table, quoted
 
 INTEGERS = frozenset(
     ["TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"]
@@ -16,61 +17,11 @@ TIMESTAMPS = frozenset({"TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_N
 DAY_AS_TEXT = r"\d{4}-\d{2}-\d{2}([ T]\d{2}:\d{2}(:\d{2}(\.\d+)?)?)?"  # no zone
 
 
-class Place(NamedTuple):
-    """A schema of the connection's own database, or of an attached one."""
-
-    catalog: str
-    schema: str
-
-    def __str__(self) -> str:
-        return f"{_quoted(self.catalog)}.{_quoted(self.schema)}"
-
-
-class Table(NamedTuple):
-    """Where a table is, and its columns' types by their names in lower case."""
-
-    name: str
-    columns: dict[str, str]
-
-
 class Column(NamedTuple):
     """An SQL expression, and which rows it would change (None: none)."""
 
     value: str
     lossy: str | None
-
-
-def find_place(connection: Any, schema: str | None) -> Place:
-    """``schema`` may be a schema of the current database, ``catalogue.schema``, or an attached
-    catalogue, of which the default schema is taken. Names are compared without case."""
-    here = Place(*connection.execute("SELECT current_database(), current_schema()").fetchone())
-    if schema is None:
-        return here
-    candidates = [Place(here.catalog, schema)]
-    candidates += [
-        Place(schema[: dot.start()], schema[dot.end() :]) for dot in re.finditer(r"\.", schema)
-    ]
-    candidates += [Place(schema, default) for default in ("main", "public")]
-    for candidate in candidates:
-        found = connection.execute(
-            "SELECT table_catalog, table_schema FROM information_schema.tables"
-            " WHERE lower(table_catalog) = lower(?) AND lower(table_schema) = lower(?) LIMIT 1",
-            list(candidate),
-        ).fetchone()
-        if found is not None:
-            return Place(*found)
-    return candidates[0]
-
-
-def find_table(connection: Any, place: Place, name: str) -> Table:
-    """The table; without columns where there is none of that name."""
-    rows = connection.execute(
-        "SELECT table_name, lower(column_name), data_type FROM information_schema.columns"
-        " WHERE lower(table_name) = lower(?) AND table_catalog = ? AND table_schema = ?",
-        [name, *place],
-    ).fetchall()
-    columns = {column: str(dtype).upper() for _, column, dtype in rows}
-    return Table(f"{place}.{_quoted(rows[0][0] if rows else name)}", columns)
 
 
 def whole_number(table: Table, column: str) -> Column:
@@ -79,7 +30,7 @@ def whole_number(table: Table, column: str) -> Column:
     Raises:
         TypeError: a column of another kind.
     """
-    dtype, x = table.columns[column], _quoted(column)
+    dtype, x = table.columns[column], quoted(column)
     if dtype in INTEGERS:
         return Column(f"CAST({x} AS BIGINT)", None)
     cast = f"TRY_CAST({x} AS BIGINT)"
@@ -103,7 +54,7 @@ def day(table: Table, column: str) -> Column:
     Raises:
         TypeError: a column of another kind.
     """
-    dtype, x = table.columns[column], _quoted(column)
+    dtype, x = table.columns[column], quoted(column)
     if dtype == "DATE":
         return Column(f"CASE WHEN isfinite({x}) THEN {x} END", None)
     if dtype in TIMESTAMPS:
@@ -124,7 +75,7 @@ def refuse_lossy(connection: Any, table: Table, column: str, converted: Column, 
     if converted.lossy is None:
         return
     count, first = connection.execute(
-        f"SELECT count(*), CAST(min({_quoted(column)}) AS VARCHAR) FROM {table.name}"
+        f"SELECT count(*), CAST(min({quoted(column)}) AS VARCHAR) FROM {table.name}"
         f" WHERE {converted.lossy}"
     ).fetchone()
     if count:
@@ -132,7 +83,3 @@ def refuse_lossy(connection: Any, table: Table, column: str, converted: Column, 
             f"{table.name}, column {column}: expected {kind}, got {first!r} "
             f"({count} rows have no such value)"
         )
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

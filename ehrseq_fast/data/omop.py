@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import longs
-from .duckdb_columns import Place, Table, day, find_place, find_table, refuse_lossy, whole_number
+from .duckdb_columns import day, refuse_lossy, whole_number
+from .duckdb_tables import Place, Table, find_places, find_table, places_with
 from .records import EventRecords, Vocabulary
 
 
@@ -71,7 +72,12 @@ def read_omop(
         tables: which events to read, of ``condition``, ``drug``, ``procedure``, ``measurement``,
             ``observation`` and ``device``; the outcome is looked for in the same tables.
         schema: the schema that holds the tables, ``"catalogue.schema"`` or the name of a catalogue
-            for those of an attached database; None for the connection's own.
+            for those of an attached database (of a catalogue its default schema, ``main`` or
+            ``public``). A name may be in double quotes, which it needs where the part before or
+            after the dot has one itself: ``'"my.db".cdm'``. None looks where SQL does: TEMP tables
+            and what ``connection.register`` was given, then the connection's search path. Names of
+            concepts come from the table ``concept`` of the same schema, or from the connection's
+            own.
 
     Returns:
         :class:`EventRecords`, patients by ascending person id. ``left_out`` counts ``"rows without
@@ -104,8 +110,8 @@ def read_omop(
     chosen = _event_tables(tables)
     outcomes = _outcome_ids(outcome_concept_id)
     with _connection(database) as connection:
-        place = find_place(connection, schema)
-        found = _find_tables(connection, chosen, place, schema)
+        places = find_places(connection, schema)
+        found = _find_tables(connection, chosen, places, schema)
         rows = _union_of_events(connection, chosen, found)
         person, day, concept = _distinct_events(connection, rows)
         left_out = _count_left_out(connection, rows)
@@ -115,7 +121,7 @@ def read_omop(
                 f"{', '.join(tables)}: there is nothing to predict"
             )
         records = _assemble(person, day, concept, outcomes, left_out)
-        names = _concept_names(connection, place, records.vocabulary.concept_ids)
+        names = _concept_names(connection, places, records.vocabulary.concept_ids)
     return _named(records, names)
 
 
@@ -157,14 +163,24 @@ def _outcome_ids(concept_ids: int | Sequence[int]) -> list[int]:
 
 
 def _find_tables(
-    connection: Any, chosen: Iterable[EventTable], place: Place, schema: str | None
+    connection: Any, chosen: Iterable[EventTable], places: Sequence[Place], schema: str | None
 ) -> list[Table]:
     found = []
     for source in chosen:
-        table = find_table(connection, place, source.table)
+        table = find_table(connection, places, source.table)
         if not table.columns:
             where = "" if schema is None else f" in schema {schema!r}"
-            raise LookupError(f"this database has no OMOP table {source.table!r}{where}")
+            elsewhere = places_with(connection, source.table)
+            raise LookupError(
+                f"this database has no OMOP table {source.table!r}{where}: looked in "
+                f"{', '.join(map(str, places))}; "
+                + (
+                    f"there is one in {', '.join(elsewhere)} (pass it as schema)"
+                    if elsewhere
+                    else "no attached schema has one (a data frame is found after "
+                    f"connection.register({source.table!r}, frame))"
+                )
+            )
         missing = {"person_id", source.concept, source.date} - table.columns.keys()
         if missing:
             raise LookupError(f"table {source.table!r} lacks {', '.join(sorted(missing))}")
@@ -266,9 +282,11 @@ def _before_first_outcome(
     return (persons[at] != person) | (day < event_day[at])
 
 
-def _concept_names(connection: Any, place: Place, concept_ids: NDArray[np.int64]) -> dict[int, str]:
+def _concept_names(
+    connection: Any, places: Sequence[Place], concept_ids: NDArray[np.int64]
+) -> dict[int, str]:
     """Names from the concept table; empty where the database has none."""
-    table = find_table(connection, place, "concept")
+    table = find_table(connection, [*places, *find_places(connection, None)], "concept")
     if not {"concept_id", "concept_name"} <= table.columns.keys():
         return {}
     concept = whole_number(table, "concept_id")
