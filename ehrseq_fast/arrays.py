@@ -36,8 +36,37 @@ def as_array(name: str, values: ArrayLike) -> Array:
         array = np.asarray(values)
     except ValueError as error:
         raise ValueError(f"{name}: expected lists of equal lengths: {error}") from error
+    if array.dtype.kind in "fc" and isinstance(values, (list, tuple)):
+        _refuse_merged(name, values, array.dtype)
     _refuse_truncated(name, array)
     return array
+
+
+def kind_of(value: object) -> str:
+    """How an error message calls what was given in place of a tensor or a batch."""
+    if isinstance(value, np.ndarray):
+        return f"a NumPy array of {value.dtype}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, (list, tuple, int, float)):
+        return f"{'an' if isinstance(value, int) else 'a'} {type(value).__name__}"
+    return "None" if value is None else f"an object of type {type(value).__name__}"
+
+
+_INSTEAD = {
+    "ndarray": "torch.from_numpy(array) makes a tensor of it",
+    "PackedRows": "its rows are rows.values, and padded rows.to_padded()",
+    "list": "torch.tensor(list) makes a tensor of it",
+}
+
+
+def expect_tensor(name: str, value: object, expected: str = "a tensor", hint: str = "") -> None:
+    """``TypeError`` for anything but a tensor."""
+    if not isinstance(value, Tensor):
+        instead = hint or _INSTEAD.get(type(value).__name__, "")
+        raise TypeError(
+            f"{name}: expected {expected}, got {kind_of(value)}{instead and f' ({instead})'}"
+        )
 
 
 def dense_on_host(name: str, tensor: Tensor) -> Tensor:
@@ -76,6 +105,41 @@ def _look_into(name: str, values: list[Any] | tuple[Any, ...]) -> None:
             _refuse_masked(name, value)
         elif isinstance(value, (list, tuple)):
             _look_into(name, value)
+
+
+def _refuse_merged(name: str, values: list[Any] | tuple[Any, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse integers that are not themselves any more beside floats, as 2**53 + 1 is not."""
+    if set(map(type, values)) <= {float, complex}:
+        return
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            _refuse_merged(name, value, dtype)
+        elif isinstance(value, (np.ndarray, Tensor)):
+            refuse_inexact(name, as_array(name, value), dtype)
+        elif isinstance(value, np.integer):
+            refuse_inexact(name, np.asarray(value), dtype)
+        elif isinstance(value, int) and int(float(value)) != value:
+            raise inexact(name, value, dtype)
+
+
+def refuse_inexact(name: str, array: Array, dtype: Any) -> None:
+    """``ValueError`` where integers do not keep their values in the floating ``dtype``."""
+    if array.dtype.kind not in "iu":
+        return
+    with np.errstate(invalid="ignore"):
+        wrong = array.astype(dtype).real.astype(array.dtype) != array
+    if array.dtype.itemsize == 8:  # the largest are rounded up to what the integers do not hold
+        wrong = wrong | (array.astype(np.float64) >= float(np.iinfo(array.dtype).max))
+    if wrong.any():
+        raise inexact(name, array[wrong][0], dtype)
+
+
+def inexact(name: str, value: Any, dtype: Any) -> ValueError:
+    """The error of an integer that a floating ``dtype`` does not hold."""
+    return ValueError(
+        f"{name}: expected integers that {dtype} holds, as there are floats beside them, got "
+        f"{value}"
+    )
 
 
 def _refuse_truncated(name: str, array: Array) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arrays import whole
+from .arrays import expect_tensor, kind_of, whole
 from .backend import validate_on_device
 from .models.pooling import wide_dtype
 from .models.sequences import refuse_zero_lengths
@@ -51,16 +51,24 @@ class FixedHorizonProgressionLoss(nn.Module):
             valid_mask: ``[B, V]`` bool or numeric; a fraction is a weight.
 
         Raises:
-            ValueError: for shapes that differ, and labels outside [0, 1] at valid visits.
-            TypeError: for :class:`~ehrseq_fast.PackedRows`; pad them with ``to_padded()``.
+            ValueError: for shapes that differ, labels outside [0, 1] at valid visits, and a mask
+                that is not finite (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``).
+            TypeError: for anything but tensors of real numbers; of
+                :class:`~ehrseq_fast.PackedRows` pass ``to_padded()``.
         """
         _refuse_rows(logits=logits, labels=labels, valid_mask=valid_mask)
-        for name, tensor in (("labels", labels), ("valid_mask", valid_mask)):
+        for name, tensor in (("logits", logits), ("labels", labels), ("valid_mask", valid_mask)):
+            expect_tensor(name, tensor)
+            if tensor.is_complex():
+                raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
             if tensor.shape != logits.shape:
                 raise ValueError(
                     f"{name} must have the shape of logits, {list(logits.shape)}, "
                     f"got {list(tensor.shape)}"
                 )
+        if not logits.is_floating_point():
+            raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
+        _check_finite(valid_mask)
         wide = wide_dtype(logits.dtype)
         valid = valid_mask != 0
         targets = labels.to(wide).masked_fill(~valid, 0.0)
@@ -81,10 +89,26 @@ def _refuse_rows(**arguments: object) -> None:
             )
 
 
-def _check_targets(targets: Tensor) -> None:
+def _reads_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or validate_on_device()
+
+
+def _check_finite(valid_mask: Tensor) -> None:
+    if not valid_mask.is_floating_point() or not _reads_values(valid_mask):
         return
-    if targets.device.type != "cpu" and not validate_on_device():
+    places = (~valid_mask.isfinite()).nonzero()
+    if len(places):
+        first = places[0].tolist()
+        raise ValueError(
+            f"valid_mask: expected finite numbers, found {len(places)} others; the first is "
+            f"{valid_mask[tuple(first)].item():g} at [patient, visit] = {first}"
+        )
+
+
+def _check_targets(targets: Tensor) -> None:
+    if not _reads_values(targets):
         return
     wrong = ~((targets >= 0) & (targets <= 1))
     places = wrong.nonzero()
@@ -112,6 +136,10 @@ class MultiTaskSurvivalLoss(nn.Module):
 
     def __init__(self, task_weights: Mapping[str, float]) -> None:
         super().__init__()
+        if not isinstance(task_weights, Mapping):
+            raise TypeError(
+                f"task_weights: expected a mapping of names to weights, got {kind_of(task_weights)}"
+            )
         self.task_weights = dict(task_weights)
 
     def extra_repr(self) -> str:
@@ -122,8 +150,15 @@ class MultiTaskSurvivalLoss(nn.Module):
         weight may be missing from a batch.
 
         Raises:
-            ValueError: where no task has a weight.
+            ValueError: where no task has a weight, or the losses differ in shape.
+            TypeError: for a loss that is no tensor.
         """
+        if not isinstance(task_losses, Mapping):
+            raise TypeError(
+                f"task_losses: expected a mapping of names to losses, got {kind_of(task_losses)}"
+            )
+        for name, loss in task_losses.items():
+            expect_tensor(f"task_losses[{name!r}]", loss, "a tensor, the loss of that task")
         weighted = [
             self.task_weights[name] * loss
             for name, loss in task_losses.items()
@@ -133,6 +168,10 @@ class MultiTaskSurvivalLoss(nn.Module):
             raise ValueError(
                 f"no task of {sorted(task_losses)} has a weight; there are weights for "
                 f"{sorted(self.task_weights)}"
+            )
+        if len(shapes := {tuple(loss.shape) for loss in weighted}) > 1:
+            raise ValueError(
+                f"task_losses: expected losses of one shape, got {sorted(map(list, shapes))}"
             )
         return torch.stack(weighted).sum(0)
 
@@ -175,6 +214,8 @@ def compute_masked_loss(
         tensor(0.6931)
     """
     _refuse_rows(predictions=predictions, labels=labels)
+    expect_tensor("predictions", predictions)
+    expect_tensor("labels", labels)
     if predictions.dim() not in (2, 3):
         raise ValueError(
             f"predictions must be [B, T] or [B, T, K], got shape {list(predictions.shape)}"

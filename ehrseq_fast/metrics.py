@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arrays import ArrayLike, as_array
+from .arrays import ArrayLike, as_array, got
 from .rows import PackedRows
 
 
@@ -44,8 +44,8 @@ def concordance_index(
 
     Raises:
         ValueError: for shapes that do not fit, an unknown ``censored_visit``, and NaN among real
-            hazards, times or indicators.
-        TypeError: where outcomes are missing.
+            hazards, times, indicators or the mask.
+        TypeError: where outcomes are missing, and for values that are not real numbers.
         ImportError: where lifelines is not installed.
 
     Example:
@@ -74,12 +74,13 @@ def concordance_index(
 
     hazards = hazards.double()
     if sequence_mask is not None:
+        _refuse_nan("sequence_mask", sequence_mask.double().isnan().any(1))
         hazards = hazards.masked_fill(sequence_mask == 0, 0.0)
     risk = hazards.sum(1)
     times = event_times.double()
-    _refuse_nan("hazards", risk)
-    _refuse_nan("event_times", times)
-    _refuse_nan("event_indicators", event_indicators.double())
+    _refuse_nan("hazards", risk.isnan())
+    _refuse_nan("event_times", times.isnan())
+    _refuse_nan("event_indicators", event_indicators.double().isnan())
     events = event_indicators != 0
     if censored_visit == "excluded":
         # Ranks with a place between them: a censoring comes before the events of its time.
@@ -94,8 +95,15 @@ def concordance_index(
 
 def _on_host(name: str, values: ArrayLike) -> Tensor:
     if isinstance(values, Tensor):
-        return values.detach().cpu()
-    return torch.tensor(as_array(name, values), device="cpu")
+        tensor = values.detach().cpu()
+    else:
+        array = as_array(name, values)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"{name}: expected real numbers, got {got(array)}")
+        tensor = torch.tensor(array, device="cpu")
+    if tensor.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
+    return tensor
 
 
 def _check_shapes(
@@ -114,8 +122,7 @@ def _check_shapes(
         )
 
 
-def _refuse_nan(name: str, per_patient: Tensor) -> None:
-    missing = per_patient.isnan()
+def _refuse_nan(name: str, missing: Tensor) -> None:
     if bool(missing.any()):
         raise ValueError(
             f"{name} of {int(missing.sum())} patients hold NaN. The first is patient "

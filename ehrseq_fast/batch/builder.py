@@ -26,7 +26,15 @@ from .checks import (
     patient_numbers,
 )
 from .device import pack_on_device
-from .gather import as_tensor, as_values, check_features, gather_all, gather_features, joined
+from .gather import (
+    as_tensor,
+    as_values,
+    by_name,
+    check_features,
+    gather_all,
+    gather_features,
+    joined,
+)
 from .layout import Layout, layout_of
 from .rows import Rows
 
@@ -57,6 +65,7 @@ def from_lists(
 ) -> Contents:
     patients = listed(patients)
     longs = outcomes_of(*outcomes, len(patients))
+    visit_targets = by_name("visit_targets", visit_targets)
     per_visit = visit_features is not None or bool(visit_targets)
     sizes, host, fields, rows = backend.batch_builder().pack_lists(
         patients, code_limit(vocab_size), *longs, per_visit
@@ -66,7 +75,7 @@ def from_lists(
     lengths = host[layout.max_visits :].tolist() if per_visit else []
     by_visit = {
         name: joined(f"visit_targets[{name!r}]", values, lengths)
-        for name, values in (visit_targets or {}).items()
+        for name, values in by_name("visit_targets", visit_targets).items()
     }
     return Contents(
         layout,
@@ -97,6 +106,7 @@ def from_flat(
     n_rows = visit_offsets.shape[0] - 1
     chosen = None if patients is None else patient_numbers(patients, n_records)
     longs = outcomes_of(*outcomes, n_records, chosen)
+    visit_targets = by_name("visit_targets", visit_targets)
     per_visit = visit_features is not None or bool(visit_targets)
     sizes, host, fields, rows = backend.batch_builder().pack_flat(
         codes,
@@ -141,7 +151,7 @@ def from_padded(
         check_features(values, values.shape[:2], shape)
         features = rows.pack(values)
     by_visit = {}
-    for key, target in (visit_targets or {}).items():
+    for key, target in by_name("visit_targets", visit_targets).items():
         name = f"visit_targets[{key!r}]"
         values = as_tensor(as_values(name, target), device)
         if values.shape[:2] != shape:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import Array, as_array
+from ..arrays import Array, as_array, inexact, kind_of, refuse_inexact
 
 HOST = torch.device("cpu")
 
@@ -62,8 +62,39 @@ def joined(name: str, values: Any, lengths: Sequence[int]) -> Any:
     if not parts:
         return np.empty((0, 0))
     if any(isinstance(part, Tensor) for part in parts):
-        return torch.cat([as_tensor(part, HOST) for part in parts])
-    return np.concatenate(parts)
+        return _joined_tensors(name, [as_tensor(part, HOST) for part in parts])
+    whole = np.concatenate(parts)
+    if whole.dtype.kind in "fc":
+        for patient, part in enumerate(parts):
+            refuse_inexact(f"{name}, patient {patient}", as_array(name, part), whole.dtype)
+    return whole
+
+
+def _joined_tensors(name: str, parts: list[Tensor]) -> Tensor:
+    whole = torch.cat(parts)
+    if not (whole.is_floating_point() or whole.is_complex()):
+        return whole
+    for patient, part in enumerate(parts):
+        if part.is_floating_point() or part.is_complex():
+            continue
+        kept = part.to(whole.dtype)
+        kept = (kept.real if kept.is_complex() else kept).double()
+        wrong = (kept.long() != part.long()) | (kept >= 2.0**63)
+        if bool(wrong.any()):
+            raise inexact(f"{name}, patient {patient}", part[wrong][0].item(), whole.dtype)
+    return whole
+
+
+def by_name(name: str, values: Any) -> Mapping[str, Any]:
+    """Targets as given, none where there are none."""
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"{name}: expected a mapping of names to arrays ({{'label': values}}), got "
+            f"{kind_of(values)}"
+        )
+    return values
 
 
 def check_features(features: Any, leading: Any, expected: tuple[int, ...]) -> None:
@@ -95,8 +126,9 @@ def gather_all(
     device: torch.device = HOST,
 ) -> dict[str, Tensor]:
     gathered = {}
-    for key, value in (values or {}).items():
-        name = f"{'targets' if of == 'patients' else 'visit_targets'}[{key!r}]"
+    group = "targets" if of == "patients" else "visit_targets"
+    for key, value in by_name(group, values).items():
+        name = f"{group}[{key!r}]"
         array = as_values(name, value)
         if array.ndim == 0 or array.shape[0] != n_rows:
             raise ValueError(

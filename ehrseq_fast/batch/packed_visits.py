@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from ..arrays import ArrayLike
+from ..arrays import ArrayLike, kind_of
 from ..autograd import outside_transforms
 from . import builder
 from .changes import Changes
@@ -266,6 +266,7 @@ class PackedVisits(Changes):
 
         Raises:
             ValueError: no batches, or batches that hold different things.
+            TypeError: something else than batches.
 
         Example:
             >>> from ehrseq_fast.batch import PackedVisits
@@ -273,6 +274,9 @@ class PackedVisits(Changes):
             >>> PackedVisits.cat([one, two]).codes
             tensor([2, 1, 3], dtype=torch.int32)
         """
+        for at, batch in enumerate(batches):
+            if not isinstance(batch, PackedVisits):
+                raise TypeError(f"batches: expected PackedVisits, got {kind_of(batch)}, at {at}")
         if not batches:
             raise ValueError("PackedVisits.cat expects at least one batch, got none")
         check_alike(batches)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..arrays import integer
+from ..arrays import expect_tensor, integer
 from .layout import MOST_CODES
 from .storage import Storage
 
@@ -85,6 +85,7 @@ class Rows(Storage):
             >>> batch.pack(torch.tensor([[10.0, -1.0], [20.0, 30.0]]))
             tensor([20., 10., 30.])
         """
+        expect_tensor("padded", padded)
         if padded.dim() < 2 or padded.shape[0] != len(self) or padded.shape[1] < self.max_visits:
             raise ValueError(
                 f"padded: expected shape [B={len(self)}, V>={self.max_visits}, ...], "
@@ -166,6 +167,7 @@ class Rows(Storage):
         return counts
 
     def _check_rows(self, name: str, values: Tensor) -> None:
+        expect_tensor(name, values)
         if values.dim() < 1 or values.shape[0] != self.n_visits:
             raise ValueError(
                 f"{name}: expected one row per visit, [n_visits={self.n_visits}, ...], "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from ..arrays import expect_tensor, kind_of
 from ..autograd import transformed, values_are_hidden
 from ..batch import PackedVisits
 from ..rows import PackedRows, VisitState
@@ -306,7 +307,14 @@ class VisitSequenceModel(nn.Module):
             ValueError: for another number of patients than ``state`` has, or features that do not
                 fit.
             IndexError: for codes outside the vocabulary.
+            TypeError: for anything but a state, codes and a tensor.
         """
+        if not isinstance(state, VisitState):
+            raise TypeError(f"state: expected a VisitState of model.start(), got {kind_of(state)}")
+        if not isinstance(visit, Iterable):
+            raise TypeError(f"visit: expected a list of codes, got {kind_of(visit)}")
+        if visit_features is not None:
+            expect_tensor("visit_features", visit_features, "a tensor [B, F] or None")
         patients = state.h.shape[1]
         is_one_visit = all(np.ndim(code) == 0 for code in visit)
         visits: Any = [visit] if is_one_visit and patients == 1 else visit

@@ -11,6 +11,7 @@ from ..batch import PackedVisits
 from ..survival_nll import packed_competing_risks_nll
 from .base import VisitSequenceModel
 from .recurrent import lstm_dropout, visit_lstm
+from .sequences import expect_batch
 from .survival_lstm import hazard_head
 
 
@@ -95,5 +96,7 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
 
         Raises:
             ValueError: if the batch has no outcomes.
+            TypeError: for anything but a packed batch.
         """
+        expect_batch(batch)
         return packed_competing_risks_nll(self(batch).values, batch, **options)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arrays import expect_tensor
 from ..backend import use_backend
 from ..batch import PackedVisits
 from ..visit_pool import codes_in_use, masked_pool, packed_visit_pool
@@ -17,6 +18,7 @@ from .head import run_network
 from .pooling import attend, plain_pool
 from .reading import are_plain, is_plain, is_plain_embedding, readable
 from .recurrent import lstm_dropout, visit_lstm
+from .sequences import expect_batch
 from .visit_vectors import (
     embed,
     embed_real,
@@ -92,7 +94,11 @@ class VisitEncoder(nn.Module):
 
         Raises:
             ValueError: for shapes that do not fit.
+            TypeError: for anything but tensors.
         """
+        expect_tensor("visit_embeddings", visit_embeddings)
+        if visit_mask is not None:
+            expect_tensor("visit_mask", visit_mask, "a tensor or None")
         if visit_embeddings.dim() < 2 or visit_embeddings.shape[-1] != self.embedding_dim:
             raise ValueError(
                 f"visit_embeddings must be [..., C, {self.embedding_dim}], "
@@ -298,7 +304,9 @@ class LSTMBaseline(VisitSequenceModel):
         Raises:
             KeyError: if the batch has no such target.
             ValueError: if its shape does not fit.
+            TypeError: for anything but a packed batch.
         """
+        expect_batch(batch)
         if target not in batch.targets:
             raise KeyError(f"the batch has no target {target!r}; it has {sorted(batch.targets)}")
         wanted = batch.targets[target]

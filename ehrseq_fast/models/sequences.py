@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arrays import expect_tensor, kind_of
 from ..autograd import outside_transforms
 from ..backend import validate_on_device
 from ..batch import PackedVisits
@@ -22,10 +23,19 @@ def check_padded_batch(
     """Refuse a padded triple whose shapes or dtypes do not fit together.
 
     Raises:
-        TypeError: for codes that are not int32 or int64.
+        TypeError: for anything but tensors, and codes that are not int32 or int64.
         ValueError: for shapes other than ``[B, V, C]``, ``[B, V, C]`` and ``[B, V]``, no patient or
             no visit.
     """
+    expect_tensor(
+        "visit_codes",
+        visit_codes,
+        "a tensor [B, V, C] or a PackedVisits",
+        "PackedVisits.from_lists packs lists of visits" if isinstance(visit_codes, list) else "",
+    )
+    for name, mask in (("visit_mask", visit_mask), ("sequence_mask", sequence_mask)):
+        if mask is not None:
+            expect_tensor(name, mask, "a tensor or None")
     if visit_codes.dtype not in CODE_DTYPES:
         raise TypeError(f"visit_codes must be int32 or int64, got {visit_codes.dtype}")
     if visit_codes.dim() != 3:
@@ -43,6 +53,16 @@ def check_padded_batch(
         raise ValueError(
             f"sequence_mask must be [B, V] = {list(visit_codes.shape[:2])} as visit_codes, "
             f"got shape {list(sequence_mask.shape)}"
+        )
+
+
+def expect_batch(batch: object) -> None:
+    """``TypeError`` for anything but a packed batch."""
+    if not isinstance(batch, PackedVisits):
+        raise TypeError(
+            f"batch: expected a PackedVisits with its outcomes, got {kind_of(batch)} "
+            "(PackedVisits.from_padded packs padded tensors; for these a loss takes the model's "
+            "output)"
         )
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arrays import expect_tensor
 from ..batch import PackedVisits
 from ..rows import PackedRows
 from ..survival_nll import packed_survival_nll
 from .base import VisitSequenceModel
 from .pooling import wide_dtype
 from .recurrent import lstm_dropout, visit_lstm
+from .sequences import expect_batch
 
 TIME_FEATURES = 3
 # The largest hazard that survival is computed from, as the reference's log(1 - h + 1e-7) has it:
@@ -31,11 +33,16 @@ def hazard_head(width: int, hidden_dim: int, dropout: float) -> nn.Sequential:
     )
 
 
-def survival_curve(hazards: Tensor) -> tuple[Tensor, Tensor]:
+def survival_curve(hazards: Tensor | PackedRows) -> tuple[Any, Any]:
     """Survival ``S_t = Π_{k≤t} (1 − h_k)`` and cumulative hazard ``Σ_{k≤t} h_k``, over visits.
 
     ``hazards`` is ``[B, V]`` with zeros on padding, so both stay there at the value of the last
-    real visit. 16-bit hazards are widened, and so are the results.
+    real visit. 16-bit hazards are widened, and so are the results. Of
+    :class:`~ehrseq_fast.PackedRows` both are packed rows.
+
+    Raises:
+        ValueError: for hazards of fewer dimensions.
+        TypeError: for anything else.
 
     Example:
         >>> survival, cumulative = survival_curve(torch.tensor([[0.5, 0.5, 0.0]]))
@@ -44,18 +51,16 @@ def survival_curve(hazards: Tensor) -> tuple[Tensor, Tensor]:
         >>> cumulative
         tensor([[0.5000, 1.0000, 1.0000]])
     """
+    if isinstance(hazards, PackedRows):
+        batch = hazards.batch
+        curves = survival_curve(hazards.to_padded())
+        return PackedRows(batch.pack(curves[0]), batch), PackedRows(batch.pack(curves[1]), batch)
+    expect_tensor("hazards", hazards, "a tensor [B, V] or PackedRows")
+    if hazards.dim() < 2:
+        raise ValueError(f"hazards: expected [B, V], got shape {list(hazards.shape)}")
     hazards = hazards.to(wide_dtype(hazards.dtype))
     survival = torch.log1p(-hazards.clamp(max=LARGEST_HAZARD)).cumsum(1).exp()
     return survival, hazards.cumsum(1)
-
-
-def curves_of(hazards: Tensor | PackedRows) -> Any:
-    """:func:`survival_curve` of padded hazards or of packed rows, in the same form."""
-    if isinstance(hazards, Tensor):
-        return survival_curve(hazards)
-    batch = hazards.batch
-    survival, cumulative = survival_curve(hazards.to_padded())
-    return PackedRows(batch.pack(survival), batch), PackedRows(batch.pack(cumulative), batch)
 
 
 class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
@@ -188,7 +193,9 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
 
         Raises:
             ValueError: if the batch has no outcomes.
+            TypeError: for anything but a packed batch.
         """
+        expect_batch(batch)
         return packed_survival_nll(self(batch).values, batch, **options)
 
     def predict_survival(
@@ -204,7 +211,7 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
         Arguments and errors as in :meth:`forward`. Call ``model.eval()`` first: dropout is active
         in training mode.
         """
-        return curves_of(self(visit_codes, visit_mask, sequence_mask))
+        return survival_curve(self(visit_codes, visit_mask, sequence_mask))
 
 
 class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
@@ -286,6 +293,8 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         Raises:
             ValueError: also for time features that are not ``[B, V, 3]``; else as the base class.
         """
+        if time_features is not None:
+            expect_tensor("time_features", time_features, "a tensor [B, V, 3] or None")
         if time_features is not None and isinstance(visit_codes, Tensor):
             expected = (*visit_codes.shape[:2], TIME_FEATURES)
             if time_features.shape != expected:
@@ -303,4 +312,4 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         time_features: Tensor | None = None,
     ) -> Any:
         """Survival probabilities and cumulative hazards, as the base class has them."""
-        return curves_of(self(visit_codes, visit_mask, sequence_mask, time_features))
+        return survival_curve(self(visit_codes, visit_mask, sequence_mask, time_features))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..arrays import kind_of
 from ..autograd import transformed
 from ..backend import must_check_values
 from ..rows import PackedRows
@@ -134,6 +135,8 @@ def _rows_and_batch(
     if not isinstance(hazards, PackedRows):
         if batch is None:
             raise TypeError("batch must be given, unless hazards are PackedRows")
+        if not hasattr(batch, "row_starts"):
+            raise TypeError(f"batch: expected a PackedVisits, got {kind_of(batch)}")
         return hazards, batch
     if batch is None or batch is hazards.batch:
         return hazards.values, hazards.batch

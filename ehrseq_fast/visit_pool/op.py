@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..arrays import expect_tensor
 from ..autograd import once, transformed, values_are_hidden
 from ..backend import must_check_values, operators
 from ..schemas import fake
@@ -134,7 +135,7 @@ def masked_pool(embeddings: Tensor, mask: Tensor | None = None, *, mode: str = "
         tensor([5., 3.])
     """
     _check_mode(mode)
-    _check_floating("embeddings", embeddings)
+    check_floating("embeddings", embeddings)
     if embeddings.dim() < 2:
         raise ValueError(f"embeddings must be [..., C, E], got {_shape(embeddings)}")
     _check_mask(mask, embeddings.shape[:-1], "embeddings [..., C]", embeddings.device)
@@ -267,7 +268,8 @@ def _check_mode(mode: str) -> None:
         raise ValueError(f"unknown mode {mode!r}; there are {', '.join(map(repr, MODES))}")
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
+def check_floating(name: str, tensor: Tensor) -> None:
+    expect_tensor(name, tensor)
     if tensor.dtype not in backend.FLOATING:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
@@ -275,6 +277,7 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 def _check_mask(mask: Tensor | None, shape: torch.Size, like: str, device: torch.device) -> None:
     if mask is None:
         return
+    expect_tensor("mask", mask, "a tensor or None")
     if mask.shape != shape:
         raise ValueError(
             f"the mask must have the shape of {like}, {list(shape)}, got {_shape(mask)}"
@@ -294,7 +297,8 @@ def _check_table_arguments(
 ) -> int:
     """Check everything but values; the row that gets no gradient, as from :func:`padding_row`."""
     _check_mode(mode)
-    _check_floating("weight", weight)
+    check_floating("weight", weight)
+    expect_tensor("codes", codes)
     if codes.dtype not in _CODE_DTYPES:
         raise TypeError(f"codes must be int32 or int64, got {codes.dtype}")
     if weight.dim() != 2:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..arrays import expect_tensor, kind_of
 from ..autograd import once, values_are_hidden
 from ..backend import must_check_values, operators
 from ..schemas import fake
 from . import reference
-from .op import MODES, choose, fake_arg_max, padding_row, sparse_rows
+from .op import MODES, check_floating, choose, fake_arg_max, padding_row, sparse_rows
 
 if TYPE_CHECKING:
     from ..batch import PackedVisits
@@ -289,8 +290,9 @@ def _check_arguments(
     if mode not in PACKED_MODES:
         names = ", ".join(map(repr, PACKED_MODES))
         raise ValueError(f"unknown mode {mode!r}; there are {names}")
-    if weight.dtype not in backend.FLOATING:
-        raise TypeError(f"weight must be float32, float64, bfloat16 or float16, got {weight.dtype}")
+    if not hasattr(batch, "index_visits"):
+        raise TypeError(f"batch: expected a PackedVisits, got {kind_of(batch)}")
+    check_floating("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [K, E], got {list(weight.shape)}")
     if batch.codes.device != weight.device:
@@ -301,6 +303,7 @@ def _check_arguments(
     if (scores is not None) != (mode == "attention"):
         raise ValueError("mode='attention' takes scores, and no other mode does")
     if scores is not None:
+        expect_tensor("scores", scores)
         if scores.shape != weight.shape[:1]:
             raise ValueError(
                 f"scores must be [K] = {list(weight.shape[:1])}, got {list(scores.shape)}"
