@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .patient_order import Longs, PatientOrder, offsets_of
 from .reference_checks import (
-    Longs,
     Names,
     check_codes,
     check_outcomes,
@@ -192,28 +192,6 @@ def pack_padded(
     )
 
 
-class PatientOrder:
-    """Patients by falling length (stable), and whose visit each packed row is."""
-
-    def __init__(self, lengths: Longs) -> None:
-        n_patients = len(lengths)
-        max_visits = int(lengths.max(initial=0))
-        self.lengths = lengths
-        self.sorted = np.argsort(-lengths, kind="stable")
-        self.unsorted = np.empty_like(self.sorted)
-        self.unsorted[self.sorted] = np.arange(n_patients)
-        at_least = np.bincount(lengths, minlength=max_visits + 1)[::-1].cumsum()[::-1]
-        self.batch_sizes = at_least[1:]
-        self.row_starts = _offsets(self.batch_sizes)
-        self.time_of_row = np.repeat(np.arange(max_visits), self.batch_sizes)
-        ranks = np.arange(len(self.time_of_row)) - self.row_starts[self.time_of_row]
-        self.patient_of_row = self.sorted[ranks]
-
-    @property
-    def last_rows(self) -> Longs:
-        return self.row_starts[self.lengths - 1] + self.unsorted
-
-
 def _pack(
     order: PatientOrder,
     counts: Longs,
@@ -233,7 +211,7 @@ def _pack(
     index_codes, first = np.unique(codes[by_code], return_index=True)
     ints = np.concatenate(
         [
-            _offsets(counts),
+            offsets_of(counts),
             codes,
             row_of_code[by_code],
             index_codes,
@@ -257,10 +235,6 @@ def _pack(
 
 def _starts(counts: Longs) -> Longs:
     return np.cumsum(counts, dtype=np.int64) - counts
-
-
-def _offsets(counts: Longs) -> Longs:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def _as_longs(codes: list[int]) -> tuple[Longs, dict[int, str]]:

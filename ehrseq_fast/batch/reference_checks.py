@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from .reference import PatientOrder
-
-Longs = npt.NDArray[np.int64]
+from .patient_order import Longs, PatientOrder
 
 MOST = 2**31 - 2  # codes, and visits, that int32 offsets can count
 FRACTIONAL = 2  # of a mask's states: 0 padding, 1 real, from 2 on neither
