@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ehrseq_fast import backend
+from ehrseq_fast import backend, operations
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,8 +32,8 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "commit": commit(),
         "backends": {
-            operation: backend.choose(operation, device, torch.float32)
-            for operation in backend.operations()
+            operation.name: backend.choose(operation.name, device, torch.float32)
+            for operation in operations.registered()
         },
     }
 

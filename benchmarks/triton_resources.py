@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -200,12 +198,7 @@ def _kernels_on_the_host() -> Iterator[None]:
         raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     on_host = backend.Kernels("cpu", "ehrseq_fast_triton", None)
     with backend.emulating("triton", on_host):
-        for room in ("visit_pool", "survival_nll"):
-            name = f"ehrseq_fast.{room}.triton_kernels"
-            if name in sys.modules:  # registered for a GPU; once more, for the host
-                importlib.reload(sys.modules[name])
-            else:
-                importlib.import_module(name)
+        backend.load_triton_kernels()  # where they are registered for a GPU, now for the host too
         yield
 
 

@@ -9,6 +9,7 @@ GPU kernels ahead of the first training step.
 
 from typing import Any
 
+from . import backend, operations
 from .backend import use_backend
 from .batch import PackedVisits
 from .packed_lstm import PackedLSTM, packed_lstm
@@ -21,8 +22,8 @@ from .survival_nll import (
     packed_competing_risks_nll,
     packed_survival_nll,
 )
-from .triton_support import warmup
 from .visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
+from .warmup import warmup
 
 __all__ = [
     "CompetingRisksSurvivalLoss",
@@ -41,6 +42,9 @@ __all__ = [
     "visit_mean_pool",
     "warmup",
 ]
+
+operations.import_all()  # those too that only models call
+backend.load_triton_kernels()
 
 _SUBMODULES = ("data", "losses", "metrics", "models")
 

@@ -21,7 +21,7 @@ import shutil
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,11 +30,10 @@ from typing import Any
 
 import torch
 
-# the operators must be defined (schemas) before a library implements them
-from . import schemas
+from . import operations
+from .checks import FLOATING
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
-FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 _PACKAGE = Path(__file__).parent
 
@@ -103,18 +102,19 @@ def _cuda_kernels() -> Kernels:
         reason: str | None = "this torch is built without CUDA"
     else:
         reason = _load_library("_C_cuda").reason
-    return Kernels("cuda", "ehrseq_fast", reason)
+    return Kernels("cuda", operations.COMPILED, reason)
 
 
 def _triton_kernels() -> Kernels:
-    """Triton's are Python, and are read with the rooms; whether they can run is known before."""
-    absent = Kernels("cuda", "ehrseq_fast_triton", None)
+    """Triton's are imported later (:func:`load_triton_kernels`); whether they can run is known
+    before."""
+    absent = Kernels("cuda", operations.TRITON, None)
     if importlib.util.find_spec("triton") is None:
         return replace(absent, reason="triton is not installed")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         # its interpreter computes with NumPy, which has no bfloat16
         served = FLOATING - {torch.bfloat16}
-        return Kernels("cpu", "ehrseq_fast_triton", None, served, emulated=True)
+        return Kernels("cpu", operations.TRITON, None, served, emulated=True)
     if torch.version.cuda is None:
         return replace(
             absent,
@@ -142,7 +142,7 @@ def _why_triton_cannot_launch() -> str | None:
 
 
 compiled_cpu = _load_library("_C")
-_batching, compiled_batching = _import_batching()
+batching, compiled_batching = _import_batching()
 
 
 def cpu_capability() -> str | None:
@@ -158,11 +158,9 @@ def cpu_capability() -> str | None:
 
 _kernels = {
     "cuda": _cuda_kernels(),
-    "cpu": Kernels("cpu", "ehrseq_fast", compiled_cpu.reason),
+    "cpu": Kernels("cpu", operations.COMPILED, compiled_cpu.reason),
     "triton": _triton_kernels(),
 }
-_operations: dict[str, frozenset[str]] = {}
-_reference_builder: ModuleType
 _by_environment: str | None = None
 
 
@@ -193,22 +191,6 @@ class _Traced(threading.local):
 _traced = _Traced()
 
 
-def register(operation: str, *backends: str) -> None:
-    """Say which backends have kernels for ``operation``; every room calls this once."""
-    _operations[operation] = frozenset(backends)
-
-
-def register_batch_builder(reference: ModuleType) -> None:
-    """Say what builds batches where the compiled builder does not."""
-    global _reference_builder  # noqa: PLW0603  (set once, when ``batch`` is imported)
-    _reference_builder = reference
-
-
-def operations() -> tuple[str, ...]:
-    """The names of all operations."""
-    return tuple(_operations)
-
-
 def kernels(backend: str) -> Kernels:
     """What is known of a backend other than ``reference``."""
     return _kernels[backend]
@@ -225,26 +207,21 @@ def emulating(backend: str, emulated: Kernels) -> Iterator[None]:
         _kernels[backend] = before
 
 
-def load_triton_kernels(room: str) -> None:
-    """Import ``<room>.triton_kernels`` where Triton can be used; a failure is kept as the reason
-    why it is not, since importing the package never fails."""
+def load_triton_kernels() -> None:
+    """Import every operation's Triton kernels where they can run, and register them for the device
+    they serve. A failure is kept as the reason why they cannot, since importing the package never
+    fails."""
     if _kernels["triton"].reason is not None:
         return
-    try:
-        importlib.import_module(f"{room}.triton_kernels")
-    except Exception as error:  # whatever another version of Triton raises
-        reason = f"{room}.triton_kernels did not load: {type(error).__name__}: {error}"
-        _kernels["triton"] = replace(_kernels["triton"], reason=reason)
-
-
-def implemented_in_triton(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate the function that computes an operator with Triton kernels."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        schemas.triton_library.impl(name, function, _kernels["triton"].device.upper())
-        return function
-
-    return register
+    for folder in sorted({x.folder for x in operations.registered() if "triton" in x.backends}):
+        name = f"{__package__}.{folder}.triton"
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever another version of Triton raises
+            reason = f"{name} did not load: {type(error).__name__}: {error}"
+            _kernels["triton"] = replace(_kernels["triton"], reason=reason)
+            return
+    operations.implement_in_triton(_kernels["triton"].device)
 
 
 def operators(backend: str) -> Any:
@@ -268,7 +245,7 @@ def why_not(operation: str, backend: str, device: str, dtype: torch.dtype) -> st
     reason = why_not_loaded(backend)
     if reason is not None:
         return reason
-    if backend not in _operations[operation]:
+    if backend not in operations.named(operation).backends:
         return f"it has no kernel for {operation}"
     serves = _kernels[backend]
     if serves.device != device:
@@ -303,24 +280,9 @@ def choose(operation: str, device: str, dtype: torch.dtype) -> str:
 def _has_kernels(operation: str, backend: str) -> bool:
     """False where the package has none, whatever the machine; an unknown or absent backend is not
     passed over."""
-    return why_not_loaded(backend) is not None or backend in {"reference", *_operations[operation]}
-
-
-def batch_builder() -> ModuleType:
-    """What builds :class:`~ehrseq_fast.PackedVisits` on the host: the compiled ``_batching``, or
-    its NumPy twin ``batch.reference`` where nothing is compiled or ``reference`` is asked for.
-
-    Raises:
-        RuntimeError: if ``cpu`` was asked for and ``_batching`` did not load, with the reason.
-    """
-    asked = requested()
-    if asked == "cpu" and _batching is None:
-        raise RuntimeError(
-            f"backend 'cpu' was asked for, but cannot build batches: {compiled_batching.reason}"
-        )
-    if _batching is None or asked == "reference":
-        return _reference_builder
-    return _batching
+    if why_not_loaded(backend) is not None or backend == "reference":
+        return True
+    return backend in operations.named(operation).backends
 
 
 def requested() -> str | None:

@@ -12,7 +12,7 @@ import torch
 
 import ehrseq_fast
 
-from . import backend
+from . import backend, operations
 
 _PACKAGES = ("torch", "triton", "numpy", "lifelines", "duckdb")
 
@@ -75,15 +75,15 @@ def describe() -> str:
     if asked is not None:
         lines.append(f"  EHRSEQ_FAST_BACKEND or use_backend asks for {asked!r}")
     lines += ["", "Each operation would use"]
-    for operation in backend.operations():
+    for operation in operations.registered():
         for device in _devices():
             for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
                 try:
-                    chosen = backend.choose(operation, device, dtype)
+                    chosen = backend.choose(operation.name, device, dtype)
                 except RuntimeError as error:
                     chosen = f"nothing: {error}"
                 name = str(dtype).removeprefix("torch.")
-                lines.append(f"  {operation:<22} {device:<5} {name:<9} {chosen}")
+                lines.append(f"  {operation.name:<22} {device:<5} {name:<9} {chosen}")
     settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith("EHRSEQ_FAST_")}
     lines += ["", "Environment: " + (", ".join(f"{k}={v}" for k, v in settings.items()) or "-")]
     lines += [

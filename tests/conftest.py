@@ -1,4 +1,5 @@
-"""Fixtures that every room shares: the backends that can run here, and seeds."""
+"""Fixtures that all operations share: the backends that can run here, and seeds; and what the mark
+``operation`` may name."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ if not torch.cuda.is_available() and not os.environ.get("EHRSEQ_FAST_NO_COMPILED
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ehrseq_fast import backend as backends
+from ehrseq_fast import operations
 
 from . import cuda_on_cpu
 
@@ -94,6 +96,17 @@ def builder(request):
         pytest.skip(f"no compiled builder: {backends.compiled_batching.reason}")
     with backends.use_backend("reference" if request.param == "reference" else None):
         yield request.param
+
+
+def pytest_collection_modifyitems(items):
+    """Refuse marks that name an operation that does not exist."""
+    for item in items:
+        for mark in item.iter_markers("operation"):
+            if mark.args not in [(folder,) for folder in operations.FOLDERS]:
+                raise pytest.UsageError(
+                    f"mark operation: expected one of {operations.FOLDERS}, got {mark.args} "
+                    f"({item.nodeid})"
+                )
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from . import marked
+
 ROOT = Path(__file__).parent.parent
 COPIED = ("csrc", "ehrseq_fast", "tests", "benchmarks")
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in", "constraints.txt")
@@ -61,22 +63,17 @@ OPTIONS = {
         "OMP_NUM_THREADS": "4",
     },
 }
-OPERATORS = (
-    "tests/test_visit_pool.py",
-    "tests/test_packed_visit_pool.py",
-    "tests/test_survival_nll.py",
-    "tests/test_competing_risks_nll.py",
-    "tests/test_packed_survival_nll.py",
-    "tests/test_packed_lstm.py",
-)
 BATCHES = tuple(
     str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_batch*.py"))
 )
 # What is about values or torch.compile is tested without sanitizers; other backends' kernels are
 # not in these libraries (tests/cuda_on_cpu has a sanitized run of its own).
-_OTHERS = "not cuda and not triton and not reference and not compile and not gradcheck"
+_OTHERS = (
+    "not cuda and not triton and not reference and not compile and not gradcheck"
+    " and not derivatives and not formulas and not edges and not nonfinite"
+)
 TESTS = {
-    "address": (*OPERATORS, *BATCHES, "-k", f"{_OTHERS} and not thousand"),
+    "address": (*marked.of_operations(), *BATCHES, "-k", f"{_OTHERS} and not thousand"),
     "thread": ("tests/test_threads.py",),
 }
 SELF_TEST = ("tests/test_sanitized.py",)

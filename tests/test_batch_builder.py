@@ -15,6 +15,7 @@ import pytest
 
 from ehrseq_fast import backend as backends
 from ehrseq_fast.batch import PackedVisits
+from ehrseq_fast.batch.builder import batch_builder
 
 from .batch_cases import (
     REFERENCE,
@@ -44,7 +45,7 @@ def test_the_interpreter_runs_on_while_a_batch_is_built():
     thread.start()
     try:
         start = time.perf_counter()
-        backends.batch_builder().pack_flat(*arrays, None, 5000, None, None, None, False)
+        batch_builder().pack_flat(*arrays, None, 5000, None, None, None, False)
         end = time.perf_counter()
     finally:
         done.set()
@@ -96,8 +97,8 @@ def test_memory_mapped_arrays_are_neither_copied_nor_read_through(builder, tmp_p
 
 def test_the_builder_is_chosen_visibly():
     with backends.use_backend(REFERENCE):
-        assert backends.batch_builder().__name__ == "ehrseq_fast.batch.reference"
-    name = backends.batch_builder().__name__
+        assert batch_builder().__name__ == "ehrseq_fast.batch.reference"
+    name = batch_builder().__name__
     assert name == ("ehrseq_fast.batch.reference" if not_compiled() else "ehrseq_fast._batching")
 
 

@@ -13,6 +13,7 @@ import torch
 from ehrseq_fast import backend as backends
 from ehrseq_fast import packed_visit_pool
 from ehrseq_fast.batch import PackedVisits
+from ehrseq_fast.batch.builder import batch_builder
 
 from .batch_cases import assert_holds, assert_same, flat
 
@@ -200,7 +201,7 @@ def test_ten_threads_build_at_once(builder):
     pooled = [packed_visit_pool(batch, table) for batch in expected]
 
     def build(k):
-        chosen = backends.batch_builder().__name__  # a thread of its own has its own choice
+        chosen = batch_builder().__name__  # a thread of its own has its own choice
         for _ in range(6):
             for batch in (
                 PackedVisits.from_flat(*arrays, range(k, 120, 10)),
@@ -223,7 +224,7 @@ INT = np.int64
 
 
 def raw(name, *arguments):
-    return getattr(backends.batch_builder(), name)(*arguments)
+    return getattr(batch_builder(), name)(*arguments)
 
 
 def flat_arguments(**changed):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ehrseq_fast import backend, cli
+from ehrseq_fast import backend, cli, operations
 
 
 def info(**environment: str) -> dict[str, str]:
@@ -32,8 +32,8 @@ def test_every_backend_is_accounted_for():
         reason = backend.why_not_loaded(name)
         assert f"  {name:<10} " in report
         assert reason is None or f"{name:<10} not used: {reason}" in report
-    for operation in backend.operations():
-        assert f"  {operation} " in report
+    for operation in operations.registered():
+        assert f"  {operation.name} " in report
 
 
 def test_why_triton_is_not_used():

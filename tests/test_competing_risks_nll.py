@@ -26,6 +26,8 @@ from .survival_cases import (
 )
 from .tolerances import assert_close
 
+pytestmark = pytest.mark.operation("survival_nll")
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CONVENTIONS = ("excluded", "included")
 # from_logits, link: the three ways from a value to a likelihood

@@ -12,6 +12,8 @@ from ehrseq_fast.models.head import hazards_of
 from ehrseq_fast.models.survival_lstm import hazard_head
 from tests.tolerances import ROUNDOFF
 
+pytestmark = pytest.mark.operation("hazard_head")
+
 
 def results(run, head, rows):
     logits = run(rows)

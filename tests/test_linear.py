@@ -17,6 +17,8 @@ from ehrseq_fast.hazard_head.op import hazard_head
 from ehrseq_fast.linear import reference
 from ehrseq_fast.linear.op import linear_layer
 
+pytestmark = pytest.mark.operation("linear")
+
 OPS = torch.ops.ehrseq_fast
 DTYPES = [torch.float32, torch.float64]
 BOUND = {torch.float32: 1e-4, torch.float64: 1e-12}

@@ -19,6 +19,8 @@ from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 from ehrseq_fast.packed_lstm import reference
 from tests.tolerances import ROUNDOFF
 
+pytestmark = pytest.mark.operation("packed_lstm")
+
 LENGTHS = {
     "any order": [3, 1, 7, 7, 2, 5],
     "length 1": [1, 1, 1],

@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 from ehrseq_fast import packed_lstm
 from ehrseq_fast.packed_lstm import reference
 
+pytestmark = pytest.mark.operation("packed_lstm")
+
 OPS = torch.ops.ehrseq_fast
 VISITS, PATIENTS, INPUTS, HIDDEN = 8, 3, 3, 5
 # Fewer visits of gates than there are say how many were kept.

@@ -15,6 +15,8 @@ from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 from ehrseq_fast.packed_lstm import reference
 from tests.test_packed_lstm import close, sizes_of, twins
 
+pytestmark = pytest.mark.operation("packed_lstm")
+
 LENGTHS = [4, 3, 1]
 
 

@@ -18,6 +18,8 @@ from ehrseq_fast import PackedLSTM
 from tests import poisoned
 from tests.test_packed_lstm import sizes_of
 
+pytestmark = pytest.mark.operation("packed_lstm")
+
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYERS = 2

@@ -22,6 +22,8 @@ from .conftest import RUNNABLE
 from .poison import poison_allocator
 from .tolerances import assert_close
 
+pytestmark = pytest.mark.operation("survival_nll")
+
 LINKS = ("probabilities", "sigmoid", "softmax")
 
 

@@ -19,6 +19,8 @@ from .conftest import RUNNABLE, is_emulated
 from .poison import poison_allocator
 from .tolerances import assert_close
 
+pytestmark = pytest.mark.operation("visit_pool")
+
 MODES = ("mean", "sum", "max", "attention")
 VOCABULARY = 17
 

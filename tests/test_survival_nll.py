@@ -26,6 +26,8 @@ from .survival_cases import (
 )
 from .tolerances import ROUNDOFF, assert_close
 
+pytestmark = pytest.mark.operation("survival_nll")
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CONVENTIONS = ("excluded", "included")
 

@@ -24,6 +24,8 @@ from ehrseq_fast.survival_nll import reference
 
 from .batches import from_lists
 
+pytestmark = pytest.mark.operation("survival_nll")
+
 LENGTHS = [5, 1, 3, 4]
 WAYS = ("probabilities", "sigmoid", "softmax")
 KINDS = [kind for kind in itertools.product(WAYS, (None, 2)) if kind != ("softmax", None)]

@@ -26,6 +26,8 @@ from .conftest import is_emulated
 from .survival_loops import loss_and_gradient
 from .tolerances import assert_close
 
+pytestmark = pytest.mark.operation("survival_nll")
+
 WAYS = ("probabilities", "sigmoid", "softmax")
 CAUSES = (None, 2)
 KINDS = [kind for kind in itertools.product(WAYS, CAUSES) if kind != ("softmax", None)]

@@ -12,6 +12,8 @@ from ehrseq_fast import backend as backends
 
 from .batches import from_lists
 
+pytestmark = pytest.mark.operation("survival_nll")
+
 PATIENTS = torch.tensor([2, 0, 1])
 TYPES = torch.tensor([1, 0, 1])
 PADDED = {

@@ -40,10 +40,10 @@ def found(tmp_path_factory):
 
 
 def launched_in_the_source() -> set[str]:
-    """The kernels of all rooms, by where they are launched."""
+    """The kernels of all operations, by where they are launched."""
     return {
         name.rpartition(".")[2]
-        for file in (ROOT / "ehrseq_fast").glob("*/triton_*.py")
+        for file in (ROOT / "ehrseq_fast").glob("*/triton/*.py")
         for name in re.findall(r"\blaunch\(\s*([\w.]+),", file.read_text())
     }
 

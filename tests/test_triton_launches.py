@@ -147,21 +147,27 @@ def test_warmup_names_what_it_launched():
         causes=2, device=torch.get_default_device(),
     )  # fmt: skip
     assert {"survival_nll_kernel", "scale_by_one_kernel"} < set(names)
-    assert {"pool_masked", "pool_runs", "pool_attention", "sum_runs", "sum_attention"} < set(names)
+    assert {
+        "pool_masked",
+        "pool_contiguous",
+        "pool_attention",
+        "sum_segments",
+        "sum_attention",
+    } < set(names)
     with use_backend("reference"):
         assert warmup(patients=3, visits=2, codes=2, embedding_dim=4) == []
 
 
 def test_a_gpus_tiles_give_the_same_numbers(monkeypatch):
     """The interpreter takes larger ones, which a program of a GPU has no room for."""
-    from ehrseq_fast.survival_nll import triton_kernels
+    from ehrseq_fast.survival_nll.triton import tiles
 
     for loss in LOSSES:
         x, nll = loss()
         expected = nll()
         (expected_grad,) = torch.autograd.grad(expected, x)
         with monkeypatch.context() as patch:
-            patch.setattr(triton_kernels, "_VALUES", 512)
+            patch.setattr(tiles, "VALUES", 512)
             with watching_launches() as launches:
                 value = nll()
             (grad,) = torch.autograd.grad(value, x)

@@ -21,10 +21,16 @@ if reason is not None:
     pytest.skip(f"no Triton kernels: {reason}", allow_module_level=True)
 
 from ehrseq_fast.triton_support import watching_launches  # noqa: E402
-from ehrseq_fast.visit_pool import triton_backward, triton_kernels, triton_tiles  # noqa: E402
+from ehrseq_fast.visit_pool.triton import (  # noqa: E402
+    launch_attention,
+    launch_gradient,
+    launch_index,
+    launch_pool,
+    tiles,
+)
 
 DEVICE = backend.kernels("triton").device
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [pytest.mark.operation("visit_pool"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
 @pytest.fixture(autouse=True)
@@ -70,15 +76,15 @@ def test_launches_of_a_packed_batch(mode):
     index = (batch.index_codes, batch.index_offsets, batch.index_visits)
     number = NUMBER[mode]
     forward = launched(
-        lambda: triton_kernels.packed_visit_pool(batch.codes, batch.code_offsets, weight, number)
+        lambda: launch_pool.packed_visit_pool(batch.codes, batch.code_offsets, weight, number)
     )
-    assert forward == ["pool_runs"]
+    assert forward == ["pool_contiguous"]
     backward = launched(
-        lambda: triton_kernels.packed_visit_pool_backward(
+        lambda: launch_gradient.packed_visit_pool_backward(
             grad, batch.code_offsets, *index, 50, arg_max, number, 0
         )
     )
-    assert backward == ["find_runs", "sum_runs", "sum_pieces"]
+    assert backward == ["find_segments", "sum_segments", "sum_pieces"]
 
 
 def test_launches_of_attention():
@@ -87,17 +93,17 @@ def test_launches_of_attention():
     highest = torch.zeros(batch.n_visits, dtype=torch.float64)
     index = (batch.index_codes, batch.index_offsets, batch.index_visits)
     forward = launched(
-        lambda: triton_kernels.packed_attention_pool(
+        lambda: launch_attention.packed_attention_pool(
             batch.codes, batch.code_offsets, weight, scores
         )
     )
     assert forward == ["pool_attention"]
     backward = launched(
-        lambda: triton_kernels.packed_attention_pool_backward(
+        lambda: launch_attention.packed_attention_pool_backward(
             grad, grad, highest, highest, *index, weight, scores, 0
         )
     )
-    assert backward == ["find_runs", "sum_attention", "sum_pieces"]
+    assert backward == ["find_segments", "sum_attention", "sum_pieces"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -107,32 +113,32 @@ def test_launches_of_a_padded_batch(mode, vocabulary, digits):
     weight, grad = torch.randn(vocabulary, 8), torch.randn(4, 30, 8)
     arg_max, number = torch.zeros(4, 30, 8, dtype=torch.int32), NUMBER[mode]
     mask = codes == 0
-    forward = launched(lambda: triton_kernels.visit_pool(codes, weight, mask, number))
+    forward = launched(lambda: launch_pool.visit_pool(codes, weight, mask, number))
     assert forward == ["pool_masked"]
     backward = launched(
-        lambda: triton_kernels.visit_pool_backward(
+        lambda: launch_gradient.visit_pool_backward(
             grad, codes, vocabulary, mask, arg_max, number, 0
         )
     )
     sort = ["count_digits", "scan_digits", "scatter_digits"] * digits
     index = ["count_codes", "scan_counts", "gather_codes", *sort]
-    assert backward == [*index, "find_runs", "sum_runs", "sum_pieces"]
+    assert backward == [*index, "find_segments", "sum_segments", "sum_pieces"]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_launches_of_masked_pool(mode):
     embeddings, mask = torch.randn(5, 6, 8), torch.ones(5, 6, dtype=torch.bool)
-    pool = triton_kernels.masked_pool
+    pool = launch_pool.masked_pool
     assert launched(lambda: pool(embeddings, mask, NUMBER[mode])) == ["pool_masked"]
-    assert launched(lambda: pool(embeddings, None, NUMBER[mode])) == ["pool_runs"]
+    assert launched(lambda: pool(embeddings, None, NUMBER[mode])) == ["pool_contiguous"]
     grad, arg_max = torch.randn(5, 8), torch.zeros(5, 8, dtype=torch.int32)
     backward = launched(
-        lambda: triton_kernels.masked_pool_backward(grad, mask, arg_max, 6, NUMBER[mode])
+        lambda: launch_pool.masked_pool_backward(grad, mask, arg_max, 6, NUMBER[mode])
     )
     assert backward == ["spread"]
 
 
-def runs_of(lengths):
+def visits_of_segments(lengths):
     """A batch of one code per visit in which code ``k`` occurs ``lengths[k]`` times; between two
     visits of a code there are others'."""
     codes = torch.repeat_interleave(
@@ -148,14 +154,14 @@ def runs_of(lengths):
     "lengths",
     [
         [63, 64, 65, 1, 31, 32, 33],  # about what is cut into pieces, and about a piece
-        [0, 96, 95, 64, 0, 97, 127, 128, 129],  # long runs next to one another
+        [0, 96, 95, 64, 0, 97, 127, 128, 129],  # long segments next to one another
         [1, 1, 1, 500, 1, 64],
         [64 * 8],
     ],
 )
-def test_runs_of_every_length_against_the_definition(padded, mode, lengths):
-    """Chunk boundaries inside, at and between runs; sums of whole numbers are exact."""
-    batch = packed(runs_of(lengths))
+def test_segments_of_every_length_against_the_definition(padded, mode, lengths):
+    """Chunk boundaries inside, at and between segments; sums of whole numbers are exact."""
+    batch = packed(visits_of_segments(lengths))
     weight = torch.randn(len(lengths) + 2, 6).requires_grad_()
     grad = torch.randint(-8, 9, (batch.n_visits, 6)).float()
     poison_allocator((len(lengths) + 2, 6), (len(batch.codes) // 32, 6))
@@ -181,7 +187,7 @@ def test_sorting_codes(vocabulary, count):
     given = keys.clone(), slots.clone()
     given[0][count:] = -7
     on_device = torch.tensor([count], dtype=torch.int32)
-    actual = triton_backward.sorted_by_code(*given, on_device, vocabulary)
+    actual = launch_index.sorted_by_code(*given, on_device, vocabulary)
     ascending, order = keys[:count].sort(stable=True)
     assert torch.equal(actual[0][:count], ascending)
     assert torch.equal(actual[1][:count], slots[:count][order])
@@ -219,19 +225,19 @@ def test_a_code_outside_the_vocabulary_shows_and_gets_no_gradient(mode, wrong):
         for values in (ids, starts, [row for _, row in entries])
     ]
     for pooled, arg_max in (
-        triton_kernels.visit_pool(codes, weight, mask, number),
-        triton_kernels.packed_visit_pool(flat, offsets, weight, number),
+        launch_pool.visit_pool(codes, weight, mask, number),
+        launch_pool.packed_visit_pool(flat, offsets, weight, number),
     ):
         assert pooled[1].isnan().all()
         assert not pooled[[0, 2]].isnan().any()
-        padded = triton_kernels.visit_pool_backward(grad, codes, 5, mask, arg_max, number, -1)
-        given = triton_kernels.packed_visit_pool_backward(
+        padded = launch_gradient.visit_pool_backward(grad, codes, 5, mask, arg_max, number, -1)
+        given = launch_gradient.packed_visit_pool_backward(
             grad, offsets, *index, 5, arg_max, number, -1
         )
         for gradient in (padded, given):
             assert (gradient[[0, 4]] == 0).all()
             assert (gradient[3] == 1).all()
-        code_ids, rows = triton_kernels.packed_visit_pool_backward_sparse(
+        code_ids, rows = launch_gradient.packed_visit_pool_backward_sparse(
             grad, offsets, *index, 5, arg_max, number, -1
         )
         assert ((code_ids >= 0) & (code_ids < 5)).all()
@@ -254,13 +260,13 @@ def test_a_gpus_tiles_give_the_same_bits(monkeypatch, mode):
         return pooled, of_packed, *torch.autograd.grad(total, weight)
 
     expected = results()
-    for module in (triton_backward, triton_tiles):
+    for module in (launch_index, tiles):
         monkeypatch.setattr(module, "interpreted", lambda: False)
     assert all(map(torch.equal, results(), expected))
 
 
 def test_attention_without_columns_has_gradients_of_scores():
-    """Zeros, and not what stood in their memory; of a code with a long run as well."""
+    """Zeros, and not what stood in their memory; of a code with a long segment as well."""
     batch = packed([[[1, 2] * 20, [3]]] * 5)
     weight = torch.zeros(5, 0, requires_grad=True)
     scores = torch.randn(5, requires_grad=True)
@@ -274,4 +280,4 @@ def test_attention_without_columns_has_gradients_of_scores():
 def test_a_huge_padded_batch_is_refused_by_the_backward_pass():
     slots = torch.empty(1, dtype=torch.int32).expand(2**31 - 2**15)
     with pytest.raises(ValueError, match="takes at most 2147418112 slots"):
-        triton_kernels.visit_pool_backward(torch.ones(4), slots, 3, None, None, 0, -1)
+        launch_gradient.visit_pool_backward(torch.ones(4), slots, 3, None, None, 0, -1)

@@ -19,6 +19,8 @@ from .conftest import RUNNABLE, is_emulated
 from .poison import poison_allocator
 from .tolerances import assert_close
 
+pytestmark = pytest.mark.operation("visit_pool")
+
 MODES = ("mean", "sum", "max")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -11,6 +11,8 @@ from ehrseq_fast.visit_pool import PackedCodes, codes_in_use
 
 from .batches import from_lists
 
+pytestmark = pytest.mark.operation("visit_pool")
+
 N, C, K, E = 6, 4, 5, 8
 ERRORS = (ValueError, TypeError, IndexError)
 

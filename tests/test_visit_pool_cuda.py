@@ -17,6 +17,8 @@ from .conftest import ON_GPU, _running
 from .test_packed_visit_pool import check as check_packed
 from .test_visit_pool import check_against_definition, gradients, ragged_batch
 
+pytestmark = pytest.mark.operation("visit_pool")
+
 MODES = ("mean", "sum", "max")
 PLACES = [("cuda", "cpu")] if cuda_on_cpu.why_not() is None else []
 PLACES += [pytest.param(("cuda", "cuda"), marks=pytest.mark.gpu)] if "cuda" in ON_GPU else []

@@ -14,6 +14,8 @@ from ehrseq_fast import masked_pool, packed_visit_pool, use_backend, visit_mean_
 
 from .batches import from_lists
 
+pytestmark = pytest.mark.operation("visit_pool")
+
 VISITS = [[0, 1, 1], [], [2, 3], [4]]
 CODES = [[0, 1, 1], [0, 0, 0], [2, 3, 0], [4, 0, 0]]
 MASK = [[1, 1, 1], [0, 0, 0], [1, 1, 0], [1, 0, 0]]

@@ -14,6 +14,8 @@ from ehrseq_fast import masked_pool, packed_visit_pool, visit_mean_pool
 from .batches import from_lists
 from .conftest import is_emulated
 
+pytestmark = pytest.mark.operation("visit_pool")
+
 MODES = ("mean", "sum", "max")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Few and small, so that there are ties and every sum is exact in 16 bits.

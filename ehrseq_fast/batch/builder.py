@@ -7,6 +7,7 @@ device), and whatever else the batch holds is put into its order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -38,9 +39,25 @@ from .gather import (
 from .layout import Layout, layout_of
 from .rows import Rows
 
-backend.register_batch_builder(reference)
-
 Outcomes = tuple["ArrayLike | None", "ArrayLike | None", "ArrayLike | None"]
+
+
+def batch_builder() -> ModuleType:
+    """What builds batches on the host: the compiled ``_batching``, or its NumPy twin
+    ``batch.reference`` where nothing is compiled or ``reference`` is asked for.
+
+    Raises:
+        RuntimeError: if ``cpu`` was asked for and ``_batching`` did not load, with the reason.
+    """
+    asked = backend.requested()
+    if asked == "cpu" and backend.batching is None:
+        raise RuntimeError(
+            f"backend 'cpu' was asked for, but cannot build batches: "
+            f"{backend.compiled_batching.reason}"
+        )
+    if backend.batching is None or asked == "reference":
+        return reference
+    return backend.batching
 
 
 class Contents(NamedTuple):
@@ -67,7 +84,7 @@ def from_lists(
     longs = outcomes_of(*outcomes, len(patients))
     visit_targets = by_name("visit_targets", visit_targets)
     per_visit = visit_features is not None or bool(visit_targets)
-    sizes, host, fields, rows = backend.batch_builder().pack_lists(
+    sizes, host, fields, rows = batch_builder().pack_lists(
         patients, code_limit(vocab_size), *longs, per_visit
     )
     layout = layout_of(sizes, longs)
@@ -108,7 +125,7 @@ def from_flat(
     longs = outcomes_of(*outcomes, n_records, chosen)
     visit_targets = by_name("visit_targets", visit_targets)
     per_visit = visit_features is not None or bool(visit_targets)
-    sizes, host, fields, rows = backend.batch_builder().pack_flat(
+    sizes, host, fields, rows = batch_builder().pack_flat(
         codes,
         visit_offsets,
         patient_offsets,
@@ -181,7 +198,7 @@ def _pack_padded(
         code_states = None if code_states is None else code_states.cpu()
         visit_states = None if visit_states is None else visit_states.cpu()
     longs = outcomes_of(*outcomes, visit_codes.shape[0])
-    sizes, host, fields, _ = backend.batch_builder().pack_padded(
+    sizes, host, fields, _ = batch_builder().pack_padded(
         visit_codes.detach().contiguous().numpy(),
         None if code_states is None else code_states.contiguous().numpy(),
         None if visit_states is None else visit_states.contiguous().numpy(),

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import backend
 from ..arrays import Array
-from .builder import Contents
+from .builder import Contents, batch_builder
 from .checks import code_limit
 from .layout import OUTCOMES, layout_of
-
-if TYPE_CHECKING:
-    from .packed_visits import PackedVisits
+from .rows import Rows
 
 
 class _Flat(NamedTuple):
@@ -29,7 +26,7 @@ class _Flat(NamedTuple):
     chosen: Array  # which patient of the batch each patient was
 
 
-def _flatten(batch: PackedVisits, chosen: Array) -> _Flat:
+def _flatten(batch: Rows, chosen: Array) -> _Flat:
     lengths = batch.lengths.numpy()[chosen]
     time = np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
     ranks = batch.unsorted_indices.numpy()[chosen]
@@ -45,7 +42,7 @@ def _starts(counts: Array) -> Array:
     return np.cumsum(counts) - counts
 
 
-def join(batches: Sequence[PackedVisits], chosen: Sequence[Array]) -> Contents:
+def join(batches: Sequence[Rows], chosen: Sequence[Array]) -> Contents:
     """One batch of the chosen patients of each of ``batches``, with all that these hold, on the
     device of the first."""
     first = batches[0]
@@ -73,7 +70,7 @@ def join(batches: Sequence[PackedVisits], chosen: Sequence[Array]) -> Contents:
         else None
         for name in OUTCOMES
     ]
-    sizes, host, fields, rows = backend.batch_builder().pack_flat(
+    sizes, host, fields, rows = batch_builder().pack_flat(
         np.concatenate([part.codes for part in parts]),
         offsets([part.codes_per_visit for part in parts]),
         offsets([part.visits_per_patient for part in parts]),
@@ -95,8 +92,8 @@ def join(batches: Sequence[PackedVisits], chosen: Sequence[Array]) -> Contents:
     )
 
 
-def check_alike(batches: Sequence[PackedVisits]) -> None:
-    def holds(batch: PackedVisits) -> tuple[Any, ...]:
+def check_alike(batches: Sequence[Rows]) -> None:
+    def holds(batch: Rows) -> tuple[Any, ...]:
         names = sorted(batch.targets), sorted(batch.visit_targets)
         return batch._layout.outcomes, batch.visit_features is not None, *names, batch.vocab_size
 

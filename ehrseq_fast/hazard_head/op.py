@@ -1,4 +1,4 @@
-"""The hazard head as an operation: shapes, gradient, choice of backend.
+"""The hazard head as an operation, and its gradient.
 
 One function of the rows, since autograd would hold the hidden layer, its gradient before and after
 the ReLU and that of the rows at once, each ``[rows, units]``. Here the gradient of the hidden layer
@@ -12,39 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend
 from ..autograd import once
-from ..schemas import fake
-
-backend.register("hazard_head", "cpu")
-
-
-@fake("hazard_head")
-def _shapes(input, weight, bias, last_weight, last_bias, kept, scale, training):
-    rows, units = input.shape[0], weight.shape[0]
-    return input.new_empty(rows), input.new_empty(rows if training else 0, units)
-
-
-@fake("hazard_head_backward")
-def _backward_shapes(
-    grad,
-    hazards,
-    hidden,
-    input,
-    weight,
-    bias,
-    last_weight,
-    last_bias,
-    kept,
-    scale,
-    need_input,
-    need_weights,
-):
-    weights = (weight, bias, last_weight, last_bias)
-    return (
-        torch.empty_like(input) if need_input else input.new_empty(0),
-        *(torch.empty_like(w) if need_weights else input.new_empty(0) for w in weights),
-    )
+from . import operators  # noqa: F401  (which defines what is called here)
 
 
 class _Head(torch.autograd.Function):

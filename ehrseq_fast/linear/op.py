@@ -1,4 +1,4 @@
-"""Linear layers as an operation: shapes, gradient, choice of backend.
+"""Linear layers as an operation: gradient, choice of backend.
 
 PyTorch gives products on the CPU to MKL or oneDNN, which cut sums where it suits the threads: the
 gradient of a weight then differs between 1 and 2 of them. Here every sum has one order.
@@ -13,26 +13,7 @@ from torch import Tensor
 
 from .. import backend
 from ..autograd import once, transformed
-from ..schemas import fake
-from . import reference
-
-backend.register("linear", "cpu")
-
-_NUMBERS = {name: number for number, name in enumerate(reference.ACTIVATIONS)}
-
-
-@fake("linear_layer")
-def _shapes(input, weight, bias, activation):
-    return input.new_empty(input.shape[0], weight.shape[0])
-
-
-@fake("linear_layer_backward")
-def _backward_shapes(grad, input, weight, out, activation, need_input, need_weights):
-    return (
-        torch.empty_like(input) if need_input else input.new_empty(0),
-        torch.empty_like(weight) if need_weights else input.new_empty(0),
-        weight.new_empty(weight.shape[0] if need_weights else 0),
-    )
+from .operators import ACTIVATIONS
 
 
 class _Linear(torch.autograd.Function):
@@ -101,7 +82,7 @@ def linear_layer(
         ValueError: for shapes that do not fit.
         RuntimeError: on differentiating twice.
     """
-    number = _NUMBERS[activation]
+    number = ACTIVATIONS[activation]
     operands = (input, weight, bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         return _Linear.apply(input, weight, bias, number)

@@ -1,4 +1,4 @@
-"""The packed LSTM as an operation: shapes, gradient, choice of backend, layers and directions."""
+"""The packed LSTM as an operation: gradient, choice of backend, layers and directions."""
 
 from __future__ import annotations
 
@@ -12,85 +12,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import backend
 from ..autograd import once, transformed
-from ..schemas import fake
+from . import operators  # noqa: F401  (which defines what is called here)
 from .reference import packed_lstm_layer as layer_by_definition
 from .threads import refuse_restricted_openmp
 
-backend.register("packed_lstm", "cpu")
-
 States = tuple[Tensor, Tensor]
-
-# csrc/packed_lstm/kernels.h: saved tensors are padded to this many hidden units.
-_UNIT_PADDING = 16
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@fake("packed_lstm_layer")
-def _layer_shapes(
-    input,
-    batch_sizes,
-    weight_ih,
-    weight_hh,
-    bias_ih,
-    bias_hh,
-    h0,
-    c0,
-    reverse,
-    training,
-    kept,
-):
-    visits, hidden = input.shape[0], weight_hh.shape[1]
-    # How many patients there are is a value, batch_sizes[0]; given states tell it too.
-    state = next((s for s in (h0, c0) if s is not None), None)
-    patients = torch.library.get_ctx().new_dynamic_size() if state is None else state.shape[0]
-    padded = (hidden + _UNIT_PADDING - 1) // _UNIT_PADDING * _UNIT_PADDING
-    wide = _accumulator(input.dtype)
-    return (
-        input.new_empty(visits, hidden),
-        input.new_empty(patients, hidden),
-        input.new_empty(patients, hidden),
-        input.new_empty((kept, 4 * padded), dtype=wide),
-        input.new_empty((visits, padded) if training else (0,), dtype=wide),
-    )
-
-
-@fake("packed_lstm_layer_backward")
-def _layer_backward_shapes(
-    grad_output,
-    grad_h_n,
-    grad_c_n,
-    input,
-    batch_sizes,
-    weight_ih,
-    weight_hh,
-    bias_ih,
-    bias_hh,
-    h0,
-    c0,
-    output,
-    gates,
-    cells,
-    reverse,
-    need_input,
-    need_weights,
-    need_states,
-):
-    state = next((s for s in (h0, c0, grad_h_n, grad_c_n) if s is not None), None)
-
-    def wanted(need, like):
-        return torch.empty_like(like) if need else input.new_empty(0)
-
-    return (
-        wanted(need_input, input),
-        wanted(need_weights, weight_ih),
-        wanted(need_weights, weight_hh),
-        wanted(need_weights, weight_hh[:, 0]),
-        wanted(need_states, state),
-        wanted(need_states, state),
-    )
 
 
 class _Layer(torch.autograd.Function):

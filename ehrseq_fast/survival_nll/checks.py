@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..autograd import transformed
-from .fused import REDUCTIONS, Inputs, Options
+from .fused import Inputs, Options
+from .operators import REDUCTIONS
 
 INTEGER = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})

@@ -11,12 +11,8 @@ from torch import Tensor
 
 from ..autograd import transformed
 from ..backend import operators
-from ..schemas import fake
 from . import reference
-
-# As the operators number them (schemas.py).
-LINKS = {"probabilities": 0, "sigmoid": 1, "softmax": 2}
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+from .operators import LINKS, REDUCTIONS
 
 # row_starts, unsorted_indices, last_rows of a packed batch; None for padded hazards
 Rows = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]
@@ -149,61 +145,3 @@ def _scaled_in_place(grad: Tensor, grad_nll: Tensor, rows: Rows, dtype: torch.dt
         if math.isfinite(factor):
             return grad.mul_(factor)
     return _scaled("cpu", grad, grad_nll, rows, dtype)
-
-
-def empty_nll_and_grad(
-    hazards: Tensor, patients: tuple[int, ...], reduction: int, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of loss and saved gradient (float32 for float16: see ``csrc``)."""
-    wide = torch.float64 if hazards.dtype == torch.float64 else torch.float32
-    saved = torch.float32 if hazards.dtype == torch.float16 else hazards.dtype
-    value = hazards.new_empty(patients if reduction == REDUCTIONS["none"] else (), dtype=wide)
-    return value, hazards.new_empty(hazards.shape if needs_grad else (0,), dtype=saved)
-
-
-@fake("survival_nll", "competing_risks_nll")
-def _(
-    hazards: Tensor,
-    event_times: Tensor,
-    event_types: Tensor,
-    sequence_mask: Tensor | None,
-    entry_times: Tensor | None,
-    sample_weight: Tensor | None,
-    link: int,
-    censored_included: bool,
-    eps: float,
-    reduction: int,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    return empty_nll_and_grad(hazards, hazards.shape[:1], reduction, needs_grad)
-
-
-@fake("packed_survival_nll")
-def _(
-    hazards,
-    row_starts,
-    unsorted_indices,
-    last_rows,
-    event_times,
-    event_types,
-    entry_times,
-    sample_weight,
-    link,
-    censored_included,
-    eps,
-    reduction,
-    needs_grad,
-):
-    return empty_nll_and_grad(hazards, event_times.shape[:1], reduction, needs_grad)
-
-
-@fake("survival_nll_scale")
-def _(
-    grad: Tensor,
-    grad_nll: Tensor,
-    row_starts: Tensor | None,
-    unsorted_indices: Tensor | None,
-    last_rows: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return grad.new_empty(grad.shape, dtype=dtype)

@@ -22,8 +22,6 @@ from .checks import (
 from .fused import PADDED, Inputs, Options, nll
 from .packed import packed_competing_risks_nll, packed_survival_nll
 
-backend.register("survival_nll", "cpu", "cuda", "triton")
-
 
 def discrete_time_survival_nll(
     hazards: Tensor | PackedRows,
@@ -218,6 +216,3 @@ def _nll(inputs: Inputs, options: Options, validate: bool) -> Tensor:
     if must_check_values(chosen, hazards.device.type, validate):
         check_outcomes(inputs, options[0])
     return nll(chosen, PADDED, inputs, options)
-
-
-backend.load_triton_kernels(__package__)

@@ -26,8 +26,6 @@ from .fused import Inputs, Options, Rows, as_padded, nll
 if TYPE_CHECKING:
     from ..batch import PackedVisits
 
-backend.register("packed_survival_nll", "cpu", "cuda", "triton")
-
 
 def packed_survival_nll(
     hazards: Tensor | PackedRows,

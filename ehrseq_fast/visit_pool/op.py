@@ -9,10 +9,8 @@ from .. import backend
 from ..arrays import expect_tensor
 from ..autograd import once, transformed, values_are_hidden
 from ..backend import must_check_values, operators
-from ..schemas import fake
 from . import reference
-
-MODES = {"mean": 0, "sum": 1, "max": 2}
+from .operators import MODES
 
 _CODE_DTYPES = (torch.int32, torch.int64)
 # The kernels read these masks as they are; any other is converted once.
@@ -24,9 +22,6 @@ _MASK_DTYPES = (
     torch.float32,
     torch.float64,
 )
-
-backend.register("visit_pool", "cpu", "cuda", "triton")
-backend.register("masked_pool", "cpu", "cuda", "triton")
 
 
 def visit_mean_pool(
@@ -194,41 +189,6 @@ class _MaskedPool(torch.autograd.Function):
         return None, tied, None, None
 
 
-# ---------------------------------------------------------------------------------------------
-# Shapes of the raw operators, for torch.compile and torch.export
-
-
-@fake("visit_pool")
-def _(codes, weight, visit_mask, mode):
-    shape = (*codes.shape[:-1], weight.shape[1])
-    return weight.new_empty(shape), fake_arg_max(weight, shape, mode)
-
-
-@fake("visit_pool_backward")
-def _(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx):
-    return grad.new_empty((vocabulary, grad.shape[-1]))
-
-
-@fake("visit_pool_backward_sparse")
-def _(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx):
-    n_distinct = torch.library.get_ctx().new_dynamic_size()
-    return (
-        grad.new_empty((n_distinct,), dtype=torch.int64),
-        grad.new_empty((n_distinct, grad.shape[-1])),
-    )
-
-
-@fake("masked_pool")
-def _(embeddings, mask, mode):
-    shape = (*embeddings.shape[:-2], embeddings.shape[-1])
-    return embeddings.new_empty(shape), fake_arg_max(embeddings, shape, mode)
-
-
-@fake("masked_pool_backward")
-def _(grad, mask, arg_max, n_slots, mode):
-    return grad.new_empty((*grad.shape[:-1], n_slots, grad.shape[-1]))
-
-
 def sparse_rows(code_ids: Tensor, rows: Tensor, vocabulary: int) -> Tensor:
     """A sparse gradient that holds whole rows of the table, ids ascending and distinct."""
     return torch.sparse_coo_tensor(
@@ -238,10 +198,6 @@ def sparse_rows(code_ids: Tensor, rows: Tensor, vocabulary: int) -> Tensor:
         is_coalesced=True,
         check_invariants=False,
     )
-
-
-def fake_arg_max(like, shape, mode):
-    return like.new_empty(shape if mode == MODES["max"] else (0,), dtype=torch.int32)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -337,6 +293,3 @@ def _check_codes(codes: Tensor, visit_mask: Tensor | None, vocabulary: int) -> N
             f"Found {found} codes outside the vocabulary of {vocabulary} codes. The first is code "
             f"{int(codes[tuple(first)])} at {first.tolist()}."
         )
-
-
-backend.load_triton_kernels(__package__)

@@ -11,17 +11,14 @@ from .. import backend
 from ..arrays import expect_tensor, kind_of
 from ..autograd import once, values_are_hidden
 from ..backend import must_check_values, operators
-from ..schemas import fake
 from . import reference
-from .op import MODES, check_floating, choose, fake_arg_max, padding_row, sparse_rows
+from .op import check_floating, choose, padding_row, sparse_rows
+from .operators import MODES
 
 if TYPE_CHECKING:
     from ..batch import PackedVisits
 
 PACKED_MODES = (*MODES, "attention")
-
-backend.register("packed_visit_pool", "cpu", "cuda", "triton")
-backend.register("packed_attention_pool", "cpu", "cuda", "triton")
 
 
 class PackedCodes(NamedTuple):
@@ -211,72 +208,6 @@ class _PackedAttentionPool(torch.autograd.Function):
             )
         gradients = once("packed_visit_pool", gradients, [grad, weight, scores])
         return *(None,) * 6, *gradients, None
-
-
-@fake("packed_visit_pool")
-def _(codes, code_offsets, weight, mode):
-    shape = (code_offsets.shape[0] - 1, weight.shape[1])
-    return weight.new_empty(shape), fake_arg_max(weight, shape, mode)
-
-
-@fake("packed_visit_pool_backward")
-def _(
-    grad,
-    code_offsets,
-    index_codes,
-    index_offsets,
-    index_visits,
-    vocabulary,
-    arg_max,
-    mode,
-    padding_idx,
-):
-    return grad.new_empty((vocabulary, grad.shape[1]))
-
-
-@fake("packed_visit_pool_backward_sparse")
-def _(
-    grad,
-    code_offsets,
-    index_codes,
-    index_offsets,
-    index_visits,
-    vocabulary,
-    arg_max,
-    mode,
-    padding_idx,
-):
-    n_rows = torch.library.get_ctx().new_dynamic_size()
-    return (
-        grad.new_empty((n_rows,), dtype=torch.int64),
-        grad.new_empty((n_rows, grad.shape[1])),
-    )
-
-
-@fake("packed_attention_pool")
-def _(codes, code_offsets, weight, scores):
-    n_visits = code_offsets.shape[0] - 1
-    return (
-        weight.new_empty((n_visits, weight.shape[1])),
-        weight.new_empty((n_visits,), dtype=torch.float64),
-        weight.new_empty((n_visits,), dtype=torch.float64),
-    )
-
-
-@fake("packed_attention_pool_backward")
-def _(
-    grad,
-    pooled,
-    highest,
-    inverse,
-    index_codes,
-    index_offsets,
-    index_visits,
-    weight,
-    scores,
-    padding_idx,
-):
-    return grad.new_empty(weight.shape), grad.new_empty(scores.shape)
 
 
 def _check_arguments(

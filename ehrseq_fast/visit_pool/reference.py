@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import transformed
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Sums run in float64 for float64 and in float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ..checks import accumulator
 
 
 def masked_pool(embeddings: Tensor, mask: Tensor | None = None, *, mode: str = "mean") -> Tensor:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ehrseq_fast import backend, schemas
+from ehrseq_fast import backend, operations
 
 NAMESPACE = "ehrseq_fast_cuda_on_cpu"
 KERNELS = backend.Kernels("cpu", NAMESPACE, None)
@@ -43,10 +43,10 @@ SANITIZERS = [
 
 
 def kernels() -> list[Path]:
-    """The sources of the CUDA kernels; ``EHRSEQ_FAST_ROOMS`` names the rooms to compile while
+    """The sources of the CUDA kernels; ``EHRSEQ_FAST_ONLY`` names the operations to compile while
     others are worked on."""
-    wanted = os.environ.get("EHRSEQ_FAST_ROOMS", "*").split(",")
-    return sorted(path for room in wanted for path in CSRC.glob(f"{room}/*.cu"))
+    wanted = os.environ.get("EHRSEQ_FAST_ONLY", "*").split(",")
+    return sorted(path for folder in wanted for path in CSRC.glob(f"{folder}/*.cu"))
 
 
 def why_not() -> str | None:
@@ -139,7 +139,7 @@ class Shim:
     """The loaded library: its operators serve ``backend.emulating("cuda", KERNELS)``."""
 
     def __init__(self, path: Path) -> None:
-        schemas.define(NAMESPACE)
+        operations.define(NAMESPACE)
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
         for name in ("launches", "memsets"):

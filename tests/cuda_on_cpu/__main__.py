@@ -10,19 +10,15 @@ import os
 import subprocess
 import sys
 
-TESTS = [
-    "tests/test_visit_pool.py",
-    "tests/test_packed_visit_pool.py",
-    "tests/test_survival_nll.py",
-    "tests/test_competing_risks_nll.py",
-    "tests/test_packed_survival_nll.py",
-    "tests/test_visit_pool_cuda.py",
-    "tests/test_cuda_on_cpu.py",
-    "tests/test_cuda_kernels.py",
-]
+from .. import marked
+
+TESTS = [*marked.of_operations(), "tests/test_cuda_on_cpu.py", "tests/test_cuda_kernels.py"]
 
 # What is about values, or about torch.compile, is tested without sanitizers, and sooner.
-CHOSEN = "cuda and not compile and not thousand and not gradcheck"
+CHOSEN = (
+    "cuda and not compile and not thousand and not gradcheck"
+    " and not derivatives and not formulas and not edges and not arguments"
+)
 
 
 def library(name: str) -> str:

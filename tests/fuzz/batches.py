@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ehrseq_fast import PackedVisits, backend, packed_survival_nll, packed_visit_pool, use_backend
+from ehrseq_fast import PackedVisits, packed_survival_nll, packed_visit_pool, use_backend
+from ehrseq_fast.batch.builder import batch_builder
 
 from .arguments import Call, Draw
 
@@ -220,7 +221,7 @@ def _states(draw: Draw, shape: list[int]) -> np.ndarray | None:
 @builds
 def compiled_module(draw: Draw) -> Call:
     """The compiled builder without the checks of the public face."""
-    module = backend.batch_builder()
+    module = batch_builder()
     codes, visits, patients, chosen = _flat(draw)
     outcomes = [_outcome(draw, draw.whole(0, 5), 1) for _ in range(3)]
     vocabulary = draw.one_of((9, 3, 2**31 - 1, 0, -1, 2**62))

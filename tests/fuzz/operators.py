@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ehrseq_fast import schemas
+from ehrseq_fast import operations
 from ehrseq_fast.hazard_head import reference as head_reference
 from ehrseq_fast.linear import reference as linear_reference
 from ehrseq_fast.packed_lstm import reference as lstm_reference
@@ -22,15 +22,15 @@ from .arguments import FLOATING, INTEGER, Call, Draw
 
 MODES = ("mean", "sum", "max")
 REDUCTIONS = ("none", "mean", "sum")
-NAMES = tuple(schema.partition("(")[0] for schema in schemas.SCHEMAS)
 # The CPU has no kernel of it: there, autograd scales the saved gradient.
 NOT_ON_CPU = ("survival_nll_scale",)
 
 _makers: dict[str, Callable[[Draw, Any], Call]] = {}
 
 
+_FOLDERS_WITH_CUDA = {x.folder for x in operations.registered() if "cuda" in x.backends}
 # Those that the CUDA kernels have, which can be called where they are compiled for the host.
-ON_CUDA = tuple(name for name in NAMES if "pool" in name or "nll" in name)
+ON_CUDA = tuple(x.name for x in operations.operators() if x.folder in _FOLDERS_WITH_CUDA)
 
 
 def call_of(name: str, draw: Draw, ops: Any = torch.ops.ehrseq_fast) -> Call:

@@ -12,11 +12,11 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def log1p(x):
-    # log(1 + x) is off by what rounding 1 + x lost; x / ((1 + x) - 1) puts that right.
+    # log(1 + x) is off by what is rounded away in 1 + x; x / ((1 + x) - 1) puts that right.
     raised = 1.0 + x
     kept = raised - 1.0
-    lost_all = kept == 0.0
-    return tl.where(lost_all, x, tl.log(raised) * (x / tl.where(lost_all, 1.0, kept)))
+    all_rounded = kept == 0.0
+    return tl.where(all_rounded, x, tl.log(raised) * (x / tl.where(all_rounded, 1.0, kept)))
 
 
 @triton.jit
@@ -25,11 +25,11 @@ def exp_nonpositive(x):
         power = tl.exp(x)
     else:
         # The GPU has 2^x. Rounding x log2(e) would cost a digit for every power of ten in x, so
-        # what the product lost is put back. Below e^-104 float32 has nothing but 0.
+        # what rounding took from the product is put back. Below e^-104 float32 has nothing but 0.
         x = tl.where(x < -104.0, -104.0, x)
         scaled = x * LOG2_E
-        lost = tl.fma(x, tl.full(x.shape, LOG2_E, x.dtype), -scaled) + x * LOG2_E_REST
-        power = tl.exp2(scaled) * (1.0 + lost * LN_2)
+        rest = tl.fma(x, tl.full(x.shape, LOG2_E, x.dtype), -scaled) + x * LOG2_E_REST
+        power = tl.exp2(scaled) * (1.0 + rest * LN_2)
     return power
 
 
@@ -65,9 +65,9 @@ def nll_of_probabilities(h, event, scale, EPS: tl.constexpr, NLL_OF_EPS: tl.cons
     # of which the logarithm is taken; see log1p for what puts right the rounding of 1 - h
     factor = tl.where(event, clamped, 1.0 - clamped)
     kept = tl.where(event, 1.0, 1.0 - factor)
-    lost_all = kept == 0.0
-    ratio = tl.where(event, 1.0, clamped / tl.where(lost_all, 1.0, kept))
-    terms = tl.where(lost_all, clamped, -tl.log(factor) * ratio)
+    all_rounded = kept == 0.0
+    ratio = tl.where(event, 1.0, clamped / tl.where(all_rounded, 1.0, kept))
+    terms = tl.where(all_rounded, clamped, -tl.log(factor) * ratio)
     slopes = tl.where(event, -scale, scale) / factor
     inside = (h >= lowest) & (h <= highest)
     if NLL_OF_EPS != 0.0:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backend import FLOATING
-from .triton_tiles import MAX, MEAN
+from ...checks import FLOATING
+from .tiles import MAX, MEAN
 
 _MASKS = frozenset(
     {torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64}

@@ -2,16 +2,16 @@
 visit, and the gradients of the table and of the scores.
 
 Attention is ``exp(score - highest) * inverse``, with a visit's highest score and
-``1 / (sum of exp(score - highest))``, in float64. The two are kept apart, since the logarithm of
-the sum would be lost in rounding beside a large score; and the difference is taken in float64,
-since the rounding of a float near 1,000 would be felt in it.
+``1 / (sum of exp(score - highest))``, in float64. The two are kept as two numbers, since the
+logarithm of the sum would be rounded away beside a large score; and the difference is taken in
+float64, since float32 near 1,000 is rounded to 6e-5.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_forward import ANY_ALIGNMENT, load_rows, row_of, tile_columns
-from .triton_gradient import load_runs, visits_of
+from .kernels_gradient import load_bounds, visits_of
+from .kernels_pool import ANY_ALIGNMENT, load_rows, row_of, tile_columns
 
 
 @triton.jit
@@ -30,8 +30,13 @@ def pool_attention(
     vocabulary,
     ROW_SIZE: tl.constexpr, VISITS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of visits as in ``pool_runs``, walked over three times: for the highest score, the sum
-    of exponentials, and the rows. A code outside the vocabulary makes its visit NaN."""
+    """Attention pooling. A code outside the vocabulary makes its visit NaN.
+
+    Grid: tiles of visits, by tiles of columns. A tile is ``[VISITS, COLUMNS]``, and its codes are
+    read three times: for the highest score, the sum of exponentials, and the rows. Reads
+    ``code_offsets``, ``codes``, ``scores`` and rows of ``table``; writes ``pooled``, and the first
+    tile of columns ``highest_out`` and ``inverse_out``.
+    """
     ACC: tl.constexpr = tl.float64 if table.dtype.element_ty == tl.float64 else tl.float32
     visits = tl.program_id(0).to(tl.int64) * VISITS + tl.arange(0, VISITS)
     present = visits < n_visits
@@ -43,12 +48,12 @@ def pool_attention(
     longest = tl.max(last - first, axis=0).to(tl.int32)
 
     highest = tl.full([VISITS], float("-inf"), tl.float64)
-    lost = visits < 0
+    invalid = visits < 0
     for step in range(0, longest):
         taken = first + step < last
         _, score, known = _scores_of(codes, scores, first + step, first, taken, vocabulary)
         highest = tl.where(known & (score > highest), score, highest)
-        lost = lost | (taken & (known == 0))
+        invalid = invalid | (taken & (known == 0))
     total = tl.zeros([VISITS], tl.float64)
     for step in range(0, longest):
         taken = first + step < last
@@ -66,7 +71,7 @@ def pool_attention(
             attention = tl.exp((score - highest).to(ACC)) * inverse.to(ACC)
             row = load_rows(table, rows, columns, known, inside, ROW_SIZE, ACC)
             value += tl.where(known[:, None], attention[:, None] * row, 0.0)
-    value = tl.where(lost[:, None], float("nan"), value)
+    value = tl.where(invalid[:, None], float("nan"), value)
     written = present[:, None] & inside[None, :]
     at = visits[:, None] * ROW_SIZE + columns[None, :]
     tl.store(pooled + at, value.to(pooled.dtype.element_ty), mask=written)
@@ -80,19 +85,25 @@ def pool_attention(
     do_not_specialize_on_alignment=ANY_ALIGNMENT,
 )
 def sum_attention(
-    grad, pooled, highest_scores, inverses, table, scores, runs, entries,
+    grad, pooled, highest_scores, inverses, table, scores, bounds, entries,
     out, score_out, partials, score_partials,
     n_entries, n_visits, windows, n_rows, padding_idx,
     ROW_SIZE: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """As ``sum_runs``; and the gradient of a code's score, the sum over its visits of
-    ``attention * (grad . (row - pooled))``. The difference is taken first: summed apart, its halves
-    are large and cancel. ``padding_idx`` keeps the gradient of its score."""
+    """As ``sum_segments``; and the gradient of a code's score, the sum over its visits of
+    ``attention * (grad . (row - pooled))``. The difference is taken before the sum: two sums would
+    be large and cancel. ``padding_idx`` keeps the gradient of its score.
+
+    Grid: one program per tile of windows or of rows. A tile is ``[ROWS, COLUMNS]`` sums, and the
+    program loops over the columns. Reads ``bounds``, ``entries``, ``scores``, ``highest_scores``,
+    ``inverses``, and rows of ``grad``, ``pooled`` and ``table``; writes ``partials``,
+    ``score_partials``, and rows of ``out`` and ``score_out``, each once.
+    """
     ACC: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
     tile = tl.program_id(0)
-    window, is_window, there, code, row, _run_begin, begin, end = load_runs(
-        runs, tile, n_entries, windows, n_rows, CHUNK, ROWS
+    window, is_window, there, code, row, _segment_begin, begin, end = load_bounds(
+        bounds, tile, n_entries, windows, n_rows, CHUNK, ROWS
     )
     known = there & (code >= 0) & (code < n_rows)
     score = tl.load(scores + code, mask=known, other=0.0).to(tl.float64)

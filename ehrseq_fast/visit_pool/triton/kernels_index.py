@@ -1,17 +1,17 @@
 """The code index of a padded batch, built on the device without waiting for it.
 
 Nearly all slots are empty, so the real ones are gathered first, in the order of the batch, and only
-they are sorted by code: a stable radix sort, over the bits that the vocabulary needs. How many
-there are stays on the device. Buffers have room for every slot; what is read and written of them,
-and the programs that do more than leave, are those of the real codes.
+they are sorted by code: a stable radix sort, over the bits that the vocabulary needs. Their number
+stays on the device. Buffers are as large as the number of slots; what is read and written of them,
+and the programs that do more than return, are those of the real codes.
 
-A code outside the vocabulary, and ``padding_idx``, stay out: they get no gradient.
+A code outside the vocabulary, and ``padding_idx``, are left out: they get no gradient.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_gradient import lower_bound
+from .kernels_gradient import lower_bound
 
 
 @triton.jit
@@ -28,8 +28,13 @@ def count_codes(
     codes, mask, counts, scales, n, n_slots, n_visits, vocabulary, padding_idx, blocks,
     WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, VISITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """How many codes each block of slots gives the index (the first ``blocks`` programs), and for
-    the mean what each visit's gradient is divided by (the rest)."""
+    """How many codes each block of slots gives the index, and for the mean what each visit's
+    gradient is multiplied by.
+
+    Grid: ``blocks`` programs with a tile of ``[BLOCK]`` slots each, then one per ``VISITS`` visits
+    with tiles of ``[VISITS, WIDTH]`` slots. Reads ``codes`` and ``mask``, writes ``counts`` and
+    ``scales``.
+    """
     program = tl.program_id(0)
     if program < blocks:
         slots = program * BLOCK + tl.arange(0, BLOCK)
@@ -49,7 +54,11 @@ def count_codes(
 
 @triton.jit(do_not_specialize=["n"])
 def scan_counts(counts, total, n, BLOCK: tl.constexpr):
-    """One program: where each block's codes begin, and how many there are."""
+    """Where each block's codes begin, and the number of all.
+
+    Grid: one program, tiles of ``[BLOCK]`` counts. Reads ``counts`` and overwrites them with their
+    exclusive sums; writes ``total``.
+    """
     before = tl.full((), 0, tl.int32)
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -63,7 +72,11 @@ def scan_counts(counts, total, n, BLOCK: tl.constexpr):
 def gather_codes(
     codes, mask, starts, keys, slots_out, n, vocabulary, padding_idx, BLOCK: tl.constexpr
 ):
-    """The real codes and their slots, in the order of the batch."""
+    """The real codes and their slots, in the order of the batch.
+
+    Grid: one program per ``[BLOCK]`` slots. Reads ``codes``, ``mask`` and ``starts``, writes
+    ``keys`` and ``slots_out``.
+    """
     program = tl.program_id(0)
     slots = program * BLOCK + tl.arange(0, BLOCK)
     code, real = _real_codes(codes, mask, slots, slots < n, vocabulary, padding_idx)
@@ -81,7 +94,11 @@ def _digits(keys, at, n, shift, RADIX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["shift", "capacity"])
 def count_digits(keys, count, table, shift, capacity, RADIX: tl.constexpr, TILE: tl.constexpr):
-    """How often each digit occurs in each tile of keys; ``table`` is ``[RADIX, capacity]``."""
+    """How often each digit occurs in each tile of keys; ``table`` is ``[RADIX, capacity]``.
+
+    Grid: programs that walk over tiles of ``[TILE]`` keys. Reads ``keys`` and ``count``, writes
+    ``table``.
+    """
     n = tl.load(count)
     every = tl.arange(0, RADIX)
     for tile in range(tl.program_id(0), tl.cdiv(n, TILE), tl.num_programs(0)):
@@ -94,7 +111,11 @@ def count_digits(keys, count, table, shift, capacity, RADIX: tl.constexpr, TILE:
 def scan_digits(
     count, table, totals, capacity, TILE: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """How often each digit occurs in the tiles before each, and in all: ``DIGITS`` per program."""
+    """How often each digit occurs in the tiles before each, and in all.
+
+    Grid: one program per ``DIGITS`` digits, tiles of ``[DIGITS, BLOCK]`` of ``table``, which it
+    overwrites with exclusive sums. Reads ``count`` too, writes ``totals``.
+    """
     digits = tl.program_id(0) * DIGITS + tl.arange(0, DIGITS)
     rows = table + digits.to(tl.int64)[:, None] * capacity
     tiles = tl.cdiv(tl.load(count), TILE)
@@ -113,7 +134,11 @@ def scatter_digits(
     keys, slots, keys_out, slots_out, count, table, totals, shift, capacity,
     RADIX: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Keys and slots in the order of the digit; those of the same digit keep theirs."""
+    """Keys and slots in the order of the digit; those of the same digit keep theirs.
+
+    Grid: programs that walk over tiles of ``[TILE]`` keys. Reads ``keys``, ``slots``, ``table`` and
+    ``totals``, writes ``keys_out`` and ``slots_out``.
+    """
     n = tl.load(count)
     lanes = tl.arange(0, TILE)
     some = tl.arange(0, PART)
@@ -136,7 +161,10 @@ def scatter_digits(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def find_rows(keys, count, row_offsets, n_rows, ROWS: tl.constexpr):
-    """Where the entries of each row of the table begin among the sorted ``keys``."""
+    """Where the entries of each row of the table begin among the sorted ``keys``.
+
+    Grid: one program per ``[ROWS]`` rows. Reads ``keys`` and ``count``, writes ``row_offsets``.
+    """
     n = tl.load(count)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tl.store(row_offsets + rows, lower_bound(keys, n, rows), mask=rows < n_rows)

@@ -1,8 +1,8 @@
 """Pooling in Triton: the rows of several visits gathered, masked and pooled in one launch.
 
 A program holds a tile of ``VISITS`` visits by ``COLUMNS`` columns and takes one code of each visit
-at a time, ``UNROLL`` of them without waiting for one another. Masked slots are not walked over: the
-real slots of 64 become the bits of a number, and the walk goes from bit to bit.
+at a time, ``UNROLL`` of them without waiting for one another. Masked slots are skipped: the real
+slots of 64 become the bits of a number, and the loop goes from bit to bit.
 
 ``ROW_SIZE`` is the width of the table, which a model has one of; lengths are run-time values.
 ``codes`` is None where the table holds the slots themselves (``masked_pool``).
@@ -70,30 +70,34 @@ def _pool_one_each(
 
 @triton.jit
 def _write(
-    pooled, arg_max, visits, present, columns, inside, value, winner, total, lost,
+    pooled, arg_max, visits, present, columns, inside, value, winner, total, invalid,
     ROW_SIZE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Scaled and written; a visit with a code outside the vocabulary is NaN and has no winner."""
     if MODE == MEAN:
         value = value * (1.0 / tl.where(total < 1, 1.0, total))[:, None]
-    value = tl.where(lost[:, None], float("nan"), value)
+    value = tl.where(invalid[:, None], float("nan"), value)
     at = visits[:, None] * ROW_SIZE + columns[None, :]
     written = present[:, None] & inside[None, :]
     tl.store(pooled + at, value.to(pooled.dtype.element_ty), mask=written)
     if MODE == MAX:
-        tl.store(arg_max + at, tl.where(lost[:, None], -1, winner), mask=written)
+        tl.store(arg_max + at, tl.where(invalid[:, None], -1, winner), mask=written)
 
 
 @triton.jit(
     do_not_specialize=["n_visits", "n_slots", "n_entries", "vocabulary"],
     do_not_specialize_on_alignment=ANY_ALIGNMENT,
 )
-def pool_runs(
+def pool_contiguous(
     table, codes, code_offsets, pooled, arg_max, n_visits, n_slots, n_entries, vocabulary,
     ROW_SIZE: tl.constexpr, MODE: tl.constexpr,
     VISITS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Visits whose codes stand together: at ``code_offsets``, or ``n_slots`` each."""
+    """Pool visits whose codes are contiguous: at ``code_offsets``, or ``n_slots`` each.
+
+    Grid: tiles of visits, by tiles of columns. A tile is ``[VISITS, COLUMNS]``. Reads
+    ``code_offsets``, ``codes`` and rows of ``table``; writes ``pooled``, in mode max ``arg_max``.
+    """
     ACC: tl.constexpr = tl.float64 if table.dtype.element_ty == tl.float64 else tl.float32
     visits = tl.program_id(0).to(tl.int64) * VISITS + tl.arange(0, VISITS)
     present = visits < n_visits
@@ -109,20 +113,20 @@ def pool_runs(
 
     value = tl.zeros([VISITS, COLUMNS], ACC)
     winner = tl.full([VISITS, COLUMNS], -1, tl.int32)
-    lost = visits < 0
+    invalid = visits < 0
     longest = tl.max(last - first, axis=0).to(tl.int32)
     for step in range(0, longest, UNROLL):
         for i in tl.static_range(UNROLL):
             entries = first + (step + i)
             taken = entries < last
             rows, ids, known = row_of(codes, entries, first, taken, vocabulary)
-            lost = lost | (taken & (known == 0))
+            invalid = invalid | (taken & (known == 0))
             value, winner = _pool_one_each(
                 value, winner, table, rows, ids, known, None, columns, inside, ROW_SIZE, MODE, ACC
             )
     _write(
         pooled, arg_max, visits, present, columns, inside, value, winner,
-        (last - first).to(ACC), lost, ROW_SIZE, MODE,
+        (last - first).to(ACC), invalid, ROW_SIZE, MODE,
     )  # fmt: skip
 
 
@@ -150,8 +154,13 @@ def pool_masked(
     ROW_SIZE: tl.constexpr, MODE: tl.constexpr, WEIGHTED: tl.constexpr,
     VISITS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Padded visits, ``n_slots`` each. ``WORDS`` words of the mask are looked at together first,
-    since most of them are empty."""
+    """Pool padded visits, ``n_slots`` each. ``WORDS`` words of the mask are read together first,
+    since most of them are empty.
+
+    Grid: tiles of visits, by tiles of columns. A tile is ``[VISITS, COLUMNS]``, of the mask
+    ``[VISITS, 64]``. Reads ``mask``, and ``codes`` and rows of ``table`` where it is not 0; writes
+    ``pooled``, in mode max ``arg_max``.
+    """
     ACC: tl.constexpr = tl.float64 if table.dtype.element_ty == tl.float64 else tl.float32
     visits = tl.program_id(0).to(tl.int64) * VISITS + tl.arange(0, VISITS)
     present = visits < n_visits
@@ -161,7 +170,7 @@ def pool_masked(
     value = tl.zeros([VISITS, COLUMNS], ACC)
     winner = tl.full([VISITS, COLUMNS], -1, tl.int32)
     total = tl.zeros([VISITS], ACC)
-    lost = visits < 0
+    invalid = visits < 0
     words = tl.cdiv(n_slots, WORD)
     for ahead in range(0, words, WORDS):
         last_word = tl.minimum(ahead + WORDS, words)
@@ -180,7 +189,7 @@ def pool_masked(
                     bits = bits ^ lowest
                     entries = first + tl.where(taken, word * WORD + highest_bit(lowest), 0)
                     rows, ids, known = row_of(codes, entries, first, taken, vocabulary)
-                    lost = lost | (taken & (known == 0))
+                    invalid = invalid | (taken & (known == 0))
                     if WEIGHTED:
                         weights = tl.load(mask + entries, mask=taken, other=0).to(ACC)
                         total += weights
@@ -192,7 +201,7 @@ def pool_masked(
                         ROW_SIZE, MODE, ACC,
                     )  # fmt: skip
     _write(
-        pooled, arg_max, visits, present, columns, inside, value, winner, total, lost,
+        pooled, arg_max, visits, present, columns, inside, value, winner, total, invalid,
         ROW_SIZE, MODE,
     )  # fmt: skip
 
@@ -204,7 +213,11 @@ def spread(
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of ``masked_pool``: a visit's gradient times its weight in every real slot, or
-    in mode max what each column's winner is due; zeros in every other. One visit per program."""
+    in mode max that of each column in the slot of its maximum; zeros in every other.
+
+    Grid: visits, by tiles of columns. A tile is ``[SLOTS, COLUMNS]``. Reads ``grad``, ``mask`` and,
+    in mode max, ``arg_max``; writes ``out``.
+    """
     ACC: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
     visit = tl.program_id(0).to(tl.int64)
     columns, inside = tile_columns(ROW_SIZE, COLUMNS)

@@ -1,308 +1,172 @@
-"""The gradient of the embedding table: what is launched, with room for what.
+"""The operators of the embedding table's gradient in Triton, of padded and of packed batches.
 
-triton_gradient.py and triton_index.py hold the kernels."""
+Nothing here reads a value from the device, except where the size of a sparse gradient depends on
+one.
+
+Launches (tests/test_triton_visit_pool.py counts them): at most three when the index is given; for a
+padded batch three more, and three for every eight bits of a code.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import triton
 from torch import Tensor
 
-from ..triton_support import interpreted, launch
-from . import triton_gradient as gradient
-from . import triton_index as index
-from .reference import accumulator
-from .triton_tiles import (
-    MAX,
-    MEAN,
-    MOST_PROGRAMS,
-    grid,
-    kernel_mask,
-    registers,
-    rows_in_flight,
-    tile_of,
+from ...operations import implemented_in_triton
+from ...triton_support import launch
+from . import kernels_index
+from .arguments import (
+    expect_index,
+    expect_packed_gradient,
+    expect_padded_gradient,
+    expect_row,
+    expect_together,
 )
-
-# Slots of a padded batch: positions among them are 32-bit numbers, with room for a block beyond.
-_MOST_SLOTS = 2**31 - 2**16
-
-
-@dataclass(frozen=True)
-class Index:
-    """A code index in one of its forms (triton_gradient.py), and what its entries weigh."""
-
-    codes: Tensor
-    offsets: Tensor | None
-    entries: Tensor
-    n_slots: int | None = None  # where entries are slots
-    count: Tensor | None = None  # of entries, where only the device knows it
-    code_offsets: Tensor | None = None
-    scales: Tensor | None = None
-    mask: Tensor | None = None
-
-    @property
-    def most_entries(self) -> int:
-        return self.entries.shape[0]
+from .launch_index import Index, index_padded_codes
+from .launch_sums import Rows, sum_codes
+from .tiles import winners_of
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Which rows of the gradient are written: all of the table, or those of the index's codes."""
-
-    vocabulary: int
-    padding_idx: int
-    sparse: bool = False
-    padding_segment: int = -1
-
-
-def find_runs(at: Index, rows: Rows, n_rows: int) -> tuple[Tensor, int, int]:
-    """The runs (triton_gradient.py), how long a piece of one is, and how many windows there are."""
-    most = at.most_entries
-    chunk = 32 if most < 2**22 else 128  # partials of a huge padded batch would need much room
-    windows = most // chunk
-    runs = at.entries.new_empty((4, windows + n_rows))
-    block = 256
-    window_programs = min(triton.cdiv(windows, block), MOST_PROGRAMS)
-    launch(
-        gradient.find_runs,
-        (window_programs + triton.cdiv(n_rows, block),),
-        at.codes,
-        at.offsets,
-        at.count,
-        runs,
-        at.codes.shape[0],
-        most,
-        windows,
-        n_rows,
-        rows.vocabulary,
-        rows.padding_idx,
-        rows.padding_segment,
-        window_programs,
-        SPARSE=rows.sparse,
-        CHUNK=chunk,
-        BLOCK=block,
-        num_warps=4,
-    )
-    return runs, chunk, windows
-
-
-def sum_pieces(
-    at: Index,
-    runs: Tensor,
-    chunk: int,
-    windows: int,
-    rows: Rows,
-    out: Tensor,
-    partials: Tensor,
-    score_out: Tensor | None = None,
-    score_partials: Tensor | None = None,
-) -> None:
-    """The last launch of a gradient, where the index is long enough for a long run."""
-    if windows < 2:
-        return
-    n_rows, row_size = out.shape
-    columns = min(triton.next_power_of_2(max(row_size, 1)), 32)
-    launch(
-        gradient.sum_pieces,
-        # with attention a table without columns still has scores
-        (min(windows, MOST_PROGRAMS), max(triton.cdiv(row_size, columns), 1)),
-        runs,
-        at.count,
-        out,
-        score_out,
-        partials,
-        score_partials,
-        at.most_entries,
-        windows,
-        n_rows,
-        -1 if rows.sparse else rows.padding_idx,
-        ROW_SIZE=row_size,
-        CHUNK=chunk,
-        ROWS=64,
-        COLUMNS=columns,
-        UNROLL=4,
-        num_warps=8,
-    )
-
-
-def sum_codes(
-    grad: Tensor, arg_max: Tensor | None, at: Index, rows: Rows, out: Tensor, mode: int
-) -> Tensor:
-    """``out``, every row written: the sum over its code's entries."""
-    n_rows, row_size = out.shape
-    if not out.numel():
-        return out
-    runs, chunk, windows = find_runs(at, rows, n_rows)
-    most = at.most_entries
-    partials = grad.new_empty((windows, row_size), dtype=accumulator(grad.dtype))
-    tile = tile_of(grad, row_size, row_bytes=2048)
-    window_tiles, column_programs = grid(windows, row_size, tile)
-    launch(
-        gradient.sum_runs,
-        (min(window_tiles, MOST_PROGRAMS) + triton.cdiv(n_rows, tile.rows), column_programs),
-        grad,
-        arg_max if mode == MAX else None,
-        runs,
-        at.entries,
-        at.count,
-        at.code_offsets if mode == MEAN else None,
-        at.scales if mode == MEAN else None,
-        at.mask if mode != MAX else None,
-        out,
-        partials,
-        most,
-        at.n_slots,
-        math.prod(grad.shape[:-1]),
-        windows,
-        n_rows,
-        ROW_SIZE=row_size,
-        MODE=mode,
-        CHUNK=chunk,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        UNROLL=rows_in_flight(grad, row_size, mode, at.mask),
-        num_warps=4,
-        maxnreg=registers(grad, row_size, mode),
-    )
-    sum_pieces(at, runs, chunk, windows, rows, out, partials)
-    return out
-
-
-def index_padded_codes(
-    codes: Tensor,
-    mask: Tensor | None,
+@implemented_in_triton("packed_visit_pool_backward")
+def packed_visit_pool_backward(
+    grad: Tensor,
+    code_offsets: Tensor,
+    index_codes: Tensor,
+    index_offsets: Tensor,
+    index_visits: Tensor,
     vocabulary: int,
-    dtype: torch.dtype,
+    arg_max: Tensor | None,
     mode: int,
     padding_idx: int,
-) -> Index:
-    """The code index of a padded batch that has slots, built without waiting for the device."""
-    *leading, n_slots = codes.shape
-    n_visits, n = math.prod(leading), codes.numel()
-    if n > _MOST_SLOTS:
-        raise ValueError(
-            f"the gradient of visit pooling takes at most {_MOST_SLOTS} slots, got {n}: pass a "
-            "PackedVisits, which has none that are empty"
-        )
-    codes = codes.contiguous()
-    mask, weighted = kernel_mask(mask)
-    scales = None
-    if mode == MEAN and mask is not None:
-        scales = codes.new_empty((n_visits,), dtype=accumulator(dtype))
-
-    block, visits = 2048, 8
-    blocks = triton.cdiv(n, block)
-    starts = codes.new_empty((blocks,), dtype=torch.int32)
-    count = codes.new_empty((1,), dtype=torch.int32)
-    launch(
-        index.count_codes,
-        (blocks + (0 if scales is None else triton.cdiv(n_visits, visits)),),
-        codes,
-        mask,
-        starts,
-        scales,
-        n,
-        n_slots,
-        n_visits,
-        vocabulary,
-        padding_idx,
-        blocks,
-        WEIGHTED=weighted,
-        BLOCK=block,
-        VISITS=visits,
-        WIDTH=64,
-        num_warps=4,
-    )
-    launch(index.scan_counts, (1,), starts, count, blocks, BLOCK=4096, num_warps=8)
-    keys = codes.new_empty((n,), dtype=torch.int32)
-    slots = torch.empty_like(keys)
-    launch(
-        index.gather_codes,
-        (blocks,),
-        codes,
-        mask,
-        starts,
-        keys,
-        slots,
-        n,
-        vocabulary,
-        padding_idx,
-        BLOCK=block,
-        num_warps=4,
-    )
-    keys, slots = sorted_by_code(keys, slots, count, vocabulary)
-    return Index(
-        keys,
-        None,
-        slots,
-        n_slots,
-        count,
-        scales=scales,
-        mask=mask if weighted else None,
-    )
+) -> Tensor:
+    """The operator ``packed_visit_pool_backward``."""
+    expect_packed_gradient(grad, vocabulary, arg_max, mode, padding_idx)
+    at = _packed_index(grad, code_offsets, index_codes, index_offsets, index_visits)
+    rows = Rows(vocabulary, padding_idx)
+    out = grad.new_empty((vocabulary, grad.shape[1]))
+    return sum_codes(grad.contiguous(), winners_of(arg_max, mode), at, rows, out, mode)
 
 
-def sorted_by_code(
-    keys: Tensor, slots: Tensor, count: Tensor, vocabulary: int
+@implemented_in_triton("packed_visit_pool_backward_sparse")
+def packed_visit_pool_backward_sparse(
+    grad: Tensor,
+    code_offsets: Tensor,
+    index_codes: Tensor,
+    index_offsets: Tensor,
+    index_visits: Tensor,
+    vocabulary: int,
+    arg_max: Tensor | None,
+    mode: int,
+    padding_idx: int,
 ) -> tuple[Tensor, Tensor]:
-    """The first ``count`` keys, ascending, and their slots; slots of one key keep their order."""
-    bits = max(vocabulary - 1, 0).bit_length()
-    passes = triton.cdiv(bits, 8)
-    if not passes:
-        return keys, slots
-    digit_bits = triton.cdiv(bits, passes)
-    radix, tile = 2**digit_bits, 128
-    tiles = triton.cdiv(keys.shape[0], tile)
-    programs = (min(tiles, MOST_PROGRAMS),)
-    table = keys.new_empty((radix, tiles))
-    totals = keys.new_empty((radix,))
-    to_keys, to_slots = torch.empty_like(keys), torch.empty_like(slots)
-    digits = min(radix, 32 if interpreted() else 4)
-    for shift in range(0, bits, digit_bits):
-        launch(
-            index.count_digits,
-            programs,
-            keys,
-            count,
-            table,
-            shift,
-            tiles,
-            RADIX=radix,
-            TILE=tile,
-            num_warps=4,
-        )
-        launch(
-            index.scan_digits,
-            (triton.cdiv(radix, digits),),
-            count,
-            table,
-            totals,
-            tiles,
-            TILE=tile,
-            DIGITS=digits,
-            BLOCK=256,
-            num_warps=4,
-        )
-        launch(
-            index.scatter_digits,
-            programs,
-            keys,
-            slots,
-            to_keys,
-            to_slots,
-            count,
-            table,
-            totals,
-            shift,
-            tiles,
-            RADIX=radix,
-            TILE=tile,
-            PART=min(radix, 32),
-            num_warps=4,
-        )
-        keys, to_keys = to_keys, keys
-        slots, to_slots = to_slots, slots
-    return keys, slots
+    """The operator ``packed_visit_pool_backward_sparse``.
+
+    With ``padding_idx``, whether the batch holds that code decides the size of the result: then the
+    host waits for the device, once.
+    """
+    expect_packed_gradient(grad, vocabulary, arg_max, mode, padding_idx)
+    at = _packed_index(grad, code_offsets, index_codes, index_offsets, index_visits)
+    winners = winners_of(arg_max, mode)
+    return _sparse_rows(grad.contiguous(), winners, at, vocabulary, mode, padding_idx)
+
+
+def _packed_index(
+    grad: Tensor,
+    code_offsets: Tensor,
+    index_codes: Tensor,
+    index_offsets: Tensor,
+    index_visits: Tensor,
+) -> Index:
+    expect_together(grad, code_offsets, index_codes, index_offsets, index_visits)
+    expect_row("code_offsets", code_offsets, grad.shape[0] + 1)
+    expect_index(index_codes, index_offsets, index_visits)
+    return Index(
+        index_codes.contiguous(),
+        index_offsets.contiguous(),
+        index_visits.contiguous(),
+        code_offsets=code_offsets.contiguous(),
+    )
+
+
+def _sparse_rows(
+    grad: Tensor, arg_max: Tensor | None, at: Index, vocabulary: int, mode: int, padding_idx: int
+) -> tuple[Tensor, Tensor]:
+    """The gradient's rows for the codes of a packed batch's index, and those codes."""
+    # a code outside the vocabulary has a row of zeros, whose number must still be one of the table
+    code_ids = at.codes.clamp(0, max(vocabulary - 1, 0)).long()
+    padding_segment = at.codes.shape[0]
+    if padding_idx >= 0:
+        padding_segment = _position_of(at.codes, padding_idx)
+        code_ids = torch.cat([code_ids[:padding_segment], code_ids[padding_segment + 1 :]])
+    rows = Rows(vocabulary, padding_idx, sparse=True, padding_segment=padding_segment)
+    out = grad.new_empty((code_ids.shape[0], grad.shape[1]))
+    return code_ids, sum_codes(grad, arg_max, at, rows, out, mode)
+
+
+def _position_of(ascending: Tensor, wanted: int) -> int:
+    """Where ``wanted`` stands; the length where it does not. Waits for the device."""
+    places = torch.arange(ascending.shape[0], device=ascending.device)
+    places = torch.where(ascending == wanted, places, ascending.shape[0])
+    return int(places.min()) if ascending.shape[0] else 0
+
+
+@implemented_in_triton("visit_pool_backward")
+def visit_pool_backward(
+    grad: Tensor,
+    codes: Tensor,
+    vocabulary: int,
+    visit_mask: Tensor | None,
+    arg_max: Tensor | None,
+    mode: int,
+    padding_idx: int,
+) -> Tensor:
+    """The operator ``visit_pool_backward``."""
+    expect_padded_gradient(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx)
+    out = grad.new_empty((vocabulary, grad.shape[-1]))
+    if not codes.numel():
+        return out.zero_()
+    at = index_padded_codes(codes, visit_mask, vocabulary, grad.dtype, mode, padding_idx)
+    rows = Rows(vocabulary, padding_idx)
+    return sum_codes(grad.contiguous(), winners_of(arg_max, mode), at, rows, out, mode)
+
+
+@implemented_in_triton("visit_pool_backward_sparse")
+def visit_pool_backward_sparse(
+    grad: Tensor,
+    codes: Tensor,
+    vocabulary: int,
+    visit_mask: Tensor | None,
+    arg_max: Tensor | None,
+    mode: int,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor]:
+    """The operator ``visit_pool_backward_sparse``.
+
+    The number of different codes is the size of the result: the host waits for it, once.
+    """
+    expect_padded_gradient(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx)
+    row_size = grad.shape[-1]
+    if not codes.numel() or not vocabulary:
+        return grad.new_empty((0,), dtype=torch.int64), grad.new_empty((0, row_size))
+    at = index_padded_codes(codes, visit_mask, vocabulary, grad.dtype, mode, padding_idx)
+    row_offsets = at.entries.new_empty((vocabulary + 1,))
+    launch(
+        kernels_index.find_rows,
+        (triton.cdiv(vocabulary + 1, 256),),
+        at.codes,
+        at.count,
+        row_offsets,
+        vocabulary + 1,
+        ROWS=256,
+        num_warps=4,
+    )
+    code_ids = row_offsets.diff().nonzero().squeeze(1)
+    offsets = torch.cat([row_offsets[:-1][code_ids], row_offsets[-1:]])
+    at = replace(at, codes=code_ids.int(), offsets=offsets)
+    rows = Rows(vocabulary, padding_idx, sparse=True, padding_segment=code_ids.shape[0])
+    rows_out = grad.new_empty((code_ids.shape[0], row_size))
+    winners = winners_of(arg_max, mode)
+    return code_ids, sum_codes(grad.contiguous(), winners, at, rows, rows_out, mode)

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..triton_support import interpreted
+from ...triton_support import interpreted
 
 MEAN, SUM, MAX = 0, 1, 2
 
@@ -66,3 +66,8 @@ def kernel_mask(mask: Tensor | None) -> tuple[Tensor | None, bool]:
         return None, False
     whole = mask.contiguous()
     return (whole.view(torch.uint8), False) if whole.dtype == torch.bool else (whole, True)
+
+
+def winners_of(arg_max: Tensor | None, mode: int) -> Tensor | None:
+    """``arg_max`` as the kernels read it; None in the modes that have none."""
+    return arg_max.contiguous() if mode == MAX and arg_max is not None else None

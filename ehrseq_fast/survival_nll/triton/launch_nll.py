@@ -1,0 +1,157 @@
+"""The operators of the survival losses in Triton: one launch for loss and gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...checks import accumulator
+from ...operations import implemented_in_triton
+from ...triton_support import launch
+from ..operators import REDUCTIONS, empty_nll_and_grad
+from ..reference import rounds_to_one
+from . import arguments
+from .kernel_nll import MOST_PROGRAMS, PROBABILITIES, survival_nll_kernel
+from .tiles import WARPS, accumulator_of, tile_of
+from .workspace import workspace
+
+
+def _nll_of_eps(eps: float, dtype: torch.dtype) -> float:
+    """-log(eps) where 1 - eps is rounded to 1, else 0."""
+    to_one = rounds_to_one(1 - eps, accumulator(dtype))
+    return -math.log(eps) if eps > 0 and to_one else 0.0
+
+
+def _share(reduction: int, patients: int) -> float:
+    if reduction != REDUCTIONS["mean"]:
+        return 1.0
+    return 1.0 / patients if patients else math.inf  # the mean of none is 0 * inf: nan
+
+
+# row_starts, unsorted_indices, last_rows of a packed batch
+Rows = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _launch_nll(
+    hazards: Tensor,
+    strides: tuple[int, ...],  # of patient, visit and class
+    rows: Rows,
+    sizes: tuple[int, int, int, int],  # patients, slots, rows, classes
+    competing: bool,
+    event_times: Tensor,
+    event_types: Tensor,
+    sequence_mask: Tensor | None,
+    entry_times: Tensor | None,
+    sample_weight: Tensor | None,
+    link: int,
+    censored_included: bool,
+    eps: float,
+    reduction: int,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    patients, slots, n_rows, classes = sizes
+    operation = "competing_risks_nll" if competing else "survival_nll"
+    arguments.check_options(operation, competing, classes, link, eps, reduction)
+    arguments.check_patients(
+        hazards, patients, competing, event_times, event_types, entry_times, sample_weight
+    )
+    if slots * classes >= 2**31:  # positions within a row are int32
+        raise ValueError("hazards: a patient's row has more than 2^31 - 1 values")
+    device = hazards.device
+    nll, grad = empty_nll_and_grad(hazards, (patients,), reduction, needs_grad)
+    if patients == 0 and not reduction:
+        return nll, grad
+
+    tile = tile_of(slots, classes)
+    programs = min(MOST_PROGRAMS.value, max(1, triton.cdiv(patients, tile["PATIENTS"])))
+    partials, ticket = workspace(device) if reduction else (None, None)
+    launch(
+        survival_nll_kernel,
+        (programs,),
+        hazards,
+        *strides,
+        *rows,
+        event_times,
+        event_times.stride(0),
+        event_types,
+        event_types.stride(0),
+        sequence_mask,
+        *(sequence_mask.stride() if sequence_mask is not None else (0, 0)),
+        entry_times,
+        0 if entry_times is None else entry_times.stride(0),
+        sample_weight,
+        0 if sample_weight is None else sample_weight.stride(0),
+        nll,
+        grad if needs_grad else None,
+        partials,
+        ticket,
+        patients,
+        slots,
+        n_rows,
+        _share(reduction, patients),
+        ACCUMULATOR=accumulator_of(hazards.dtype),
+        COMPETING=competing,
+        CLASSES=classes,
+        LINK=link,
+        CENSORED_INCLUDED=censored_included,
+        EPS=eps if link == PROBABILITIES.value else 0.0,
+        NLL_OF_EPS=_nll_of_eps(eps, hazards.dtype) if link == PROBABILITIES.value else 0.0,
+        REDUCES=bool(reduction),
+        **tile,
+        num_warps=WARPS,
+        # what float32 needs, so that five blocks are at work at a time
+        maxnreg=255 if hazards.dtype == torch.float64 else 96,
+    )
+    return nll, grad
+
+
+@implemented_in_triton("survival_nll")
+def survival_nll(
+    hazards: Tensor, event_times: Tensor, event_types: Tensor, mask: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor]:
+    arguments.check_hazards("survival_nll", hazards, (2,), "[B, V]")
+    arguments.check_mask(hazards, mask)
+    patients, slots = hazards.shape
+    strides = (*hazards.stride(), 0)
+    sizes = (patients, slots, patients * slots, 1)
+    outcomes = (event_times, event_types, mask)
+    return _launch_nll(hazards, strides, (None,) * 3, sizes, False, *outcomes, *others)
+
+
+@implemented_in_triton("competing_risks_nll")
+def competing_risks_nll(
+    hazards: Tensor, event_times: Tensor, event_types: Tensor, mask: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor]:
+    arguments.check_hazards("competing_risks_nll", hazards, (3,), "[B, V, K]")
+    arguments.check_mask(hazards, mask)
+    patients, slots, classes = hazards.shape
+    sizes = (patients, slots, patients * slots, classes)
+    strides, outcomes = hazards.stride(), (event_times, event_types, mask)
+    return _launch_nll(hazards, strides, (None,) * 3, sizes, True, *outcomes, *others)
+
+
+@implemented_in_triton("packed_survival_nll")
+def packed_survival_nll(
+    hazards: Tensor,
+    row_starts: Tensor,
+    unsorted_indices: Tensor,
+    last_rows: Tensor,
+    event_times: Tensor,
+    event_types: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor]:
+    shape = "[n_visits] or [n_visits, K]"
+    arguments.check_hazards("packed_survival_nll", hazards, (1, 2), shape)
+    arguments.check_rows(hazards, row_starts, unsorted_indices, last_rows)
+    competing = hazards.dim() == 2
+    strides = (0, hazards.stride(0), hazards.stride(1) if competing else 0)
+    classes = hazards.shape[1] if competing else 1
+    rows = (row_starts.contiguous(), unsorted_indices.contiguous(), last_rows.contiguous())
+    sizes = (len(unsorted_indices), len(row_starts) - 1, hazards.shape[0], classes)
+    return _launch_nll(
+        hazards, strides, rows, sizes, competing, event_times, event_types, None, *others
+    )
