@@ -79,7 +79,7 @@ class Mode:
         function: the public operation, by its name in the package, or what the models call.
         mode: of pooling, the link of a loss, the direction of a layer, or the kind of network.
         dtype: of what is computed.
-        operation: as ``backend.operations()`` names it.
+        operation: as the registry of operations names it.
         make: the ways to compute it on a device.
         mask: the mask's dtype; None where there is no mask.
     """

@@ -73,7 +73,7 @@ class Layer:
 
     @property
     def operation(self) -> str:
-        """As ``backend.operations()`` names it."""
+        """As the registry of operations names it."""
         return self.function.__name__
 
     @property

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backend
 from ..arrays import expect_tensor, kind_of
 from ..autograd import once, values_are_hidden
 from ..backend import must_check_values, operators
