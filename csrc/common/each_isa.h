@@ -9,7 +9,9 @@
 // What the file calls from elsewhere keeps the baseline's instructions, so no function that another
 // translation unit could share is compiled for more than every x86-64 has.
 //
-// EHRSEQ_ISA_LEVEL is 0, 1 and 2 in their order, for what has to be said in intrinsics.
+// EHRSEQ_ISA_LEVEL is 0, 1 and 2 in their order, for what has to be said in intrinsics. With
+// EHRSEQ_ISA_HAS_BFLOAT16 there is a fourth variant, avx512_bf16 of level 3, with the products of
+// pairs of bfloat16; EHRSEQ_BEST_ISA does not pick it, multiplies_bfloat16() says where it is fast.
 //
 // (Not target_clones: GCC takes comparisons of wide vectors apart into scalars before it clones a
 // function, and the loader's choice among clones cannot be held down.)
@@ -53,6 +55,19 @@
 #undef EHRSEQ_ISA_LEVEL
 #pragma GCC pop_options
 
+#ifdef EHRSEQ_ISA_HAS_BFLOAT16
+#pragma GCC push_options
+#pragma GCC target(                                                                    \
+    "avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt,avx512f,avx512vl,avx512bw,avx512dq,avx512cd", \
+    "avx512bf16,prefer-vector-width=512")
+#define EHRSEQ_ISA avx512_bf16
+#define EHRSEQ_ISA_LEVEL 3
+#include EHRSEQ_ISA_FILE
+#undef EHRSEQ_ISA
+#undef EHRSEQ_ISA_LEVEL
+#pragma GCC pop_options
+#endif
+
 #define EHRSEQ_BEST_ISA(scope, name)                                     \
   (::ehrseq::best_isa() >= ::ehrseq::Isa::kAvx512 ? &scope::avx512::name \
    : ::ehrseq::best_isa() >= ::ehrseq::Isa::kAvx2 ? &scope::avx2::name   \
@@ -65,3 +80,4 @@
 #endif
 
 #undef EHRSEQ_ISA_FILE
+#undef EHRSEQ_ISA_HAS_BFLOAT16

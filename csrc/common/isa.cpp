@@ -28,9 +28,13 @@ Isa isa_of_this_cpu() {
 #endif
 }
 
-Isa chosen_isa() {
+std::string asked_isa() {
   const char* variable = std::getenv("EHRSEQ_FAST_CPU_CAPABILITY");
-  const std::string asked = variable == nullptr ? "" : variable;
+  return variable == nullptr ? "" : variable;
+}
+
+Isa chosen_isa() {
+  const std::string asked = asked_isa();
   if (asked.empty()) return isa_of_this_cpu();
   for (int isa = 0; isa <= static_cast<int>(Isa::kAvx512Bf16); ++isa) {
     if (asked == kNames[isa]) return std::min(static_cast<Isa>(isa), isa_of_this_cpu());
@@ -45,6 +49,16 @@ Isa chosen_isa() {
 Isa best_isa() {
   static const Isa chosen = chosen_isa();
   return chosen;
+}
+
+bool multiplies_bfloat16() {
+#if EHRSEQ_HAS_ISAS
+  static const bool is_fast =
+      asked_isa() == kNames[static_cast<int>(Isa::kAvx512Bf16)] || __builtin_cpu_is("amd");
+  return best_isa() == Isa::kAvx512Bf16 && is_fast;
+#else
+  return false;
+#endif
 }
 
 }  // namespace ehrseq

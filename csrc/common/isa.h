@@ -1,5 +1,5 @@
 // The one choice of instruction set: every kernel of the package that comes in several variants
-// (common/each_isa.h, packed_lstm) asks best_isa().
+// (common/each_isa.h) asks best_isa().
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(EHRSEQ_NO_CLONES)
@@ -16,5 +16,12 @@ enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 // What this CPU has, or less where EHRSEQ_FAST_CPU_CAPABILITY holds it down. Read once. Throws
 // std::invalid_argument, at every call, where that variable names no instruction set.
 Isa best_isa();
+
+// Whether products of pairs of bfloat16 (avx512_bf16) are to be used. Having AVX512-BF16 says that
+// a CPU can multiply such pairs, not that this is fast: AMD's start as many such instructions per
+// cycle as FMAs, each for twice the products; Intel's half as many or fewer, so that nothing is
+// gained, and the conversions come on top. There bfloat16 is widened to float32, unless
+// EHRSEQ_FAST_CPU_CAPABILITY=avx512_bf16 asks for these products.
+bool multiplies_bfloat16();
 
 }  // namespace ehrseq

@@ -1,6 +1,6 @@
 // A tile of R rows times V vectors of sums, held in registers, and the one loop of products of the
 // package. Included once per instruction set, which the including file names (see
-// packed_lstm/kernels_impl.h, linear/kernels.h).
+// common/recurrent/kernels.h, linear/kernels.h).
 //
 // Every sum is one chain over k in rising order, whatever R and V are: so a visit's numbers do not
 // depend on which rows share its tile, and hence not on the number of threads.

@@ -14,7 +14,7 @@ from ..operations import operator, register
 
 register("packed_lstm", "cpu", package=__package__)
 
-# csrc/packed_lstm/kernels.h: saved tensors are padded to this many hidden units.
+# csrc/common/recurrent/layer.h: saved tensors are padded to this many hidden units.
 _UNIT_PADDING = 16
 
 

@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "packed_lstm/team.h"
+#include "common/recurrent/team.h"
 
 namespace {
 
@@ -24,7 +24,7 @@ int64_t in_step(bool torn) {
         for (int64_t share = first; share < last; ++share) work(step, share);
     });
   } else {
-    ehrseq::packed_lstm::run_in_step(kSteps, kShares, work);
+    ehrseq::recurrent::run_in_step(kSteps, kShares, work);
   }
   int64_t sum = 0;
   for (int64_t share = 0; share < kShares; ++share) sum += rows[kSteps * kShares + share];

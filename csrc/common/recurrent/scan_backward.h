@@ -1,24 +1,41 @@
-// The backward scan and the products that follow it. Included once per instruction set (see
-// kernels_impl.h).
+// The backward scan and the products that follow it. Included once per instruction set and cell
+// (see kernels.h).
 
 template <typename S>
-EHRSEQ_INLINE S* gate_gradient(const Backward<S>& layer, int64_t block_and_gate, int64_t row) {
-  return layer.grad_gates + (block_and_gate * layer.chunk_size + row - layer.chunk_row) * kLanes<S>;
+EHRSEQ_INLINE S* sum_gradient(const Backward<S>& layer, int64_t block_and_sum, int64_t row) {
+  return layer.grad_sums + (block_and_sum * layer.chunk_size + row - layer.chunk_row) * kLanes<S>;
 }
 
-// Adds (gate gradients of R rows) x (V blocks of columns of a weight).
+// A weight as the backward pass reads it, with the sum that the products of each gate went to.
+template <typename S>
+struct Columns {
+  const S* panels;
+  const int64_t (&of)[kGates];
+
+  EHRSEQ_INLINE int64_t sum_of(int64_t block_and_gate) const {
+    if constexpr (kGates == kSums) return block_and_gate;
+    return block_and_gate / kGates * kSums + of[block_and_gate % kGates];
+  }
+};
+
+template <typename S>
+Columns<S> columns_of_hidden(const Backward<S>& layer) {
+  return {layer.hidden_panels, kOfHidden};
+}
+
+// Adds (gradients of the sums of R rows) x (V blocks of columns of a weight).
 template <typename S, int R, int V>
-EHRSEQ_INLINE void add_column_products(const Backward<S>& layer, const S* panels, int64_t block,
-                                       int64_t row, Tile<Sum<S>, R, V>& tile) {
+EHRSEQ_INLINE void add_column_products(const Backward<S>& layer, const Columns<S>& weight,
+                                       int64_t block, int64_t row, Tile<Sum<S>, R, V>& tile) {
   constexpr int64_t L = kLanes<S>;
   constexpr int64_t P = kPack<S>;
   const int64_t panel = column_panel_size<S>(layer.shape);
-  const S* columns = panels + block * panel;
+  const S* columns = weight.panels + block * panel;
   for (int64_t gate = 0; gate < blocks_of<S>(layer.shape.hidden) * kGates; ++gate) {
-    const S* ahead = gate_gradient(layer, gate + 2, row);
+    const S* ahead = sum_gradient(layer, weight.sum_of(gate + 2), row);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * L);
-    add_products(tile, Left<S>{gate_gradient(layer, gate, row), L, P},
+    add_products(tile, Left<S>{sum_gradient(layer, weight.sum_of(gate), row), L, P},
                  Right<S>{columns, panel, L * P}, L / P);
     columns += L * L;
   }
@@ -35,60 +52,44 @@ EHRSEQ_INLINE void finish_visit_back(const Backward<S>& layer, const Step& step,
   const int64_t unit = block * L;
   const int64_t units = units_in<S>(block, shape.hidden);
   const int64_t padded = shape.padded_hidden();
-  Sum<S>* carried = layer.grad_cell + p * padded + unit;
+  Sum<S>* carried = layer.grad_carried + p * padded + unit;
 
   if (layer.grad_output)
     grad_hidden += load_some(layer.grad_output + row * shape.hidden + unit, units);
-  Vector<Sum<S>> grad_cell = {};
+  Vector<Sum<S>> grad_carried = {};
   if (p < step.staying) {
-    grad_cell = load(carried);
+    grad_carried = load(carried);
   } else {
     const int64_t last = p * shape.hidden + unit;
     if (layer.grad_last_hidden) grad_hidden += load_some(layer.grad_last_hidden + last, units);
-    if (layer.grad_last_cell) grad_cell = load_some(layer.grad_last_cell + last, units);
-  }
-
-  const Sum<S>* gates =
-      layer.gates + (row - layer.gates_row) * kGates * padded + block * kGates * L;
-  const Vector<Sum<S>> in = load(gates);
-  const Vector<Sum<S>> forget = load(gates + L);
-  const Vector<Sum<S>> candidate = load(gates + 2 * L);
-  const Vector<Sum<S>> out = load(gates + 3 * L);
-  const Vector<Sum<S>> tanh_cell = tanh(load(layer.cells + row * padded + unit));
-  Vector<Sum<S>> before = {};
-  if (p < step.continuing) {
-    before = load(layer.cells + (step.row_before + p) * padded + unit);
-  } else if (layer.c0) {
-    before = load_some(layer.c0 + p * shape.hidden + unit, units);
-  }
-
-  const Sum<S> one = 1;
-  grad_cell += grad_hidden * out * (one - tanh_cell * tanh_cell);
-  const int64_t gate = block * kGates;
-  store(gate_gradient(layer, gate, row), grad_cell * candidate * in * (one - in));
-  store(gate_gradient(layer, gate + 1, row), grad_cell * before * forget * (one - forget));
-  store(gate_gradient(layer, gate + 2, row), grad_cell * in * (one - candidate * candidate));
-  store(gate_gradient(layer, gate + 3, row), grad_hidden * tanh_cell * out * (one - out));
-  if (units < L) {
-    // The products over all lanes follow, and a NaN beyond the units must not reach them (an
-    // infinite input times their weights of zero is one).
-    for (int64_t of = gate; of < gate + kGates; ++of) {
-      std::fill(gate_gradient(layer, of, row) + units, gate_gradient(layer, of, row) + L, S(0));
+    if constexpr (Cell::kHasCellState) {
+      if (layer.grad_last_carried) grad_carried = load_some(layer.grad_last_carried + last, units);
     }
   }
-  store(carried, grad_cell * forget);
+
+  const Gates<S> gates =
+      load_gates<S>(layer.gates + (row - layer.gates_row) * kSums * padded + block * kSums * L);
+  Vector<Sum<S>> grad_sums[kSums];
+  store(carried, grad_of_sums(layer, step, block, p, gates, grad_hidden, grad_carried, grad_sums));
+  for (int64_t sum = 0; sum < kSums; ++sum) {
+    S* to = sum_gradient(layer, block * kSums + sum, row);
+    store(to, grad_sums[sum]);
+    // The products over all lanes follow, and a NaN beyond the units must not reach them (an
+    // infinite input times their weights of zero is one).
+    if (units < L) std::fill(to + units, to + L, S(0));
+  }
 }
 
 // Where the gradient of a tile's hidden states comes from, apart from the outputs.
-enum class FromAfter { nothing, gates_after, handed_back };
+enum class FromAfter { nothing, sums_after, handed_back };
 
 template <typename S, int V, int R>
 void scan_tile_back(const Backward<S>& layer, const Step& step, int64_t block, int64_t p,
                     FromAfter after) {
   Tile<Sum<S>, R, V> tile;
   clear(tile);
-  if (after == FromAfter::gates_after) {
-    add_column_products(layer, layer.hidden_panels, block, step.row_after + p, tile);
+  if (after == FromAfter::sums_after) {
+    add_column_products(layer, columns_of_hidden(layer), block, step.row_after + p, tile);
   } else if (after == FromAfter::handed_back) {
     const int64_t padded = layer.shape.padded_hidden();
     for (int r = 0; r < R; ++r) {
@@ -110,7 +111,7 @@ void scan_blocks_back(const Backward<S>& layer, Times chunk, int64_t time, int64
                       int64_t last_block, int64_t from, int64_t to) {
   const Step& step = layer.steps[time];
   const bool opens_chunk = time == (layer.reverse ? chunk.first : chunk.last - 1);
-  const FromAfter after = opens_chunk ? FromAfter::handed_back : FromAfter::gates_after;
+  const FromAfter after = opens_chunk ? FromAfter::handed_back : FromAfter::sums_after;
   for_block_groups(first_block, last_block, [&](int64_t block, auto vectors) {
     constexpr int V = decltype(vectors)::value;
     const auto tiles = [&](int64_t first, int64_t last, FromAfter source) {
@@ -140,11 +141,11 @@ void scan_units_back(const Backward<S>& layer, Times chunk, int64_t time, int64_
 }
 
 template <typename S, int V, int R, typename Out>
-void column_product_tile(const Backward<S>& layer, const S* panels, int64_t columns, int64_t block,
-                         int64_t row, Out* out, int64_t out_stride) {
+void column_product_tile(const Backward<S>& layer, const Columns<S>& weight, int64_t columns,
+                         int64_t block, int64_t row, Out* out, int64_t out_stride) {
   Tile<Sum<S>, R, V> tile;
   clear(tile);
-  add_column_products(layer, panels, block, row, tile);
+  add_column_products(layer, weight, block, row, tile);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -155,26 +156,26 @@ void column_product_tile(const Backward<S>& layer, const S* panels, int64_t colu
   }
 }
 
-// out [to - from, columns] = (gate gradients of rows [from, to)) x weight.
+// out [to - from, columns] = (gradients of the sums of rows [from, to)) x weight.
 template <typename S, typename Out>
-void column_products(const Backward<S>& layer, const S* panels, int64_t columns, int64_t from,
-                     int64_t to, Out* out, int64_t out_stride) {
+void column_products(const Backward<S>& layer, const Columns<S>& weight, int64_t columns,
+                     int64_t from, int64_t to, Out* out, int64_t out_stride) {
   for_block_groups(0, blocks_of<S>(columns), [&](int64_t block, auto vectors) {
     for_row_tiles(from, to, [&](int64_t row, auto rows) {
       column_product_tile<S, decltype(vectors)::value, decltype(rows)::value>(
-          layer, panels, columns, block, row, out + (row - from) * out_stride, out_stride);
+          layer, weight, columns, block, row, out + (row - from) * out_stride, out_stride);
     });
   });
 }
 
 template <typename S>
 void grad_input(const Backward<S>& layer, int64_t from, int64_t to) {
-  // Few enough rows for their gate gradients to stay in the second-level cache.
+  // Few enough rows for the gradients of their sums to stay in the second-level cache.
   constexpr int64_t kRows = 96;
   const int64_t inputs = layer.shape.inputs;
   for (int64_t row = from; row < to; row += kRows) {
-    column_products(layer, layer.input_panels, inputs, row, std::min(row + kRows, to),
-                    layer.grad_input + row * inputs, inputs);
+    column_products(layer, Columns<S>{layer.input_panels, kOfInputs}, inputs, row,
+                    std::min(row + kRows, to), layer.grad_input + row * inputs, inputs);
   }
 }
 
@@ -186,7 +187,7 @@ void hand_back_hidden(const Backward<S>& layer, Times chunk, int64_t from, int64
     first = std::max(from, first);
     last = std::min(to, last);
     if (first >= last) return;
-    column_products(layer, layer.hidden_panels, shape.hidden, step.first_row + first,
+    column_products(layer, columns_of_hidden(layer), shape.hidden, step.first_row + first,
                     step.first_row + last, out + first * out_stride, out_stride);
   };
   if (layer.grad_h0) {

@@ -1,5 +1,5 @@
 // The gates of visits whose gates the forward pass did not keep. Included once per instruction set
-// (see kernels_impl.h).
+// and cell (see kernels.h).
 //
 // Once all states are known no visit waits for the one before it, so rows of any time share tiles
 // and the weights are read as seldom as in a plain product. The sums run in the order of the
@@ -27,11 +27,12 @@ void gates_tile(const Forward<S>& layer, int64_t block, int64_t row, const S* st
                 Sum<S>* gates) {
   const Shape& shape = layer.shape;
   const S* panel = layer.panels + block * gate_panel_size<S>(shape);
-  Tile<Sum<S>, R, kGates> tile;
+  Tile<Sum<S>, R, kSums> tile;
   add_input_products<S, R>(layer, block, row, tile);
-  add_gate_products<S, R>(tile, states, shape.hidden, panel + shape.inputs * kGates * kLanes<S>);
+  add_gate_products<S, R>(tile, kOfHidden, states, shape.hidden,
+                          panel + shape.inputs * kGates * kLanes<S>);
   for (int r = 0; r < R; ++r) {
-    store_gates<S>(gates + r * gates_stride<S>(shape) + block_of_gates<S>(block),
+    store_gates<S>(gates + r * gates_stride<S>(shape) + block_of_sums<S>(block),
                    activate<S>(tile.sum[r]));
   }
 }

@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "packed_lstm/kernels.h"
-#include "packed_lstm/team.h"
+#include "common/recurrent/layer.h"
+#include "common/recurrent/team.h"
 
-namespace ehrseq::packed_lstm {
+namespace ehrseq::recurrent {
 
 // Threads, and from which time on they share each step.
 struct Plan {
@@ -15,14 +15,14 @@ struct Plan {
   int64_t shared_from;
 };
 
-template <typename S>
+template <typename Cell, typename S>
 Plan plan_for(const Shape& shape, const std::vector<Step>& steps) {
   // Below about this many multiplications waking a thread costs more than it brings.
   constexpr int64_t kWorthAThread = 1 << 20;
-  const int64_t work = shape.visits * kGates * shape.hidden * (shape.hidden + shape.inputs);
+  const int64_t work = shape.visits * Cell::kGates * shape.hidden * (shape.hidden + shape.inputs);
   const int64_t most = std::max<int64_t>(1, work / kWorthAThread);
   const int64_t threads = std::min(num_threads(), most);
-  const int64_t few = kernels<S>().tile_rows * threads;
+  const int64_t few = Cell::template kernels<S>().tile_rows * threads;
   int64_t time = static_cast<int64_t>(steps.size());
   while (time > 0 && steps[time - 1].patients < few) --time;
   return {threads, time};
@@ -67,9 +67,9 @@ void scan(const std::vector<Step>& steps, Times times, const Plan& plan, int64_t
   }
 }
 
-// Gate gradients of one chunk of the backward pass (and as much for its gates, where they are
-// computed again): a share of a common last-level cache. Sums over visits are cut where chunks are,
-// so that this is part of the numbers.
+// The gradients of the sums of one chunk of the backward pass (and as much for its gates, where
+// they are computed again): a share of a common last-level cache. Sums over visits are cut where
+// chunks are, so that this is part of the numbers.
 constexpr int64_t kChunkBytes = int64_t{4} << 20;
 
 // The chunks of the backward pass, in its order: consecutive times, as many as fit `rows`, one at
@@ -92,4 +92,4 @@ inline std::vector<Times> chunks_of(const std::vector<Step>& steps, int64_t rows
   return chunks;
 }
 
-}  // namespace ehrseq::packed_lstm
+}  // namespace ehrseq::recurrent

@@ -1,20 +1,32 @@
-// What the LSTM kernels compute and on which memory, apart from any instruction set. One direction
-// of one layer at a time; every count below is of that.
+// What the kernels of recurrent layers compute and on which memory, apart from any instruction set
+// and from the cell (LSTM or GRU). One direction of one layer at a time; every count below is of
+// that.
 //
 // Rows are visits in the order of PackedSequence: time-major, patients by falling length, so that
 // at every time the patients with a visit are the first ones, and "patient p at time t" is the row
 // steps[t].first_row + p.
 //
-// Layouts that only the kernels know; L lanes per vector, blocks of L hidden units, the gates in
-// PyTorch's order i, f, g, o:
+// A cell is a struct `Cell` (packed_lstm/cell.h, packed_gru/cell.h):
+//   kGates            blocks of `hidden` rows that its weights consist of, in PyTorch's order
+//   kSums             sums of products that a visit's gates are computed from, per hidden unit: as
+//                     many as gates, or more where a gate takes the products with the inputs and
+//                     those with the hidden state apart
+//   kOfInputs,        by gate: the sum that its products with the inputs, or with the hidden state,
+//   kOfHidden         go to
+//   kHasCellState     whether a cell state is carried beside the hidden one
+// and, per instruction set, the mathematics of a visit (gates.h). What a cell carries from visit to
+// visit apart from the rounded outputs, in full precision, is called `carried`: the cell state of
+// the LSTM, the hidden state of the GRU.
+//
+// Layouts that only the kernels know; L lanes per vector, blocks of L hidden units:
 //   gate panels     [block][k][gate][L]: the weights as the forward pass reads them, k running
 //                   over the inputs and then the hidden units
 //   column panels   [block of columns][block][gate][L][L]: as the backward pass reads them
 //   (in bfloat16, both in pairs along what is summed over: [k / 2][gate][L][k % 2] and so on)
-//   gates           [row][block][gate][L]: activations, saved for the backward pass
-//   cells           [row][block][L]
-//   gate gradients  [block][gate][row of the chunk][L]: both products over them then read rows of
-//                   L in a stream, one along the gates, the other along the rows
+//   gates           [row][block][sum][L]: what the backward pass needs, kSums values per unit
+//   carried         [row or patient][block][L]
+//   sum gradients   [block][sum][row of the chunk][L]: both products over them then read rows of
+//                   L in a stream, one along the sums, the other along the rows
 #pragma once
 
 #include <algorithm>
@@ -24,9 +36,7 @@
 
 #include "common/dtypes.h"
 
-namespace ehrseq::packed_lstm {
-
-constexpr int64_t kGates = 4;
+namespace ehrseq::recurrent {
 
 // Saved tensors are padded to this many hidden units, whatever the lanes of the running CPU are, so
 // that their shapes do not depend on it.
@@ -62,13 +72,13 @@ using Sum = accumulator_t<S>;
 
 template <typename S>
 struct Weights {
-  const S* input_hidden;   // [4 * hidden, inputs]
-  const S* hidden_hidden;  // [4 * hidden, hidden]
-  const S* input_bias;     // [4 * hidden], or null
+  const S* input_hidden;   // [gates * hidden, inputs]
+  const S* hidden_hidden;  // [gates * hidden, hidden]
+  const S* input_bias;     // [gates * hidden], or null
   const S* hidden_bias;
 };
 
-// Null pointers: h0 and c0 are zeros.
+// Null pointers: h0 and `start` are zeros.
 template <typename S>
 struct Forward {
   Shape shape;
@@ -76,18 +86,19 @@ struct Forward {
   bool reverse;
   const S* input;
   const S* h0;
-  const S* c0;
+  const S* start;  // what is carried into a patient's first visit
   const S* panels;
-  const Sum<S>* bias;  // [block][gate][L]
-  // Likewise: what a state of zeros adds to the sums. Nothing, or NaN where a weight is not finite.
+  const Sum<S>* bias;  // [block][sum][L]
+  // [block][gate][L]: what a state of zeros adds to the sums. Nothing, or NaN where a weight is not
+  // finite.
   const Sum<S>* from_zeros;
   S* output;
   S* last_hidden;
-  S* last_cell;
+  S* last_carried;  // null where that is the hidden state
   Sum<S>* gates;
   int64_t kept;  // gates of rows below this are kept for the backward pass
-  Sum<S>* cells;
-  bool cells_per_visit;    // else one row of cells per patient, updated in place
+  Sum<S>* carried;
+  bool carried_per_visit;  // else one row per patient, updated in place
   int64_t projected_from;  // rows from here on have their input products in `projected`
   Sum<S>* projected;       // laid out as gates; the same memory where all gates are kept
 };
@@ -99,10 +110,10 @@ struct Order {
   const int64_t* patient;
 };
 
-// The backward pass goes through the visits a chunk of times after the other, so that the gate
-// gradients of one chunk stay in the cache until everything is computed from them, and those of all
-// visits never stand in memory at once. Null pointers: a gradient that is zero, coming in, or that
-// nobody needs, going out.
+// The backward pass goes through the visits a chunk of times after the other, so that the gradients
+// of the sums of one chunk stay in the cache until everything is computed from them, and those of
+// all visits are never in memory at once. Null pointers: a gradient that is zero, coming in, or
+// that nobody needs, going out.
 template <typename S>
 struct Backward {
   Shape shape;
@@ -110,34 +121,36 @@ struct Backward {
   bool reverse;
   const S* input;
   const S* h0;
-  const S* c0;
+  const S* start;
   const S* output;
   const Sum<S>* gates;  // from row `gates_row` on
   int64_t gates_row;
-  const Sum<S>* cells;
+  const Sum<S>* carried;  // of every visit; null where that is the hidden state
   const S* grad_output;
   const S* grad_last_hidden;
-  const S* grad_last_cell;
+  const S* grad_last_carried;
   const S* hidden_panels;
   const S* input_panels;
   Order order;
   const S* zeros;  // padded_factors of them
 
   int64_t chunk_row;   // the first row of the chunk
-  int64_t chunk_size;  // rows that `grad_gates` has room for
-  S* grad_gates;
-  // What the scan hands from visit to visit: [patient][padded hidden]. That of the hidden state
-  // only from chunk to chunk: within one it stays in registers.
+  int64_t chunk_size;  // rows that `grad_sums` has room for
+  S* grad_sums;
+  // What the scan hands from visit to visit: [patient][padded hidden]. That of the hidden state, as
+  // far as it comes through the weights, only from chunk to chunk: within one it stays in
+  // registers.
   Sum<S>* grad_hidden;
-  Sum<S>* grad_cell;
+  Sum<S>* grad_carried;
 
   S* grad_input;
-  S* grad_h0;
-  Sum<S>* weight_sums;  // [gate of a block][L][padded inputs + hidden]
-  Sum<S>* bias_sums;    // [gate of a block][L]
+  Sum<S>* grad_h0;      // [patients, hidden], through the weights alone
+  Sum<S>* weight_sums;  // [sum of a block][L][padded inputs + hidden]
+  Sum<S>* bias_sums;    // [sum of a block][L]
   S* grad_input_hidden;
   S* grad_hidden_hidden;
-  S* grad_bias;
+  S* grad_input_bias;
+  S* grad_hidden_bias;  // null where it equals that of the input
 };
 
 // Times [first, last).
@@ -172,10 +185,11 @@ struct Kernels {
   void (*hand_back_hidden)(const Backward<S>&, Times chunk, int64_t from, int64_t to);
   // Rows [from, to).
   void (*grad_input)(const Backward<S>&, int64_t from, int64_t to);
-  // Adds rows [row, row + rows) to the sums of gates [from, to), all blocks' gates being counted
-  // through. `scratch` holds kWeightDepth * padded_factors elements.
+  // Adds rows [row, row + rows) to the weight sums of sums [from, to), those of all blocks being
+  // counted through. `scratch` holds kWeightDepth * padded_factors elements.
   void (*add_to_weights)(const Backward<S>&, int64_t row, int64_t rows, int64_t from, int64_t to,
                          S* scratch);
+  // Blocks [from, to).
   void (*finish_weights)(const Backward<S>&, int64_t from, int64_t to);
   int64_t (*padded_factors)(const Shape&);
 
@@ -185,11 +199,6 @@ struct Kernels {
                           Sum<S>* gates);
 };
 
-// The kernels for the running CPU. Those of bfloat16 are there only where it multiplies bfloat16.
-template <typename S>
-const Kernels<S>& kernels();
-bool has_bfloat16_kernels();
-
 // Rows of `depth` visits are packed at a time for the weight gradients.
 constexpr int64_t kWeightDepth = 256;
 
@@ -197,4 +206,4 @@ constexpr int64_t kWeightDepth = 256;
 // cache beside a block's weights.
 constexpr int64_t kRecomputedRows = 96;
 
-}  // namespace ehrseq::packed_lstm
+}  // namespace ehrseq::recurrent

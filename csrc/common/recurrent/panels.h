@@ -1,12 +1,12 @@
 // Weights in the order in which the tiles read them, packed once per call. Included once per
-// instruction set (see kernels_impl.h).
+// instruction set and cell (see kernels.h).
 
 template <typename S>
 int64_t gate_panel_size(const Shape& shape) {
   return (shape.inputs + shape.hidden) * kGates * kLanes<S>;
 }
 
-// Columns of `weight` [4 * hidden, columns] for the units of one block: [column][gate][L], in
+// Columns of `weight` [gates * hidden, columns] for the units of one block: [column][gate][L], in
 // packs.
 template <typename S>
 void pack_columns_of_block(const Shape& shape, const S* weight, int64_t columns, int64_t block,
@@ -42,15 +42,13 @@ void pack_gate_panels(const Shape& shape, const Weights<S>& weights, int64_t fro
     pack_columns_of_block(shape, weights.hidden_hidden, shape.hidden, block,
                           panel + shape.inputs * kGates * L);
     add_up_zeros(panel + shape.inputs * kGates * L, shape.hidden, from_zeros + block * kGates * L);
+    Sum<S>* sums = bias + block * kSums * L;
+    std::fill_n(sums, kSums * L, Sum<S>(0));
     for (int64_t gate = 0; gate < kGates; ++gate) {
-      for (int64_t unit = 0; unit < L; ++unit) {
+      for (int64_t unit = 0; unit < units_in<S>(block, shape.hidden); ++unit) {
         const int64_t at = gate * shape.hidden + block * L + unit;
-        Sum<S> sum = 0;
-        if (block * L + unit < shape.hidden) {
-          if (weights.input_bias) sum += weights.input_bias[at];
-          if (weights.hidden_bias) sum += weights.hidden_bias[at];
-        }
-        bias[(block * kGates + gate) * L + unit] = sum;
+        if (weights.input_bias) sums[kOfInputs[gate] * L + unit] += weights.input_bias[at];
+        if (weights.hidden_bias) sums[kOfHidden[gate] * L + unit] += weights.hidden_bias[at];
       }
     }
   }

@@ -1,5 +1,5 @@
-// Gradients of both weights and of the bias: (gate gradients)^S x [input, state before the visit],
-// summed over visits. Included once per instruction set (see kernels_impl.h).
+// Gradients of both weights and of the biases: (gradients of the sums)^T x [input, state before],
+// summed over visits. Included once per instruction set and cell (see kernels.h).
 //
 // Visits are taken kWeightDepth at a time; the sums of one such slice are formed in registers and
 // then added, in the order of the visits, so that the error of a long sum stays that of a short
@@ -65,10 +65,11 @@ void pack_factors(const Backward<S>& layer, int64_t row, int64_t end, int64_t pa
 }
 
 template <typename S, int R>
-void weight_tile(const S* gates, const S* panel, int64_t packs, Sum<S>* sums, int64_t row_stride) {
+void weight_tile(const S* gradients, const S* panel, int64_t packs, Sum<S>* sums,
+                 int64_t row_stride) {
   constexpr int64_t L = kLanes<S>;
   constexpr int64_t P = kPack<S>;
-  // The sums of all gates do not fit the second-level cache.
+  // The sums of all weights do not fit the second-level cache.
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -76,7 +77,7 @@ void weight_tile(const S* gates, const S* panel, int64_t packs, Sum<S>* sums, in
   }
   Tile<Sum<S>, R, kPanelVectors> tile;
   clear(tile);
-  add_products(tile, Left<S>{gates, P, L * P}, Right<S>{panel, L * P, kPanelVectors * L * P},
+  add_products(tile, Left<S>{gradients, P, L * P}, Right<S>{panel, L * P, kPanelVectors * L * P},
                packs);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -88,12 +89,12 @@ void weight_tile(const S* gates, const S* panel, int64_t packs, Sum<S>* sums, in
   }
 }
 
-// Gate gradients [depth][L] in packs along the depth.
+// Gradients [depth][L] of one sum in packs along the depth.
 template <typename S>
-void pack_gates(const S* gates, int64_t depth, const S* zeros, S* packs) {
+void pack_gradients(const S* gradients, int64_t depth, const S* zeros, S* packs) {
   constexpr int64_t L = kLanes<S>;
   for (int64_t k = 0; k < depth; k += 2, packs += 2 * L) {
-    const S* first = gates + k * L;
+    const S* first = gradients + k * L;
     const S* second = k + 1 < depth ? first + L : zeros;
     for (int64_t unit = 0; unit < L; ++unit) {
       packs[2 * unit] = first[unit];
@@ -102,29 +103,43 @@ void pack_gates(const S* gates, int64_t depth, const S* zeros, S* packs) {
   }
 }
 
+// Whether one of a block's sums takes the products with the inputs, or with the hidden state.
+EHRSEQ_INLINE constexpr bool takes(int64_t sum, const int64_t (&of)[kGates]) {
+  for (const int64_t taking : of) {
+    if (taking == sum) return true;
+  }
+  return false;
+}
+
 template <typename S>
-void add_weight_slice(const Backward<S>& layer, int64_t gate, int64_t first_row, int64_t depth,
+void add_weight_slice(const Backward<S>& layer, int64_t sum, int64_t first_row, int64_t depth,
                       const S* panels, Sum<S>* sums, Sum<S>* bias) {
   constexpr int64_t L = kLanes<S>;
   constexpr int64_t P = kPack<S>;
   const int64_t width = padded_factors<S>(layer.shape);
-  const S* gates = gate_gradient(layer, gate, first_row);
-  const S* packed = gates;
+  const int64_t inputs = layer.shape.inputs;
+  // The panel in which the inputs end may hold states too.
+  const int64_t first_panel = takes(sum % kSums, kOfInputs) ? 0 : inputs / (kPanelVectors * L);
+  const int64_t last_panel = takes(sum % kSums, kOfHidden)
+                                 ? panels_of_factors<S>(layer.shape)
+                                 : (inputs + kPanelVectors * L - 1) / (kPanelVectors * L);
+  const S* gradients = sum_gradient(layer, sum, first_row);
+  const S* packed = gradients;
   S buffer[P == 1 ? 1 : kWeightDepth * L];
   if constexpr (P == 2) {
-    pack_gates(gates, depth, layer.zeros, buffer);
+    pack_gradients(gradients, depth, layer.zeros, buffer);
     packed = buffer;
   }
   for_row_tiles(0, L, [&](int64_t unit, auto rows) {
-    for (int64_t panel = 0; panel < panels_of_factors<S>(layer.shape); ++panel) {
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       weight_tile<S, decltype(rows)::value>(
           packed + unit * P, panels + panel * kWeightDepth * kPanelVectors * L, (depth + P - 1) / P,
           sums + unit * width + panel * kPanelVectors * L, width);
     }
   });
-  Vector<Sum<S>> sum = {};
-  for (int64_t k = 0; k < depth; ++k) sum += load(gates + k * L);
-  store(bias, load(bias) + sum);
+  Vector<Sum<S>> total = {};
+  for (int64_t k = 0; k < depth; ++k) total += load(gradients + k * L);
+  store(bias, load(bias) + total);
 }
 
 template <typename S>
@@ -137,9 +152,9 @@ void add_to_weights(const Backward<S>& layer, int64_t row, int64_t rows, int64_t
     for (int64_t k = 0; k < depth; k += kPack<S>) {
       pack_factors(layer, row + k, last, k / kPack<S>, scratch);
     }
-    for (int64_t gate = from; gate < to; ++gate) {
-      add_weight_slice(layer, gate, row, depth, scratch, layer.weight_sums + gate * L * width,
-                       layer.bias_sums + gate * L);
+    for (int64_t sum = from; sum < to; ++sum) {
+      add_weight_slice(layer, sum, row, depth, scratch, layer.weight_sums + sum * L * width,
+                       layer.bias_sums + sum * L);
     }
   }
 }
@@ -148,14 +163,20 @@ template <typename S>
 void finish_weights(const Backward<S>& layer, int64_t from, int64_t to) {
   constexpr int64_t L = kLanes<S>;
   const Shape& shape = layer.shape;
-  for (int64_t gate = from; gate < to; ++gate) {
-    const int64_t block = gate / kGates;
-    for (int64_t unit = 0; unit < units_in<S>(block, shape.hidden); ++unit) {
-      const int64_t at = gate % kGates * shape.hidden + block * L + unit;
-      const Sum<S>* sum = layer.weight_sums + (gate * L + unit) * padded_factors<S>(shape);
-      std::copy_n(sum, shape.inputs, layer.grad_input_hidden + at * shape.inputs);
-      std::copy_n(sum + shape.inputs, shape.hidden, layer.grad_hidden_hidden + at * shape.hidden);
-      layer.grad_bias[at] = layer.bias_sums[gate * L + unit];
+  const int64_t width = padded_factors<S>(shape);
+  for (int64_t block = from; block < to; ++block) {
+    for (int64_t gate = 0; gate < kGates; ++gate) {
+      const int64_t of_inputs = (block * kSums + kOfInputs[gate]) * L;
+      const int64_t of_hidden = (block * kSums + kOfHidden[gate]) * L;
+      for (int64_t unit = 0; unit < units_in<S>(block, shape.hidden); ++unit) {
+        const int64_t at = gate * shape.hidden + block * L + unit;
+        std::copy_n(layer.weight_sums + (of_inputs + unit) * width, shape.inputs,
+                    layer.grad_input_hidden + at * shape.inputs);
+        std::copy_n(layer.weight_sums + (of_hidden + unit) * width + shape.inputs, shape.hidden,
+                    layer.grad_hidden_hidden + at * shape.hidden);
+        layer.grad_input_bias[at] = layer.bias_sums[of_inputs + unit];
+        if (layer.grad_hidden_bias) layer.grad_hidden_bias[at] = layer.bias_sums[of_hidden + unit];
+      }
     }
   }
 }

@@ -1,13 +1,13 @@
-// The forward scan. Included once per instruction set (see kernels_impl.h).
+// The forward scan. Included once per instruction set and cell (see kernels.h).
 
 template <typename S>
 EHRSEQ_INLINE int64_t gates_stride(const Shape& shape) {
-  return kGates * shape.padded_hidden();
+  return kSums * shape.padded_hidden();
 }
 
 template <typename S>
-EHRSEQ_INLINE int64_t block_of_gates(int64_t block) {
-  return block * kGates * kLanes<S>;
+EHRSEQ_INLINE int64_t block_of_sums(int64_t block) {
+  return block * kSums * kLanes<S>;
 }
 
 template <typename S>
@@ -16,53 +16,67 @@ EHRSEQ_INLINE Sum<S>* projected_row(const Forward<S>& layer, int64_t row) {
 }
 
 template <typename S, int R>
-EHRSEQ_INLINE void start_from(Tile<Sum<S>, R, kGates>& tile, const Sum<S>* gates,
+EHRSEQ_INLINE void start_from(Tile<Sum<S>, R, kSums>& tile, const Sum<S>* sums,
                               int64_t row_stride) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int gate = 0; gate < kGates; ++gate) {
-      tile.sum[r][gate] = load(gates + r * row_stride + gate * kLanes<S>);
+    for (int sum = 0; sum < kSums; ++sum) {
+      tile.sum[r][sum] = load(sums + r * row_stride + sum * kLanes<S>);
     }
   }
 }
 
+// To the sums `of` each gate; the others are left as they are.
 template <typename S, int R>
-EHRSEQ_INLINE void add_gate_products(Tile<Sum<S>, R, kGates>& tile, const S* rows, int64_t depth,
-                                     const S* panel) {
+EHRSEQ_INLINE void add_gate_products(Tile<Sum<S>, R, kSums>& tile, const int64_t (&of)[kGates],
+                                     const S* rows, int64_t depth, const S* panel) {
   constexpr int64_t kVector = kLanes<S> * kPack<S>;
-  add_products(tile, Left<S>{rows, depth, kPack<S>}, Right<S>{panel, kVector, kGates * kVector},
+  Tile<Sum<S>, R, kGates> gates;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int gate = 0; gate < kGates; ++gate) gates.sum[r][gate] = tile.sum[r][of[gate]];
+  }
+  add_products(gates, Left<S>{rows, depth, kPack<S>}, Right<S>{panel, kVector, kGates * kVector},
                depth / kPack<S>);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int gate = 0; gate < kGates; ++gate) tile.sum[r][of[gate]] = gates.sum[r][gate];
+  }
 }
 
 template <typename S, int R>
 EHRSEQ_INLINE void add_input_products(const Forward<S>& layer, int64_t block, int64_t row,
-                                      Tile<Sum<S>, R, kGates>& tile) {
-  start_from<S, R>(tile, layer.bias + block_of_gates<S>(block), 0);
-  add_gate_products<S, R>(tile, layer.input + row * layer.shape.inputs, layer.shape.inputs,
+                                      Tile<Sum<S>, R, kSums>& tile) {
+  start_from<S, R>(tile, layer.bias + block_of_sums<S>(block), 0);
+  add_gate_products<S, R>(tile, kOfInputs, layer.input + row * layer.shape.inputs,
+                          layer.shape.inputs,
                           layer.panels + block * gate_panel_size<S>(layer.shape));
 }
 
 template <typename S, int R>
 EHRSEQ_INLINE void add_from_zeros(const Forward<S>& layer, int64_t block,
-                                  Tile<Sum<S>, R, kGates>& tile) {
+                                  Tile<Sum<S>, R, kSums>& tile) {
+  const Sum<S>* from_zeros = layer.from_zeros + block * kGates * kLanes<S>;
 #pragma GCC unroll 8
   for (int gate = 0; gate < kGates; ++gate) {
-    const Vector<Sum<S>> sum = load(layer.from_zeros + block_of_gates<S>(block) + gate * kLanes<S>);
+    const Vector<Sum<S>> sum = load(from_zeros + gate * kLanes<S>);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) tile.sum[r][gate] += sum;
+    for (int r = 0; r < R; ++r) tile.sum[r][kOfHidden[gate]] += sum;
   }
 }
 
 template <typename S, int R>
 void project_tile(const Forward<S>& layer, int64_t block, int64_t row) {
-  Tile<Sum<S>, R, kGates> tile;
+  Tile<Sum<S>, R, kSums> tile;
   add_input_products<S, R>(layer, block, row, tile);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    Sum<S>* out = projected_row(layer, row + r) + block_of_gates<S>(block);
+    Sum<S>* out = projected_row(layer, row + r) + block_of_sums<S>(block);
 #pragma GCC unroll 8
-    for (int gate = 0; gate < kGates; ++gate) store(out + gate * kLanes<S>, tile.sum[r][gate]);
+    for (int sum = 0; sum < kSums; ++sum) store(out + sum * kLanes<S>, tile.sum[r][sum]);
   }
 }
 
@@ -75,43 +89,43 @@ void project_inputs(const Forward<S>& layer, int64_t from, int64_t to) {
   }
 }
 
-// The cell of patient p before this step, as far as the units of `block` go.
+// What is carried into this step of patient p, as far as the units of `block` go.
 template <typename S>
-EHRSEQ_INLINE Vector<Sum<S>> cell_before(const Forward<S>& layer, const Step& step, int64_t block,
-                                         int64_t p) {
+EHRSEQ_INLINE Vector<Sum<S>> carried_before(const Forward<S>& layer, const Step& step,
+                                            int64_t block, int64_t p) {
   const int64_t unit = block * kLanes<S>;
   if (p < step.continuing) {
-    const int64_t row = layer.cells_per_visit ? step.row_before + p : p;
-    return load(layer.cells + row * layer.shape.padded_hidden() + unit);
+    const int64_t row = layer.carried_per_visit ? step.row_before + p : p;
+    return load(layer.carried + row * layer.shape.padded_hidden() + unit);
   }
-  if (!layer.c0) return Vector<Sum<S>>{};
-  return load_some(layer.c0 + p * layer.shape.hidden + unit,
+  if (!layer.start) return Vector<Sum<S>>{};
+  return load_some(layer.start + p * layer.shape.hidden + unit,
                    units_in<S>(block, layer.shape.hidden));
 }
 
-// The rest of one visit, for the units of one block, from its four sums:
-// c = f c' + i g, h = o tanh c.
+// The rest of one visit, for the units of one block, from its sums.
 template <typename S>
 EHRSEQ_INLINE void finish_visit(const Forward<S>& layer, const Step& step, int64_t block, int64_t p,
-                                const Vector<Sum<S>> (&sum)[kGates]) {
+                                const Vector<Sum<S>> (&sum)[kSums]) {
   const Shape& shape = layer.shape;
   const int64_t row = step.first_row + p;
   const int64_t unit = block * kLanes<S>;
   const int64_t units = units_in<S>(block, shape.hidden);
 
   const Gates<S> gates = activate<S>(sum);
-  const Vector<Sum<S>> cell =
-      gates.forget * cell_before(layer, step, block, p) + gates.in * gates.candidate;
-  const Vector<Sum<S>> hidden = gates.out * tanh(cell);
+  const States<S> next = next_states<S>(gates, carried_before(layer, step, block, p));
 
-  store(layer.cells + (layer.cells_per_visit ? row : p) * shape.padded_hidden() + unit, cell);
-  store_some(layer.output + row * shape.hidden + unit, hidden, units);
+  store(layer.carried + (layer.carried_per_visit ? row : p) * shape.padded_hidden() + unit,
+        next.carried);
+  store_some(layer.output + row * shape.hidden + unit, next.hidden, units);
   if (row < layer.kept) {
-    store_gates<S>(layer.gates + row * gates_stride<S>(shape) + block_of_gates<S>(block), gates);
+    store_gates<S>(layer.gates + row * gates_stride<S>(shape) + block_of_sums<S>(block), gates);
   }
   if (p >= step.staying) {
-    store_some(layer.last_hidden + p * shape.hidden + unit, hidden, units);
-    store_some(layer.last_cell + p * shape.hidden + unit, cell, units);
+    store_some(layer.last_hidden + p * shape.hidden + unit, next.hidden, units);
+    if constexpr (Cell::kHasCellState) {
+      store_some(layer.last_carried + p * shape.hidden + unit, next.carried, units);
+    }
   }
 }
 
@@ -122,16 +136,17 @@ void scan_tile(const Forward<S>& layer, const Step& step, int64_t block, int64_t
                const S* hidden) {
   const Shape& shape = layer.shape;
   const int64_t row = step.first_row + p;
-  Tile<Sum<S>, R, kGates> tile;
+  Tile<Sum<S>, R, kSums> tile;
   if (Projected) {
-    start_from<S, R>(tile, projected_row(layer, row) + block_of_gates<S>(block),
+    start_from<S, R>(tile, projected_row(layer, row) + block_of_sums<S>(block),
                      gates_stride<S>(shape));
   } else {
     add_input_products<S, R>(layer, block, row, tile);
   }
   if (hidden) {
     const S* panel = layer.panels + block * gate_panel_size<S>(shape);
-    add_gate_products<S, R>(tile, hidden, shape.hidden, panel + shape.inputs * kGates * kLanes<S>);
+    add_gate_products<S, R>(tile, kOfHidden, hidden, shape.hidden,
+                            panel + shape.inputs * kGates * kLanes<S>);
   } else {
     add_from_zeros<S, R>(layer, block, tile);
   }

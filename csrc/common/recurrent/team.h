@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "packed_lstm/kernels.h"
+#include "common/recurrent/layer.h"
 
-namespace ehrseq::packed_lstm {
+namespace ehrseq::recurrent {
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -96,4 +96,4 @@ inline std::vector<int64_t> groups_of_equal_work(const std::vector<Step>& steps,
   return cut(enough);
 }
 
-}  // namespace ehrseq::packed_lstm
+}  // namespace ehrseq::recurrent
