@@ -3,40 +3,15 @@ committed table of what they take."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from .triton_kernels import TARGETS, WIDE
 
-from benchmarks.triton_resources import TABLE, TARGETS, WIDE
-
-triton = pytest.importorskip("triton", reason="Triton is for Linux")
-
-ROOT = Path(__file__).parents[1]
+KIND = "triton"
+ROOT = Path(__file__).parents[2]
 # they read the embedding table or gradients of its width, whose rows are whole 16-byte words
 READ_ROWS = ("pool", "sum")
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Compiled in a process of its own: here the kernels are the interpreter's."""
-    folder = tmp_path_factory.mktemp("compiled")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("TRITON_INTERPRET", "EHRSEQ_FAST_BACKEND")
-    } | {"TRITON_CACHE_DIR": str(folder / "cache")}
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks", "triton", "--json", folder / "found.json"],
-        env=environment,
-        cwd=ROOT,
-        check=True,
-    )
-    return json.loads((folder / "found.json").read_text())
 
 
 def launched_in_the_source() -> set[str]:
@@ -78,7 +53,5 @@ def test_the_scaled_gradient_is_read_in_words_of_128_bits(found):
     assert [row for row in rows if row["load_bits"] < 128] == []
 
 
-def test_the_committed_table_is_that_of_these_kernels(found):
-    if f"Triton {triton.__version__}," not in TABLE.read_text():
-        pytest.skip(f"{TABLE.name} is another Triton's; this is {triton.__version__}")
-    assert found["table"] == TABLE.read_text(), "refresh it: python -m benchmarks triton --write"
+def test_the_committed_page_is_that_of_these_kernels(found, committed):
+    assert found["table"] == committed, "python -m tests.compile_checks triton --write"

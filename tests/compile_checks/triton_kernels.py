@@ -1,4 +1,4 @@
-"""What the Triton kernels take of a GPU, compiled ahead of time: no GPU needed.
+"""What the Triton kernels take of a GPU, compiled ahead of time: none is needed.
 
 The public operations are called forward and backward on host tensors with their launches held back,
 so that the arguments, and with them what Triton specialises on, are those of a real call. Every
@@ -8,41 +8,22 @@ memory, spills and the widest load from global memory.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .files import refuse_unwritable, write_text
+from .machine_code import RESULTS, Kernel, kernels_of, page, tool
 
-SUMMARY = "registers, shared memory, spills and loads of the Triton kernels (needs no GPU)"
-TABLE = Path(__file__).parent / "results" / "triton-resources.md"
+TABLE = RESULTS / "triton-resources.md"
 TARGETS = (80, 90, 100)
 HOPPER = (90,)
 WIDE, ODD = 128, 50  # embedding widths: rows of whole 16-byte words, and rows that are not
-
-
-@dataclass(frozen=True)
-class Resources:
-    """One kernel for one target. ``spilled`` is local memory per thread in bytes."""
-
-    case: str
-    kernel: str
-    dtype: str
-    arch: str
-    registers: int
-    shared: int
-    spilled: int
-    load_bits: int
-    warps: int
 
 
 @dataclass(frozen=True)
@@ -243,38 +224,21 @@ def compile_launch(launch: Any, arch: int) -> Any:
     return key, compiled
 
 
-def _tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def resources_of_cubin(cubin: bytes) -> dict[str, int]:
-    """Registers, shared memory, local memory (spills) and the widest global load in bits."""
+def _kernel_of(case: Case, launch: Any, arch: int, compiled: Any) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", "-sass", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    usage = {
-        name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)
-    }
-    loads = re.findall(r"\bLDG\.E((?:\.\w+)*)", text)
-    widths = [int(bits) for load in loads for bits in re.findall(r"\.(64|128|256)\b", load)]
-    touches_local = bool(re.search(r"\b(?:LDL|STL)\b", text))
-    return {
-        "registers": usage["REG"],
-        "shared": usage["SHARED"],
-        "spilled": max(usage["STACK"] + usage["LOCAL"], int(touches_local)),
-        "load_bits": max(widths, default=32 if loads else 0),
-    }
+        (found,) = kernels_of(Path(file.name), f"sm_{arch}")
+    return replace(
+        found,
+        kernel=launch.name,
+        case=case.name,
+        dtype=str(case.dtype).removeprefix("torch."),
+        warps=compiled.metadata.num_warps,
+    )
 
 
-def measure() -> list[Resources]:
+def measure() -> list[Kernel]:
     """Compile every case for every target; each kernel once, under the first case it came with."""
     rows = []
     seen = set()
@@ -282,20 +246,9 @@ def measure() -> list[Resources]:
         for launch in launches_of(case):
             for arch in case.targets:
                 key, compiled = compile_launch(launch, arch)
-                if (key, arch) in seen:
-                    continue
-                seen.add((key, arch))
-                kernel = compiled()
-                rows.append(
-                    Resources(
-                        case.name,
-                        launch.name,
-                        str(case.dtype).removeprefix("torch."),
-                        f"sm_{arch}",
-                        warps=kernel.metadata.num_warps,
-                        **resources_of_cubin(kernel.asm["cubin"]),
-                    )
-                )
+                if (key, arch) not in seen:
+                    seen.add((key, arch))
+                    rows.append(_kernel_of(case, launch, arch, compiled()))
     return rows
 
 
@@ -320,50 +273,42 @@ def compiled_again() -> list[str]:
     return sorted(again)
 
 
-def table(rows: list[Resources]) -> str:
-    """The committed page."""
+def why_not() -> str | None:
+    """Why nothing can be compiled here; None where it can."""
+    if util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if tool("cuobjdump") else "there is no cuobjdump"
+
+
+def compiler() -> str:
     import triton
 
-    lines = [
-        "# What the Triton kernels take",
-        "",
-        f"Compiled ahead of time by Triton {triton.__version__}, from the arguments of real calls;",
-        "none of them has run on a GPU. `python -m benchmarks triton --write` makes this page, and",
-        "`tests/test_triton_ahead_of_time.py` fails where it is out of date.",
-        "",
-        "Registers are per thread, shared memory is in bytes per block, spilled are bytes of local",
-        "memory per thread, load is the widest from global memory in bits.",
-        "",
-        "| kernel | first met in | dtype | target | warps | registers | shared | spilled | load |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        lines.append(
-            f"| `{row.kernel}` | {row.case} | {row.dtype} | {row.arch} | {row.warps} "
-            f"| {row.registers} | {row.shared} | {row.spilled} | {row.load_bits} |"
-        )
-    return "\n".join(lines) + "\n"
+    return f"Triton {triton.__version__}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--write", action="store_true", help=f"refresh {TABLE.name}")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+def table(rows: list[Kernel]) -> str:
+    """The committed page."""
+    return page(
+        "What the Triton kernels take",
+        compiler(),
+        "triton",
+        "From the arguments of real calls. Registers are per thread, shared memory is in bytes per "
+        "block, spilled are bytes of local memory per thread, load is the widest from global "
+        "memory in bits.",
+        "kernel | first met in | dtype | target | warps | registers | shared | spilled | load",
+        [
+            (
+                *(f"`{row.kernel}`", row.case, row.dtype, row.arch, row.warps),
+                *(row.registers, row.shared, row.spilled, row.load_bits),
+            )
+            for row in rows
+        ],
+    )
 
 
-def run(args: argparse.Namespace) -> None:
-    refuse_unwritable(args.json)
+def found() -> dict[str, Any]:
+    """Every kernel, and besides what is compiled again as batches change their size."""
     with _kernels_on_the_host():
         again = compiled_again()
         rows = measure()
-    if args.json:
-        found = {
-            "rows": [asdict(row) for row in rows],
-            "table": table(rows),
-            "compiled_again": again,
-        }
-        write_text(args.json, json.dumps(found))
-    if args.write:
-        write_text(TABLE, table(rows))
-        print(f"wrote {TABLE}")
-    if not args.json and not args.write:
-        print(table(rows), end="")
+    return {"rows": rows, "table": table(rows), "compiled_again": again}
