@@ -7,10 +7,13 @@ look for, and the results file all of them.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from ehrseq_fast.cli import describe_gpu_runs
 
 from . import calls, registry, step, targets
 from .cases import Row
@@ -19,12 +22,14 @@ from .growth import PADDING
 from .plot import draw_all, image_path
 from .recurrent import PRODUCTS
 from .report import measured_on, mib, ms, ours_in, significant, times
-from .results import RESULTS, Results, newest
+from .results import RESULTS, Results, newest, runs_on_gpus
 
-SUMMARY = "write the README's figure and tables, and their page, from the newest results of `all`"
+SUMMARY = "write the README's figure and tables, and their page, from the committed results"
 
 README = Path(__file__).parent.parent / "README.md"
 ROOT = README.parent
+# Part of the package, so that `python -m ehrseq_fast info` can tell.
+GPU_RUNS = ROOT / "ehrseq_fast" / "gpu_runs.json"
 # As results are refused now, and as they were before.
 UNEQUAL = (
     re.compile(r"AssertionError: max. relative difference: expected at most (\S+), got \S+"),
@@ -40,9 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    wanted = {README: filled_in(README.read_text()), **pages()}
     if args.check:
-        for path, text in wanted.items():
+        for path, text in texts().items():
             if not path.exists() or path.read_text() != text:
                 raise SystemExit(
                     f"{path.name} differs from the results: python -m benchmarks readme"
@@ -50,8 +54,14 @@ def run(args: argparse.Namespace) -> None:
         return
     for results_path, results in _runs():
         list(draw_all(results, results_path))
-    for path, text in wanted.items():
+    for path, text in texts().items():
         write_text(path, text)
+
+
+def texts() -> dict[Path, str]:
+    """All that is written from the results, as it should be."""
+    on_gpus = json.dumps(runs_on_gpus(), indent=1) + "\n"
+    return {README: filled_in(README.read_text()), GPU_RUNS: on_gpus, **pages()}
 
 
 def pages() -> dict[Path, str]:
@@ -65,7 +75,11 @@ def page_path(results: Results) -> Path:
 
 def filled_in(text: str) -> str:
     """The README's text with its figure and results as they should be."""
-    for mark, content in (("figure", figure()), ("results", section())):
+    for mark, content in (
+        ("figure", figure()),
+        ("results", section()),
+        ("gpu runs", f"**{describe_gpu_runs(runs_on_gpus())}**\n"),
+    ):
         pattern = re.compile(MARKED.format(mark), re.DOTALL)
         text = pattern.sub(lambda marks, new=content: marks[1] + new + marks[2], text)
     return text

@@ -15,6 +15,7 @@ from .files import refuse_unwritable, write_text
 
 RESULTS = Path(__file__).parent / "results"
 WHOLE_RUN = "all"
+GPU_BACKENDS = ("cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,25 @@ def read(path: Path) -> Results:
         raise ValueError(f"{path}: expected results of python -m benchmarks, got other JSON")
     values.pop("targets", None)
     return Results.from_dict(values)
+
+
+def runs_on_gpus() -> list[dict[str, Any]]:
+    """What the committed results show of this package's kernels on GPUs: for each run with one, the
+    operations whose results were found equal to PyTorch's there, by backend."""
+    runs = []
+    for path in sorted(RESULTS.glob("*.json")):
+        found = read(path)
+        operations: dict[str, list[str]] = {}
+        for row in found.rows:
+            ran = row.ours and row.seconds is not None and row.difference is not None
+            if ran and row.backend in GPU_BACKENDS:
+                known = operations.setdefault(row.backend, [])
+                if row.operation not in known:
+                    known.append(row.operation)
+        if operations and "gpu" in found.machine:
+            of = {name: found.machine[name] for name in ("gpu", "measured_at", "commit")}
+            runs.append({**of, "operations": operations})
+    return runs
 
 
 def newest(device: str = "cpu") -> tuple[Path, Results] | None:

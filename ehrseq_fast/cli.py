@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata, util
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +18,8 @@ import ehrseq_fast
 
 from . import backend, operations
 
+# Written by `python -m benchmarks readme` from the results that are committed.
+GPU_RUNS = Path(__file__).parent / "gpu_runs.json"
 _PACKAGES = ("torch", "triton", "numpy", "lifelines", "duckdb")
 
 
@@ -88,11 +94,29 @@ def describe() -> str:
     lines += ["", "Environment: " + (", ".join(f"{k}={v}" for k, v in settings.items()) or "-")]
     lines += [
         "",
-        "Run on a GPU so far: nothing. No kernel of this version has been verified on one.",
+        describe_gpu_runs(json.loads(GPU_RUNS.read_text())),
         "Triton's are tested in its interpreter, CUDA's compiled for the host; "
         "both are compiled ahead for sm_80, sm_90 and sm_100.",
     ]
     return "\n".join(lines)
+
+
+def describe_gpu_runs(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What the committed results show to have run on GPUs, in a sentence for each run.
+
+    Example:
+        >>> from ehrseq_fast.cli import describe_gpu_runs
+        >>> describe_gpu_runs([])
+        'Run on a GPU so far: nothing. No kernel of this version has been verified on one.'
+    """
+    if not runs:
+        return "Run on a GPU so far: nothing. No kernel of this version has been verified on one."
+    said = [
+        f"{run['gpu']} (commit {run['commit']}, {run['measured_at'][:10]}): "
+        + "; ".join(f"{name}: {', '.join(of)}" for name, of in run["operations"].items())
+        for run in runs
+    ]
+    return f"Run on a GPU so far, with results equal to PyTorch's: {'. '.join(said)}."
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -415,3 +415,18 @@ def test_main_job_end_to_end_on_a_few_records(tmp_path, capsys):
     assert 0 <= found.findings["training"]["epochs"][0]["held_out_c_index"] <= 1
     assert main(["compare", str(out), str(out)]) == 0
     assert "8 rows are in both" in capsys.readouterr().out
+
+
+def test_what_ran_on_a_gpu_comes_from_the_results_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    plain = Row("an operation", "W", 4, "forward", "float32", "warm", "plain", difference=0.0)
+    plain = replace(plain, seconds=Spread.of([1.0]))
+    ours = replace(plain, variant="ours", ours=True, backend="cuda")
+    failed = replace(ours, operation="another", difference=None, missing="it failed")
+    machine_ = {"gpu": "A GPU", "measured_at": "2026-01-02", "commit": "0123", "cores": 4}
+    found = results.Results("all", "cuda", machine_, {}, [], [plain], [], {}, {}, {})
+    results.write(found.as_dict(), tmp_path / "a.json")
+    assert results.runs_on_gpus() == []
+    results.write(replace(found, rows=[plain, ours, failed]).as_dict(), tmp_path / "b.json")
+    of = {name: machine_[name] for name in ("gpu", "measured_at", "commit")}
+    assert results.runs_on_gpus() == [{**of, "operations": {"cuda": ["an operation"]}}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -79,5 +80,9 @@ def test_tritons_interpreter_is_not_called_available():
 
 def test_what_has_run_on_a_gpu_is_said_last():
     report = cli.describe().splitlines()
-    assert report[-2].startswith("Run on a GPU so far: nothing.")
+    assert report[-2] == cli.describe_gpu_runs(json.loads(cli.GPU_RUNS.read_text()))
+    run = {"gpu": "A GPU", "measured_at": "2026-01-02T03:04:05", "commit": "0123", "operations": {}}
+    run["operations"] = {"cuda": ["visit pooling", "survival NLL"], "triton": ["visit pooling"]}
+    said = cli.describe_gpu_runs([run])
+    assert "A GPU (commit 0123, 2026-01-02): cuda: visit pooling, survival NLL; triton: vis" in said
     assert "compiled ahead for sm_80, sm_90 and sm_100" in report[-1]

@@ -40,8 +40,7 @@ def test_the_figure_and_tables_are_those_of_the_newest_results():
     pytest.importorskip("duckdb")
     from benchmarks import readme
 
-    assert readme.filled_in(README) == README, "python -m benchmarks readme"
-    for path, text in readme.pages().items():
+    for path, text in readme.texts().items():
         assert path.read_text() == text, "python -m benchmarks readme"
 
 
