@@ -1,4 +1,4 @@
-"""One training step of the survival model, in the ways that the model offers.
+"""One training step of the survival model, in plain PyTorch and by this package.
 
 ``padded`` and ``packed`` are plain PyTorch on padded tensors: masked-unpacked, and packed around
 the LSTM. ``fused from padded`` is this package as a drop-in for them, which packs the tensors it is
@@ -19,6 +19,7 @@ from torch import Tensor
 from ehrseq_fast import use_backend
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 from ehrseq_fast.survival_nll import DiscreteTimeSurvivalLoss
+from tests import plain_models
 
 from . import visit_pool
 from .cases import (
@@ -76,8 +77,8 @@ def model_size(vocabulary: int, settings: Settings) -> ModelSize:
 class TrainingStep:
     """Forward, loss, backward and Adam on one path; call it with a batch.
 
-    The plain paths also take the plain PyTorch loss, as code without this package would. Dropout is
-    off, so that the paths can be compared. ``autocast`` runs the forward pass in bfloat16.
+    The plain paths are of models and a loss in plain PyTorch, as in code without this package.
+    Dropout is off, so that the paths can be compared. ``autocast``: the forward pass in bfloat16.
     """
 
     def __init__(
@@ -95,12 +96,11 @@ class TrainingStep:
         self.fused = path.startswith("fused")
         self.device = device
         self.autocast = autocast
-        self.model = DiscreteTimeSurvivalLSTM(
-            size.vocabulary,
-            size.embedding_dim,
-            size.hidden_dim,
-            dropout=0.0,
-            path="fused" if self.fused else path,
+        sizes = (size.vocabulary, size.embedding_dim, size.hidden_dim)
+        self.model = (
+            DiscreteTimeSurvivalLSTM(*sizes, dropout=0.0)
+            if self.fused
+            else plain_models.SurvivalLSTM(*sizes, dropout=0.0, packed=path == "packed")
         )
         self.model.to(device, dtype)
         self.loss = DiscreteTimeSurvivalLoss()

@@ -1,4 +1,4 @@
-"""The models against plain PyTorch twins of the reference's structure, and what they get right."""
+"""The models against plain PyTorch models of the reference's structure, and what they get right."""
 
 from __future__ import annotations
 
@@ -21,53 +21,53 @@ from ehrseq_fast.models import (
 from ehrseq_fast.models.base import PATHS
 from ehrseq_fast.models.survival_lstm import survival_curve
 
-from . import twins
+from . import plain_models
 from .conftest import RUNNABLE
 
 VOCAB = 23
 SIZE = {"embedding_dim": 6, "hidden_dim": 5}
 AGGREGATIONS = ("mean", "sum", "max", "attention")
 
-# name: (model, twin, constructor arguments)
+# name: (model, plain, constructor arguments)
 VARIANTS = {
-    "survival": (DiscreteTimeSurvivalLSTM, twins.SurvivalTwin, {}),
-    "survival-2-layers": (DiscreteTimeSurvivalLSTM, twins.SurvivalTwin, {"num_layers": 2}),
+    "survival": (DiscreteTimeSurvivalLSTM, plain_models.SurvivalLSTM, {}),
+    "survival-2-layers": (DiscreteTimeSurvivalLSTM, plain_models.SurvivalLSTM, {"num_layers": 2}),
     "survival-bidirectional": (
         DiscreteTimeSurvivalLSTM,
-        twins.SurvivalTwin,
+        plain_models.SurvivalLSTM,
         {"bidirectional": True, "num_layers": 2},
     ),
     "with-time": (
         DiscreteTimeSurvivalLSTMWithTime,
-        twins.SurvivalWithTimeTwin,
+        plain_models.SurvivalLSTMWithTime,
         {"time_encoding_dim": 4},
     ),
     "with-time-2-layers": (
         DiscreteTimeSurvivalLSTMWithTime,
-        twins.SurvivalWithTimeTwin,
+        plain_models.SurvivalLSTMWithTime,
         {"num_layers": 2},
     ),
     "competing-risks": (
         CompetingRisksSurvivalLSTM,
-        twins.CompetingRisksTwin,
+        plain_models.CompetingRisksLSTM,
         {"num_event_types": 3},
     ),
     "baseline-bidirectional": (
         LSTMBaseline,
-        twins.LSTMBaselineTwin,
+        plain_models.LSTMBaseline,
         {"bidirectional": True, "task": "multi_class", "output_dim": 3},
     ),
     "baseline-1-layer": (
         LSTMBaseline,
-        twins.LSTMBaselineTwin,
+        plain_models.LSTMBaseline,
         {"num_layers": 1, "task": "regression", "padding_idx": 2},
     ),
     **{
-        f"baseline-{how}": (LSTMBaseline, twins.LSTMBaselineTwin, {"visit_aggregation": how})
+        f"baseline-{how}": (LSTMBaseline, plain_models.LSTMBaseline, {"visit_aggregation": how})
         for how in AGGREGATIONS
     },
 }
-# Padding before the last real visit of a backward LSTM is read by these paths and twins.
+# Padding before the last real visit of a backward LSTM is read by these paths and plain_models.
 READS_PADDING = {
     ("survival-bidirectional", "padded"),
     ("baseline-bidirectional", "padded"),
@@ -91,7 +91,7 @@ def build(variant, path="fused", seed=0, **changes):
     return kind(VOCAB, **SIZE, **(options | changes), path=path)
 
 
-def build_twin(variant, seed=0, **changes):
+def build_plain(variant, seed=0, **changes):
     _, kind, options = VARIANTS[variant]
     torch.manual_seed(seed)
     return kind(VOCAB, **SIZE, **(options | changes))
@@ -108,7 +108,7 @@ def ragged_batch(lengths=(4, 1, 6, 3), visits=7, width=5, seed=1, fewest_codes=0
     return codes, visit_mask, sequence_mask
 
 
-def for_twin(variant, batch):
+def for_plain(variant, batch):
     """Without empty visits (padded ones too), where the reference gives NaN for them."""
     codes, visit_mask, sequence_mask = batch
     if variant in ("baseline-max", "baseline-attention"):
@@ -145,8 +145,8 @@ def assert_gradients_close(actual, expected, relative=1e-5):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_seeded_state_dict_is_the_twins_bit_for_bit(variant):
-    ours, theirs = build(variant).state_dict(), build_twin(variant).state_dict()
+def test_seeded_state_dict_is_the_plain_models_bit_for_bit(variant):
+    ours, theirs = build(variant).state_dict(), build_plain(variant).state_dict()
     assert list(ours) == list(theirs)
     for name, wanted in theirs.items():
         assert torch.equal(ours[name], wanted), name
@@ -154,8 +154,8 @@ def test_seeded_state_dict_is_the_twins_bit_for_bit(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_state_dicts_load_both_ways(variant, tmp_path):
-    ours, theirs = build(variant, seed=1).eval(), build_twin(variant, seed=2).eval()
-    batch = for_twin(variant, ragged_batch(lengths=(7, 7)))
+    ours, theirs = build(variant, seed=1).eval(), build_plain(variant, seed=2).eval()
+    batch = for_plain(variant, ragged_batch(lengths=(7, 7)))
 
     torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
     ours.load_state_dict(torch.load(tmp_path / "theirs.pt"))
@@ -170,7 +170,7 @@ def test_defaults_are_the_references():
     torch.manual_seed(0)
     ours = LSTMBaseline(30).state_dict()
     torch.manual_seed(0)
-    theirs = twins.LSTMBaselineTwin(30).state_dict()
+    theirs = plain_models.LSTMBaseline(30).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     model = LSTMBaseline(30)
     assert (model.dropout.p, model.visit_encoder.dropout.p, model.lstm.dropout) == (0.3, 0.3, 0.3)
@@ -181,29 +181,31 @@ def test_defaults_are_the_references():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_outputs_and_gradients_are_the_twins(variant, path):
-    model, twin = build(variant, path).eval(), build_twin(variant).eval()
+def test_outputs_and_gradients_are_the_plain_models(variant, path):
+    model, plain = build(variant, path).eval(), build_plain(variant).eval()
     right_on_padding = variant != "survival-bidirectional" and (variant, path) not in READS_PADDING
     lengths = (4, 1, 6, 3) if right_on_padding else (7, 7, 7)
-    batch = for_twin(variant, ragged_batch(lengths))
-    torch.testing.assert_close(output_of(model, batch), output_of(twin, batch), rtol=0, atol=1e-6)
-    assert_gradients_close(gradients(model, batch), gradients(twin, batch))
+    batch = for_plain(variant, ragged_batch(lengths))
+    torch.testing.assert_close(output_of(model, batch), output_of(plain, batch), rtol=0, atol=1e-6)
+    assert_gradients_close(gradients(model, batch), gradients(plain, batch))
 
 
-def test_training_mode_without_dropout_is_the_twins(path):
-    model, twin = build("survival", path, dropout=0.0), build_twin("survival", dropout=0.0)
+def test_training_mode_without_dropout_is_the_plain_models(path):
+    model, plain = build("survival", path, dropout=0.0), build_plain("survival", dropout=0.0)
     batch = ragged_batch()
-    torch.testing.assert_close(model(*batch), twin(*batch), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(*batch), plain(*batch), rtol=0, atol=1e-6)
 
 
-def test_time_features_are_the_twins(path):
-    model, twin = build("with-time", path).eval(), build_twin("with-time").eval()
+def test_time_features_are_the_plain_models(path):
+    model, plain = build("with-time", path).eval(), build_plain("with-time").eval()
     batch = ragged_batch()
     times = torch.rand(4, 7, 3) * 10
     ours = output_of(model, batch, time_features=times)
-    torch.testing.assert_close(ours, output_of(twin, batch, time_features=times), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ours, output_of(plain, batch, time_features=times), rtol=0, atol=1e-6
+    )
     assert_gradients_close(
-        gradients(model, batch, time_features=times), gradients(twin, batch, time_features=times)
+        gradients(model, batch, time_features=times), gradients(plain, batch, time_features=times)
     )
     assert not torch.allclose(ours, model(*batch)), "time features must matter"
     whole = times.round().long()
@@ -215,10 +217,10 @@ def test_time_features_are_the_twins(path):
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_baseline_without_masks_counts_every_slot(path, bidirectional):
     model = build("baseline-mean", path, bidirectional=bidirectional).eval()
-    twin = build_twin("baseline-mean", bidirectional=bidirectional).eval()
+    plain = build_plain("baseline-mean", bidirectional=bidirectional).eval()
     codes, visit_mask, _ = ragged_batch()
     for arguments in [(codes,), (codes, visit_mask)]:
-        ours, theirs = model(*arguments, return_hidden=True), twin(*arguments, return_hidden=True)
+        ours, theirs = model(*arguments, return_hidden=True), plain(*arguments, return_hidden=True)
         for name, wanted in theirs.items():
             torch.testing.assert_close(ours[name], wanted, rtol=0, atol=1e-6)
     assert not torch.allclose(model(codes)["logits"], model(codes, visit_mask)["logits"])
@@ -255,12 +257,12 @@ def test_paths_agree_on_ragged_batches(variant, seed, unemulated):
 @pytest.mark.parametrize("path", ["fused", "packed"])
 def test_bidirectional_hazards_do_not_depend_on_padding(path, unemulated):
     model = build("survival-bidirectional", path).eval()
-    twin = build_twin("survival-bidirectional").eval()
+    plain = build_plain("survival-bidirectional").eval()
     codes, visit_mask, sequence_mask = ragged_batch(lengths=(4, 1, 6, 3))
     hazards = model(codes, visit_mask, sequence_mask)
     for patient, length in enumerate((4, 1, 6, 3)):
         alone = (slice(patient, patient + 1), slice(0, length))
-        wanted = twin(codes[alone], visit_mask[alone], sequence_mask[alone])
+        wanted = plain(codes[alone], visit_mask[alone], sequence_mask[alone])
         torch.testing.assert_close(hazards[alone], wanted, rtol=0, atol=1e-6)
 
 
@@ -308,12 +310,12 @@ def test_hazards_are_zero_on_padding_alone(variant, path):
 
 
 @pytest.mark.parametrize("variant", ["survival", "with-time"])
-def test_survival_is_the_twins_and_constant_over_padding(variant, path):
-    model, twin = build(variant, path).eval(), build_twin(variant).eval()
+def test_survival_is_the_plain_models_and_constant_over_padding(variant, path):
+    model, plain = build(variant, path).eval(), build_plain(variant).eval()
     batch = ragged_batch()
     real = batch[2]
     survival, cumulative = model.predict_survival(*batch)
-    wanted_survival, wanted_cumulative = twin.predict_survival(*batch)
+    wanted_survival, wanted_cumulative = plain.predict_survival(*batch)
     torch.testing.assert_close(survival[real], wanted_survival[real], rtol=0, atol=2e-6)
     torch.testing.assert_close(cumulative[real], wanted_cumulative[real], rtol=0, atol=2e-6)
     for values in (survival, cumulative):
@@ -356,24 +358,24 @@ def test_saturated_16_bit_model_is_finite(path):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_visit_encoder_is_the_twin_and_zero_for_empty_visits(aggregation, unemulated):
+def test_visit_encoder_is_the_plain_one_and_zero_for_empty_visits(aggregation, unemulated):
     torch.manual_seed(0)
     encoder = VisitEncoder(6, aggregation).eval()
     torch.manual_seed(0)
-    twin = twins.VisitEncoderTwin(6, aggregation).eval()
-    assert list(encoder.state_dict()) == list(twin.state_dict())
+    plain = plain_models.VisitEncoder(6, aggregation).eval()
+    assert list(encoder.state_dict()) == list(plain.state_dict())
     embeddings, mask = torch.randn(4, 5, 6), torch.ones(4, 5)
     mask[0, 3:] = 0
     mask[2, 1:] = 0
     ours, theirs = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
     for arguments in [(mask,), (mask.bool(),), (mask.long(),), ()]:
         torch.testing.assert_close(
-            encoder(ours, *arguments), twin(theirs, *arguments), rtol=0, atol=1e-6
+            encoder(ours, *arguments), plain(theirs, *arguments), rtol=0, atol=1e-6
         )
     assert torch.equal(encoder.encode_plain(ours, mask) != 0, encoder(ours, mask) != 0)
     scale = torch.randn(4, 6)
     (encoder(ours, mask) * scale).sum().backward()
-    (twin(theirs, mask) * scale).sum().backward()
+    (plain(theirs, mask) * scale).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
 
     mask[1] = 0
@@ -472,13 +474,13 @@ def test_time_features_of_padded_visits_change_nothing(unemulated):
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_hidden_states_keep_the_inputs_visits(path, bidirectional):
     model = build("baseline-mean", path, bidirectional=bidirectional).eval()
-    twin = build_twin("baseline-mean", bidirectional=bidirectional).eval()
+    plain = build_plain("baseline-mean", bidirectional=bidirectional).eval()
     batch = ragged_batch(lengths=(4, 1, 3), visits=7)
     hidden = model(*batch, return_hidden=True)["hidden_states"]
     assert hidden.shape == (3, 7, 10 if bidirectional else 5)
     assert torch.equal(hidden[~batch[2]], torch.zeros_like(hidden[~batch[2]]))
     if not (bidirectional and path == "padded"):
-        wanted = twin(*batch, return_hidden=True)["hidden_states"]  # [3, 4, H]
+        wanted = plain(*batch, return_hidden=True)["hidden_states"]  # [3, 4, H]
         torch.testing.assert_close(hidden[:, :4], wanted, rtol=0, atol=1e-6)
     assert "hidden_states" not in model(*batch)
 
@@ -575,17 +577,17 @@ def test_fused_path_allocates_nothing_of_the_padded_size(variant, compiled):
     "shape", [{"lengths": (3,), "visits": 5}, {"lengths": (1, 1), "visits": 1, "width": 1}]
 )
 def test_one_patient_and_one_visit(variant, path, shape):
-    model, twin = build(variant, path).eval(), build_twin(variant).eval()
-    codes, visit_mask, sequence_mask = for_twin(variant, ragged_batch(**shape, fewest_codes=1))
+    model, plain = build(variant, path).eval(), build_plain(variant).eval()
+    codes, visit_mask, sequence_mask = for_plain(variant, ragged_batch(**shape, fewest_codes=1))
     if variant == "survival-bidirectional" or (variant, path) in READS_PADDING:
         keep = shape["lengths"][0]
         codes, visit_mask, sequence_mask = (
             tensor[:, :keep] for tensor in (codes, visit_mask, sequence_mask)
         )
-        if variant.startswith("baseline"):  # the twin asks for contiguous input
+        if variant.startswith("baseline"):  # the plain asks for contiguous input
             codes, visit_mask = codes.contiguous(), visit_mask.contiguous()
     batch = codes, visit_mask, sequence_mask
-    torch.testing.assert_close(output_of(model, batch), output_of(twin, batch), rtol=0, atol=1e-6)
+    torch.testing.assert_close(output_of(model, batch), output_of(plain, batch), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["survival", "competing-risks", "baseline-attention"])

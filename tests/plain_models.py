@@ -1,8 +1,9 @@
-"""Plain PyTorch twins of the models that this package takes the place of.
+"""The models that this package takes the place of, in plain PyTorch: what its tests compare with,
+and the baselines of its benchmarks.
 
 They have the public ``ehrsequencing`` models' structure (names and order of parameters, order of
-seeded initialisation, and the computation over padded tensors), written anew for these tests. They
-are right where nothing hits those models' faults: no empty visit under max or attention, no NaN in
+seeded initialisation, and the computation over padded tensors), written anew here. They are right
+where nothing hits those models' faults: no empty visit under max or attention, no NaN in
 padded slots, no padding before a bidirectional LSTM.
 """
 
@@ -39,7 +40,17 @@ def mean_of_codes(embedding, codes, mask):
     return counted.sum(2) / mask.sum(2, keepdim=True).clamp(min=1)
 
 
-class SurvivalTwin(nn.Module):
+def packed_around(layer, vectors, sequence_mask):
+    """The layer's states of real visits; zeros behind them."""
+    lengths = sequence_mask.sum(1).cpu()
+    packed = pack_padded_sequence(vectors, lengths, batch_first=True, enforce_sorted=False)
+    visits = sequence_mask.shape[1]
+    return pad_packed_sequence(layer(packed)[0], batch_first=True, total_length=visits)[0]
+
+
+class SurvivalLSTM(nn.Module):
+    """Over padded visits, or, ``packed``, with packing around the LSTM."""
+
     def __init__(
         self,
         vocab_size,
@@ -48,14 +59,20 @@ class SurvivalTwin(nn.Module):
         num_layers=1,
         dropout=0.1,
         bidirectional=False,
+        packed=False,
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
         self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout, bidirectional)
         self.hazard_head = head(hidden_dim * (1 + bidirectional), hidden_dim, dropout)
+        self.packed = packed
 
     def forward(self, codes, visit_mask, sequence_mask):
-        states, _ = self.lstm(mean_of_codes(self.embedding, codes, visit_mask))
+        vectors = mean_of_codes(self.embedding, codes, visit_mask)
+        if self.packed:
+            states = packed_around(self.lstm, vectors, sequence_mask)
+        else:
+            states, _ = self.lstm(vectors)
         return self.hazard_head(states)[..., 0] * sequence_mask.float()
 
     def predict_survival(self, codes, visit_mask, sequence_mask):
@@ -64,7 +81,7 @@ class SurvivalTwin(nn.Module):
         return survival, torch.cumsum(hazards, dim=1)
 
 
-class SurvivalWithTimeTwin(SurvivalTwin):
+class SurvivalLSTMWithTime(SurvivalLSTM):
     def __init__(
         self,
         vocab_size,
@@ -90,7 +107,7 @@ class SurvivalWithTimeTwin(SurvivalTwin):
         return self.hazard_head(states)[..., 0] * sequence_mask.float()
 
 
-class CompetingRisksTwin(nn.Module):
+class CompetingRisksLSTM(nn.Module):
     def __init__(
         self,
         vocab_size,
@@ -113,7 +130,7 @@ class CompetingRisksTwin(nn.Module):
         return hazards * sequence_mask[..., None].float()
 
 
-class VisitEncoderTwin(nn.Module):
+class VisitEncoder(nn.Module):
     def __init__(self, embedding_dim, aggregation="mean", dropout=0.1):
         super().__init__()
         self.aggregation = aggregation
@@ -141,7 +158,7 @@ class VisitEncoderTwin(nn.Module):
         return self.dropout(vectors)
 
 
-class LSTMBaselineTwin(nn.Module):
+class LSTMBaseline(nn.Module):
     def __init__(
         self,
         vocab_size,
@@ -157,7 +174,7 @@ class LSTMBaselineTwin(nn.Module):
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=padding_idx)
-        self.visit_encoder = VisitEncoderTwin(embedding_dim, visit_aggregation, dropout)
+        self.visit_encoder = VisitEncoder(embedding_dim, visit_aggregation, dropout)
         self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout, bidirectional)
         self.bidirectional = bidirectional
         self.dropout = nn.Dropout(dropout)
