@@ -79,6 +79,7 @@ def _load_library(stem: str) -> Loaded:
         return Loaded(skipped or record.get("skipped") or f"{stem} was not built, or was deleted")
     try:
         torch.ops.load_library(str(found[0]))
+        operations.name_arguments_in(ctypes.CDLL(str(found[0])))
     except (OSError, RuntimeError) as error:
         return Loaded(f"{found[0].name} did not load: {error}", str(found[0]))
     return Loaded(None, str(found[0]))

@@ -14,6 +14,8 @@ An output that a call has no use for is an empty tensor.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,12 +52,21 @@ class Operator:
     def name(self) -> str:
         return self.schema.partition("(")[0]
 
+    def refuse_none(self, arguments: tuple[Any, ...]) -> None:
+        """``ValueError`` for None in place of a tensor that the operator requires."""
+        declared = self.schema.partition("(")[2].partition(")")[0].split(",")
+        for value, argument in zip(arguments, declared, strict=False):
+            kind, name = argument.split()
+            if value is None and kind == "Tensor":
+                raise ValueError(f"{self.name}: {name} must be a tensor, got None")
+
 
 _operations: dict[str, Operation] = {}
 _operators: dict[str, Operator] = {}
 _triton_functions: dict[str, Callable[..., Any]] = {}
 _implemented: set[tuple[str, str]] = set()  # operators in Triton, and for which device's tensors
 _libraries: dict[str, torch.library.Library] = {}
+_compiled: list[ctypes.CDLL] = []  # libraries that name arguments in their errors
 
 
 def import_all() -> None:
@@ -90,6 +101,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         _operators[defined.name] = defined
         for namespace in _libraries:
             _define_in(namespace, defined)
+        for library in _compiled:
+            library.ehrseq_fast_add_schema(schema.encode())
         return shapes
 
     return define_in_all
@@ -107,17 +120,39 @@ def define(namespace: str) -> None:
         _define_in(namespace, defined)
 
 
+def name_arguments_in(library: ctypes.CDLL) -> None:
+    """Give a compiled library the schemas of all operators, those of later folders too: its errors
+    name the arguments."""
+    _compiled.append(library)
+    for defined in _operators.values():
+        library.ehrseq_fast_add_schema(defined.schema.encode())
+
+
 def _define_in(namespace: str, defined: Operator) -> None:
     library = _libraries[namespace]
     library.define(defined.schema)
-    torch.library.register_fake(f"{namespace}::{defined.name}", defined.shapes, lib=library)
+
+    @functools.wraps(defined.shapes)
+    def shapes(*arguments: Any, **options: Any) -> Any:
+        defined.refuse_none(arguments)
+        return defined.shapes(*arguments, **options)
+
+    torch.library.register_fake(f"{namespace}::{defined.name}", shapes, lib=library)
 
 
 def implemented_in_triton(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the function that computes an operator with Triton kernels."""
 
     def keep(function: Callable[..., Any]) -> Callable[..., Any]:
-        _triton_functions[name] = function
+        @functools.wraps(function)
+        def called(*arguments: Any, **options: Any) -> Any:
+            try:
+                return function(*arguments, **options)
+            except Exception:  # looked into where it failed alone: a launch is to cost no more
+                _operators[name].refuse_none(arguments)
+                raise
+
+        _triton_functions[name] = called
         return function
 
     return keep

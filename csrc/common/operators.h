@@ -1,4 +1,9 @@
-// Registering an operator through the stable ABI without losing what torch said.
+// Registering an operator through the stable ABI: missing tensors are refused by their names, and
+// what torch said is not lost.
+//
+// The dispatcher hands None for a required tensor on as a tensor that is not defined. An operator
+// registered with EHRSEQ_BOX refuses it; the names of arguments stand in the schemas, which are
+// defined in Python and told to this library when it is loaded.
 //
 // A call into torch that fails there throws "... API call failed at ..." and leaves torch's own
 // message behind (torch 2.13 and later keep it for the calling thread). An operator registered with
@@ -6,6 +11,7 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <stdexcept>
 #include <string>
@@ -31,12 +37,47 @@ inline std::string last_message_of_torch() {
 #endif
 }
 
+// The schemas of all operators, one per line.
+inline std::string& known_schemas() {
+  static std::string schemas;
+  return schemas;
+}
+
+// Argument number `at` of an operator, counted from 0, as the schemas call it.
+inline std::string argument_name(const std::string& operation, int at) {
+  const std::string& schemas = known_schemas();
+  size_t begin = ("\n" + schemas).find("\n" + operation + "(");
+  if (begin == std::string::npos) return "argument " + std::to_string(at + 1);
+  begin += operation.size() + 1;
+  for (; at > 0; --at) begin = schemas.find(',', begin) + 1;
+  const size_t end = schemas.find_first_of(",)", begin);
+  const std::string argument = schemas.substr(begin, end - begin);  // "Tensor codes"
+  return argument.substr(argument.rfind(' ') + 1);
+}
+
+[[noreturn]] inline void refuse_missing(const char* function, int at) {
+  const std::string path = function;  // "&ehrseq::visit_pool"
+  const std::string operation = path.substr(path.rfind(':') + 1);
+  throw std::invalid_argument(operation + ": " + argument_name(operation, at) +
+                              " must be a tensor, got None");
+}
+
+template <typename Argument>
+bool is_missing(const Argument&) {
+  return false;
+}
+inline bool is_missing(const torch::stable::Tensor& tensor) { return !tensor.defined(); }
+
 template <auto kOperator>
 struct WithTorchMessage;
 
 template <typename Result, typename... Args, Result (*kOperator)(Args...)>
 struct WithTorchMessage<kOperator> {
+  inline static const char* function = "";
+
   static Result call(Args... args) {
+    int at = 0;
+    if (((is_missing(args) || (++at, false)) || ...)) refuse_missing(function, at);
     try {
       return kOperator(std::forward<Args>(args)...);
     } catch (const std::runtime_error& error) {
@@ -54,4 +95,12 @@ struct WithTorchMessage<kOperator> {
 
 }  // namespace ehrseq
 
-#define EHRSEQ_BOX(function) TORCH_BOX((&::ehrseq::WithTorchMessage<function>::call))
+// Called for every operator when the library is loaded, or the operator is defined later.
+extern "C" inline __attribute__((used, visibility("default"))) void ehrseq_fast_add_schema(
+    const char* schema) {
+  ehrseq::known_schemas() += std::string(schema) + "\n";
+}
+
+#define EHRSEQ_BOX(operation)                                    \
+  (::ehrseq::WithTorchMessage<operation>::function = #operation, \
+   TORCH_BOX((&::ehrseq::WithTorchMessage<operation>::call)))

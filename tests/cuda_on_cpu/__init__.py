@@ -142,6 +142,7 @@ class Shim:
         operations.define(NAMESPACE)
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
+        operations.name_arguments_in(self._library)
         for name in ("launches", "memsets"):
             getattr(self._library, f"cuda_on_cpu_{name}").restype = ctypes.c_int64
         self._library.cuda_on_cpu_set_seed.argtypes = [ctypes.c_uint64]
