@@ -20,7 +20,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -181,12 +180,12 @@ _Blocks = tuple[_Block, ...]
 _blocks: ContextVar[_Blocks] = ContextVar("ehrseq_fast_backend", default=())
 
 
-class _Traced(threading.local):
-    """The innermost block of this thread again, for ``torch.compile``: it cannot read a context
-    variable, and guards on this."""
+class _Traced:
+    """The blocks for ``torch.compile``, which does not trace the reading of a context variable, but
+    takes a property that is written in C for what it is: it reads this one, and guards on what it
+    found. Called with this object as the default, it gives that where no block was ever entered."""
 
-    def __init__(self) -> None:
-        self.innermost: tuple[str | None, ...] = ()
+    blocks = property(_blocks.get)  # type: ignore[arg-type]
 
 
 _traced = _Traced()
@@ -289,8 +288,11 @@ def _has_kernels(operation: str, backend: str) -> bool:
 def requested() -> str | None:
     """The backend that was asked for; None where the package chooses."""
     if torch.compiler.is_compiling():
-        innermost = _traced.innermost
-        return innermost[0] if innermost else _by_environment
+        traced: Any = _traced.blocks
+        for block in reversed(traced) if isinstance(traced, tuple) else ():
+            if block.is_open:
+                return block.backend
+        return _by_environment
     blocks = _blocks.get()
     if blocks and not blocks[-1].is_open:
         blocks = _enter(blocks)
@@ -301,7 +303,6 @@ def _enter(blocks: _Blocks) -> _Blocks:
     """Make those of ``blocks`` that are open the current context's."""
     blocks = tuple(block for block in blocks if block.is_open)
     _blocks.set(blocks)
-    _traced.innermost = (blocks[-1].backend,) if blocks else ()
     return blocks
 
 

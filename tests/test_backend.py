@@ -186,3 +186,61 @@ def test_forked_workers_inherit_the_choice():
     with use_backend("reference"):
         loader = DataLoader(Asked(), num_workers=1, multiprocessing_context="fork")
         assert list(loader) == [["reference"]]
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_functions_in_tasks_that_interleave(fullgraph):
+    """A task is suspended inside its block; what another one compiled or asked for meanwhile is not
+    its own."""
+    torch._dynamo.reset()
+    found = []
+
+    def asks(x):
+        return x + 1, backend.requested()
+
+    fast = torch.compile(asks, backend="eager", fullgraph=fullgraph)
+
+    def look(who):
+        found.append((who, fast(torch.ones(1))[1], backend.requested()))
+
+    async def first(turn, other):
+        look("first")
+        with use_backend("reference"):
+            other.set()
+            await turn.wait()
+            look("first, inside")
+        look("first, after")
+
+    async def second(turn, other):
+        await turn.wait()
+        look("second")
+        with use_backend(None), use_backend("cpu"):
+            look("second, inside")
+            other.set()
+            await asyncio.sleep(0)
+            look("second, inside")
+        look("second, after")
+
+    async def main():
+        turns = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(first(*turns), second(*reversed(turns)))
+
+    asyncio.run(main())
+    assert len(found) == 7
+    assert all(compiled == eager for _, compiled, eager in found), found
+    assert ("first, inside", "reference", "reference") in found
+
+
+def test_a_compiled_function_after_a_block_was_closed_elsewhere():
+    torch._dynamo.reset()
+
+    def holds():
+        with use_backend("reference"):
+            yield
+
+    fast = torch.compile(lambda x: (x + 1, backend.requested()), backend="eager")
+    held = holds()
+    next(held)
+    assert fast(torch.ones(1))[1] == "reference"
+    in_thread(held.close)
+    assert fast(torch.ones(1))[1] is None
