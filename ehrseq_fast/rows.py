@@ -67,7 +67,8 @@ class PackedRows(_Movable):
 
     It moves with its batch as a tensor does (``to``, ``cpu``, ``cuda``, ``detach``,
     ``pin_memory``), gives its values to ``numpy.asarray``, can be loaded with
-    ``torch.load(weights_only=True)``, and is a pytree node of ``values`` and ``batch``.
+    ``torch.load(weights_only=True)``, and is a pytree node whose one leaf is ``values``: a
+    ``tree_map`` over tensors acts on these, and leaves the batch as and where it is.
 
     Attributes:
         values: ``[n_visits, ...]``, rows in the order of ``batch``.
@@ -155,7 +156,9 @@ class VisitState(_Movable):
 
 
 # As pytree nodes, the tensors in them are seen by whatever looks for a model's outputs:
-# DistributedDataParallel with static_graph=True, FSDP, torch.export.
+# DistributedDataParallel with static_graph=True, FSDP, torch.func. A batch is part of the structure
+# and not a node: what maps its tensors one by one (to a dtype, to another device) would break what
+# holds between them, and a graph that was exported for one batch's sizes would serve no other.
 
 
 def _as_node(kind: type, children: tuple[str, ...], rest: tuple[str, ...]) -> None:
@@ -176,6 +179,6 @@ def _as_node(kind: type, children: tuple[str, ...], rest: tuple[str, ...]) -> No
     )
 
 
-_as_node(PackedRows, ("values", "batch"), ())
+_as_node(PackedRows, ("values",), ("batch",))
 _as_node(VisitState, ("h", "c"), ("n_visits",))
 torch.serialization.add_safe_globals([PackedRows, VisitState])

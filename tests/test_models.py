@@ -656,6 +656,21 @@ def test_autocast(variant, path):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
 
 
+@pytest.mark.parametrize("lengths", [(4, 1, 6, 3), (4, 4), (3,)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_states_under_autocast_have_one_dtype_on_every_path(variant, lengths):
+    """PyTorch's LSTM gives another one where visits are padded, or all patients have as many."""
+    batch = ragged_batch(lengths)
+    found = {}
+    for path in PATHS:
+        model = build(variant, path).eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model._hidden_states(*batch[:3])
+            out = output_of(model, batch)
+        found[path] = states.values.dtype, states.final.dtype, out.dtype
+    assert found == dict.fromkeys(PATHS, (torch.float32, torch.float32, torch.bfloat16))
+
+
 @pytest.mark.parametrize(("variant", "path"), [("with-time", "fused"), ("survival", "padded")])
 def test_torch_compile_gives_the_same(variant, path):
     """Not as one graph: lengths are read on the host, and torch leaves nn.LSTM out of graphs."""

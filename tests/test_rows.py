@@ -118,17 +118,45 @@ def test_pytree():
     values = rows()
     leaves, spec = _pytree.tree_flatten({"hazards": values, "state": state()})
     assert leaves[0] is values.values
-    assert any(leaf is values.batch for leaf in leaves)
+    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
     again = _pytree.tree_unflatten(leaves, spec)
     assert isinstance(again["hazards"], PackedRows)
     assert again["hazards"].values is values.values
     assert again["state"].n_visits == 1
-    detached = _pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, values)
+    assert again["hazards"].batch is values.batch
+    detached = _pytree.tree_map(lambda tensor: tensor.detach(), values)
+    assert values.values.requires_grad
     assert not detached.values.requires_grad
+    assert detached.batch is values.batch
     paths = [_pytree.keystr(path) for path, _ in _pytree.tree_flatten_with_path(values)[0]]
     assert paths[0] == ".values"
     dumped = _pytree.treespec_dumps(_pytree.tree_flatten(state())[1])
     assert _pytree.treespec_loads(dumped) == _pytree.tree_flatten(state())[1]
+
+
+def test_rows_of_several_models_at_once():
+    """torch.func takes what a model returns apart, and puts it together again."""
+    model, visits = build("survival"), batch()
+    stacked = {name: torch.stack([p, 2 * p]).detach() for name, p in model.named_parameters()}
+    found = torch.func.vmap(lambda weights: torch.func.functional_call(model, weights, visits))(
+        stacked
+    )
+    assert isinstance(found, PackedRows)
+    assert found.batch is visits
+    for i in range(2):
+        weights = {name: p[i] for name, p in stacked.items()}
+        expected = torch.func.functional_call(model, weights, visits)
+        torch.testing.assert_close(found.values[i], expected.values)
+
+
+def test_an_exported_model_takes_padded_tensors():
+    model, visits = build("survival").eval(), batch()
+    model.path = "padded"
+    with pytest.raises(ValueError, match=r"Unsupported input type .*PackedVisits"):
+        torch.export.export(model, (visits,))
+    padded = visits.to_padded()
+    exported = torch.export.export(model, padded).module()
+    torch.testing.assert_close(exported(*padded), model(*padded))
 
 
 def as_lightning_moves(value, device):

@@ -29,7 +29,7 @@ STEPS = 3
 
 
 def gradients(module):
-    return [p.grad.clone() for p in module.parameters()]
+    return [None if p.grad is None else p.grad.clone() for p in module.parameters()]
 
 
 def tasks():
@@ -48,6 +48,26 @@ def tasks():
         "weighted classes": (classes, {"target": "kind", "weight": weight}),
         "classes": (classes, {"target": "kind"}),
         "pairs": (pairs, {"target": "pair"}),
+    }
+
+
+def of_one_process():
+    """Models and options where one process has all patients, and the other an empty shard."""
+    whole, models = tasks()
+    nobody = whole[[]]
+    diverged = build("survival")
+    with torch.no_grad():
+        diverged.embedding.weight[1] = float("nan")
+    sparse = build("survival")
+    sparse.embedding.sparse = True
+    frozen = build("survival")
+    frozen.embedding.requires_grad_(False)
+    return {
+        **{name: (build(name), {}, batch()[[]]) for name in NAMES[:2]},
+        **{name: (model, options, nobody) for name, (model, options) in models.items()},
+        "frozen": (frozen, {}, nobody),
+        "diverged": (diverged, {}, nobody),
+        "sparse": (sparse, {}, nobody),
     }
 
 
@@ -89,6 +109,17 @@ def train(rank):
         loss = ddp(whole[SHARDS[rank]])
         loss.backward()
         found[task] = gradients(ddp), loss.detach()
+    for name, (model, options, nobody) in of_one_process().items():
+        ddp = wrapped(model, **options)
+        for _ in range(2):
+            ddp.zero_grad()
+            loss = ddp(whole if rank == 0 else nobody)
+            loss.backward()
+        found["nobody", name] = gradients(ddp), loss.detach()
+    try:
+        ddp(nobody)
+    except ValueError as error:
+        found["nobody anywhere"] = str(error)
     evaluated = ModelWithLoss(build("survival"), across_processes=True)
     with torch.no_grad():
         found["no gradient"] = [], evaluated(shard) if rank == 0 else torch.zeros(())
@@ -156,6 +187,28 @@ def test_means_over_anything_else_than_patients(processes, task):
     whole, models = tasks()
     model, options = models[task]
     check([found[task] for found in processes], model.loss(whole, **options), model)
+
+
+@pytest.mark.parametrize("name", of_one_process())
+def test_a_process_without_patients_adds_nothing(processes, name):
+    model, options, _ = of_one_process()[name]
+    loss = model.loss(tasks()[0], **options)
+    loss.backward()
+    expected = gradients(model)
+    for found in processes:
+        for ours, wanted in zip(found["nobody", name][0], expected, strict=True):
+            dense = [g if g is None or not g.is_sparse else g.to_dense() for g in (ours, wanted)]
+            torch.testing.assert_close(*dense, rtol=1e-5, atol=1e-7, equal_nan=True)
+    (_, mine), (_, nobodys) = (found["nobody", name] for found in processes)
+    torch.testing.assert_close(mine / 2, loss.detach(), equal_nan=True)
+    assert nobodys == 0
+
+
+def test_nobody_anywhere_is_refused_in_every_process(processes):
+    for found in processes:
+        assert found["nobody anywhere"] == (
+            "batch: expected a patient in at least one process, got none"
+        )
 
 
 def test_without_gradients_nobody_is_asked(processes):

@@ -35,6 +35,9 @@ class PackedVisits(Changes):
     go along with ``copy.deepcopy``, ``pickle``, slices, :meth:`cat`, :meth:`pin_memory` and
     :meth:`to`.
 
+    ``torch.export`` takes no batch as an input: the sizes of a batch are Python numbers, which a
+    graph would hold for good. Export a model with ``path="padded"`` and padded tensors.
+
     Attributes:
         codes: int32 ``[n_codes]``, the codes of row 0, then of row 1, ...; within a visit in the
             caller's order.

@@ -273,7 +273,8 @@ class LSTMBaseline(VisitSequenceModel):
         Returns:
             ``logits`` ``[B, O]``, ``predictions`` ``[B, O]`` (after the task's activation) and,
             asked for, ``hidden_states`` ``[B, V, H]`` (2H if bidirectional), zeros on padding;
-            of a packed batch :class:`~ehrseq_fast.PackedRows` ``[n_visits, H]``.
+            of a packed batch :class:`~ehrseq_fast.PackedRows` ``[n_visits, H]``. Under autocast
+            on the CPU states keep the model's dtype, logits have autocast's, on every path.
 
         Raises:
             ValueError: for shapes that do not fit, patients without a visit, masks with holes.

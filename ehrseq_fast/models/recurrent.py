@@ -61,6 +61,9 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
     """``module`` called on packed visits, or on ``[B, V, E]``: outputs in the same form and the
     final states as the module gives them.
 
+    Under autocast on the CPU outputs keep the dtype of ``input``, which the kernels compute in:
+    PyTorch's LSTM gives autocast's for padded visits and for packed ones of equal lengths alone.
+
     Raises:
         TypeError: if the result is not that of a recurrent layer.
     """
@@ -80,7 +83,16 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
     outputs, final = result
     if hook is not None:
         outputs = outputs._replace(data=hook.setup_output_hook((outputs.data, final))[0])
-    return outputs.transpose(0, 1) if turned else outputs, final
+    outputs = outputs.transpose(0, 1) if turned else outputs
+    if torch.is_autocast_enabled("cpu"):
+        outputs = _in_dtype_of(input, outputs)
+    return outputs, final
+
+
+def _in_dtype_of(input: Any, outputs: Any) -> Any:
+    if isinstance(outputs, PackedSequence):
+        return outputs._replace(data=_in_dtype_of(input.data, outputs.data))
+    return outputs.to(input.dtype) if outputs.device.type == "cpu" else outputs
 
 
 def _backward_hook(module: nn.Module) -> BackwardHook | None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import PackedVisits
 from .base import VisitSequenceModel
+from .sequences import expect_batch
 
 
 class ModelWithLoss(nn.Module):
@@ -23,8 +25,9 @@ class ModelWithLoss(nn.Module):
     unequal size that is not the gradient of the mean over all patients; with
     ``across_processes=True`` it is. In training, each process then tells the others how many
     patients it has, and returns its share of that mean times the number of processes: the average
-    over the processes is the loss of all their patients. Without gradients, or after ``eval()``, it
-    asks nobody, and returns the loss of its own patients.
+    over the processes is the loss of all their patients. A process may have no patient (the last
+    shard of an epoch): its share is 0, and so are its gradients. Without gradients, or after
+    ``eval()``, it asks nobody, and returns the loss of its own patients.
 
     Args:
         model: a model of this package, or any module with ``loss(batch, **options)``.
@@ -83,15 +86,25 @@ class ModelWithLoss(nn.Module):
                 constructor.
 
         Raises:
-            ValueError, KeyError: as ``model.loss``.
+            ValueError, KeyError: as ``model.loss``; with ``across_processes=True`` a batch without
+                patients is refused, in every process, where no process has any.
         """
         options = self.options | options
         self._check(options)
         together = self.across_processes and self.training and torch.is_grad_enabled()
         if not together or not dist.is_initialized():
             return self.model.loss(batch, **options)
-        total = self.model._loss_divisor(batch, **options)
-        dist.all_reduce(total, group=self.process_group)
+        expect_batch(batch)
+        patients = len(batch)
+        divisor = self.model._loss_divisor(batch, **options)
+        sums = torch.stack([divisor, torch.full_like(divisor, patients)])
+        dist.all_reduce(sums, group=self.process_group)
+        total, everybody = sums.unbind()
+        if patients == 0:
+            # Read here alone: where no process has a patient, all of them come here.
+            if not everybody.item():
+                raise ValueError("batch: expected a patient in at least one process, got none")
+            return _zero_of(self.model)
         processes = dist.get_world_size(self.process_group)
         loss = self.model.loss(batch, **options | {"reduction": "sum"})
         return loss * (processes / total).to(loss.dtype)
@@ -102,3 +115,19 @@ class ModelWithLoss(nn.Module):
                 "across_processes=True is for the mean over all processes' patients, got "
                 f"reduction={options['reduction']!r}"
             )
+
+
+def _zero_of(model: nn.Module) -> Tensor:
+    """0, of which every weight has a gradient of zeros, whatever the weight holds: what shares
+    gradients between processes waits for all of them."""
+    sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
+    zeros = []
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            continue
+        if id(weight) in sparse:
+            nothing = torch.zeros(0, dtype=torch.long, device=weight.device)
+            zeros.append(F.embedding(nothing, weight, sparse=True).sum())
+        else:
+            zeros.append(weight.flatten()[:0].sum())
+    return torch.stack([zero.to(zeros[0]) for zero in zeros]).sum()
