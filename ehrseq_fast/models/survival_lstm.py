@@ -104,7 +104,10 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
         path: ``"fused"`` computes real codes and visits only. ``"packed"`` (plain PyTorch: embed,
             mask, average, pack, LSTM, pad) and ``"padded"`` (plain PyTorch over all padded slots)
             are its oracle and baseline. A bidirectional LSTM on the padded path reads padding
-            before the last real visit, as the reference does: there alone results depend on it.
+            before the last real visit, as the reference does: there alone results depend on it;
+            and ``scale_grad_by_freq`` of an embedding put in place counts padded slots there (and
+            on the packed path), as ``nn.Embedding`` does: where they hold codes other than 0, these
+            codes' gradients are smaller than on the fused path, which counts real codes alone.
             Also an attribute that may be set later.
 
     Example:
