@@ -79,7 +79,7 @@ def _load_library(stem: str) -> Loaded:
     try:
         torch.ops.load_library(str(found[0]))
         operations.name_arguments_in(ctypes.CDLL(str(found[0])))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, AttributeError) as error:
         return Loaded(f"{found[0].name} did not load: {error}", str(found[0]))
     return Loaded(None, str(found[0]))
 

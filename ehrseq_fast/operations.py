@@ -66,7 +66,7 @@ _operators: dict[str, Operator] = {}
 _triton_functions: dict[str, Callable[..., Any]] = {}
 _implemented: set[tuple[str, str]] = set()  # operators in Triton, and for which device's tensors
 _libraries: dict[str, torch.library.Library] = {}
-_compiled: list[ctypes.CDLL] = []  # libraries that name arguments in their errors
+_schema_readers: list[Callable[[bytes], Any]] = []  # of libraries whose errors name arguments
 
 
 def import_all() -> None:
@@ -101,8 +101,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         _operators[defined.name] = defined
         for namespace in _libraries:
             _define_in(namespace, defined)
-        for library in _compiled:
-            library.ehrseq_fast_add_schema(schema.encode())
+        for read in _schema_readers:
+            read(schema.encode())
         return shapes
 
     return define_in_all
@@ -122,10 +122,15 @@ def define(namespace: str) -> None:
 
 def name_arguments_in(library: ctypes.CDLL) -> None:
     """Give a compiled library the schemas of all operators, those of later folders too: its errors
-    name the arguments."""
-    _compiled.append(library)
+    name the arguments.
+
+    Raises:
+        AttributeError: for a library of an older build, which takes none.
+    """
+    read = library.ehrseq_fast_add_schema
+    _schema_readers.append(read)
     for defined in _operators.values():
-        library.ehrseq_fast_add_schema(defined.schema.encode())
+        read(defined.schema.encode())
 
 
 def _define_in(namespace: str, defined: Operator) -> None:
