@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .arrays import expect_tensor, kind_of, whole
 from .backend import validate_on_device
-from .models.pooling import wide_dtype
+from .checks import accumulator
 from .models.sequences import refuse_zero_lengths
 from .rows import PackedRows
 
@@ -69,7 +69,7 @@ class FixedHorizonProgressionLoss(nn.Module):
         if not logits.is_floating_point():
             raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
         _check_finite(valid_mask)
-        wide = wide_dtype(logits.dtype)
+        wide = accumulator(logits.dtype)
         valid = valid_mask != 0
         targets = labels.to(wide).masked_fill(~valid, 0.0)
         _check_targets(targets)

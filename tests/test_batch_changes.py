@@ -208,7 +208,7 @@ BAD = {
     "codes outside": (
         lambda b: b.with_codes([1, 2, 13, -1, 1, 1, 1]),
         IndexError,
-        "Found 2 codes outside the vocabulary: expected 0 <= code < 13. The first is 13, at",
+        r"Found 2 codes outside the vocabulary: expected 0 <= code < 13\. The first is 13: codes\[",
     ),
     "float codes": (lambda b: b.with_codes(torch.ones(7)), TypeError, "expected int32 or int64"),
     "integers to keep": (lambda b: b.with_codes(keep=[1] * 7), TypeError, "expected booleans"),

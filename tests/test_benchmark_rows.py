@@ -11,8 +11,7 @@ import torch
 import ehrseq_fast
 from benchmarks import devices, jobs, modes, registry
 from benchmarks.cases import Missing, Variant, asked_for, difference_of
-from ehrseq_fast import backend, operations
-from ehrseq_fast.survival_nll import checks
+from ehrseq_fast import checks, operations
 from ehrseq_fast.survival_nll.operators import LINKS
 from ehrseq_fast.visit_pool.operators import MODES
 from ehrseq_fast.visit_pool.packed import PACKED_MODES
@@ -44,7 +43,7 @@ def test_every_operation_in_every_mode_and_dtype_is_a_row():
         (name, mode, dtype)
         for name in public_operations()
         for mode in KNOWN_MODES.get(name, ("an operation without modes",))
-        for dtype in backend.FLOATING
+        for dtype in checks.FLOATING
     }
     public = [row for row in ROWS if row.function in public_operations()]
     assert wanted == {(row.function, row.mode, row.dtype) for row in public}

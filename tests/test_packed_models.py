@@ -271,7 +271,7 @@ BAD = {
     "code outside the vocabulary": (
         lambda: build("survival")(from_lists([[[VOCABULARY]]])),
         IndexError,
-        "Found 1 codes outside the vocabulary of 13 codes",
+        "Found 1 codes outside the vocabulary: expected 0 <= code < 13",
     ),
     "features of another width": (
         lambda: build("with time")(from_lists([[[1]]], visit_features=[torch.ones(1, 2)])),

@@ -323,61 +323,61 @@ BAD_INPUT = {
     "code too large": (
         lambda: packed_visit_pool(small_batch(), table()[:2], validate=True),
         IndexError,
-        "Found 2 codes outside the vocabulary of 2 codes. The first is code 2 at position 1",
+        r"Found 2 codes .*: expected 0 <= code < 2\. The first is 2: codes\[1\]\.",
     ),
     "mode": (
         lambda: packed_visit_pool(small_batch(), table(), mode="median"),
         ValueError,
-        "unknown mode 'median'; there are 'mean', 'sum', 'max', 'attention'",
+        "mode: expected one of 'mean', 'sum', 'max', 'attention', got 'median'",
     ),
     "attention without scores": (
         lambda: packed_visit_pool(small_batch(), table(), mode="attention"),
         ValueError,
-        "mode='attention' takes scores",
+        "scores: expected scores with mode='attention', got None",
     ),
     "scores without attention": (
         lambda: packed_visit_pool(small_batch(), table(), scores=torch.ones(3)),
         ValueError,
-        "mode='attention' takes scores, and no other mode does",
+        "scores: expected None with mode='mean', got a tensor of shape",
     ),
     "scores of another size": (
         lambda: packed_visit_pool(small_batch(), table(), mode="attention", scores=torch.ones(2)),
         ValueError,
-        r"scores must be \[K\] = \[3\], got \[2\]",
+        r"scores: expected \[K\] = \[3\], got \[2\]",
     ),
     "scores of another dtype": (
         lambda: packed_visit_pool(
             small_batch(), table(), mode="attention", scores=torch.ones(3).double()
         ),
         TypeError,
-        "scores must be torch.float32 as weight is",
+        "scores: expected torch.float32, as weight",
     ),
     "sparse attention": (
         lambda: packed_visit_pool(
             small_batch(), table(), mode="attention", scores=torch.ones(3), sparse_grad=True
         ),
         ValueError,
-        "sparse_grad is not available",
+        "sparse_grad: expected False",
     ),
     "table": (
         lambda: packed_visit_pool(small_batch(), table()[0]),
         ValueError,
-        r"weight must be \[K, E\], got \[4\]",
+        r"weight: expected \[K, E\], got \[4\]",
     ),
     "integer table": (
         lambda: packed_visit_pool(small_batch(), table().long()),
         TypeError,
-        "weight must be float32",
+        "weight: expected float32",
     ),
     "padding_idx": (
         lambda: packed_visit_pool(small_batch(), table(), padding_idx=5),
         IndexError,
-        "padding_idx 5 is outside",
+        "padding_idx: expected -3 <= padding_idx < 3, got 5",
     ),
     "devices": (
         lambda: packed_visit_pool(small_batch(), table().to("meta")),
         ValueError,
-        r"the batch is on (cpu|cuda:\d), and weight is on meta",
+        r"batch: expected on meta, where weight is, got (cpu|cuda:\d)",
     ),
 }
 

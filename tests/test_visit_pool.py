@@ -482,12 +482,12 @@ BAD_INPUT = {
     "code too large": (
         lambda: visit_mean_pool(visit_codes(2), table(), real(), validate=True),
         IndexError,
-        r"Found 3 codes outside the vocabulary of 3 codes. The first is code 3 at \[0, 0, 0\]",
+        r"Found 3 codes outside .*: expected 0 <= code < 3\. The first is 3: codes\[0, 0, 0\]\.",
     ),
     "negative code": (
         lambda: visit_mean_pool(visit_codes(-2), table(), real(), validate=True),
         IndexError,
-        r"Found 1 codes .* The first is code -1 at \[0, 0, 0\]",
+        r"Found 1 codes .* The first is -1: codes\[0, 0, 0\]\.",
     ),
     "code too large, int32, no mask": (
         lambda: visit_mean_pool(visit_codes(2).int(), table(), validate=True),
@@ -497,77 +497,77 @@ BAD_INPUT = {
     "padding_idx": (
         lambda: visit_mean_pool(visit_codes(), table(), padding_idx=3),
         IndexError,
-        "padding_idx 3 is outside the vocabulary of 3 codes",
+        "padding_idx: expected -3 <= padding_idx < 3, got 3",
     ),
     "mask shape": (
         lambda: visit_mean_pool(visit_codes(), table(), real()[..., :2]),
         ValueError,
-        r"mask must have the shape of codes, \[1, 2, 3\], got \[1, 2, 2\]",
+        r"mask: expected \[1, 2, 3\], the shape of codes, got \[1, 2, 2\]",
     ),
     "weight shape": (
         lambda: visit_mean_pool(visit_codes(), table()[0]),
         ValueError,
-        r"weight must be \[K, E\], got \[4\]",
+        r"weight: expected \[K, E\], got \[4\]",
     ),
     "codes without dimensions": (
         lambda: visit_mean_pool(torch.tensor(1), table()),
         ValueError,
-        r"codes must be \[..., C\]",
+        r"codes: expected \[..., C\]",
     ),
     "mode": (
         lambda: visit_mean_pool(visit_codes(), table(), mode="median"),
         ValueError,
-        "unknown mode 'median'; there are 'mean', 'sum', 'max'",
+        "mode: expected one of 'mean', 'sum', 'max', got 'median'",
     ),
     "mask that requires a gradient": (
         lambda: visit_mean_pool(visit_codes(), table(), real().float().requires_grad_()),
         ValueError,
-        "mask requires a gradient",
+        "mask: expected no requires_grad",
     ),
     "float codes": (
         lambda: visit_mean_pool(visit_codes().float(), table()),
         TypeError,
-        "codes must be int32 or int64, got torch.float32",
+        "codes: expected int32 or int64, got torch.float32",
     ),
     "integer table": (
         lambda: visit_mean_pool(visit_codes(), table().long()),
         TypeError,
-        "weight must be float32, float64, bfloat16 or float16",
+        "weight: expected float32, float64, bfloat16 or float16",
     ),
     "complex mask": (
         lambda: visit_mean_pool(visit_codes(), table(), real().to(torch.complex64)),
         TypeError,
-        "mask must be bool or real",
+        "mask: expected a bool or real",
     ),
     "devices": (
         lambda: visit_mean_pool(visit_codes(), table().to("meta")),
         ValueError,
-        r"codes are on (cpu|cuda:\d), and weight is on meta",
+        r"codes: expected on meta, where weight is, got (cpu|cuda:\d)",
     ),
     "masked_pool mode": (
         lambda: masked_pool(torch.ones(2, 3, 4), mode="attention"),
         ValueError,
-        "unknown mode",
+        "mode: expected one of",
     ),
     "masked_pool shape": (
         lambda: masked_pool(torch.ones(2)),
         ValueError,
-        r"embeddings must be \[..., C, E\], got \[2\]",
+        r"embeddings: expected \[..., C, E\], got \[2\]",
     ),
     "masked_pool mask": (
         lambda: masked_pool(torch.ones(2, 3, 4), torch.ones(2, 4)),
         ValueError,
-        r"shape of embeddings \[..., C\], \[2, 3\], got \[2, 4\]",
+        r"mask: expected \[2, 3\], the shape of embeddings, without E, got \[2, 4\]",
     ),
     "masked_pool mask gradient": (
         lambda: masked_pool(torch.ones(2, 3, 4), torch.ones(2, 3, requires_grad=True)),
         ValueError,
-        "mask requires a gradient",
+        "mask: expected no requires_grad",
     ),
     "masked_pool dtype": (
         lambda: masked_pool(torch.ones(2, 3, 4).long()),
         TypeError,
-        "embeddings must be float32",
+        "embeddings: expected float32",
     ),
 }
 

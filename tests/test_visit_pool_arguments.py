@@ -205,5 +205,5 @@ def test_codes_in_use_of_codes_that_the_index_lacks():
     for code in (15, 50, -1):
         codes = batch.codes.clone()
         codes[0] = code
-        with pytest.raises(ValueError, match=f"code {code} at position 0"):
+        with pytest.raises(ValueError, match=rf"got none for {code} \(codes\[0\]\)"):
             codes_in_use(PackedCodes(**{**fields, "codes": codes}))

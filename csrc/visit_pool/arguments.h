@@ -43,6 +43,14 @@ inline void expect_padding(int64_t padding_idx, int64_t vocabulary, const char* 
   }
 }
 
+[[noreturn]] inline void refuse_codes_outside(int64_t found, int64_t vocabulary, int64_t code,
+                                              const std::string& place) {
+  throw std::out_of_range("Found " + std::to_string(found) +
+                          " codes outside the vocabulary: expected 0 <= code < " +
+                          std::to_string(vocabulary) + ". The first is " + std::to_string(code) +
+                          ": codes" + place + ".");
+}
+
 inline void expect_mask(const OptionalTensor& mask, const std::vector<int64_t>& shape,
                         const char* operation) {
   if (!mask.has_value()) return;

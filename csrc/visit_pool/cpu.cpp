@@ -72,10 +72,8 @@ template <typename code_t, typename mask_t>
                          if (found++ == 0) first = at;
                        });
   }
-  throw std::out_of_range("Found " + std::to_string(found) + " codes outside the vocabulary of " +
-                          std::to_string(in.vocabulary) + " codes. The first is code " +
-                          std::to_string(codes[first]) + " at " +
-                          position(first, shape_of(in.codes)) + ".");
+  pooling::refuse_codes_outside(found, in.vocabulary, codes[first],
+                                position(first, shape_of(in.codes)));
 }
 
 template <typename acc_t, typename code_t, typename mask_t>

@@ -65,10 +65,8 @@ PackedCodes packed_codes(const Tensor& codes, const Tensor& code_offsets, int64_
       const bool outside = uint32_t(in.codes[i]) >= uint64_t(vocabulary);
       if (outside && found++ == 0) first = i;
     }
-    throw std::out_of_range("Found " + std::to_string(found) + " codes outside the vocabulary of " +
-                            std::to_string(vocabulary) + " codes. The first is code " +
-                            std::to_string(in.codes[first]) + " at position " +
-                            std::to_string(first) + " of the packed codes.");
+    pooling::refuse_codes_outside(found, vocabulary, in.codes[first],
+                                  "[" + std::to_string(first) + "]");
   }
   return in;
 }

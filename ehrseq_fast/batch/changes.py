@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import backend
 from ..arrays import ArrayLike, as_array, integers, truth
 from ..autograd import outside_inference
+from ..checks import refuse_codes_outside
 from .checks import code_limit, outcome
 from .gather import as_tensor, as_values, check_features, gather_all
 from .layout import LONGS, OUTCOMES, Layout
@@ -221,14 +222,7 @@ class Changes(Rows):
             new = torch.from_numpy(np.array(integers("codes", codes))).to(self.device)
         if new.shape != (self.n_codes,):
             raise ValueError(f"codes: expected shape [{self.n_codes}], got {list(new.shape)}")
-        limit = code_limit(self.vocab_size)
-        outside = ((new < 0) | (new >= limit)).nonzero()
-        if len(outside):
-            at = int(outside[0])
-            raise IndexError(
-                f"Found {len(outside)} codes outside the vocabulary: expected 0 <= code < {limit}. "
-                f"The first is {int(new[at])}, at position {at}."
-            )
+        refuse_codes_outside(new, code_limit(self.vocab_size))
         return new
 
     def _kept(self, keep: ArrayLike) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from ..checks import codes_outside, zero_lengths
 from .patient_order import Longs, PatientOrder
 
 MOST = 2**31 - 2  # codes, and visits, that int32 offsets can count
@@ -86,10 +87,7 @@ def find_visits(
 def refuse_empty(lengths: Longs, names: Names) -> None:
     empty = np.flatnonzero(lengths == 0)
     if len(empty):
-        raise ValueError(
-            f"Found {len(empty)} sequences with zero length. All sequences must have at least "
-            f"1 visit. The first is {names[empty[0]]}."
-        )
+        raise zero_lengths(len(empty), names[empty[0]])
 
 
 def check_visit_offsets(
@@ -200,11 +198,8 @@ def check_codes(
         patient, visit, slot, at = _first(
             order.patient_of_row[rows], order.time_of_row[rows], slots[outside], outside
         )
-        code = huge.get(at, codes[at])
-        raise IndexError(
-            f"Found {len(outside)} codes outside the vocabulary: expected 0 <= code < "
-            f"{vocab_size}. The first is {code}: {names[patient]}, visit {visit}, code {slot}."
-        )
+        where = f"{names[patient]}, visit {visit}, code {slot}"
+        raise codes_outside(len(outside), vocab_size, huge.get(at, codes[at]), where)
 
 
 def _first(*columns: npt.NDArray[Any]) -> tuple[int, ...]:

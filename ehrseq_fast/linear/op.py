@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import backend
 from ..autograd import once, transformed
+from ..checks import FLOATING
 from .operators import ACTIVATIONS
 
 
@@ -55,7 +56,7 @@ def dtypes_for(input: Tensor, *weights: Tensor) -> tuple[torch.dtype, torch.dtyp
         return None
     served = (
         input.dim() == 2
-        and given <= backend.FLOATING
+        and given <= FLOATING
         and all(x.device.type == "cpu" for x in operands)
         and not torch.compiler.is_compiling()
         and backend.choose("linear", "cpu", input.dtype) == "cpu"

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from ..arrays import expect_tensor, kind_of
 from ..autograd import transformed, values_are_hidden
 from ..batch import PackedVisits
+from ..checks import refuse_codes_outside
 from ..rows import PackedRows, VisitState
 from .head import hazards_of, run_network
 from .pooling import plain_pool
@@ -22,7 +23,6 @@ from .recurrent import first_state, recurrent_layer, run, run_plain
 from .sequences import (
     check_padded_batch,
     check_sequence_mask,
-    describe_code_outside_vocabulary,
     is_fractional,
     pack_padded_batch,
     real_lengths,
@@ -30,6 +30,10 @@ from .sequences import (
 from .visit_vectors import pool_codes, pool_weighted_codes, vocabulary_of
 
 PATHS = ("fused", "packed", "padded")
+
+
+# of a code, as the batch builder names it
+_PLACE = "patient {0[0]}, visit {0[1]}, code {0[2]}"
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,12 @@ class VisitSequenceModel(nn.Module):
             return run(visit_codes, visit_mask, sequence_mask, visit_features)
         except IndexError as error:
             vocab_size = vocabulary_of(self.embedding)
-            message = vocab_size and describe_code_outside_vocabulary(visit_codes, vocab_size)
-            if not message:
-                raise
-            raise IndexError(message) from error
+            if vocab_size is not None:
+                try:
+                    refuse_codes_outside(visit_codes, vocab_size, place=_PLACE)
+                except IndexError as outside:
+                    raise outside from error
+            raise
         except RuntimeError as error:
             if not transformed(*self.parameters()):
                 raise

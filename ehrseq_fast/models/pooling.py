@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..checks import accumulator
+
 
 def plain_pool(embeddings: Tensor, visit_mask: Tensor | None, mode: str) -> Tensor:
     """Masked mean, sum or max over codes, ``[..., C, E]`` → ``[..., E]``, the usual way.
@@ -33,14 +35,9 @@ def plain_pool(embeddings: Tensor, visit_mask: Tensor | None, mode: str) -> Tens
     return (total / count).to(embeddings.dtype)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are accumulated in: float64 for itself, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def softmax_over_real(scores: Tensor, real: Tensor) -> Tensor:
     """Attention weights over the last dimension, in at least float32; zeros where not ``real``."""
-    scores = scores.to(wide_dtype(scores.dtype))
+    scores = scores.to(accumulator(scores.dtype))
     # A lowest finite number in padded slots would outweigh real scores of -inf. In a visit without
     # a real code, -inf everywhere would give NaN.
     scores = scores.masked_fill(~real, float("-inf"))

@@ -13,6 +13,7 @@ from ..arrays import expect_tensor, kind_of
 from ..autograd import outside_transforms
 from ..backend import validate_on_device
 from ..batch import PackedVisits
+from ..checks import zero_lengths
 
 CODE_DTYPES = (torch.int32, torch.int64)
 
@@ -71,10 +72,7 @@ def refuse_zero_lengths(lengths: Tensor) -> None:
     empty = lengths == 0
     count = int(empty.sum())
     if count:
-        raise ValueError(
-            f"Found {count} sequences with zero length. All sequences must have at least 1 visit. "
-            f"The first is patient {int(empty.int().argmax())}."
-        )
+        raise zero_lengths(count, f"patient {int(empty.int().argmax())}")
 
 
 def refuse_holes(lengths: Tensor, reaches: Tensor) -> None:
@@ -175,18 +173,4 @@ def _pack_padded_batch(
         visit_mask,
         None if sequence_mask is None else sequence_mask != 0,
         vocab_size=vocab_size,
-    )
-
-
-def describe_code_outside_vocabulary(visit_codes: Tensor, vocab_size: int) -> str | None:
-    """Where the first code outside ``[0, vocab_size)`` stands, padded slots included."""
-    outside = (visit_codes < 0) | (visit_codes >= vocab_size)
-    places = outside.nonzero()
-    if len(places) == 0:
-        return None
-    patient, visit, slot = places[0].tolist()
-    code = int(visit_codes[patient, visit, slot])
-    return (
-        f"Found {len(places)} codes outside the vocabulary of {vocab_size}. The first is code "
-        f"{code} of patient {patient}, visit {visit}, slot {slot}."
     )

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..arrays import expect_tensor
 from ..batch import PackedVisits
+from ..checks import accumulator
 from ..rows import PackedRows
 from ..survival_nll import packed_survival_nll
 from .base import VisitSequenceModel
-from .pooling import wide_dtype
 from .recurrent import lstm_dropout, visit_lstm
 from .sequences import expect_batch
 
@@ -58,7 +58,7 @@ def survival_curve(hazards: Tensor | PackedRows) -> tuple[Any, Any]:
     expect_tensor("hazards", hazards, "a tensor [B, V] or PackedRows")
     if hazards.dim() < 2:
         raise ValueError(f"hazards: expected [B, V], got shape {list(hazards.shape)}")
-    hazards = hazards.to(wide_dtype(hazards.dtype))
+    hazards = hazards.to(accumulator(hazards.dtype))
     survival = torch.log1p(-hazards.clamp(max=LARGEST_HAZARD)).cumsum(1).exp()
     return survival, hazards.cumsum(1)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import PackedVisits
+from ..checks import refuse_codes_outside
 from ..visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
 from ..visit_pool.packed import PackedCodes
 from .reading import is_plain_embedding
@@ -52,13 +53,12 @@ def embed(embedding: nn.Module, codes: Tensor) -> Tensor:
         return embedding(codes.long())
     except IndexError as error:
         vocab_size = vocabulary_of(embedding)
-        outside = codes.new_empty(0) if vocab_size is None else codes[codes >= vocab_size]
-        if len(outside) == 0:
-            raise
-        raise IndexError(
-            f"Found {len(outside)} codes outside the vocabulary of {vocab_size} codes. The first "
-            f"is code {int(outside[0])}."
-        ) from error
+        if vocab_size is not None:
+            try:
+                refuse_codes_outside(codes, vocab_size)
+            except IndexError as outside:
+                raise outside from error
+        raise
 
 
 def embed_real(embedding: nn.Module, codes: Tensor, mask: Tensor) -> Tensor:

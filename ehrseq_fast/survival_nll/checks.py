@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from ..autograd import transformed
+from ..checks import FLOATING, INTEGER, REAL, zero_lengths
 from .fused import Inputs, Options
 from .operators import REDUCTIONS
 
-INTEGER = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
-FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-REAL = INTEGER | FLOATING | {torch.bool}
 CENSORED_VISITS = ("excluded", "included")
 
 
@@ -170,10 +168,7 @@ def check_outcomes(inputs: Inputs, link: str) -> None:
             )
         visits = mask.long().sum(1)
     if (patient := _first(offending := visits == 0)) is not None:
-        raise ValueError(
-            f"Found {int(offending.sum())} sequences with zero length. All sequences must have at "
-            f"least 1 visit. The first is patient {patient}."
-        )
+        raise zero_lengths(int(offending.sum()), f"patient {patient}")
     if (patient := _first(offending := (times < 0) | (times >= visits))) is not None:
         _refuse(
             "event_times must be one of the patient's visits, counted from 0",

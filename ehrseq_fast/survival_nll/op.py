@@ -8,10 +8,9 @@ from torch import Tensor
 from .. import backend
 from ..autograd import transformed
 from ..backend import must_check_values
+from ..checks import INTEGER, REAL
 from ..rows import PackedRows
 from .checks import (
-    INTEGER,
-    REAL,
     check_link,
     check_options,
     check_outcomes,

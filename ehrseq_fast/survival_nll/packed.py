@@ -11,10 +11,9 @@ from .. import backend
 from ..arrays import kind_of
 from ..autograd import transformed
 from ..backend import must_check_values
+from ..checks import INTEGER, REAL
 from ..rows import PackedRows
 from .checks import (
-    INTEGER,
-    REAL,
     check_companions,
     check_hazards,
     check_link,

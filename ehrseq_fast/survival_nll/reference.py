@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..checks import accumulator
+
 
 def discrete_time_survival_nll(
     hazards: Tensor,
@@ -66,7 +68,8 @@ def competing_risks_nll(
             survived = survived | (at_time & (types == 0))
         nothing = survived & (classes == 0)
         at_risk = (survived | event).any(2, keepdim=True)
-        log_p = torch.where(at_risk, _upcast(hazards), 0.0).log_softmax(2)
+        wide = hazards.to(accumulator(hazards.dtype))
+        log_p = torch.where(at_risk, wide, 0.0).log_softmax(2)
         nll = -torch.where(event | nothing, log_p, 0.0).sum((1, 2))
     else:
         event = at_time & (classes + 1 == types)
@@ -75,10 +78,6 @@ def competing_risks_nll(
             survived = survived | (at_time & ~event)
         nll = _bernoulli_nll(hazards, event, survived, from_logits, eps).sum((1, 2))
     return _reduced(nll, sample_weight, reduction)
-
-
-def _upcast(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _visits(
@@ -98,7 +97,8 @@ def _bernoulli_nll(
     hazards: Tensor, event: Tensor, survived: Tensor, from_logits: bool, eps: float
 ) -> Tensor:
     """-log h where the event was, -log(1-h) where it was survived, 0 elsewhere."""
-    h = torch.where(event | survived, _upcast(hazards), 0.0 if from_logits else 0.5)
+    wide = hazards.to(accumulator(hazards.dtype))
+    h = torch.where(event | survived, wide, 0.0 if from_logits else 0.5)
     if from_logits:
         return torch.where(event | survived, -logsigmoid(torch.where(event, h, -h)), 0.0)
     clamped = h.clamp(eps, 1 - eps)

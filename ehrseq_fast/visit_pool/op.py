@@ -9,6 +9,7 @@ from .. import backend
 from ..arrays import expect_tensor
 from ..autograd import once, transformed, values_are_hidden
 from ..backend import must_check_values, operators
+from ..checks import expect_device, expect_floating, expect_option, refuse_codes_outside
 from . import reference
 from .operators import MODES
 
@@ -88,7 +89,7 @@ def visit_mean_pool(
     chosen = choose("visit_pool", weight, visit_mask)
     must_check = must_check_values(chosen, weight.device.type, validate)
     if must_check and not values_are_hidden(codes, visit_mask):
-        _check_codes(codes, visit_mask, weight.shape[0])
+        refuse_codes_outside(codes, weight.shape[0], visit_mask)
     if chosen == "reference":
         return reference.visit_mean_pool(
             codes,
@@ -129,11 +130,11 @@ def masked_pool(embeddings: Tensor, mask: Tensor | None = None, *, mode: str = "
         >>> masked_pool(visit, torch.tensor([True, True, False]), mode="max")
         tensor([5., 3.])
     """
-    _check_mode(mode)
-    check_floating("embeddings", embeddings)
+    expect_option("mode", mode, MODES)
+    expect_floating("embeddings", embeddings)
     if embeddings.dim() < 2:
-        raise ValueError(f"embeddings must be [..., C, E], got {_shape(embeddings)}")
-    _check_mask(mask, embeddings.shape[:-1], "embeddings [..., C]", embeddings.device)
+        raise ValueError(f"embeddings: expected [..., C, E], got {_shape(embeddings)}")
+    _check_mask(mask, embeddings.shape[:-1], "embeddings, without E", embeddings.device)
     chosen = choose("masked_pool", embeddings, mask)
     if chosen == "reference":
         return reference.masked_pool(embeddings, mask, mode=mode)
@@ -212,22 +213,11 @@ def choose(operation: str, values: Tensor, *others: Tensor | None) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Checks at the door
+# Input validation
 
 
 def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; there are {', '.join(map(repr, MODES))}")
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    expect_tensor(name, tensor)
-    if tensor.dtype not in backend.FLOATING:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
 def _check_mask(mask: Tensor | None, shape: torch.Size, like: str, device: torch.device) -> None:
@@ -235,16 +225,13 @@ def _check_mask(mask: Tensor | None, shape: torch.Size, like: str, device: torch
         return
     expect_tensor("mask", mask, "a tensor or None")
     if mask.shape != shape:
-        raise ValueError(
-            f"the mask must have the shape of {like}, {list(shape)}, got {_shape(mask)}"
-        )
-    if mask.device != device:
-        raise ValueError(f"the mask is on {mask.device}, and the values are on {device}")
+        raise ValueError(f"mask: expected {list(shape)}, the shape of {like}, got {_shape(mask)}")
+    expect_device("mask", mask, device, like)
     if mask.is_complex():
-        raise TypeError(f"the mask must be bool or real, got {mask.dtype}")
+        raise TypeError(f"mask: expected a bool or real dtype, got {mask.dtype}")
     if mask.requires_grad:
         raise ValueError(
-            "the mask requires a gradient, and pooling has none for it: pass mask.detach()"
+            "mask: expected no requires_grad, as pooling has no gradient for it: pass mask.detach()"
         )
 
 
@@ -252,17 +239,16 @@ def _check_table_arguments(
     codes: Tensor, weight: Tensor, visit_mask: Tensor | None, mode: str, padding_idx: int | None
 ) -> int:
     """Check everything but values; the row that gets no gradient, as from :func:`padding_row`."""
-    _check_mode(mode)
-    check_floating("weight", weight)
+    expect_option("mode", mode, MODES)
+    expect_floating("weight", weight)
     expect_tensor("codes", codes)
     if codes.dtype not in _CODE_DTYPES:
-        raise TypeError(f"codes must be int32 or int64, got {codes.dtype}")
+        raise TypeError(f"codes: expected int32 or int64, got {codes.dtype}")
     if weight.dim() != 2:
-        raise ValueError(f"weight must be [K, E], got {_shape(weight)}")
+        raise ValueError(f"weight: expected [K, E], got {_shape(weight)}")
     if codes.dim() < 1:
-        raise ValueError(f"codes must be [..., C], got {_shape(codes)}")
-    if codes.device != weight.device:
-        raise ValueError(f"codes are on {codes.device}, and weight is on {weight.device}")
+        raise ValueError(f"codes: expected [..., C], got {_shape(codes)}")
+    expect_device("codes", codes, weight.device, "weight")
     _check_mask(visit_mask, codes.shape, "codes", codes.device)
     return padding_row(padding_idx, weight.shape[0])
 
@@ -273,23 +259,10 @@ def padding_row(padding_idx: int | None, vocabulary: int) -> int:
         return -1
     if not -vocabulary <= padding_idx < vocabulary:
         raise IndexError(
-            f"padding_idx {padding_idx} is outside the vocabulary of {vocabulary} codes"
+            f"padding_idx: expected {-vocabulary} <= padding_idx < {vocabulary}, got {padding_idx}"
         )
     return padding_idx % vocabulary
 
 
 def _readable_mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype in _MASK_DTYPES else mask.to(torch.float32)
-
-
-def _check_codes(codes: Tensor, visit_mask: Tensor | None, vocabulary: int) -> None:
-    outside = (codes < 0) | (codes >= vocabulary)
-    if visit_mask is not None:
-        outside &= visit_mask != 0
-    found = int(outside.sum())
-    if found:
-        first = outside.nonzero()[0]
-        raise IndexError(
-            f"Found {found} codes outside the vocabulary of {vocabulary} codes. The first is code "
-            f"{int(codes[tuple(first)])} at {first.tolist()}."
-        )

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..arrays import expect_tensor, kind_of
 from ..autograd import once, values_are_hidden
 from ..backend import must_check_values, operators
+from ..checks import expect_floating, expect_option, refuse_codes_outside
 from . import reference
-from .op import check_floating, choose, padding_row, sparse_rows
+from .op import choose, padding_row, sparse_rows
 from .operators import MODES
 
 if TYPE_CHECKING:
@@ -217,31 +218,30 @@ def _check_arguments(
     padding_idx: int | None,
     sparse_grad: bool,
 ) -> int:
-    if mode not in PACKED_MODES:
-        names = ", ".join(map(repr, PACKED_MODES))
-        raise ValueError(f"unknown mode {mode!r}; there are {names}")
+    expect_option("mode", mode, PACKED_MODES)
     if not hasattr(batch, "index_visits"):
         raise TypeError(f"batch: expected a PackedVisits, got {kind_of(batch)}")
-    check_floating("weight", weight)
+    expect_floating("weight", weight)
     if weight.dim() != 2:
-        raise ValueError(f"weight must be [K, E], got {list(weight.shape)}")
+        raise ValueError(f"weight: expected [K, E], got {list(weight.shape)}")
     if batch.codes.device != weight.device:
         raise ValueError(
-            f"the batch is on {batch.codes.device}, and weight is on {weight.device}: "
+            f"batch: expected on {weight.device}, where weight is, got {batch.codes.device}: "
             "move it with batch.to(device)"
         )
     if (scores is not None) != (mode == "attention"):
-        raise ValueError("mode='attention' takes scores, and no other mode does")
+        expected = "scores" if mode == "attention" else "None"
+        raise ValueError(f"scores: expected {expected} with mode={mode!r}, got {kind_of(scores)}")
     if scores is not None:
         expect_tensor("scores", scores)
         if scores.shape != weight.shape[:1]:
             raise ValueError(
-                f"scores must be [K] = {list(weight.shape[:1])}, got {list(scores.shape)}"
+                f"scores: expected [K] = {list(weight.shape[:1])}, got {list(scores.shape)}"
             )
         if scores.dtype != weight.dtype:
-            raise TypeError(f"scores must be {weight.dtype} as weight is, got {scores.dtype}")
+            raise TypeError(f"scores: expected {weight.dtype}, as weight, got {scores.dtype}")
         if sparse_grad:
-            raise ValueError("sparse_grad is not available with mode='attention'")
+            raise ValueError("sparse_grad: expected False with mode='attention', got True")
     return padding_row(padding_idx, weight.shape[0])
 
 
@@ -253,8 +253,8 @@ def _check_in_index(batch: PackedVisits | PackedCodes, places: Tensor) -> None:
     if bool(beyond.any()) or not torch.equal(held, batch.codes):
         first = int((beyond | (held != batch.codes)).nonzero()[0])
         raise ValueError(
-            "the batch's index must hold every code of the batch, got code "
-            f"{int(batch.codes[first])} at position {first} of the packed codes, which it lacks"
+            "index_codes: expected every code of the batch, got none for "
+            f"{int(batch.codes[first])} (codes[{first}])"
         )
 
 
@@ -267,11 +267,4 @@ def _check_packed_codes(batch: PackedVisits | PackedCodes, vocabulary: int) -> N
             f"code_offsets must rise from 0 to the {codes.shape[0]} codes of the batch, got "
             f"{int(offsets[first])} at position {first}"
         )
-    outside = (codes < 0) | (codes >= vocabulary)
-    found = int(outside.sum())
-    if found:
-        first = int(outside.nonzero()[0])
-        raise IndexError(
-            f"Found {found} codes outside the vocabulary of {vocabulary} codes. The first is code "
-            f"{int(codes[first])} at position {first} of the packed codes."
-        )
+    refuse_codes_outside(codes, vocabulary)

@@ -6,9 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-REAL = (torch.bool, *INTEGER, *FLOATING)
+from ...checks import FLOATING, INTEGER, REAL, accumulator
 
 
 def check_hazards(operation: str, hazards: Tensor, dims: tuple[int, ...], shape: str) -> None:
@@ -42,7 +40,7 @@ def check_patients(
     sample_weight: Tensor | None,
 ) -> None:
     """One number per patient each, on the hazards' device."""
-    types = ("event_types", (torch.bool, *INTEGER)) if competing else ("event_indicators", REAL)
+    types = ("event_types", INTEGER | {torch.bool}) if competing else ("event_indicators", REAL)
     for tensor, (name, dtypes) in (
         (event_times, ("event_times", INTEGER)),
         (event_types, types),
@@ -93,8 +91,7 @@ def check_scale(
     saved = torch.float32 if dtype == torch.float16 else dtype
     if grad.dtype != saved or dtype not in FLOATING or not 1 <= grad.dim() <= 3:
         raise ValueError(f"{name}: not the saved gradient of hazards of this dtype")
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    if grad_nll.dtype != wide or grad_nll.dim() > 1:
+    if grad_nll.dtype != accumulator(grad.dtype) or grad_nll.dim() > 1:
         raise ValueError(f"{name}: grad_nll is not that of this loss")
     _check_device(grad, grad_nll)
     given = [tensor for tensor in rows if tensor is not None]
