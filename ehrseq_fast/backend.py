@@ -235,7 +235,7 @@ def why_not_loaded(backend: str) -> str | None:
         return None
     if backend in _kernels:
         return _kernels[backend].reason
-    return f"there is no such backend; there are {', '.join(BACKENDS)}"
+    return f"expected one of {', '.join(map(repr, BACKENDS))}"
 
 
 def why_not(operation: str, backend: str, device: str, dtype: torch.dtype) -> str | None:

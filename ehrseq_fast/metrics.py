@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .arrays import ArrayLike, as_array, got
+from .checks import expect_option
 from .rows import PackedRows
 
 
@@ -55,11 +56,10 @@ def concordance_index(
         >>> concordance_index(hazards, torch.tensor([0, 2, 1]), torch.tensor([1, 0, 1]))
         1.0
     """
-    if censored_visit not in ("excluded", "included"):
-        raise ValueError(f"censored_visit must be 'excluded' or 'included', got {censored_visit!r}")
+    expect_option("censored_visit", censored_visit, ("excluded", "included"))
     if isinstance(hazards, PackedRows):
         if sequence_mask is not None:
-            raise ValueError("sequence_mask must be None where hazards are PackedRows")
+            raise ValueError("sequence_mask: expected None, as hazards are PackedRows, got a mask")
         batch = hazards.batch
         event_times = batch.event_times if event_times is None else event_times
         event_indicators = batch.event_indicators if event_indicators is None else event_indicators

@@ -406,13 +406,13 @@ BAD_INPUTS = {
     "no cause": ({"hazards": torch.rand(3, 4, 0)}, ValueError, "at least 1 values per visit"),
     "no event class alone": (
         {"hazards": torch.rand(3, 4, 1), **SOFTMAX}, ValueError, "at least 2 values per visit"),
-    "link": ({"link": "probit"}, ValueError, "link must be 'sigmoid' or 'softmax'"),
+    "link": ({"link": "probit"}, ValueError, "link: expected one of 'sigmoid', 'softmax'"),
     "softmax of probabilities": (
-        {"link": "softmax"}, ValueError, "link='softmax' takes logits: pass from_logits=True"),
-    "types float": ({"event_types": torch.ones(3)}, TypeError, "event_types must have an integer"),
+        {"link": "softmax"}, ValueError, "from_logits: expected True"),
+    "types float": ({"event_types": torch.ones(3)}, TypeError, "event_types: expected an integer"),
     "types [B, K]": (
         {"event_types": torch.ones(3, 2, dtype=torch.long)}, ValueError,
-        r"event_types must have shape \[B\] = \[3\]"),
+        r"event_types: expected shape \[B\] = \[3\]"),
     "type past K": (
         {"event_types": torch.tensor([0, 3, 4])}, ValueError,
         r"event_types must be 0 \(censored\) or a cause 1\.\.2: patient 1 has 3 \(.*fault: 2\)"),
@@ -432,8 +432,9 @@ BAD_INPUTS = {
     "entry": (
         {"entry_times": torch.tensor([0, 2, 0])}, ValueError, "patient 1 has entry time 2"),
     "weight that learns": (
-        {"sample_weight": torch.ones(3, requires_grad=True)}, ValueError, "requires grad"),
-    "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+        {"sample_weight": torch.ones(3, requires_grad=True)}, ValueError,
+        "expected no requires_grad"),
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction: expected one of"),
 }  # fmt: skip
 
 

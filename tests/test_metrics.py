@@ -48,7 +48,7 @@ def test_a_censoring_at_the_time_of_an_event():
     hazards, times, seen = torch.tensor([[0.1], [0.9]]), torch.tensor([3, 3]), torch.tensor([1, 0])
     assert concordance_index(hazards, times, seen) == 0.5
     assert concordance_index(hazards, times, seen, censored_visit="included") == 0.0
-    with pytest.raises(ValueError, match="censored_visit must be 'excluded' or 'included'"):
+    with pytest.raises(ValueError, match="censored_visit: expected one of 'excluded', 'included'"):
         concordance_index(hazards, times, seen, censored_visit="both")
 
 

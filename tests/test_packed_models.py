@@ -251,12 +251,12 @@ BAD = {
     "no outcomes": (
         lambda: build("survival").loss(from_lists(RECORDS)),
         ValueError,
-        "there are no outcomes",
+        "event_times and event_indicators: expected",
     ),
     "no event types": (
         lambda: build("competing risks").loss(from_lists(RECORDS)),
         ValueError,
-        "there are no outcomes: give event_times and event_types",
+        "event_times and event_types: expected",
     ),
     "no such target": (
         lambda: build("baseline, mean").loss(batch(), "readmission"),

@@ -245,12 +245,12 @@ BAD_INPUT = {
     "dimensions": (
         lambda: packed_survival_nll(rows().unsqueeze(1), packed()),
         ValueError,
-        r"hazards must have shape \[n_visits\], got \[16, 1\]",
+        r"hazards: expected shape \[n_visits\], got \[16, 1\]",
     ),
     "no outcomes": (
         lambda: packed_survival_nll(rows()[:1], from_lists([[[1]]])),
         ValueError,
-        "there are no outcomes",
+        "event_times and event_indicators: expected",
     ),
     "event time past the visits": (
         lambda: packed_survival_nll(
@@ -282,41 +282,41 @@ BAD_INPUT = {
     "float times": (
         lambda: packed_survival_nll(rows(), packed(), event_times=torch.zeros(5)),
         TypeError,
-        "event_times must have an integer dtype",
+        "event_times: expected an integer dtype",
     ),
     "number of patients": (
         lambda: packed_survival_nll(rows(), packed(), event_times=torch.zeros(4, dtype=torch.long)),
         ValueError,
-        r"event_times must have shape \[B\] = \[5\]",
+        r"event_times: expected shape \[B\] = \[5\]",
     ),
     "integer hazards": (
         lambda: packed_survival_nll(rows().long(), packed()),
         TypeError,
-        "hazards must have a floating-point dtype",
+        "hazards: expected a floating-point dtype",
     ),
     "reduction": (
         lambda: packed_survival_nll(rows(), packed(), reduction="median"),
         ValueError,
-        "reduction must be one of",
+        "reduction: expected one of",
     ),
     "softmax of probabilities": (
         lambda: packed_competing_risks_nll(torch.ones(16, 3), packed(), link="softmax"),
         ValueError,
-        "link='softmax' takes logits",
+        "from_logits: expected True",
     ),
     "devices": (
         lambda: packed_survival_nll(
             rows().to("meta"), packed(), event_times=torch.ones(5, dtype=torch.long, device="meta")
         ),
         ValueError,
-        r"the batch is on (cpu|cuda:\d), and hazards is on meta",
+        r"batch: expected on meta, where hazards is, got (cpu|cuda:\d)",
     ),
     "weights that require a gradient": (
         lambda: packed_survival_nll(
             rows(), packed(), sample_weight=torch.ones(5, requires_grad=True)
         ),
         ValueError,
-        "sample_weight requires grad",
+        "sample_weight: expected no requires_grad",
     ),
 }
 

@@ -594,38 +594,39 @@ def test_module_holds_the_options(backend):
 # What a good call is changed to, and how it is refused.
 HOLE = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [1, 1, 1, 0]])
 BAD_INPUTS = {
-    "hazards not a tensor": ({"hazards": [[0.5]]}, TypeError, "hazards must be a tensor"),
+    "hazards not a tensor": ({"hazards": [[0.5]]}, TypeError, "hazards: expected a tensor"),
     "hazards integer": (
         {"hazards": torch.ones(3, 4, dtype=torch.long)}, TypeError, "floating-point dtype"),
     "hazards [B, V, 1]": (
         {"hazards": torch.rand(3, 4, 1)}, ValueError, r"shape \[B, V\], got \[3, 4, 1\]"),
     "times float": (
-        {"event_times": torch.tensor([0.0, 1, 2])}, TypeError, "event_times must have an integer"),
+        {"event_times": torch.tensor([0.0, 1, 2])}, TypeError, "event_times: expected an integer"),
     "times bool": (
-        {"event_times": torch.ones(3, dtype=torch.bool)}, TypeError, "event_times must have"),
+        {"event_times": torch.ones(3, dtype=torch.bool)}, TypeError, "event_times: expected"),
     "times [B, 1]": (
         {"event_times": torch.zeros(3, 1, dtype=torch.long)}, ValueError,
-        r"event_times must have shape \[B\] = \[3\] .* got \[3, 1\]"),
+        r"event_times: expected shape \[B\] = \[3\] .* got \[3, 1\]"),
     "indicators [2]": (
-        {"event_indicators": torch.ones(2)}, ValueError, r"event_indicators must have shape \[B\]"),
+        {"event_indicators": torch.ones(2)}, ValueError, r"event_indicators: expected shape \[B\]"),
     "indicators complex": (
         {"event_indicators": torch.ones(3, dtype=torch.cfloat)}, TypeError, "event_indicators"),
     "mask [B, 3]": (
         {"sequence_mask": torch.ones(3, 3)}, ValueError,
-        r"sequence_mask must have shape \[B, V\] = \[3, 4\]"),
+        r"sequence_mask: expected shape \[B, V\] = \[3, 4\]"),
     "mask on another device": (
-        {"sequence_mask": torch.ones(3, 4, device="meta")}, ValueError, "sequence_mask is on meta"),
+        {"sequence_mask": torch.ones(3, 4, device="meta")}, ValueError,
+        "sequence_mask: expected on"),
     "entry float": (
-        {"entry_times": torch.zeros(3)}, TypeError, "entry_times must have an integer"),
+        {"entry_times": torch.zeros(3)}, TypeError, "entry_times: expected an integer"),
     "weight [B, V]": (
-        {"sample_weight": torch.ones(3, 4)}, ValueError, r"sample_weight must have shape \[B\]"),
+        {"sample_weight": torch.ones(3, 4)}, ValueError, r"sample_weight: expected shape \[B\]"),
     "weight that learns": (
         {"sample_weight": torch.ones(3, requires_grad=True)}, ValueError,
-        "sample_weight requires grad"),
-    "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of"),
-    "censored_visit": ({"censored_visit": "both"}, ValueError, "censored_visit must be one of"),
-    "eps": ({"eps": 0.5}, ValueError, r"eps must lie in \[0, 0.5\)"),
-    "eps nan": ({"eps": math.nan}, ValueError, r"eps must lie in \[0, 0.5\)"),
+        "sample_weight: expected no requires_grad"),
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction: expected one of"),
+    "censored_visit": ({"censored_visit": "both"}, ValueError, "censored_visit: expected one of"),
+    "eps": ({"eps": 0.5}, ValueError, r"eps: expected 0 <= eps < 0.5"),
+    "eps nan": ({"eps": math.nan}, ValueError, r"eps: expected 0 <= eps < 0.5"),
     "hole": (
         {"sequence_mask": HOLE}, ValueError,
         r"sequence_mask .* patient 1 has 1 at visit 2, after a 0 \(patients at fault: 1\)"),

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from ..arrays import expect_tensor, kind_of
 from ..autograd import transformed, values_are_hidden
 from ..batch import PackedVisits
-from ..checks import refuse_codes_outside
+from ..checks import expect_option, refuse_codes_outside
 from ..rows import PackedRows, VisitState
 from .head import hazards_of, run_network
 from .pooling import plain_pool
@@ -76,8 +76,7 @@ class VisitSequenceModel(nn.Module):
 
     @path.setter
     def path(self, path: str) -> None:
-        if path not in PATHS:
-            raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
+        expect_option("path", path, PATHS)
         self._path = path
 
     # What a subclass may override

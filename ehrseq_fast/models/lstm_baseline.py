@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..arrays import expect_tensor
 from ..backend import use_backend
 from ..batch import PackedVisits
+from ..checks import expect_option
 from ..visit_pool import codes_in_use, masked_pool, packed_visit_pool
 from .base import VisitSequenceModel
 from .head import run_network
@@ -70,10 +71,7 @@ class VisitEncoder(nn.Module):
 
     def __init__(self, embedding_dim: int, aggregation: str = "mean", dropout: float = 0.1) -> None:
         super().__init__()
-        if aggregation not in AGGREGATIONS:
-            raise ValueError(
-                f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}"
-            )
+        expect_option("aggregation", aggregation, AGGREGATIONS)
         self.embedding_dim = embedding_dim
         self.aggregation = aggregation
         self.dropout = nn.Dropout(dropout)
@@ -210,8 +208,7 @@ class LSTMBaseline(VisitSequenceModel):
         path: str = "fused",
     ) -> None:
         super().__init__(path)
-        if task not in ACTIVATIONS:
-            raise ValueError(f"task must be one of {', '.join(ACTIVATIONS)}, got {task!r}")
+        expect_option("task", task, ACTIVATIONS)
         self.vocab_size = vocab_size
         self.embedding_dim = embedding_dim
         self.hidden_dim = hidden_dim
@@ -387,11 +384,10 @@ def create_lstm_baseline(
         >>> create_lstm_baseline(50, "multi_class", output_dim=4).fc
         Linear(in_features=256, out_features=4, bias=True)
     """
-    if model_size not in SIZES:
-        raise ValueError(f"model_size must be one of {', '.join(SIZES)}, got {model_size!r}")
+    expect_option("model_size", model_size, SIZES)
     if output_dim is None:
         if task == "multi_class":
-            raise ValueError("output_dim must be given for task 'multi_class'")
+            raise ValueError("output_dim: expected a number with task 'multi_class', got None")
         output_dim = 1
     return LSTMBaseline(
         vocab_size, **SIZES[model_size], output_dim=output_dim, task=task, path=path

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arrays import expect_tensor
 from ..autograd import transformed
-from ..checks import FLOATING, INTEGER, REAL, zero_lengths
+from ..checks import FLOATING, INTEGER, REAL, expect_device, expect_option, zero_lengths
 from .fused import Inputs, Options
 from .operators import REDUCTIONS
 
@@ -21,7 +22,7 @@ def require_outcomes(**outcomes: Tensor | None) -> tuple[Tensor, ...]:
     """Refuse outcomes that were left out: padded hazards bring none with them."""
     for name, tensor in outcomes.items():
         if tensor is None:
-            raise TypeError(f"{name} must be given with padded hazards")
+            raise TypeError(f"{name}: expected a tensor with padded hazards, got None")
     return tuple(tensor for tensor in outcomes.values() if tensor is not None)
 
 
@@ -29,33 +30,31 @@ def refuse_mask(sequence_mask: Tensor | None) -> None:
     """Packed rows are real visits alone."""
     if sequence_mask is not None:
         raise ValueError(
-            "sequence_mask must be None where hazards are PackedRows, which hold real visits alone"
+            "sequence_mask: expected None, as hazards are PackedRows, whose visits are all real, "
+            "got a mask"
         )
 
 
 def check_link(hazards: Tensor, link: str, from_logits: bool) -> None:
     """Refuse an unknown link, and hazards whose last dimension does not fit it."""
-    if link not in ("sigmoid", "softmax"):
-        raise ValueError(f"link must be 'sigmoid' or 'softmax', got {link!r}")
+    expect_option("link", link, ("sigmoid", "softmax"))
     if link == "softmax" and not from_logits:
-        raise ValueError("link='softmax' takes logits: pass from_logits=True")
+        raise ValueError("from_logits: expected True with link='softmax', got False")
     fewest = 2 if link == "softmax" else 1
     if hazards.shape[-1] < fewest:
         raise ValueError(
-            f"hazards must have at least {fewest} values per visit with link={link!r}, "
+            f"hazards: expected at least {fewest} values per visit with link={link!r}, "
             f"got shape {list(hazards.shape)}"
         )
 
 
 def check_options(options: Options) -> None:
-    """Refuse options that there are not."""
+    """Refuse unknown options."""
     _, censored_visit, eps, reduction = options
-    if censored_visit not in CENSORED_VISITS:
-        raise ValueError(f"censored_visit must be one of {CENSORED_VISITS}, got {censored_visit!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {tuple(REDUCTIONS)}, got {reduction!r}")
+    expect_option("censored_visit", censored_visit, CENSORED_VISITS)
+    expect_option("reduction", reduction, REDUCTIONS)
     if not 0 <= eps < 0.5:
-        raise ValueError(f"eps must lie in [0, 0.5), got {eps}")
+        raise ValueError(f"eps: expected 0 <= eps < 0.5, got {eps}")
 
 
 def check_tensors(
@@ -83,13 +82,12 @@ def check_tensors(
 
 def check_hazards(hazards: Tensor, layout: tuple[str, ...]) -> None:
     """Refuse hazards that are not a floating-point tensor of these dimensions."""
-    if not isinstance(hazards, Tensor):
-        raise TypeError(f"hazards must be a tensor, got {type(hazards).__name__}")
+    expect_tensor("hazards", hazards)
     if hazards.dtype not in FLOATING:
-        raise TypeError(f"hazards must have a floating-point dtype, got {hazards.dtype}")
+        raise TypeError(f"hazards: expected a floating-point dtype, got {hazards.dtype}")
     if hazards.dim() != len(layout):
         raise ValueError(
-            f"hazards must have shape [{', '.join(layout)}], got {list(hazards.shape)}"
+            f"hazards: expected shape [{', '.join(layout)}], got {list(hazards.shape)}"
         )
 
 
@@ -114,7 +112,7 @@ def check_companions(
         learns = sample_weight.requires_grad and torch.is_grad_enabled()
         if learns and not transformed(hazards, sample_weight):
             raise ValueError(
-                "sample_weight requires grad, but the loss has a gradient with respect to hazards "
+                "sample_weight: expected no requires_grad, as the loss has a gradient for hazards "
                 'alone; detach it, or weight the result of reduction="none" yourself'
             )
 
@@ -127,18 +125,16 @@ def _check_companion(
     dtypes: frozenset[torch.dtype],
     kind: str,
 ) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    expect_tensor(name, tensor)
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must have {kind} dtype, got {tensor.dtype}")
+        raise TypeError(f"{name}: expected {kind} dtype, got {tensor.dtype}")
     if tensor.shape != shape:
         dims = ("B", "V")[: len(shape)]
         raise ValueError(
-            f"{name} must have shape [{', '.join(dims)}] = {list(shape)} "
-            f"to go with hazards {list(hazards.shape)}, got {list(tensor.shape)}"
+            f"{name}: expected shape [{', '.join(dims)}] = {list(shape)} "
+            f"for hazards {list(hazards.shape)}, got {list(tensor.shape)}"
         )
-    if tensor.device != hazards.device:
-        raise ValueError(f"{name} is on {tensor.device}, but hazards is on {hazards.device}")
+    expect_device(name, tensor, hazards.device, "hazards")
 
 
 def check_outcomes(inputs: Inputs, link: str) -> None:

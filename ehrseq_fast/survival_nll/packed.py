@@ -70,7 +70,7 @@ def packed_survival_nll(
     seen = batch.event_indicators if event_indicators is None else event_indicators
     if times is None or seen is None:
         raise ValueError(
-            "there are no outcomes: give event_times and event_indicators to the batch or the call"
+            "event_times and event_indicators: expected with the batch or the call, got None"
         )
     types = ("event_indicators", seen, REAL)
     _check_tensors(hazards, batch, (), times, types, entry_times, sample_weight)
@@ -115,7 +115,7 @@ def packed_competing_risks_nll(
     kinds = batch.event_types if event_types is None else event_types
     if times is None or kinds is None:
         raise ValueError(
-            "there are no outcomes: give event_times and event_types to the batch or the call"
+            "event_times and event_types: expected with the batch or the call, got None"
         )
     trailing = ("K + 1",) if link == "softmax" else ("K",)
     types = ("event_types", kinds, INTEGER | {torch.bool})
@@ -131,7 +131,7 @@ def _rows_and_batch(
 ) -> tuple[Tensor, PackedVisits]:
     if not isinstance(hazards, PackedRows):
         if batch is None:
-            raise TypeError("batch must be given, unless hazards are PackedRows")
+            raise TypeError("batch: expected a PackedVisits, got None (only PackedRows bring one)")
         if not hasattr(batch, "row_starts"):
             raise TypeError(f"batch: expected a PackedVisits, got {kind_of(batch)}")
         return hazards, batch
@@ -140,8 +140,8 @@ def _rows_and_batch(
     # a copy with other outcomes has the same tensors for its rows
     if batch.unsorted_indices is not hazards.batch.unsorted_indices:
         raise ValueError(
-            "batch must be the one that hazards, PackedRows, belong to; pass hazards.values for "
-            "rows of another batch with the same layout"
+            "batch: expected that of the PackedRows in hazards, got another; pass hazards.values "
+            "for rows of another batch with the same layout"
         )
     return hazards.values, batch
 
@@ -158,13 +158,13 @@ def _check_tensors(
     check_hazards(hazards, ("n_visits", *trailing))
     if hazards.shape[0] != batch.n_visits:
         raise ValueError(
-            f"hazards must have one row per visit, n_visits = {batch.n_visits}, "
+            f"hazards: expected one row per visit, n_visits = {batch.n_visits}, "
             f"got {list(hazards.shape)}"
         )
     if batch.row_starts.device != hazards.device:
         raise ValueError(
-            f"the batch is on {batch.row_starts.device}, and hazards is on {hazards.device}: "
-            "move it with batch.to(device)"
+            f"batch: expected on {hazards.device}, where hazards is, got "
+            f"{batch.row_starts.device}: move it with batch.to(device)"
         )
     check_companions(hazards, len(batch), event_times, event_types, entry_times, sample_weight)
 
