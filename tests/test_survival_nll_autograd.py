@@ -232,5 +232,5 @@ def test_packed_rows_bring_their_batch(backend, causes):
     with pytest.raises(ValueError, match="batch: expected that of the PackedRows"):
         packed(rows, other)
     bare = PackedRows(case.hazards, other)
-    with pytest.raises(ValueError, match="event_times and event_indicators: expected"):
+    with pytest.raises(ValueError, match=r"event_times and event_\w+: expected"):
         module(bare)
