@@ -13,6 +13,7 @@ from math import inf, isnan
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ehrseq_fast import backend, use_backend
@@ -22,6 +23,7 @@ from .devices import Cuda, Device, Timing
 from .timing import Spread, interleaved, plan
 
 Tensors = Sequence[Tensor]
+Run = Callable[[], Tensors]
 
 OURS = "ehrseq_fast"
 # Runs are repeated untimed before a timed one, to find the caches as a training loop would, up to
@@ -55,7 +57,7 @@ class Variant:
             gives back of memory would be felt by whatever runs next, and it is another curve.
     """
 
-    run: Callable[[], Tensors]
+    run: Run
     in_common: Callable[[Tensors], Tensors] = lambda results: results
     backend: str | None = None
     ours: bool = False
@@ -65,6 +67,26 @@ class Variant:
     compared: bool = True
     work: Work | None = None
     after_others: bool = False
+
+
+def run_of(forward: Callable[[], Tensor], leaves: Sequence[Tensor], incoming: Tensor | None) -> Run:
+    """A variant's run: the result, and its gradients by ``leaves`` for a gradient of the result;
+    where no leaf requires one, the result alone, without a graph."""
+
+    def forward_backward() -> Tensors:
+        result = forward()
+        return result.detach(), *torch.autograd.grad(result, leaves, incoming)
+
+    def forward_only() -> Tensors:
+        with torch.no_grad():
+            return (forward(),)
+
+    return forward_backward if any(leaf.requires_grad for leaf in leaves) else forward_only
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As rows have it: without ``torch.``"""
+    return str(dtype).split(".")[1]
 
 
 @dataclass(frozen=True)
@@ -334,13 +356,7 @@ class _Timer:
         turns = [names for names in (together, [n for n in quick if n not in together]) if names]
         for names in turns:
             estimates = {name: self.costs[name] for name in names}
-            planned = plan(
-                estimates,
-                budget_s / len(turns),
-                least_rounds=1,
-                most_rounds=40,
-                most_per_round=10,
-            )
+            planned = plan(estimates, budget_s / len(turns))
             taking_turns = {name: quick[name] for name in names}
             samples |= interleaved(taking_turns, planned, self._time, after_each=after_each)
         for name in quick:

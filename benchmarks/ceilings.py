@@ -88,7 +88,7 @@ def measure(device: Device, *, quick: bool = False) -> Ceilings:
     product = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.ones(width, width, dtype=dtype, device=device.name) for _ in range(2))
-        product[str(dtype).split(".")[1]] = 2 * width**3 / best(lambda a=a, b=b: a @ b)
+        product[str(dtype).removeprefix("torch.")] = 2 * width**3 / best(lambda a=a, b=b: a @ b)
     one = torch.ones(1, device=device.name)
     many = 100 if device.name == "cpu" else 1  # a clock is no finer than a call on the host
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cases import OURS, Case, Missing, Tensors, Variant, our_backends, ours
+from .cases import OURS, Case, Missing, Variant, dtype_name, our_backends, ours, run_of
 from .devices import Device
 
 WORKLOAD = "every"
@@ -93,12 +93,9 @@ class Mode:
 
     @property
     def title(self) -> str:
-        mask = "" if self.mask in (None, torch.bool) else f", {_name(self.mask)} mask"
+        numeric = self.mask is not None and self.mask != torch.bool
+        mask = f", {dtype_name(self.mask)} mask" if numeric else ""
         return f"{self.function}, {self.mode}{mask}"
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).split(".")[1]
 
 
 def case(mode: Mode, device: Device, *, quick: bool = False, backend: str | None = None) -> Case:
@@ -108,7 +105,7 @@ def case(mode: Mode, device: Device, *, quick: bool = False, backend: str | None
     variants: dict[str, Variant | Missing] = {REFERENCE: _variant(ways.plain, ways.leaves)}
     variants.update(ours(OURS, on, lambda: _variant(ways.fused, ways.leaves)))
     return Case(
-        *(mode.title, WORKLOAD, ways.patients, "forward+backward", _name(mode.dtype)),
+        *(mode.title, WORKLOAD, ways.patients, "forward+backward", dtype_name(mode.dtype)),
         variants,
         TOLERANCE[mode.dtype],
     )
@@ -121,9 +118,4 @@ def _variant(way: Way, leaves: list[Tensor]) -> Variant:
     if incoming.dim():
         drawn = torch.rand(incoming.shape, generator=generator) + 0.5
         incoming = drawn.to(incoming)
-
-    def run() -> Tensors:
-        result = way()
-        return result.detach(), *torch.autograd.grad(result, leaves, incoming.to(result.dtype))
-
-    return Variant(run)
+    return Variant(run_of(way, leaves, incoming))

@@ -47,7 +47,7 @@ def image_path(results_path: Path, results: Results, name: str) -> Path:
 
 
 def digest(results_path: Path) -> str:
-    """What a chart bears of the file that it was drawn from."""
+    """What a chart's metadata says of the file that it was drawn from."""
     return hashlib.sha256(results_path.read_bytes()).hexdigest()[:16]
 
 
@@ -104,12 +104,8 @@ def _mebibytes(row: Row) -> float | None:
 
 def _by_workload(results: Results, **wanted: str) -> dict[str, dict[str, Row]]:
     """The paths of each workload's largest batch."""
-    found: dict[str, dict[str, Row]] = {}
-    for rows in sorted(results.cases(), key=lambda rows: rows[0].patients):
-        first = rows[0]
-        if all(getattr(first, name) == value for name, value in wanted.items()):
-            found[first.workload] = {row.variant: row for row in rows}
-    return dict(sorted(found.items()))
+    found = sorted(results.largest(**wanted).items())
+    return {workload: {row.variant: row for row in rows} for workload, rows in found}
 
 
 def _bars(

@@ -109,7 +109,7 @@ def _device(path: Path, results: Results) -> str:
         f"{_conditions(results)} Every operation, phase and dtype, cold caches, growth, and what "
         f"was not measured and why: [{page.name}]({page}). All rows, spreads and ceilings: "
         f"[{path.name}]({path.relative_to(ROOT)}).\n",
-        _table(STEP_HEADER, _steps(_largest_steps(results), results)),
+        _table(STEP_HEADER, _steps(_whole_steps(results), results)),
         _table(
             ["operation, forward+backward", "this package", "plain PyTorch", "the closest other"],
             _closest(results),
@@ -170,16 +170,9 @@ def _step_cases(results: Results) -> list[list[Row]]:
     return [rows for rows in results.cases() if rows[0].operation == step.OPERATION]
 
 
-def _largest_steps(results: Results) -> list[list[Row]]:
-    """The whole float32 step of each workload's largest batch."""
-    largest: dict[str, list[Row]] = {}
-    for rows in _step_cases(results):
-        first = rows[0]
-        known = largest.get(first.workload)
-        whole = first.phase == step.STEP and first.dtype == "float32"
-        if whole and (known is None or known[0].patients < first.patients):
-            largest[first.workload] = rows
-    return list(largest.values())
+def _whole_steps(results: Results) -> list[list[Row]]:
+    wanted = {"operation": step.OPERATION, "phase": step.STEP, "dtype": "float32"}
+    return list(results.largest(**wanted).values())
 
 
 def _steps(cases: Sequence[list[Row]], results: Results) -> Iterator[Sequence[str]]:
@@ -323,7 +316,7 @@ def _slower(results: Results) -> Iterator[tuple[float, str]]:
         compared = [row for row in rows if row.seconds and row.difference is not None]
         others = [row for row in compared if not row.ours]
         for ours in compared:
-            # a further backend of the same form bears its name in brackets
+            # a further backend of the same form has its name in brackets
             if not ours.ours or ours.variant.endswith("]") or not others:
                 continue
             best = min(others, key=lambda row: row.median)

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ehrseq_fast import PackedVisits
 
-from .cases import OURS, Case, Missing, Tensors, Variant, our_backends, ours
+from .cases import OURS, Case, Missing, Tensors, Variant, dtype_name, our_backends, ours
 from .ceilings import Work
 from .devices import Cpu, Device
 from .jobs import Benchmark, Job, Session, Settings, of_case
@@ -167,7 +167,7 @@ def case(
         workload,
         len(lengths),
         phase,
-        str(dtype).split(".")[1],
+        dtype_name(dtype),
         dict(_variants(given, device, phase == TRAINED, backend)),
         TOLERANCE[dtype],
         work=products,

@@ -88,6 +88,18 @@ class Results:
             raise KeyError(f"no row has {wanted}")
         return found
 
+    def largest(self, **wanted: Any) -> dict[str, list[Row]]:
+        """Of each workload, the case with these values that has most patients."""
+        found: dict[str, list[Row]] = {}
+        for rows in self.cases():
+            first = rows[0]
+            known = found.get(first.workload)
+            if all(getattr(first, name) == value for name, value in wanted.items()) and (
+                known is None or known[0].patients < first.patients
+            ):
+                found[first.workload] = rows
+        return found
+
     def cases(self) -> list[list[Row]]:
         """The rows, grouped by what they have in common."""
         groups: dict[tuple[Any, ...], list[Row]] = {}

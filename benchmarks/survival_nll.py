@@ -20,7 +20,17 @@ from ehrseq_fast import (
 )
 from ehrseq_fast.survival_nll import reference
 
-from .cases import OURS, Case, Missing, Tensors, Variant, our_backends, ours
+from .cases import (
+    OURS,
+    Case,
+    Missing,
+    Tensors,
+    Variant,
+    dtype_name,
+    our_backends,
+    ours,
+    run_of,
+)
 from .ceilings import Work
 from .devices import Cpu, Device
 from .jobs import Benchmark, Job, Session, Settings, of_case
@@ -110,7 +120,7 @@ def case(
         outcomes.workload,
         len(hazards),
         phase,
-        str(dtype).split(".")[1],
+        dtype_name(dtype),
         dict(variants(outcomes, hazards, device, compiled, backend)),
         TOLERANCE[dtype],
         cache,
@@ -132,20 +142,12 @@ def _variant(
     given = outcomes.packed.pack(hazards.detach()) if rows else hazards
     given = given.detach().requires_grad_(hazards.requires_grad)
 
-    def forward_backward() -> Tensors:
-        value = loss(given)
-        return value.detach(), *torch.autograd.grad(value, given)
-
-    def forward_only() -> Tensors:
-        with torch.no_grad():
-            return (loss(given),)
-
     def common(results: Tensors) -> Tensors:
         if rows or not hazards.requires_grad:
             return results
         return results[0], outcomes.packed.pack(results[1])
 
-    run = forward_backward if hazards.requires_grad else forward_only
+    run = run_of(lambda: loss(given), [given], None)
     return Variant(run, common, work=work(outcomes, given) if rows else None, **kind)
 
 

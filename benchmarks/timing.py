@@ -16,6 +16,8 @@ from typing import TypeVar
 Variants = Mapping[str, Callable[[], object]]
 Sample = TypeVar("Sample")
 
+MOST_ROUNDS, MOST_PER_ROUND = 40, 10
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -38,17 +40,12 @@ class Spread:
 class Plan:
     """How many rounds, and how often each variant runs within a round.
 
-    Once ``budget_s`` seconds are spent no further round begins, but ``least_rounds`` there are.
+    Once ``budget_s`` seconds are spent no further round begins, but the first there is.
     """
 
     rounds: int
     per_round: Mapping[str, int]
     budget_s: float = inf
-    least_rounds: int = 1
-
-    @property
-    def runs(self) -> int:
-        return self.rounds * sum(self.per_round.values())
 
 
 class Budget:
@@ -71,35 +68,20 @@ class Budget:
         return Budget(self.left * weight / of, self._clock)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """How long one call takes."""
-    start = perf_counter()
-    run()
-    return perf_counter() - start
-
-
-def plan(
-    estimates: Mapping[str, float],
-    budget_s: float,
-    *,
-    least_rounds: int = 3,
-    most_rounds: int = 15,
-    most_per_round: int = 5,
-) -> Plan:
+def plan(estimates: Mapping[str, float], budget_s: float) -> Plan:
     """Fit the rounds into ``budget_s`` seconds, given roughly how long each variant takes.
 
-    Quick variants run several times a round, up to about a quarter of what the slowest takes. No
-    variant runs fewer than ``least_rounds`` times, whatever the budget. The estimates may be off,
-    or the machine grow busier: the budget holds all the same.
+    Quick variants run several times a round, up to about a quarter of what the slowest takes. One
+    round there is, whatever the budget. The estimates may be off, or the machine grow busier: the
+    budget holds all the same.
     """
     slowest = max(estimates.values())
     per_round = {
-        name: max(1, min(most_per_round, int(slowest / (4 * estimate))))
+        name: max(1, min(MOST_PER_ROUND, int(slowest / (4 * estimate))))
         for name, estimate in estimates.items()
     }
     round_s = sum(per_round[name] * estimate for name, estimate in estimates.items())
-    rounds = max(least_rounds, min(most_rounds, int(budget_s / round_s)))
-    return Plan(rounds, per_round, budget_s, least_rounds)
+    return Plan(max(1, min(MOST_ROUNDS, int(budget_s / round_s))), per_round, budget_s)
 
 
 def interleaved(
@@ -117,7 +99,7 @@ def interleaved(
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     start = perf_counter()
     for round_ in range(planned.rounds):
-        if round_ >= planned.least_rounds and perf_counter() - start > planned.budget_s:
+        if round_ > 0 and perf_counter() - start > planned.budget_s:
             break
         first = round_ % len(names)
         for name in names[first:] + names[:first]:

@@ -13,7 +13,18 @@ from torch import Tensor
 from ehrseq_fast import PackedVisits
 from ehrseq_fast.visit_pool import masked_pool, packed_visit_pool, reference, visit_mean_pool
 
-from .cases import OURS, Case, Missing, Tensors, Variant, fits, our_backends, ours
+from .cases import (
+    OURS,
+    Case,
+    Missing,
+    Tensors,
+    Variant,
+    dtype_name,
+    fits,
+    our_backends,
+    ours,
+    run_of,
+)
 from .ceilings import Work
 from .devices import Cpu, Device
 from .jobs import Benchmark, Job, Session, Settings, of_case
@@ -67,7 +78,7 @@ def case(
         batch.workload,
         batch.patients,
         phase,
-        str(dtype).split(".")[1],
+        dtype_name(dtype),
         dict(_variants(batch, device, weight, compiled, backend)),
         TOLERANCE[dtype],
         cache,
@@ -101,19 +112,10 @@ def _variants(
         in_common: Callable[[Tensor], Tensor],
         **kind: bool,
     ) -> Variant:
-        def forward_backward() -> Tensors:
-            pooled = forward()
-            return pooled.detach(), *torch.autograd.grad(pooled, weight, gradient)
-
-        def forward_only() -> Tensors:
-            with torch.no_grad():
-                return (forward(),)
-
         def common(results: Tensors) -> Tensors:
             return in_common(results[0]), *results[1:]
 
-        run = forward_backward if weight.requires_grad else forward_only
-        return Variant(run, common, **kind)
+        return Variant(run_of(forward, [weight], gradient), common, **kind)
 
     def rows_of_padded(pooled: Tensor) -> Tensor:
         return packed.pack(pooled.view_as(incoming))

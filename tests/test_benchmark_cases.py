@@ -174,8 +174,8 @@ def test_triton_kernels_run_through_the_same_cases(cpu, triton):
     pooled = all_agree(visit_pool.case(tiny, cpu, embedding_dim=4, backend=triton), cpu)
     assert pooled[visit_pool.OURS_PACKED].backend == "triton"
     outcomes = survival_nll.Outcomes.drawn(3, 4, "cpu")
-    lost = all_agree(survival_nll.case(outcomes, cpu, backend=triton), cpu)
-    assert lost["ehrseq_fast"].backend == "triton"
+    loss = all_agree(survival_nll.case(outcomes, cpu, backend=triton), cpu)
+    assert loss["ehrseq_fast"].backend == "triton"
     size = step.ModelSize(tiny.vocabulary, 4, 8)
     all_agree(step.case(tiny, cpu, size=size, backend=triton), cpu)
 

@@ -76,15 +76,16 @@ def test_spread_gives_median_and_quartiles():
 
 def test_plan_gives_quick_variants_more_runs_within_the_budget():
     planned = timing.plan({"slow": 4.0, "quick": 0.4, "instant": 1e-6}, 60.0)
-    assert planned.per_round == {"slow": 1, "quick": 2, "instant": 5}
+    assert planned.per_round == {"slow": 1, "quick": 2, "instant": timing.MOST_PER_ROUND}
     assert planned.rounds == 12
-    assert planned.runs == 12 * 8
-    assert timing.plan({"slow": 100.0}, 1.0).rounds == 3
-    assert timing.plan({"instant": 1e-6}, 60.0).rounds == 15
+    assert timing.plan({"slow": 100.0}, 1.0).rounds == 1
+    assert timing.plan({"instant": 1e-6}, 60.0).rounds == timing.MOST_ROUNDS
 
 
 def in_seconds(name, run):
-    return timing.seconds(run)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def test_interleaved_takes_turns_and_changes_who_begins():
@@ -96,12 +97,12 @@ def test_interleaved_takes_turns_and_changes_who_begins():
 
 
 def test_interleaved_measures_seconds_and_keeps_to_the_budget():
-    planned = timing.Plan(1000, {"nap": 1}, budget_s=0.1, least_rounds=2)
+    planned = timing.Plan(1000, {"nap": 1}, budget_s=0.1)
     samples = timing.interleaved({"nap": lambda: time.sleep(0.02)}, planned, in_seconds)["nap"]
-    assert 2 <= len(samples) < 10
+    assert 1 <= len(samples) < 10
     assert min(samples) >= 0.02
-    over = timing.Plan(5, {"nap": 1}, budget_s=0.0, least_rounds=3)
-    assert len(timing.interleaved({"nap": lambda: None}, over, in_seconds)["nap"]) == 3
+    over = timing.Plan(5, {"nap": 1}, budget_s=0.0)
+    assert len(timing.interleaved({"nap": lambda: None}, over, in_seconds)["nap"]) == 1
 
 
 def test_a_budget_passes_on_what_is_left_and_ends_where_it_ends():
