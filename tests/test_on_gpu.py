@@ -10,7 +10,6 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,10 +17,8 @@ from torch import Tensor
 
 from ehrseq_fast import (
     PackedVisits,
-    competing_risks_nll,
     discrete_time_survival_nll,
     masked_pool,
-    packed_competing_risks_nll,
     packed_survival_nll,
     packed_visit_pool,
     use_backend,
@@ -30,204 +27,22 @@ from ehrseq_fast import (
 from ehrseq_fast import backend as backends
 
 from .conftest import RUNNABLE
-from .tolerances import assert_close
+from .gpu_cases import (
+    CASES,
+    DTYPES,
+    PATIENTS,
+    VISITS,
+    WIDTH,
+    Step,
+    assert_agrees,
+    equal,
+    hazards_of_shape,
+    make_batch,
+    normal,
+    provoke_errors,
+)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PATIENTS, VISITS, CODES, VOCABULARY, WIDTH = 70, 23, 9, 400, 128
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Case:
-    """A use of one operation on one device: what has a gradient, in float64, and the rest bound."""
-
-    leaf: Tensor
-    run: Callable[[Tensor], Tensor]
-
-
-def _lengths() -> Tensor:
-    return 1 + torch.arange(PATIENTS) * 7 % VISITS
-
-
-def _records() -> tuple[list[list[list[int]]], dict[str, Tensor]]:
-    """Ragged records in which one code is everywhere, and their outcomes."""
-    visits = [
-        [[1] + [2 + (p * 31 + t * 7 + c) % (VOCABULARY - 2) for c in range((p + t) % CODES)]
-         for t in range(n)]
-        for p, n in enumerate(_lengths().tolist())
-    ]  # fmt: skip
-    patient = torch.arange(PATIENTS)
-    times = patient * 5 % _lengths()
-    outcomes = {"event_times": times, "event_indicators": patient % 2, "event_types": patient % 3}
-    return visits, outcomes
-
-
-def _batch(device: str) -> PackedVisits:
-    visits, outcomes = _records()
-    return PackedVisits.from_lists(visits, **outcomes).to(device)
-
-
-def _outcomes(device: str, *names: str) -> list[Tensor]:
-    outcomes = _records()[1]
-    mask = torch.arange(VISITS) < _lengths()[:, None]
-    return [outcomes[name].to(device) for name in names] + [mask.to(device)]
-
-
-def _normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def _table() -> Tensor:
-    """In a column no two codes share a value, in 16 bits neither, so that a maximum is one code's;
-    nor is any 0, which torch's index_reduce takes for a tie with what it starts from."""
-    code, column = torch.arange(VOCABULARY)[:, None], torch.arange(WIDTH)
-    whole = (code * 171 + column * 29) % 401 - 200
-    return torch.where(whole < 0, whole, whole + 1).double() / 64
-
-
-def _hazards(*shape: int) -> Tensor:
-    return _normal(*shape).sigmoid().clamp(0.01, 0.99)
-
-
-def _padded_pool(mode: str) -> Callable[[str], Case]:
-    def make(device: str) -> Case:
-        codes, mask, _ = PackedVisits.from_lists(_records()[0]).to_padded()
-        codes, mask = codes.to(device), mask.to(device)
-        return Case(
-            _table(),
-            lambda weight: visit_mean_pool(codes, weight, mask, mode=mode),
-        )
-
-    return make
-
-
-def _packed_pool(mode: str) -> Callable[[str], Case]:
-    def make(device: str) -> Case:
-        batch = _batch(device)
-        return Case(_table(), lambda weight: packed_visit_pool(batch, weight, mode=mode))
-
-    return make
-
-
-def _attention_pool(device: str) -> Case:
-    batch = _batch(device)
-    # made beforehand, so that a call launches nothing but its own; exact in 16 bits
-    scores = {d: (torch.arange(VOCABULARY) % 7 / 4).to(d).to(device) for d in DTYPES}
-    return Case(
-        _table(),
-        lambda weight: packed_visit_pool(
-            batch, weight, mode="attention", scores=scores[weight.dtype]
-        ),
-    )
-
-
-def _masked_pool(device: str) -> Case:
-    mask = (torch.arange(CODES) < torch.arange(PATIENTS)[:, None] % (CODES + 1)).to(device)
-    return Case(_normal(PATIENTS, CODES, WIDTH), lambda embeddings: masked_pool(embeddings, mask))
-
-
-def _loss(reduction: str) -> Callable[[str], Case]:
-    def make(device: str) -> Case:
-        args = _outcomes(device, "event_times", "event_indicators")
-        return Case(
-            _hazards(PATIENTS, VISITS),
-            lambda h: discrete_time_survival_nll(h, *args, reduction=reduction),
-        )
-
-    return make
-
-
-def _competing_loss(device: str) -> Case:
-    args = _outcomes(device, "event_times", "event_types")
-    options = {"from_logits": True, "link": "softmax"}
-    return Case(_normal(PATIENTS, VISITS, 3), lambda x: competing_risks_nll(x, *args, **options))
-
-
-def _packed_loss(reduction: str) -> Callable[[str], Case]:
-    def make(device: str) -> Case:
-        batch = _batch(device)
-        return Case(
-            _hazards(batch.n_visits), lambda h: packed_survival_nll(h, batch, reduction=reduction)
-        )
-
-    return make
-
-
-def _packed_competing_loss(device: str) -> Case:
-    batch = _batch(device)
-    return Case(_hazards(batch.n_visits, 2), lambda h: packed_competing_risks_nll(h, batch))
-
-
-# name -> operation as the backends register it, how to make a case, kernels launched forward and
-# (at most) backward, where that is promised
-CASES: dict[str, tuple[str, Callable[[str], Case], int, int | None]] = {
-    "padded mean": ("visit_pool", _padded_pool("mean"), 1, None),
-    "padded max": ("visit_pool", _padded_pool("max"), 1, None),
-    "packed mean": ("packed_visit_pool", _packed_pool("mean"), 1, 3),
-    "packed max": ("packed_visit_pool", _packed_pool("max"), 1, 3),
-    "packed attention": ("packed_attention_pool", _attention_pool, 1, 3),
-    "masked": ("masked_pool", _masked_pool, 1, 1),
-    "loss": ("survival_nll", _loss("mean"), 1, 1),
-    "loss of each": ("survival_nll", _loss("none"), 1, 1),
-    "competing": ("survival_nll", _competing_loss, 1, 1),
-    "packed loss": ("packed_survival_nll", _packed_loss("mean"), 1, 1),
-    "packed loss of each": ("packed_survival_nll", _packed_loss("none"), 1, 1),
-    "packed competing": ("packed_survival_nll", _packed_competing_loss, 1, 1),
-}
-
-
-class Step:
-    """Forward and backward of a case, with an incoming gradient that is made beforehand."""
-
-    def __init__(self, name: str, device: str, dtype: torch.dtype = torch.float32) -> None:
-        case = CASES[name][1](device)
-        self.run = case.run
-        self.values = case.leaf.to(dtype).to(device)
-        self.leaf = self.values.clone().requires_grad_()
-        with torch.no_grad():
-            like = self.run(self.leaf)
-        self.incoming = torch.linspace(0.5, 1.5, like.numel(), dtype=torch.float64)
-        self.incoming = self.incoming.reshape(like.shape).to(like.dtype).to(device)
-
-    def forward(self) -> Tensor:
-        return self.run(self.leaf)
-
-    def backward(self, value: Tensor) -> Tensor:
-        return torch.autograd.grad(value, self.leaf, self.incoming)[0]
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        value = self.forward()
-        return value.detach(), self.backward(value)
-
-    def fill(self, values: Tensor | float) -> None:
-        with torch.no_grad():
-            self.leaf.copy_(torch.as_tensor(values).expand_as(self.leaf))
-
-
-def assert_agrees(name: str, step: Step) -> None:
-    """Value and gradient against the reference in float64 on the host."""
-    value, grad = step()
-    oracle = CASES[name][1]("cpu")
-    leaf = step.leaf.detach().cpu().double().requires_grad_()
-    with use_backend("reference"):
-        expected = oracle.run(leaf)
-    incoming = step.incoming.cpu().double()
-    (expected_grad,) = torch.autograd.grad(expected, leaf, incoming)
-    assert grad.dtype == step.leaf.dtype
-    assert_close(value.cpu(), expected.detach(), terms=200)
-    assert_close(grad.cpu(), expected_grad, terms=1000)
-
-
-def equal(results: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
-
-
-def provoke_errors(step: Step) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011  (each operation's words are its own tests')
-        step.run(step.leaf[..., None, None])
-    value = step.forward()
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(value, step.leaf, torch.ones(3, 5, 7, device=value.device))
 
 
 @pytest.mark.parametrize("host", RUNNABLE)
@@ -324,7 +139,7 @@ def test_cuda_graph_reads_its_inputs_anew(name):
 
 FIRST_CALL = """
 import torch
-from tests.test_on_gpu import Step, equal
+from tests.gpu_cases import Step, equal
 from ehrseq_fast import use_backend
 
 with use_backend("reference"):
@@ -435,7 +250,7 @@ def test_tensors_on_other_devices_are_refused(on_gpu):
 
 def test_values_are_refused_when_asked_to_check(on_gpu):
     _skip_without_kernels(on_gpu, "packed_survival_nll")
-    batch = _batch("cuda")
+    batch = make_batch("cuda")
     late = torch.full((PATIENTS,), VISITS, device="cuda")
     hazards = torch.full((batch.n_visits,), 0.5, device="cuda")
     with pytest.raises(ValueError, match="event_times must be one of the patient's visits"):
@@ -500,7 +315,7 @@ def test_autocast(name):
 
 def test_a_head_under_autocast(on_gpu):
     _skip_without_kernels(on_gpu, "packed_survival_nll")
-    batch = _batch("cuda")
+    batch = make_batch("cuda")
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 1, device="cuda")
     states = torch.randn(batch.n_visits, 16, device="cuda")
@@ -529,7 +344,7 @@ def test_compiled_whole_with_dynamic_shapes(on_gpu):
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    weight = (_normal(50, 16) * 0.1).float().to("cuda").requires_grad_()
+    weight = (normal(50, 16) * 0.1).float().to("cuda").requires_grad_()
     for patients, visits, codes in ((5, 7, 3), (9, 12, 6), (33, 20, 2)):
         ids = torch.arange(patients * visits * codes, device="cuda") % 50
         ids = ids.reshape(patients, visits, codes)
@@ -574,7 +389,7 @@ def test_loss_of_more_than_2_to_the_31_hazards(on_gpu):
     slots, tail = 256, 9
     patients = 2**31 // slots + tail
     hazards = torch.full((patients, slots), 0.5, dtype=torch.bfloat16, device="cuda")
-    hazards[-tail:] = _hazards(tail, slots).to("cuda")
+    hazards[-tail:] = hazards_of_shape(tail, slots).to("cuda")
     times = torch.full((patients,), slots - 1, device="cuda")
     seen = torch.arange(patients, device="cuda") % 2
 
@@ -596,7 +411,7 @@ def test_a_table_of_more_than_2_to_the_31_values(on_gpu, layout):
     tail = 50
     vocabulary = 2**31 // WIDTH + tail
     weight = torch.zeros(vocabulary, WIDTH, dtype=torch.bfloat16, device="cuda")
-    weight[-tail:] = _normal(tail, WIDTH).to("cuda")
+    weight[-tail:] = normal(tail, WIDTH).to("cuda")
     visits = [[[1 + (p * 7 + t) % (tail - 1), 1] for t in range(1 + p % 5)] for p in range(40)]
 
     def step(first: int) -> tuple[Tensor, Tensor]:
@@ -621,7 +436,7 @@ def test_masked_pool_of_more_than_2_to_the_31_values(on_gpu):
     tail = 11
     rows = 2**31 // (16 * WIDTH) + tail
     embeddings = torch.zeros(rows, 16, WIDTH, dtype=torch.bfloat16, device="cuda")
-    embeddings[-tail:] = _normal(tail, 16, WIDTH).to("cuda")
+    embeddings[-tail:] = normal(tail, 16, WIDTH).to("cuda")
     mask = torch.ones(rows, 16, dtype=torch.bool, device="cuda")
 
     def step(part: slice) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,221 @@
+"""What is run on a GPU of each operation: a small case of every form, and one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from ehrseq_fast import (
+    PackedVisits,
+    competing_risks_nll,
+    discrete_time_survival_nll,
+    masked_pool,
+    packed_competing_risks_nll,
+    packed_survival_nll,
+    packed_visit_pool,
+    use_backend,
+    visit_mean_pool,
+)
+
+from .tolerances import assert_close
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PATIENTS, VISITS, CODES, VOCABULARY, WIDTH = 70, 23, 9, 400, 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """A use of one operation on one device: what has a gradient, in float64, and the rest bound."""
+
+    leaf: Tensor
+    run: Callable[[Tensor], Tensor]
+
+
+def _lengths() -> Tensor:
+    return 1 + torch.arange(PATIENTS) * 7 % VISITS
+
+
+def _records() -> tuple[list[list[list[int]]], dict[str, Tensor]]:
+    """Ragged records in which one code is everywhere, and their outcomes."""
+    visits = [
+        [[1] + [2 + (p * 31 + t * 7 + c) % (VOCABULARY - 2) for c in range((p + t) % CODES)]
+         for t in range(n)]
+        for p, n in enumerate(_lengths().tolist())
+    ]  # fmt: skip
+    patient = torch.arange(PATIENTS)
+    times = patient * 5 % _lengths()
+    outcomes = {"event_times": times, "event_indicators": patient % 2, "event_types": patient % 3}
+    return visits, outcomes
+
+
+def make_batch(device: str) -> PackedVisits:
+    visits, outcomes = _records()
+    return PackedVisits.from_lists(visits, **outcomes).to(device)
+
+
+def _outcomes(device: str, *names: str) -> list[Tensor]:
+    outcomes = _records()[1]
+    mask = torch.arange(VISITS) < _lengths()[:, None]
+    return [outcomes[name].to(device) for name in names] + [mask.to(device)]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def _table() -> Tensor:
+    """In a column no two codes share a value, in 16 bits neither, so that a maximum is one code's;
+    nor is any 0, which torch's index_reduce takes for a tie with what it starts from."""
+    code, column = torch.arange(VOCABULARY)[:, None], torch.arange(WIDTH)
+    whole = (code * 171 + column * 29) % 401 - 200
+    return torch.where(whole < 0, whole, whole + 1).double() / 64
+
+
+def hazards_of_shape(*shape: int) -> Tensor:
+    return normal(*shape).sigmoid().clamp(0.01, 0.99)
+
+
+def _padded_pool(mode: str) -> Callable[[str], Case]:
+    def make(device: str) -> Case:
+        codes, mask, _ = PackedVisits.from_lists(_records()[0]).to_padded()
+        codes, mask = codes.to(device), mask.to(device)
+        return Case(
+            _table(),
+            lambda weight: visit_mean_pool(codes, weight, mask, mode=mode),
+        )
+
+    return make
+
+
+def _packed_pool(mode: str) -> Callable[[str], Case]:
+    def make(device: str) -> Case:
+        batch = make_batch(device)
+        return Case(_table(), lambda weight: packed_visit_pool(batch, weight, mode=mode))
+
+    return make
+
+
+def _attention_pool(device: str) -> Case:
+    batch = make_batch(device)
+    # made beforehand, so that a call launches nothing but its own; exact in 16 bits
+    scores = {d: (torch.arange(VOCABULARY) % 7 / 4).to(d).to(device) for d in DTYPES}
+    return Case(
+        _table(),
+        lambda weight: packed_visit_pool(
+            batch, weight, mode="attention", scores=scores[weight.dtype]
+        ),
+    )
+
+
+def _masked_pool(device: str) -> Case:
+    mask = (torch.arange(CODES) < torch.arange(PATIENTS)[:, None] % (CODES + 1)).to(device)
+    return Case(normal(PATIENTS, CODES, WIDTH), lambda embeddings: masked_pool(embeddings, mask))
+
+
+def _loss(reduction: str) -> Callable[[str], Case]:
+    def make(device: str) -> Case:
+        args = _outcomes(device, "event_times", "event_indicators")
+        return Case(
+            hazards_of_shape(PATIENTS, VISITS),
+            lambda h: discrete_time_survival_nll(h, *args, reduction=reduction),
+        )
+
+    return make
+
+
+def _competing_loss(device: str) -> Case:
+    args = _outcomes(device, "event_times", "event_types")
+    options = {"from_logits": True, "link": "softmax"}
+    return Case(normal(PATIENTS, VISITS, 3), lambda x: competing_risks_nll(x, *args, **options))
+
+
+def _packed_loss(reduction: str) -> Callable[[str], Case]:
+    def make(device: str) -> Case:
+        batch = make_batch(device)
+        return Case(
+            hazards_of_shape(batch.n_visits),
+            lambda h: packed_survival_nll(h, batch, reduction=reduction),
+        )
+
+    return make
+
+
+def _packed_competing_loss(device: str) -> Case:
+    batch = make_batch(device)
+    return Case(hazards_of_shape(batch.n_visits, 2), lambda h: packed_competing_risks_nll(h, batch))
+
+
+# name -> operation as the backends register it, how to make a case, kernels launched forward and
+# (at most) backward, where that is promised
+CASES: dict[str, tuple[str, Callable[[str], Case], int, int | None]] = {
+    "padded mean": ("visit_pool", _padded_pool("mean"), 1, None),
+    "padded max": ("visit_pool", _padded_pool("max"), 1, None),
+    "packed mean": ("packed_visit_pool", _packed_pool("mean"), 1, 3),
+    "packed max": ("packed_visit_pool", _packed_pool("max"), 1, 3),
+    "packed attention": ("packed_attention_pool", _attention_pool, 1, 3),
+    "masked": ("masked_pool", _masked_pool, 1, 1),
+    "loss": ("survival_nll", _loss("mean"), 1, 1),
+    "loss of each": ("survival_nll", _loss("none"), 1, 1),
+    "competing": ("survival_nll", _competing_loss, 1, 1),
+    "packed loss": ("packed_survival_nll", _packed_loss("mean"), 1, 1),
+    "packed loss of each": ("packed_survival_nll", _packed_loss("none"), 1, 1),
+    "packed competing": ("packed_survival_nll", _packed_competing_loss, 1, 1),
+}
+
+
+class Step:
+    """Forward and backward of a case, with an incoming gradient that is made beforehand."""
+
+    def __init__(self, name: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+        case = CASES[name][1](device)
+        self.run = case.run
+        self.values = case.leaf.to(dtype).to(device)
+        self.leaf = self.values.clone().requires_grad_()
+        with torch.no_grad():
+            like = self.run(self.leaf)
+        self.incoming = torch.linspace(0.5, 1.5, like.numel(), dtype=torch.float64)
+        self.incoming = self.incoming.reshape(like.shape).to(like.dtype).to(device)
+
+    def forward(self) -> Tensor:
+        return self.run(self.leaf)
+
+    def backward(self, value: Tensor) -> Tensor:
+        return torch.autograd.grad(value, self.leaf, self.incoming)[0]
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        value = self.forward()
+        return value.detach(), self.backward(value)
+
+    def fill(self, values: Tensor | float) -> None:
+        with torch.no_grad():
+            self.leaf.copy_(torch.as_tensor(values).expand_as(self.leaf))
+
+
+def assert_agrees(name: str, step: Step) -> None:
+    """Value and gradient against the reference in float64 on the host."""
+    value, grad = step()
+    oracle = CASES[name][1]("cpu")
+    leaf = step.leaf.detach().cpu().double().requires_grad_()
+    with use_backend("reference"):
+        expected = oracle.run(leaf)
+    incoming = step.incoming.cpu().double()
+    (expected_grad,) = torch.autograd.grad(expected, leaf, incoming)
+    assert grad.dtype == step.leaf.dtype
+    assert_close(value.cpu(), expected.detach(), terms=200)
+    assert_close(grad.cpu(), expected_grad, terms=1000)
+
+
+def equal(results: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+
+
+def provoke_errors(step: Step) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  (each operation's words are its own tests')
+        step.run(step.leaf[..., None, None])
+    value = step.forward()
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(value, step.leaf, torch.ones(3, 5, 7, device=value.device))
