@@ -19,6 +19,7 @@ from ehrseq_fast import (
     packed_survival_nll,
 )
 from ehrseq_fast.survival_nll import reference
+from ehrseq_fast.survival_nll.options import Options
 
 from .cases import (
     OURS,
@@ -173,7 +174,7 @@ def _logits(
     options: dict[str, Any] = {"from_logits": True, "censored_visit": "included"}
 
     def plain(h: Tensor) -> Tensor:
-        return reference.discrete_time_survival_nll(h, *given, **options)
+        return reference.discrete_time_survival_nll(h, *given, Options.of(**options))
 
     yield REFERENCE, _variant(outcomes, hazards, plain)
     pycox = pycox_nll()
@@ -307,7 +308,7 @@ def _of_mode(mode: Mode, size: Size, device: str) -> Ways:
         loss = competing_risks_nll if competing else discrete_time_survival_nll
         arguments = (hazards, times, types, given)
         return Ways(
-            lambda: definition(*arguments, **options),
+            lambda: definition(*arguments, Options.of(**options)),
             lambda: loss(*arguments, **options),
             [hazards],
             patients,
@@ -317,7 +318,7 @@ def _of_mode(mode: Mode, size: Size, device: str) -> Ways:
     packed_loss = packed_competing_risks_nll if competing else packed_survival_nll
     kinds = {"event_types" if competing else "event_indicators": types}
     return Ways(
-        lambda: definition(batch.pad(rows), times, types, given, **options),
+        lambda: definition(batch.pad(rows), times, types, given, Options.of(**options)),
         lambda: packed_loss(rows, batch, event_times=times, **kinds, **options),  # type: ignore[operator]
         [rows],
         patients,

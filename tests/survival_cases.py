@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ehrseq_fast.survival_nll import reference
+from ehrseq_fast.survival_nll.options import Options
+
 
 @dataclass
 class Patients:
@@ -103,3 +106,12 @@ def on_default_device(arguments):
         return value.to(torch.get_default_device()) if on_host else value
 
     return {name: moved(value) for name, value in arguments.items()}
+
+
+def definition(hazards: Tensor, *args: Any, **options: Any) -> Tensor:
+    """The reference, called as the public losses of padded hazards are."""
+    companions = {name: options.pop(name, None) for name in ("entry_times", "sample_weight")}
+    competing = hazards.dim() == 3
+    loss = reference.competing_risks_nll if competing else reference.discrete_time_survival_nll
+    mask = args[2] if len(args) > 2 else options.pop("sequence_mask", None)
+    return loss(hazards, *args[:2], mask, Options.of(**options), **companions)

@@ -15,11 +15,11 @@ from ehrseq_fast import (
     packed_survival_nll,
     use_backend,
 )
-from ehrseq_fast.survival_nll import reference
 
 from .batches import from_lists
 from .conftest import RUNNABLE
 from .poison import poison_allocator
+from .survival_cases import definition
 from .tolerances import assert_close
 
 pytestmark = pytest.mark.operation("survival_nll")
@@ -61,18 +61,11 @@ def expected(batch, hazards, link, **options):
     options["from_logits"] = link != "probabilities"
     real = torch.ones(batch.n_visits, dtype=torch.bool)
     padded, mask = batch.pad(hazards), batch.pad(real, False)
-    if hazards.dim() == 1:
-        return reference.discrete_time_survival_nll(
-            padded, batch.event_times, batch.event_indicators, mask, **options
-        )
-    return reference.competing_risks_nll(
-        padded,
-        batch.event_times,
-        batch.event_types,
-        mask,
-        link="softmax" if link == "softmax" else "sigmoid",
-        **options,
-    )
+    types = batch.event_indicators
+    if hazards.dim() == 2:
+        types = batch.event_types
+        options["link"] = "softmax" if link == "softmax" else "sigmoid"
+    return definition(padded, batch.event_times, types, mask, **options)
 
 
 def check(batch, link, causes, dtype=torch.float32, **options):

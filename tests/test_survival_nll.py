@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ehrseq_fast import backend as backends
-from ehrseq_fast.survival_nll import DiscreteTimeSurvivalLoss, discrete_time_survival_nll, reference
+from ehrseq_fast.survival_nll import DiscreteTimeSurvivalLoss, discrete_time_survival_nll
 
 from .conftest import is_emulated
 from .survival_cases import (
+    definition,
     draw_hazards,
     draw_patients,
     nll_of_patient,
@@ -35,9 +36,7 @@ CONVENTIONS = ("excluded", "included")
 def assert_as_reference(hazards, *args, **options):
     """Loss and gradient against the reference on the same numbers in float64."""
     value, grad = value_and_grad(discrete_time_survival_nll, hazards, *args, **options)
-    oracle, oracle_grad = value_and_grad(
-        reference.discrete_time_survival_nll, hazards.double(), *args, **options
-    )
+    oracle, oracle_grad = value_and_grad(definition, hazards.double(), *args, **options)
     assert value.dtype == (torch.float64 if hazards.dtype == torch.float64 else torch.float32)
     assert grad.dtype == hazards.dtype
     assert grad.shape == hazards.shape
@@ -181,9 +180,7 @@ def test_saturated_hazards_stay_finite(backend, dtype):
     times, seen = torch.tensor([2, 1, 2]), torch.tensor([1, 1, 1])
     value, grad = value_and_grad(discrete_time_survival_nll, hazards, times, seen, reduction="none")
     wide = hazards.double() if dtype == torch.float64 else hazards.float()
-    oracle, oracle_grad = value_and_grad(
-        reference.discrete_time_survival_nll, wide, times, seen, reduction="none"
-    )
+    oracle, oracle_grad = value_and_grad(definition, wide, times, seen, reduction="none")
     assert value.isfinite().all()
     assert_close(value, oracle.double(), terms=100)
     assert grad.isfinite().all()
@@ -386,7 +383,7 @@ def test_a_gradient_penalty_has_its_gradient(backend):
         return torch.autograd.grad(nll + grad.square().sum(), x)[0]
 
     hazards = draw_hazards((4, 5), torch.float64, logits=False).requires_grad_()
-    expected = penalised(reference.discrete_time_survival_nll, hazards)
+    expected = penalised(definition, hazards)
     torch.testing.assert_close(penalised(discrete_time_survival_nll, hazards), expected)
 
 
@@ -471,10 +468,10 @@ def test_any_number_of_threads_gives_the_same_bits(compiled, logits):
 
 ON_ONE_INSTRUCTION_SET = """
 import torch
-from tests.survival_cases import draw_hazards, draw_patients, value_and_grad
+from tests.survival_cases import definition, draw_hazards, draw_patients, value_and_grad
 from tests.tolerances import assert_close
 from ehrseq_fast import PackedVisits, packed_competing_risks_nll
-from ehrseq_fast.survival_nll import competing_risks_nll, reference
+from ehrseq_fast.survival_nll import competing_risks_nll
 
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for options in ({}, {"from_logits": True}, {"from_logits": True, "link": "softmax"}):
@@ -483,7 +480,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         hazards = draw_hazards((70, 45, classes), dtype, bool(options))
         args = patients.times, patients.types, patients.mask.to(dtype)
         oracle, oracle_grad = value_and_grad(
-            reference.competing_risks_nll, hazards.double(), *args, **options
+            definition, hazards.double(), *args, **options
         )
         batch = PackedVisits.from_lists(
             [[[1]] * n for n in patients.lengths.tolist()],

@@ -20,9 +20,9 @@ from ehrseq_fast import (
     packed_competing_risks_nll,
     packed_survival_nll,
 )
-from ehrseq_fast.survival_nll import reference
 
 from .batches import from_lists
+from .survival_cases import definition
 
 pytestmark = pytest.mark.operation("survival_nll")
 
@@ -61,12 +61,7 @@ class Case:
 
     def definition(self, hazards, **options):
         hazards = self.batch.pad(hazards) if self.packed else hazards
-        loss = (
-            reference.competing_risks_nll
-            if self.competing
-            else reference.discrete_time_survival_nll
-        )
-        return loss(hazards, self.times, self.types, self.mask, **(self.options | options))
+        return definition(hazards, self.times, self.types, self.mask, **(self.options | options))
 
     def jacobian(self):
         return torch.autograd.functional.jacobian(self.definition, self.hazards)

@@ -19,10 +19,10 @@ from ehrseq_fast import (
     packed_competing_risks_nll,
     packed_survival_nll,
 )
-from ehrseq_fast.survival_nll import reference
 
 from .batches import from_lists
 from .conftest import is_emulated
+from .survival_cases import definition
 from .survival_loops import loss_and_gradient
 from .tolerances import assert_close
 
@@ -175,11 +175,6 @@ def test_nan_and_infinity_are_where_the_definition_has_them(backend, layout, way
         options |= {"from_logits": way != "probabilities", "entry_times": entries}
         if causes is not None:
             options["link"] = "softmax" if way == "softmax" else "sigmoid"
-        definition = (
-            reference.discrete_time_survival_nll
-            if causes is None
-            else reference.competing_risks_nll
-        )
         expected = definition(hazards, times, types, mask(), **options)
         same(nll.detach(), expected.detach().double())
         ones = torch.ones_like(nll)
@@ -197,9 +192,6 @@ def test_weights_and_incoming_gradients_reach_what_is_at_risk_alone(
     options = {"from_logits": way != "probabilities", "entry_times": entries}
     if causes is not None:
         options["link"] = "softmax" if way == "softmax" else "sigmoid"
-    definition = (
-        reference.discrete_time_survival_nll if causes is None else reference.competing_risks_nll
-    )
     hazards = ordinary(way, causes, dtype)
     if way == "probabilities":
         hazards[0, 2], hazards[3, 2] = 0.0, 1.0

@@ -12,10 +12,7 @@ from torch import Tensor
 from ..arrays import expect_tensor
 from ..autograd import transformed
 from ..checks import FLOATING, INTEGER, REAL, expect_device, expect_option, zero_lengths
-from .fused import Inputs, Options
-from .operators import REDUCTIONS
-
-CENSORED_VISITS = ("excluded", "included")
+from .fused import Inputs
 
 
 def require_outcomes(**outcomes: Tensor | None) -> tuple[Tensor, ...]:
@@ -46,15 +43,6 @@ def check_link(hazards: Tensor, link: str, from_logits: bool) -> None:
             f"hazards: expected at least {fewest} values per visit with link={link!r}, "
             f"got shape {list(hazards.shape)}"
         )
-
-
-def check_options(options: Options) -> None:
-    """Refuse unknown options."""
-    _, censored_visit, eps, reduction = options
-    expect_option("censored_visit", censored_visit, CENSORED_VISITS)
-    expect_option("reduction", reduction, REDUCTIONS)
-    if not 0 <= eps < 0.5:
-        raise ValueError(f"eps: expected 0 <= eps < 0.5, got {eps}")
 
 
 def check_tensors(

@@ -4,6 +4,7 @@ hazards alike."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,15 +13,13 @@ from torch import Tensor
 from ..autograd import transformed
 from ..backend import operators
 from . import reference
-from .operators import LINKS, REDUCTIONS
+from .options import Options
 
 # row_starts, unsorted_indices, last_rows of a packed batch; None for padded hazards
 Rows = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]
 PADDED = (None, None, None)
 # hazards, event_times, event_types, sequence_mask, entry_times, sample_weight
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-# link, censored_visit, eps, reduction
-Options = tuple[str, str, float, str]
 
 
 def nll(chosen: str, rows: Rows, inputs: Inputs, options: Options) -> Tensor:
@@ -29,7 +28,7 @@ def nll(chosen: str, rows: Rows, inputs: Inputs, options: Options) -> Tensor:
     if chosen == "reference" or transformed(hazards, inputs[5]):
         return reference_nll(rows, inputs, options)
     if hazards.requires_grad and torch.is_grad_enabled():
-        return _Nll.apply(chosen, *rows, *inputs, *options)
+        return _Nll.apply(chosen, options, *rows, *inputs)
     return _nll_and_grad(chosen, rows, inputs, options, needs_grad=False)[0]
 
 
@@ -47,26 +46,17 @@ def reference_nll(rows: Rows, inputs: Inputs, options: Options) -> Tensor:
     """The definition."""
     inputs = as_padded(rows, inputs)
     hazards, event_times, event_types, sequence_mask, entry_times, sample_weight = inputs
-    link, censored_visit, eps, reduction = options
-    common: dict[str, Any] = {
-        "from_logits": link != "probabilities",
-        "censored_visit": censored_visit,
-        "entry_times": entry_times,
-        "sample_weight": sample_weight,
-        "eps": eps,
-        "reduction": reduction,
-    }
+    definition: Callable[..., Tensor] = reference.discrete_time_survival_nll
     if hazards.dim() == 3:
-        return reference.competing_risks_nll(
-            hazards,
-            event_times,
-            event_types,
-            sequence_mask,
-            link="softmax" if link == "softmax" else "sigmoid",
-            **common,
-        )
-    return reference.discrete_time_survival_nll(
-        hazards, event_times, event_types, sequence_mask, **common
+        definition = reference.competing_risks_nll
+    return definition(
+        hazards,
+        event_times,
+        event_types,
+        sequence_mask,
+        options,
+        entry_times=entry_times,
+        sample_weight=sample_weight,
     )
 
 
@@ -75,14 +65,7 @@ def _nll_and_grad(
 ) -> tuple[Tensor, Tensor]:
     ops = operators(chosen)
     hazards = inputs[0]
-    link, censored_visit, eps, reduction = options
-    numbered = (
-        LINKS[link],
-        censored_visit == "included",
-        float(eps),
-        REDUCTIONS[reduction],
-        needs_grad,
-    )
+    numbered = (*options.numbered(), needs_grad)
     if rows[0] is not None:
         outcomes = (*inputs[1:3], *inputs[4:])
         return ops.packed_survival_nll.default(hazards, *rows, *outcomes, *numbered)
@@ -99,8 +82,8 @@ class _Nll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, chosen: str, *args: Any) -> Tensor:
-        rows, inputs, options = args[:3], args[3:9], args[9:]
+    def forward(ctx: Any, chosen: str, options: Options, *tensors: Any) -> Tensor:
+        rows, inputs = tensors[:3], tensors[3:]
         value, grad = _nll_and_grad(chosen, rows, inputs, options, needs_grad=True)
         gives_away = chosen == "cpu" and not torch.compiler.is_compiling()
         ctx.once = [grad] if gives_away else []
@@ -128,7 +111,7 @@ class _Nll(torch.autograd.Function):
             except IndexError:
                 _, own = _nll_and_grad(ctx.chosen, rows, inputs, ctx.options, needs_grad=True)
             grad = _scaled_in_place(own, grad_nll, rows, hazards.dtype)
-        return *(None,) * 4, grad, *(None,) * 9
+        return *(None,) * 5, grad, *(None,) * 5
 
 
 def _scaled(chosen: str, grad: Tensor, grad_nll: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:

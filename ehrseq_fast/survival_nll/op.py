@@ -12,13 +12,13 @@ from ..checks import INTEGER, REAL
 from ..rows import PackedRows
 from .checks import (
     check_link,
-    check_options,
     check_outcomes,
     check_tensors,
     refuse_mask,
     require_outcomes,
 )
-from .fused import PADDED, Inputs, Options, nll
+from .fused import PADDED, Inputs, nll
+from .options import Options
 from .packed import packed_competing_risks_nll, packed_survival_nll
 
 
@@ -117,7 +117,7 @@ def discrete_time_survival_nll(
     link = "sigmoid" if from_logits else "probabilities"
     return _nll(
         (hazards, event_times, event_indicators, sequence_mask, entry_times, sample_weight),
-        (link, censored_visit, eps, reduction),
+        Options(link, censored_visit, eps, reduction),
         validate,
     )
 
@@ -200,7 +200,7 @@ def competing_risks_nll(
     check_link(hazards, link, from_logits)
     return _nll(
         (hazards, event_times, event_types, sequence_mask, entry_times, sample_weight),
-        (link if from_logits else "probabilities", censored_visit, eps, reduction),
+        Options(link if from_logits else "probabilities", censored_visit, eps, reduction),
         validate,
     )
 
@@ -208,10 +208,10 @@ def competing_risks_nll(
 def _nll(inputs: Inputs, options: Options, validate: bool) -> Tensor:
     """Either loss: [B, V] hazards are one risk, [B, V, K] competing ones."""
     hazards = inputs[0]
-    check_options(options)
+    options.check()
     chosen = backend.choose("survival_nll", hazards.device.type, hazards.dtype)
     if transformed(hazards, inputs[5]):
         chosen = "reference"
     if must_check_values(chosen, hazards.device.type, validate):
-        check_outcomes(inputs, options[0])
+        check_outcomes(inputs, options.link)
     return nll(chosen, PADDED, inputs, options)

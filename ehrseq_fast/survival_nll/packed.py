@@ -17,10 +17,10 @@ from .checks import (
     check_companions,
     check_hazards,
     check_link,
-    check_options,
     check_outcomes,
 )
-from .fused import Inputs, Options, Rows, as_padded, nll
+from .fused import Inputs, Rows, as_padded, nll
+from .options import Options
 
 if TYPE_CHECKING:
     from ..batch import PackedVisits
@@ -76,7 +76,8 @@ def packed_survival_nll(
     _check_tensors(hazards, batch, (), times, types, entry_times, sample_weight)
     link = "sigmoid" if from_logits else "probabilities"
     inputs = (hazards, times, seen, None, entry_times, sample_weight)
-    return _packed_nll(batch, inputs, (link, censored_visit, eps, reduction), validate)
+    options = Options(link, censored_visit, eps, reduction)
+    return _packed_nll(batch, inputs, options, validate)
 
 
 def packed_competing_risks_nll(
@@ -122,7 +123,8 @@ def packed_competing_risks_nll(
     _check_tensors(hazards, batch, trailing, times, types, entry_times, sample_weight)
     check_link(hazards, link, from_logits)
     inputs = (hazards, times, kinds, None, entry_times, sample_weight)
-    options = (link if from_logits else "probabilities", censored_visit, eps, reduction)
+    link = link if from_logits else "probabilities"
+    options = Options(link, censored_visit, eps, reduction)
     return _packed_nll(batch, inputs, options, validate)
 
 
@@ -171,11 +173,11 @@ def _check_tensors(
 
 def _packed_nll(batch: PackedVisits, inputs: Inputs, options: Options, validate: bool) -> Tensor:
     hazards = inputs[0]
-    check_options(options)
+    options.check()
     chosen = backend.choose("packed_survival_nll", hazards.device.type, hazards.dtype)
     if transformed(hazards, inputs[5]):
         chosen = "reference"
     rows: Rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
     if must_check_values(chosen, hazards.device.type, validate):
-        check_outcomes(as_padded(rows, inputs), options[0])
+        check_outcomes(as_padded(rows, inputs), options.link)
     return nll(chosen, rows, inputs, options)

@@ -1,7 +1,7 @@
 """The survival losses as formulas: the definition that every kernel is held to.
 
 Plain PyTorch, differentiable by autograd, on any device and in any floating dtype (16 bits are
-computed in float32). Inputs are taken as they are: the checks stand in ``op.py``.
+computed in float32). Inputs are taken as they are: ``op.py`` checks them.
 
 Slots that are not at risk (after the event time, before the entry time, padding) are replaced
 *before* any logarithm, so that a NaN there reaches neither the loss nor a gradient.
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..checks import accumulator
+from .options import DEFAULTS, Options
 
 
 def discrete_time_survival_nll(
@@ -23,21 +24,18 @@ def discrete_time_survival_nll(
     event_times: Tensor,
     event_indicators: Tensor,
     sequence_mask: Tensor | None = None,
+    options: Options = DEFAULTS,
     *,
-    from_logits: bool = False,
-    censored_visit: str = "excluded",
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
-    eps: float = 1e-7,
-    reduction: str = "mean",
 ) -> Tensor:
     """-Σ_{entry ≤ t < T} log(1-h_t) - δ log h_T - (1-δ) c log(1-h_T), c = 1 for "included"."""
     survived, at_time = _visits(hazards, event_times, entry_times, sequence_mask)
     event = at_time & (event_indicators != 0)[:, None]
-    if censored_visit == "included":
+    if options.censored_visit == "included":
         survived = survived | (at_time & ~event)
-    nll = _bernoulli_nll(hazards, event, survived, from_logits, eps).sum(1)
-    return _reduced(nll, sample_weight, reduction)
+    nll = _bernoulli_nll(hazards, event, survived, options).sum(1)
+    return _reduced(nll, sample_weight, options.reduction)
 
 
 def competing_risks_nll(
@@ -45,14 +43,10 @@ def competing_risks_nll(
     event_times: Tensor,
     event_types: Tensor,
     sequence_mask: Tensor | None = None,
+    options: Options = DEFAULTS,
     *,
-    from_logits: bool = False,
-    link: str = "sigmoid",
-    censored_visit: str = "excluded",
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
-    eps: float = 1e-7,
-    reduction: str = "mean",
 ) -> Tensor:
     """Sigmoid: the sum over causes of the loss above, every other cause's event being censoring.
 
@@ -62,9 +56,9 @@ def competing_risks_nll(
     survived, at_time = survived[..., None], at_time[..., None]
     types = event_types[:, None, None]
     classes = torch.arange(hazards.shape[2], device=hazards.device)
-    if link == "softmax":
+    if options.link == "softmax":
         event = at_time & (types > 0) & (classes == types)
-        if censored_visit == "included":
+        if options.censored_visit == "included":
             survived = survived | (at_time & (types == 0))
         nothing = survived & (classes == 0)
         at_risk = (survived | event).any(2, keepdim=True)
@@ -74,10 +68,10 @@ def competing_risks_nll(
     else:
         event = at_time & (classes + 1 == types)
         survived = survived.expand_as(event)
-        if censored_visit == "included":
+        if options.censored_visit == "included":
             survived = survived | (at_time & ~event)
-        nll = _bernoulli_nll(hazards, event, survived, from_logits, eps).sum((1, 2))
-    return _reduced(nll, sample_weight, reduction)
+        nll = _bernoulli_nll(hazards, event, survived, options).sum((1, 2))
+    return _reduced(nll, sample_weight, options.reduction)
 
 
 def _visits(
@@ -93,10 +87,9 @@ def _visits(
     return survived, at_time
 
 
-def _bernoulli_nll(
-    hazards: Tensor, event: Tensor, survived: Tensor, from_logits: bool, eps: float
-) -> Tensor:
+def _bernoulli_nll(hazards: Tensor, event: Tensor, survived: Tensor, options: Options) -> Tensor:
     """-log h where the event was, -log(1-h) where it was survived, 0 elsewhere."""
+    from_logits, eps = options.link != "probabilities", options.eps
     wide = hazards.to(accumulator(hazards.dtype))
     h = torch.where(event | survived, wide, 0.0 if from_logits else 0.5)
     if from_logits:

@@ -15,9 +15,9 @@ from ehrseq_fast import operations
 from ehrseq_fast.hazard_head import reference as head_reference
 from ehrseq_fast.linear import reference as linear_reference
 from ehrseq_fast.packed_lstm import reference as lstm_reference
-from ehrseq_fast.survival_nll import reference as nll_reference
 from ehrseq_fast.visit_pool import reference as pool_reference
 
+from ..survival_cases import definition
 from .arguments import FLOATING, INTEGER, Call, Draw
 
 MODES = ("mean", "sum", "max")
@@ -214,13 +214,10 @@ def _nll(draw: Draw, ops: Any, name: str) -> Call:
     }
     if competing:
         options["link"] = "softmax" if link == 2 else "sigmoid"
-    formula = (
-        nll_reference.competing_risks_nll if competing else nll_reference.discrete_time_survival_nll
-    )
     last = [link, included, 1e-7, reduction, True]
 
     def forward(padded: Tensor) -> Tensor:
-        return formula(padded, times, types, mask, **options)
+        return definition(padded, times, types, mask, **options)
 
     def expected() -> list[Tensor]:
         value = forward(hazards.double())
