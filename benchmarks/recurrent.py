@@ -63,12 +63,12 @@ class Layer:
 
     name: str
     gates: int
-    fast: type[nn.RNNBase]
+    fast: Callable[[int, int], nn.RNNBase]
     function: Callable[..., tuple[PackedSequence, Any]]
-    reference: Callable[..., tuple[Tensor, Any]]
+    reference: Callable[..., tuple[Tensor, ...]]
 
     @property
-    def plain(self) -> type[nn.RNNBase]:
+    def plain(self) -> Callable[[int, int], nn.RNNBase]:
         return getattr(nn, self.name)
 
     @property
