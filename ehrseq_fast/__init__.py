@@ -3,7 +3,7 @@
 Operations: :func:`visit_mean_pool`, :func:`masked_pool` and :func:`packed_visit_pool` (codes →
 visit vectors), :func:`packed_lstm` (visit vectors → hidden states), and the survival losses
 (:func:`discrete_time_survival_nll`, :func:`competing_risks_nll` and their ``packed_`` forms).
-Models stand in :mod:`ehrseq_fast.models`, data in :mod:`ehrseq_fast.data`. :func:`warmup` compiles
+Models are in :mod:`ehrseq_fast.models`, data in :mod:`ehrseq_fast.data`. :func:`warmup` compiles
 GPU kernels ahead of the first training step.
 """
 

@@ -1,4 +1,4 @@
-"""Arrays, tensors, lists and columns of data frames, as users hand them over.
+"""Arrays, tensors, lists and columns of data frames, as users pass them.
 
 Every function that takes numbers from outside reads them through this module, which refuses what
 NumPy would convert with a loss: masks that are dropped, fractions that are cut off, text, missing
@@ -25,7 +25,7 @@ _PLAIN = frozenset({int, float, bool, complex, str, bytes, type(None)})
 
 def as_array(name: str, values: ArrayLike) -> Array:
     """A view as a NumPy array wherever that is possible; memory-mapped arrays stay on disk. What
-    lies on a GPU is copied to the host."""
+    is on a GPU is copied to the host."""
     if isinstance(values, Tensor):
         return dense_on_host(name, values).numpy()
     if isinstance(values, np.ma.MaskedArray):
@@ -92,7 +92,7 @@ def _refuse_masked(name: str, values: np.ma.MaskedArray) -> None:
 
 
 def _look_into(name: str, values: list[Any] | tuple[Any, ...]) -> None:
-    """Refuse what ``np.asarray`` loses in a list: masks, and which of the values were booleans."""
+    """Refuse what ``np.asarray`` drops from a list: masks, and which values were booleans."""
     types = set(map(type, values))
     if len(types) > 1 and types & {bool, np.bool_}:
         others = sorted(t.__name__ for t in types - {bool, np.bool_})
@@ -137,8 +137,7 @@ def refuse_inexact(name: str, array: Array, dtype: Any) -> None:
 def inexact(name: str, value: Any, dtype: Any) -> ValueError:
     """The error of an integer that a floating ``dtype`` does not hold."""
     return ValueError(
-        f"{name}: expected integers that {dtype} holds, as there are floats beside them, got "
-        f"{value}"
+        f"{name}: expected integers that {dtype} represents, as the others are floats, got {value}"
     )
 
 
@@ -176,7 +175,7 @@ def truth(array: Array) -> npt.NDArray[np.bool_]:
 
 
 def integers(name: str, values: ArrayLike) -> Array:
-    """int32 or int64 ``[n]``, where it lies."""
+    """int32 or int64 ``[n]``, not copied."""
     array = as_array(name, values)
     array = _typed(array)
     if array.ndim != 1:
@@ -200,7 +199,7 @@ def longs(name: str, values: ArrayLike) -> Array:
 
 
 def _typed(array: Array) -> Array:
-    """Where there are no values, float is the dtype of nobody's choice."""
+    """An empty list has dtype float, which nobody chose: take it as integers."""
     return array.astype(np.int64) if array.size == 0 and array.dtype.kind == "f" else array
 
 

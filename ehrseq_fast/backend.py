@@ -137,7 +137,7 @@ def _why_triton_cannot_launch() -> str | None:
     headers = Path(sysconfig.get_path("include", scheme))
     elsewhere = os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")
     if not elsewhere and not (headers / "Python.h").exists():
-        return f"triton needs Python's headers to launch kernels: there is no Python.h in {headers}"
+        return f"triton needs Python's headers to launch kernels: no Python.h in {headers}"
     return None
 
 
@@ -147,8 +147,9 @@ batching, compiled_batching = _import_batching()
 
 def cpu_capability() -> str | None:
     """The instruction set that the ``cpu`` kernels use: ``baseline``, ``avx2``, ``avx512`` or
-    ``avx512_bf16``, the best that this processor has and ``EHRSEQ_FAST_CPU_CAPABILITY`` allows; why
-    there is none where that variable holds something else; None where they are not loaded."""
+    ``avx512_bf16``, the best that this processor has and ``EHRSEQ_FAST_CPU_CAPABILITY`` allows; the
+    reason why they refuse where that variable holds something else; None where they are not
+    loaded."""
     if compiled_cpu.reason is not None or compiled_cpu.path is None:
         return None
     function = ctypes.CDLL(compiled_cpu.path).ehrseq_fast_cpu_capability
@@ -198,7 +199,7 @@ def kernels(backend: str) -> Kernels:
 
 @contextlib.contextmanager
 def emulating(backend: str, emulated: Kernels) -> Iterator[None]:
-    """Let ``emulated`` stand for a backend's kernels inside the ``with`` block. For tests."""
+    """Use ``emulated`` as a backend's kernels inside the ``with`` block. For tests."""
     before = _kernels[backend]
     _kernels[backend] = replace(emulated, emulated=True)
     try:

@@ -19,7 +19,7 @@ class FixedHorizonProgressionLoss(nn.Module):
     """Binary cross-entropy of "the event comes within the horizon", averaged over valid visits.
 
     ``loss = Σ m · BCE(σ(logits), labels) / max(Σ m, 1)`` with ``m`` = ``valid_mask``: the visits
-    that are no padding and whose horizon was observed (not censored). What stands at other visits,
+    that are no padding and whose horizon was observed (not censored). What other visits hold,
     a label of −1 or a NaN logit, matters neither forward nor backward; without a mask it would, so
     the mask is required. Computed in float32 for 16-bit logits, and returned in their dtype.
 
@@ -63,7 +63,7 @@ class FixedHorizonProgressionLoss(nn.Module):
                 raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
             if tensor.shape != logits.shape:
                 raise ValueError(
-                    f"{name} must have the shape of logits, {list(logits.shape)}, "
+                    f"{name}: expected the shape of logits, {list(logits.shape)}, "
                     f"got {list(tensor.shape)}"
                 )
         if not logits.is_floating_point():
@@ -84,8 +84,8 @@ def _refuse_rows(**arguments: object) -> None:
     for name, value in arguments.items():
         if isinstance(value, PackedRows):
             raise TypeError(
-                f"{name} must be a padded tensor, got PackedRows: pass {name}.to_padded(), or call "
-                f"a PyTorch criterion on {name}.values, which are real visits alone"
+                f"{name}: expected a padded tensor, got PackedRows: pass {name}.to_padded(), or "
+                f"call a PyTorch criterion on {name}.values, which are real visits alone"
             )
 
 
@@ -166,8 +166,8 @@ class MultiTaskSurvivalLoss(nn.Module):
         ]
         if not weighted:
             raise ValueError(
-                f"no task of {sorted(task_losses)} has a weight; there are weights for "
-                f"{sorted(self.task_weights)}"
+                f"task_losses: expected a task with a weight, one of {sorted(self.task_weights)}, "
+                f"got {sorted(task_losses)}"
             )
         if len(shapes := {tuple(loss.shape) for loss in weighted}) > 1:
             raise ValueError(
@@ -189,7 +189,7 @@ def compute_masked_loss(
     a mask lets NaN through, and a criterion that averages would count padding.)
 
     ``lengths`` is the mask here: the third level after codes and visits in the model. They build an
-    index on the host; lengths that lie on a GPU cost one synchronisation, a list or a CPU tensor
+    index on the host; lengths on a GPU cost one synchronisation, a list or a CPU tensor
     costs none.
 
     Args:
@@ -218,18 +218,18 @@ def compute_masked_loss(
     expect_tensor("labels", labels)
     if predictions.dim() not in (2, 3):
         raise ValueError(
-            f"predictions must be [B, T] or [B, T, K], got shape {list(predictions.shape)}"
+            f"predictions: expected [B, T] or [B, T, K], got shape {list(predictions.shape)}"
         )
     class_indices = predictions.dim() == 3 and labels.shape == predictions.shape[:2]
     if not class_indices and labels.shape != predictions.shape:
         raise ValueError(
-            f"labels must have the shape of predictions, {list(predictions.shape)}, or be class "
+            f"labels: expected the shape of predictions, {list(predictions.shape)}, or class "
             f"indices [B, T] for predictions [B, T, K], got shape {list(labels.shape)}"
         )
     if class_indices:
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(
-                f"labels [B, T] for predictions [B, T, K] are class indices and must be integers, "
+                f"labels: expected integers, class indices [B, T] for predictions [B, T, K], "
                 f"got {labels.dtype}"
             )
         labels = labels.long()
@@ -248,7 +248,7 @@ def _rows_of_real_visits(lengths: Tensor | Sequence[int], patients: int, visits:
     """Positions of the real visits in the flattened ``[B * T]``, on the host."""
     lengths = torch.from_numpy(whole("lengths", lengths))
     if lengths.shape != (patients,):
-        raise ValueError(f"lengths must be [B] = [{patients}], got shape {list(lengths.shape)}")
+        raise ValueError(f"lengths: expected [B] = [{patients}], got shape {list(lengths.shape)}")
     refuse_zero_lengths(lengths)
     outside = (lengths < 0) | (lengths > visits)
     if bool(outside.any()):

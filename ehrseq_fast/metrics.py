@@ -65,7 +65,7 @@ def concordance_index(
         event_indicators = batch.event_indicators if event_indicators is None else event_indicators
         hazards = hazards.to_padded()
     if event_times is None or event_indicators is None:
-        raise TypeError("event_times and event_indicators must be given")
+        raise TypeError("event_times and event_indicators: expected tensors, got None")
     hazards = _on_host("hazards", hazards)
     event_times = _on_host("event_times", event_times)
     event_indicators = _on_host("event_indicators", event_indicators)
@@ -87,7 +87,7 @@ def concordance_index(
         times = 2 * torch.unique(times, return_inverse=True)[1] - (~events).long()
     score = _lifelines_concordance_index()
     try:
-        # lifelines wants a score that rises with survival, so the risk is turned round.
+        # lifelines wants a score that rises with survival, so the sign of the risk changes.
         return float(score(times.numpy(), -risk.numpy(), events.numpy()))
     except ZeroDivisionError:
         return 0.5
@@ -110,14 +110,14 @@ def _check_shapes(
     hazards: Tensor, event_times: Tensor, event_indicators: Tensor, sequence_mask: Tensor | None
 ) -> None:
     if hazards.dim() != 2:
-        raise ValueError(f"hazards must be [B, V], got shape {list(hazards.shape)}")
+        raise ValueError(f"hazards: expected [B, V], got shape {list(hazards.shape)}")
     patients = hazards.shape[0]
     for name, tensor in (("event_times", event_times), ("event_indicators", event_indicators)):
         if tensor.shape != (patients,):
-            raise ValueError(f"{name} must be [B] = [{patients}], got shape {list(tensor.shape)}")
+            raise ValueError(f"{name}: expected [B] = [{patients}], got shape {list(tensor.shape)}")
     if sequence_mask is not None and sequence_mask.shape != hazards.shape:
         raise ValueError(
-            f"sequence_mask must be [B, V] = {list(hazards.shape)} as hazards, "
+            f"sequence_mask: expected [B, V] = {list(hazards.shape)} as hazards, "
             f"got shape {list(sequence_mask.shape)}"
         )
 
@@ -125,8 +125,8 @@ def _check_shapes(
 def _refuse_nan(name: str, missing: Tensor) -> None:
     if bool(missing.any()):
         raise ValueError(
-            f"{name} of {int(missing.sum())} patients hold NaN. The first is patient "
-            f"{int(missing.int().argmax())}."
+            f"{name}: expected numbers, got NaN (patient {int(missing.int().argmax())}; "
+            f"{int(missing.sum())} in all)"
         )
 
 

@@ -29,7 +29,7 @@ class _Movable:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie."""
+        """The device of the tensors."""
         return self._main.device
 
     @property
@@ -132,7 +132,7 @@ class PackedRows(_Movable):
 
 @dataclass(frozen=True, eq=False)
 class VisitState(_Movable):
-    """Where some patients stand after the visits seen so far; see ``model.start``.
+    """The state of some patients after the visits seen so far; see ``model.start``.
 
     Moves, is saved and is a pytree node as :class:`PackedRows` is.
 

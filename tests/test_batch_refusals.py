@@ -346,7 +346,7 @@ BAD = {
     "rows of nobody": (
         lambda: lists(THREE).rows_of(3),
         IndexError,
-        "there is no patient 3 in a batch of 3",
+        "patient: expected a number in [0, 3), got 3",
     ),
     "rows to pad": (
         lambda: lists(THREE).pad(torch.ones(3, 2)),

@@ -113,14 +113,14 @@ def test_masked_loss_of_non_contiguous_predictions():
 @pytest.mark.parametrize(
     ("predictions", "labels", "lengths", "error", "message"),
     [
-        ((3,), (3,), LENGTHS, ValueError, r"predictions must be \[B, T\] or \[B, T, K\]"),
-        ((3, 5), (3, 4), LENGTHS, ValueError, r"labels must have the shape .*got shape \[3, 4\]"),
+        ((3,), (3,), LENGTHS, ValueError, r"predictions: expected \[B, T\] or \[B, T, K\]"),
+        ((3, 5), (3, 4), LENGTHS, ValueError, r"labels: expected the shape .*got shape \[3, 4\]"),
         ((3, 5, 2), (3, 5, 3), LENGTHS, ValueError, r"\[3, 5, 2\].*got shape \[3, 5, 3\]"),
-        ((3, 5), (3, 5), [3, 1], ValueError, r"lengths must be \[B\] = \[3\], got shape \[2\]"),
+        ((3, 5), (3, 5), [3, 1], ValueError, r"lengths: expected \[B\] = \[3\], got shape \[2\]"),
         ((3, 5), (3, 5), [3, 0, 0], ValueError, "Found 2 sequences with zero length.*patient 1"),
         ((3, 5), (3, 5), [3, 6, 1], ValueError, r"lengths outside \[1, T = 5\].* 6, of patient 1"),
         ((3, 5), (3, 5), [3, 1, -2], ValueError, "first is -2, of patient 2"),
-        ((3, 5, 2), (3, 5), LENGTHS, TypeError, "class indices and must be integers"),
+        ((3, 5, 2), (3, 5), LENGTHS, TypeError, "expected integers, class indices"),
     ],
 )
 def test_masked_loss_refuses(predictions, labels, lengths, error, message):
@@ -161,9 +161,9 @@ def test_losses_on_padded_predictions_say_what_to_do_with_packed_rows():
     batch = PackedVisits.from_lists([[[1]] * n for n in LENGTHS])
     rows = PackedRows(torch.randn(batch.n_visits), batch)
     labels = torch.ones(3, 4)
-    with pytest.raises(TypeError, match=r"predictions must be a padded tensor.*to_padded\(\)"):
+    with pytest.raises(TypeError, match=r"predictions: expected a padded tensor.*to_padded\(\)"):
         compute_masked_loss(nn.BCEWithLogitsLoss(), rows, labels, LENGTHS)
-    with pytest.raises(TypeError, match=r"logits must be a padded tensor, got PackedRows"):
+    with pytest.raises(TypeError, match=r"logits: expected a padded tensor, got PackedRows"):
         FixedHorizonProgressionLoss()(rows, labels, labels)
 
 
@@ -245,7 +245,7 @@ def test_horizon_loss_refuses_bad_labels_at_valid_visits(wrong):
 def test_horizon_loss_refuses_other_shapes(name):
     arguments = {"logits": torch.zeros(3, 5), "labels": torch.zeros(3, 5), "valid_mask": REAL}
     arguments[name] = torch.zeros(3, 1)
-    with pytest.raises(ValueError, match=rf"{name} must have the shape of logits, \[3, 5\]"):
+    with pytest.raises(ValueError, match=rf"{name}: expected the shape of logits, \[3, 5\]"):
         FixedHorizonProgressionLoss()(**arguments)
 
 
@@ -259,7 +259,7 @@ def test_multi_task_loss_is_the_weighted_sum():
 
 
 def test_multi_task_loss_refuses_tasks_none_of_which_has_a_weight():
-    with pytest.raises(ValueError, match=r"no task of \['survial'\] has a weight.*\['survival'\]"):
+    with pytest.raises(ValueError, match=r"one of \['survival'\], got \['survial'\]"):
         MultiTaskSurvivalLoss({"survival": 1.0})({"survial": torch.tensor(1.0)})
 
 

@@ -193,7 +193,7 @@ def test_what_is_said_of_a_patient_is_read_from_the_outputs_on_every_path(bidire
 def test_a_nan_in_a_mask_is_refused(path):
     model = DiscreteTimeSurvivalLSTM(12, 8, 10, path=path).eval()
     codes = torch.ones(1, 2, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="sequence_mask holds NaN"):
+    with pytest.raises(ValueError, match="sequence_mask: expected numbers, got NaN"):
         model(codes, codes != 0, torch.tensor([[1.0, float("nan")]]))
 
 

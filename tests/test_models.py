@@ -766,27 +766,27 @@ BAD_BATCHES = {
     "float codes": (
         lambda codes, *masks: (codes.float(), *masks),
         TypeError,
-        "visit_codes must be int32 or int64, got torch.float32",
+        "visit_codes: expected int32 or int64, got torch.float32",
     ),
     "codes not [B, V, C]": (
         lambda codes, *masks: (codes[0], *masks),
         ValueError,
-        r"visit_codes must be \[B, V, C\], got shape \[7, 5\]",
+        r"visit_codes: expected \[B, V, C\], got shape \[7, 5\]",
     ),
     "visit mask not [B, V, C]": (
         lambda codes, visit_mask, sequence_mask: (codes, sequence_mask, sequence_mask),
         ValueError,
-        r"visit_mask must be \[B, V, C\] = \[4, 7, 5\] as visit_codes, got shape \[4, 7\]",
+        r"visit_mask: expected \[B, V, C\] = \[4, 7, 5\] as visit_codes, got shape \[4, 7\]",
     ),
     "sequence mask not [B, V]": (
         lambda codes, visit_mask, sequence_mask: (codes, visit_mask, sequence_mask[:, :-1]),
         ValueError,
-        r"sequence_mask must be \[B, V\] = \[4, 7\] as visit_codes, got shape \[4, 6\]",
+        r"sequence_mask: expected \[B, V\] = \[4, 7\] as visit_codes, got shape \[4, 6\]",
     ),
     "no patient": (
         lambda *batch: tuple(tensor[:0] for tensor in batch),
         ValueError,
-        r"\[0, 7, 5\] holds no patient",
+        r"expected at least one patient, got \[B, V, C\] = \[0, 7, 5\]",
     ),
     "no visit": (
         lambda *batch: tuple(tensor[:, :0] for tensor in batch),
@@ -809,7 +809,7 @@ def test_bad_batches_are_refused(what, variant, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_time_features_of_the_wrong_shape_are_refused(path):
-    with pytest.raises(ValueError, match=r"time_features must be \[B, V, 3\] = \[4, 7, 3\]"):
+    with pytest.raises(ValueError, match=r"time_features: expected \[B, V, 3\] = \[4, 7, 3\]"):
         build("with-time", path)(*ragged_batch(), time_features=torch.zeros(4, 7, 2))
 
 
@@ -827,14 +827,14 @@ def test_time_features_of_the_wrong_shape_are_refused(path):
             lambda: create_lstm_baseline(9, model_size="huge"),
             "model_size: .*got 'huge'",
         ),
-        (lambda: CompetingRisksSurvivalLSTM(9, 0), "num_event_types must be at least 1, got 0"),
+        (lambda: CompetingRisksSurvivalLSTM(9, 0), "num_event_types: expected at least 1, got 0"),
         (
             lambda: VisitEncoder(4)(torch.zeros(2, 3, 5)),
-            r"must be \[..., C, 4\], got .*\[2, 3, 5\]",
+            r"expected \[..., C, 4\], got .*\[2, 3, 5\]",
         ),
         (
             lambda: VisitEncoder(4)(torch.zeros(2, 3, 4), torch.zeros(2, 4)),
-            r"visit_mask must be \[..., C\] = \[2, 3\]",
+            r"visit_mask: expected \[..., C\] = \[2, 3\]",
         ),
     ],
 )

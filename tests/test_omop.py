@@ -144,7 +144,7 @@ def test_vocabulary_is_that_of_the_data_with_names_where_known(records):
     for absent in (0, OUTCOME, 1000):
         with pytest.raises(KeyError, match=str(absent)):
             vocabulary.index_of(absent)
-    with pytest.raises(ValueError, match="2 concepts, 1 names"):
+    with pytest.raises(ValueError, match="names: expected one per concept, 2, got 1"):
         Vocabulary(np.array([0, 1]), ("",))
 
 
@@ -176,11 +176,11 @@ def test_a_path_and_a_schema_give_the_same_records(tmp_path, records):
 
 
 def test_bad_requests_are_refused(database):
-    with pytest.raises(ValueError, match=r"tables must be a sequence of condition.*'visits'"):
+    with pytest.raises(ValueError, match=r"tables: expected a sequence of condition.*'visits'"):
         read_omop(database, outcome_concept_id=OUTCOME, tables=("visits",))
-    with pytest.raises(ValueError, match="tables must be a sequence"):
+    with pytest.raises(ValueError, match="tables: expected a sequence"):
         read_omop(database, outcome_concept_id=OUTCOME, tables=())
-    with pytest.raises(ValueError, match="tables must be a sequence"):
+    with pytest.raises(ValueError, match="tables: expected a sequence"):
         read_omop(database, outcome_concept_id=OUTCOME, tables="drug")
     with pytest.raises(ValueError, match="outcome_concept_id 12345 never occurs"):
         read_omop(database, outcome_concept_id=12345)
@@ -217,9 +217,9 @@ def test_a_padded_batch_holds_exactly_the_records(records):
 
 
 def test_batches_of_no_or_unknown_patients_are_refused(records):
-    with pytest.raises(ValueError, match="at least one patient"):
+    with pytest.raises(ValueError, match="expected a list of at least one"):
         padded_batch(records, [])
-    with pytest.raises(IndexError, match=r"patient 3 is not among the 3 .*\(2 such\)"):
+    with pytest.raises(IndexError, match=r"expected indices in \[0, 3\), got 3 \(2 outside\)"):
         padded_batch(records, [0, 3, -1])
     with pytest.raises(TypeError, match="integer"):
         padded_batch(records, [0.5])

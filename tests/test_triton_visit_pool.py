@@ -279,5 +279,5 @@ def test_attention_without_columns_has_gradients_of_scores():
 
 def test_a_huge_padded_batch_is_refused_by_the_backward_pass():
     slots = torch.empty(1, dtype=torch.int32).expand(2**31 - 2**15)
-    with pytest.raises(ValueError, match="takes at most 2147418112 slots"):
+    with pytest.raises(ValueError, match="expected at most 2147418112 slots"):
         launch_gradient.visit_pool_backward(torch.ones(4), slots, 3, None, None, 0, -1)

@@ -1,7 +1,7 @@
 """What the constructors of :class:`~ehrseq_fast.PackedVisits` do.
 
-Shapes and dtypes are checked, the buffers built (by ``csrc/batching``, by its NumPy twin, or on the
-device), and whatever else the batch holds is put into its order.
+Shapes and dtypes are checked, the buffers built (by ``csrc/batching``, by its NumPy counterpart, or
+on the device), and whatever else the batch holds is put into its order.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Outcomes = tuple["ArrayLike | None", "ArrayLike | None", "ArrayLike | None"]
 
 
 def batch_builder() -> ModuleType:
-    """What builds batches on the host: the compiled ``_batching``, or its NumPy twin
+    """What builds batches on the host: the compiled ``_batching``, or its NumPy counterpart
     ``batch.reference`` where nothing is compiled or ``reference`` is asked for.
 
     Raises:

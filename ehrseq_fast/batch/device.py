@@ -1,4 +1,4 @@
-"""Packing padded tensors where they lie, on a device that the host should not wait for."""
+"""Packing padded tensors on their own device, which the host should not wait for."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def pack_on_device(
     vocab_size: int | None,
     outcomes: tuple[ArrayLike | None, ...],
 ) -> tuple[Layout, Tensor, Tensor] | None:
-    """Pack padded tensors where they lie, waiting for the device once; None if a value is wrong.
+    """Pack padded tensors on their device, waiting for the device once; None if a value is wrong.
 
     Everything has a shape that is known beforehand, an upper bound where need be, until one copy to
-    the host brings the true sizes; then the surplus is cut off.
+    the host learns the true sizes; then the surplus is cut off.
     """
     device = visit_codes.device
     n_patients, n_visits, n_slots = visit_codes.shape
@@ -76,7 +76,7 @@ def pack_on_device(
     n_candidates = real.numel()
     place = torch.where(real.flatten(), real.flatten().cumsum(0) - 1, n_candidates)
     row_of_code = row_of_slot.repeat_interleave(n_slots, output_size=n_candidates)
-    # Past the real codes stands one that no visit has, so that sorting leaves it last.
+    # After the real codes comes one that no visit has, so that sorting leaves it last.
     keys = torch.full((n_candidates + 1,), MOST_CODES, dtype=torch.int64, device=device)
     keys.scatter_(0, place, torch.where(real, candidates, MOST_CODES).flatten().long())
     rows = torch.empty_like(keys).scatter_(0, place, row_of_code)

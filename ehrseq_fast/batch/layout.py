@@ -1,4 +1,4 @@
-"""What lies where in the two buffers that hold a batch."""
+"""The layout of the two buffers that hold a batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTS = ("code_offsets", "codes", "index_visits", "index_codes", "index_offsets")
 
 
 class Layout(NamedTuple):
-    """What lies where in a batch's buffers."""
+    """The layout of a batch's buffers."""
 
     n_patients: int
     max_visits: int
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
         ]
 
     def views(self, host: Tensor, fields: Tensor) -> dict[str, Tensor]:
-        """The tensors that lie in the two buffers, by name.
+        """The tensors in the two buffers, by name.
 
         Raises:
             ValueError: buffers of another size or dtype.

@@ -2,7 +2,7 @@
 
 It is built on the host, in a data-loader worker if there is one, and holds every length that a
 kernel could ask for, so that no step of a model has to ask the device. The building itself is
-``csrc/batching`` (or its NumPy twin ``reference.py``).
+``csrc/batching`` (or its NumPy counterpart ``reference.py``).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class PackedVisits(Changes):
         targets: Mapping[str, ArrayLike] | None = None,
         visit_targets: Mapping[str, ArrayLike] | None = None,
     ) -> PackedVisits:
-        """Pack the chosen patients of a whole data set that lies in flat arrays.
+        """Pack the chosen patients of a whole data set in flat arrays.
 
         This is what a data-loader worker calls. The arrays may be memory-mapped and of any stride:
         only the rows of the chosen patients are read (and checked), and the GIL is released
@@ -207,13 +207,13 @@ class PackedVisits(Changes):
         targets: Mapping[str, ArrayLike] | None = None,
         visit_targets: Mapping[str, Tensor] | None = None,
     ) -> PackedVisits:
-        """Pack the padded triple of tensors. Padding is not read: any code may stand there.
+        """Pack the padded triple of tensors. Padding is not read: it may hold any code.
 
         On a GPU the host waits for the device **exactly once**, for the sizes of what comes out:
         the number of real codes and of distinct ones, the lengths where they are not given, and the
         count of errors, all in one small copy. With ``lengths`` given there is still this one wait,
-        as the number of real codes stands nowhere else, but visits past the longest patient's last
-        are not worked on. (A batch built in a data-loader worker needs no wait at all.)
+        as the number of real codes is known nowhere else, but visits past the longest patient's
+        last are not worked on. (A batch built in a data-loader worker needs no wait at all.)
 
         Args:
             visit_codes: int32 or int64 ``[B, V, C]``.
@@ -290,7 +290,7 @@ class PackedVisits(Changes):
         """The batch of some of the patients: an integer, a slice, or a list, array or tensor of
         integers (negative ones count from the end) or of ``len(batch)`` booleans.
 
-        A batch on a GPU is brought to the host and back, which waits for the device.
+        A batch on a GPU is copied to the host and back, which waits for the device.
 
         Raises:
             IndexError: a patient number outside the batch.

@@ -1,9 +1,9 @@
-"""The NumPy twin of the compiled module ``_batching``: the same functions, the same arrays bit for
-bit, the same errors word for word (``csrc/batching``). It serves where nothing is compiled, and is
-what the compiled builder is tested against.
+"""The NumPy counterpart of the compiled module ``_batching``: the same functions, the same arrays
+bit for bit, the same errors word for word (``csrc/batching``). It serves where nothing is compiled,
+and is what the compiled builder is tested against.
 
 Each function returns ``(sizes, host, fields, source_rows)``; ``csrc/batching/pack.h`` and
-``layout.py`` say what lies where in ``host`` and ``fields``.
+``layout.py`` give the layout of ``host`` and ``fields``.
 """
 
 from __future__ import annotations

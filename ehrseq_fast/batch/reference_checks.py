@@ -1,4 +1,4 @@
-"""What the NumPy twin refuses, in the words of ``csrc/batching``."""
+"""Input validation of the NumPy builder, in the words of ``csrc/batching``."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Rows(Storage):
             tensor([0, 2])
         """
         if not -len(self) <= patient < len(self):
-            raise IndexError(f"there is no patient {patient} in a batch of {len(self)}")
+            raise IndexError(f"patient: expected a number in [0, {len(self)}), got {patient}")
         return self.row_starts[: int(self.lengths[patient])] + self.unsorted_indices[patient]
 
     @property
@@ -43,7 +43,7 @@ class Rows(Storage):
 
     @property
     def row_of_code(self) -> Tensor:
-        """int64 ``[n_codes]``: the row that each code stands in."""
+        """int64 ``[n_codes]``: the row of each code."""
         rows = torch.arange(self.n_visits, device=self.device)
         counts = self._codes_per_row()
         return torch.repeat_interleave(rows, counts, output_size=self.n_codes)

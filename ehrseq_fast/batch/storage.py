@@ -15,7 +15,7 @@ Batch = TypeVar("Batch", bound="Storage")
 
 
 def _view(name: str) -> Any:
-    """A read-only attribute: a view of the buffers, handed out while these are as they were."""
+    """A read-only attribute: a view of the buffers, returned while these are unchanged."""
 
     def read(batch: Storage) -> Tensor | None:
         batch.refuse_changes()
@@ -41,7 +41,7 @@ class ReadOnly(dict[str, Tensor]):
 
 
 class Storage:
-    """Two buffers, and what does not fit into them: where a batch's tensors lie, and how they move.
+    """The storage of a batch's tensors: two buffers, what does not fit into them, and moves.
     :class:`PackedVisits` says what each of them means."""
 
     codes: Tensor = _view("codes")
@@ -150,7 +150,7 @@ class Storage:
 
     @property
     def device(self) -> torch.device:
-        """Where the batch lies (``batch_sizes`` and ``lengths`` are always on the CPU)."""
+        """The batch's device (``batch_sizes`` and ``lengths`` are always on the CPU)."""
         return self._fields.device
 
     def __repr__(self) -> str:
@@ -183,7 +183,7 @@ class Storage:
             return self._map(lambda tensor: tensor.pin_memory())
 
     def is_pinned(self) -> bool:
-        """Whether the batch lies in page-locked memory."""
+        """Whether the batch is in page-locked memory."""
         return self._fields.is_pinned()
 
     def _map(self: Batch, move: Callable[[Tensor], Tensor]) -> Batch:

@@ -59,7 +59,7 @@ def describe(records: EventRecords, *, batch_size: int = 64, seed: int = 0) -> D
     integer("batch_size", batch_size, 1, MOST_PATIENTS)
     lengths, widths = records.visits_per_patient, records.codes_per_visit
     if not records.n_patients:
-        return _nobody(records, batch_size)
+        return _no_patients(records, batch_size)
     widest = np.maximum.reduceat(widths, records.patient_offsets[:-1])
     order = np.random.default_rng(seed).permutation(records.n_patients)
     starts = np.arange(0, len(order), batch_size)
@@ -84,7 +84,7 @@ def describe(records: EventRecords, *, batch_size: int = 64, seed: int = 0) -> D
     )
 
 
-def _nobody(records: EventRecords, batch_size: int) -> Description:
+def _no_patients(records: EventRecords, batch_size: int) -> Description:
     return Description(
         patients=0,
         events=0,

@@ -11,7 +11,7 @@ INTEGERS = frozenset(
     ["TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"]
 )
 WIDE_INTEGERS = frozenset({"UBIGINT", "HUGEINT", "UHUGEINT"})
-# Whole floats above are not the numbers that were meant: neighbours have merged.
+# Whole floats above may not be the numbers that were meant: adjacent integers share one float.
 EXACT_UP_TO = {"FLOAT": 2**24, "DOUBLE": 2**53}
 TIMESTAMPS = frozenset({"TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS"})
 DAY_AS_TEXT = r"\d{4}-\d{2}-\d{2}([ T]\d{2}:\d{2}(:\d{2}(\.\d+)?)?)?"  # no zone

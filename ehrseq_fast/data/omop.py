@@ -62,7 +62,7 @@ def read_omop(
     **No leakage.** The hazard at visit t, computed from the visits up to t, is that of the event at
     visit t + 1. Of a person whose first outcome falls in visit j, the visits 0 .. j-1 are kept and
     ``event_times`` is j - 1 with indicator 1: the visit of the event, and all after it, are cut,
-    so the outcome concept occurs in no record and has no place in the vocabulary. Persons whose
+    so the outcome concept occurs in no record and is not in the vocabulary. Persons whose
     outcome falls in their first visit have no history; they are left out and counted. All others
     are censored at their last visit.
 
@@ -128,9 +128,7 @@ def read_omop(
 def _event_tables(names: Sequence[str]) -> list[EventTable]:
     unknown = [name for name in names if name not in EVENT_TABLES]
     if unknown or not names or isinstance(names, str):
-        raise ValueError(
-            f"tables must be a sequence of {', '.join(EVENT_TABLES)}, but got {names!r}"
-        )
+        raise ValueError(f"tables: expected a sequence of {', '.join(EVENT_TABLES)}, got {names!r}")
     return [EVENT_TABLES[name] for name in dict.fromkeys(names)]
 
 

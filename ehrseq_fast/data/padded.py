@@ -71,16 +71,16 @@ def checked_patients(records: EventRecords, patients: ArrayLike) -> NDArray[np.i
         chosen = selection("patients", patients, records.n_patients, "patients")
     if chosen.ndim != 1 or len(chosen) == 0:
         raise ValueError(
-            f"a batch needs a list of at least one patient, but got shape {list(chosen.shape)}"
+            f"patients: expected a list of at least one, got shape {list(chosen.shape)}"
         )
     if chosen.dtype.kind not in "iu":
-        raise TypeError(f"patients must be integer indices, but got {got(chosen)}")
+        raise TypeError(f"patients: expected integer indices, got {got(chosen)}")
     for name in ("codes", "visit_offsets", "patient_offsets"):
         as_array(name, getattr(records, name))  # a file that became shorter since it was opened
     wrong = (chosen < 0) | (chosen >= records.n_patients)
     if wrong.any():
         raise IndexError(
-            f"patient {chosen[wrong][0]} is not among the {records.n_patients} of these records "
-            f"({int(wrong.sum())} such)"
+            f"patients: expected indices in [0, {records.n_patients}), got {chosen[wrong][0]} "
+            f"({int(wrong.sum())} outside)"
         )
     return chosen.astype(np.int64)

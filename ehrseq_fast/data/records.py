@@ -33,8 +33,7 @@ class Vocabulary:
             )
         if len(self.concept_ids) != len(self.names):
             raise ValueError(
-                f"a vocabulary needs one name per concept: {len(self.concept_ids)} concepts, "
-                f"{len(self.names)} names"
+                f"names: expected one per concept, {len(self.concept_ids)}, got {len(self.names)}"
             )
         if not (self.concept_ids[1:-1] < self.concept_ids[2:]).all():
             raise ValueError("concept_ids: expected ascending ids behind the entry for padding")
@@ -46,7 +45,7 @@ class Vocabulary:
         """The code of one concept. ``KeyError`` where the vocabulary lacks it."""
         at = int(np.searchsorted(self.concept_ids[1:], concept_id)) + 1
         if at == len(self) or self.concept_ids[at] != concept_id:
-            raise KeyError(f"concept {concept_id} is not in this vocabulary")
+            raise KeyError(f"concept_id: expected one in this vocabulary, got {concept_id}")
         return at
 
 

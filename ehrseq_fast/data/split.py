@@ -1,4 +1,4 @@
-"""Split patients by a hash of who they are, so that nobody moves when the data set grows."""
+"""Split patients by a hash of their identifiers: none changes its split when the data set grows."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ def split_by_person(
         raise TypeError(f"fractions: expected numbers, got {got(numbers)}")
     shares = numbers.astype(np.float64)
     if (shares < 0).any() or not np.isclose(shares.sum(), 1.0):
-        raise ValueError(f"fractions must be non-negative and sum to 1, but got {dict(fractions)}")
+        raise ValueError(
+            f"fractions: expected non-negative numbers that sum to 1, got {dict(fractions)}"
+        )
     ids = as_array("person_ids", person_ids)
-    if ids.dtype.kind != "u":  # of unsigned ones all 64 bits tell persons apart
+    if ids.dtype.kind != "u":  # of unsigned ones all 64 bits identify persons
         ids = longs("person_ids", person_ids)
     if ids.ndim != 1:
         raise ValueError(f"person_ids: expected 1 dimension, got shape {list(ids.shape)}")

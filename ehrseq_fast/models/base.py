@@ -45,7 +45,7 @@ class HiddenStates:
             the last dimension and need not know which.
         final: ``[B, D]``, the state after each patient's last real visit (both directions' ends for
             a bidirectional LSTM).
-        to_output: brings anything computed from ``values`` to the form that the caller gets:
+        to_output: converts anything computed from ``values`` to the form that the caller gets:
             ``[B, V, ...]`` with zeros on padding, or :class:`PackedRows` for a packed batch.
     """
 
@@ -126,7 +126,7 @@ class VisitSequenceModel(nn.Module):
         if isinstance(visit_codes, PackedVisits):
             if visit_mask is not None or sequence_mask is not None or visit_features is not None:
                 raise ValueError(
-                    "a PackedVisits batch holds its masks and features itself: pass it alone"
+                    "masks and features: expected none beside a PackedVisits, which holds its own"
                 )
             return self._run_batch(visit_codes)
         check_padded_batch(visit_codes, visit_mask, sequence_mask)
@@ -164,7 +164,7 @@ class VisitSequenceModel(nn.Module):
 
     def _run_batch(self, batch: PackedVisits) -> HiddenStates:
         if len(batch) == 0:
-            raise ValueError("the batch holds no patient")
+            raise ValueError("batch: expected at least one patient, got none")
 
         def packed(values: Tensor) -> PackedRows:
             return PackedRows(values, batch)
@@ -261,7 +261,7 @@ class VisitSequenceModel(nn.Module):
         return ends
 
     def _loss_divisor(self, batch: PackedVisits, **options: Any) -> Tensor:
-        """What the mean of ``loss`` divides by: a float64 scalar, where the batch lies."""
+        """What the mean of ``loss`` divides by: a float64 scalar, on the batch's device."""
         return torch.tensor(float(len(batch)), dtype=torch.float64, device=batch.device)
 
     # Records that grow
@@ -324,7 +324,10 @@ class VisitSequenceModel(nn.Module):
         is_one_visit = all(np.ndim(code) == 0 for code in visit)
         visits: Any = [visit] if is_one_visit and patients == 1 else visit
         if len(visits) != patients:
-            raise ValueError(f"state holds {patients} patients, and visit {len(visits)}")
+            raise ValueError(
+                f"visit: expected one for each of the {patients} patients of state, got "
+                f"{len(visits)}"
+            )
         batch = PackedVisits.from_lists(
             [[codes] for codes in visits], vocab_size=self._vocabulary()
         ).to(state.h.device)
@@ -332,9 +335,9 @@ class VisitSequenceModel(nn.Module):
             expected = [patients, self._n_visit_features]
             if not self._n_visit_features or list(visit_features.shape) != expected:
                 raise ValueError(
-                    f"visit_features must be [B, F] = {expected}, got {list(visit_features.shape)}"
-                    if self._n_visit_features
-                    else f"{type(self).__name__} takes no visit_features"
+                    f"visit_features: expected "
+                    f"{f'[B, F] = {expected}' if self._n_visit_features else 'None'}, got shape "
+                    f"{list(visit_features.shape)}"
                 )
         vectors = self._lstm_input(self._pool_rows(batch), visit_features)
         sequence = PackedSequence(vectors, batch.batch_sizes)
@@ -351,7 +354,7 @@ def _of_both_directions(last: Tensor, first: Tensor) -> Tensor:
 
 
 def times_mask(sequence_mask: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Zeros on padding, ``[B, V, ...]``, whatever stands there; nothing to do without a mask."""
+    """Zeros on padding, ``[B, V, ...]``, whatever it holds; nothing to do without a mask."""
 
     def masked(padded: Tensor) -> Tensor:
         if sequence_mask is None:

@@ -57,7 +57,7 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
     ) -> None:
         super().__init__(path)
         if num_event_types < 1:
-            raise ValueError(f"num_event_types must be at least 1, got {num_event_types}")
+            raise ValueError(f"num_event_types: expected at least 1, got {num_event_types}")
         self.num_event_types = num_event_types
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
         self.lstm = visit_lstm(

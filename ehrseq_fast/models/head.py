@@ -2,7 +2,7 @@
 
 PyTorch's products on the CPU give other bits for other numbers of threads, and its private oneDNN
 operators swallow NaN and break where OpenMP grants fewer threads than torch asks for. A network
-that was changed, is watched, or stands where the kernels do not serve, runs as it is.
+that was changed, is watched, or is where the kernels do not serve, runs as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def hazards_of(head: nn.Module, states: Tensor) -> Tensor:
 
     As one function for rows ``[N, D]`` on the CPU, where the modules are what they were built as
     and nothing watches them. Elsewhere, on the backend ``reference``, under ``torch.compile`` and
-    the transforms of ``torch.func``, as the modules stand.
+    the transforms of ``torch.func``, as the modules are.
     """
     if not _is_hazard_head(head):
         return head(states)

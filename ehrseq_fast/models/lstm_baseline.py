@@ -99,12 +99,12 @@ class VisitEncoder(nn.Module):
             expect_tensor("visit_mask", visit_mask, "a tensor or None")
         if visit_embeddings.dim() < 2 or visit_embeddings.shape[-1] != self.embedding_dim:
             raise ValueError(
-                f"visit_embeddings must be [..., C, {self.embedding_dim}], "
+                f"visit_embeddings: expected [..., C, {self.embedding_dim}], "
                 f"got shape {list(visit_embeddings.shape)}"
             )
         if visit_mask is not None and visit_mask.shape != visit_embeddings.shape[:-1]:
             raise ValueError(
-                f"visit_mask must be [..., C] = {list(visit_embeddings.shape[:-1])} as "
+                f"visit_mask: expected [..., C] = {list(visit_embeddings.shape[:-1])} as "
                 f"visit_embeddings, got shape {list(visit_mask.shape)}"
             )
         if self.aggregation == "attention":
@@ -306,19 +306,19 @@ class LSTMBaseline(VisitSequenceModel):
         """
         expect_batch(batch)
         if target not in batch.targets:
-            raise KeyError(f"the batch has no target {target!r}; it has {sorted(batch.targets)}")
+            raise KeyError(f"target: expected one of {sorted(batch.targets)}, got {target!r}")
         wanted = batch.targets[target]
         logits = self(batch)["logits"]
         if self.task == "multi_class":
             if wanted.shape != logits.shape[:1]:
                 raise ValueError(
-                    f"target {target!r} must be [B] = {[len(batch)]} class indices, "
+                    f"target {target!r}: expected [B] = {[len(batch)]} class indices, "
                     f"got shape {list(wanted.shape)}"
                 )
             return F.cross_entropy(logits, wanted.long(), **options)
         if wanted.numel() != logits.numel() or len(wanted) != len(batch):
             raise ValueError(
-                f"target {target!r} must be [B, O] = {list(logits.shape)}, "
+                f"target {target!r}: expected [B, O] = {list(logits.shape)}, "
                 f"got shape {list(wanted.shape)}"
             )
         wanted = wanted.to(logits.dtype).reshape(logits.shape)

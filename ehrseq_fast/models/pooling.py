@@ -13,8 +13,8 @@ from ..checks import accumulator
 def plain_pool(embeddings: Tensor, visit_mask: Tensor | None, mode: str) -> Tensor:
     """Masked mean, sum or max over codes, ``[..., C, E]`` → ``[..., E]``, the usual way.
 
-    Oracle and baseline: it reads padded slots, and lets none of what stands there through. A visit
-    without a real code gives zeros.
+    Oracle and baseline: it reads padded slots, but what they hold does not reach the result. A
+    visit without a real code gives zeros.
     """
     if visit_mask is None:
         visit_mask = torch.ones(embeddings.shape[:-1], dtype=torch.bool, device=embeddings.device)

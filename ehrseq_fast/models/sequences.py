@@ -1,4 +1,4 @@
-"""Padded patients at the door of a model: checks, lengths, and packing.
+"""Input validation of padded patients, their lengths, and packing.
 
 A batch may arrive padded at two levels: ``visit_codes`` ``[B, V, C]`` with ``visit_mask`` (codes of
 a visit) and ``sequence_mask`` ``[B, V]`` (visits of a patient). The fused path packs it once.
@@ -38,21 +38,23 @@ def check_padded_batch(
         if mask is not None:
             expect_tensor(name, mask, "a tensor or None")
     if visit_codes.dtype not in CODE_DTYPES:
-        raise TypeError(f"visit_codes must be int32 or int64, got {visit_codes.dtype}")
+        raise TypeError(f"visit_codes: expected int32 or int64, got {visit_codes.dtype}")
     if visit_codes.dim() != 3:
-        raise ValueError(f"visit_codes must be [B, V, C], got shape {list(visit_codes.shape)}")
+        raise ValueError(f"visit_codes: expected [B, V, C], got shape {list(visit_codes.shape)}")
     if visit_codes.shape[0] == 0:
-        raise ValueError(f"visit_codes [B, V, C] = {list(visit_codes.shape)} holds no patient")
+        raise ValueError(
+            f"visit_codes: expected at least one patient, got [B, V, C] = {list(visit_codes.shape)}"
+        )
     if visit_codes.shape[1] == 0:
         refuse_zero_lengths(torch.zeros(visit_codes.shape[0], device="cpu"))
     if visit_mask is not None and visit_mask.shape != visit_codes.shape:
         raise ValueError(
-            f"visit_mask must be [B, V, C] = {list(visit_codes.shape)} as visit_codes, "
+            f"visit_mask: expected [B, V, C] = {list(visit_codes.shape)} as visit_codes, "
             f"got shape {list(visit_mask.shape)}"
         )
     if sequence_mask is not None and sequence_mask.shape != visit_codes.shape[:2]:
         raise ValueError(
-            f"sequence_mask must be [B, V] = {list(visit_codes.shape[:2])} as visit_codes, "
+            f"sequence_mask: expected [B, V] = {list(visit_codes.shape[:2])} as visit_codes, "
             f"got shape {list(sequence_mask.shape)}"
         )
 
@@ -68,7 +70,7 @@ def expect_batch(batch: object) -> None:
 
 
 def refuse_zero_lengths(lengths: Tensor) -> None:
-    """Raise for patients without a visit; ``lengths`` ``[B]`` lies on the host."""
+    """Raise for patients without a visit; ``lengths`` ``[B]`` is on the host."""
     empty = lengths == 0
     count = int(empty.sum())
     if count:
@@ -95,8 +97,8 @@ def refuse_nan(name: str, mask: Tensor) -> None:
     holds = mask.isnan().flatten(1).any(1)
     if holds.any():
         raise ValueError(
-            f"{name} holds NaN for {int(holds.sum())} patients. The first is patient "
-            f"{int(holds.int().argmax())}."
+            f"{name}: expected numbers, got NaN (patient {int(holds.int().argmax())}; "
+            f"{int(holds.sum())} in all)"
         )
 
 

@@ -271,8 +271,8 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
             visit_features = vectors.new_zeros(*vectors.shape[:-1], TIME_FEATURES)
         if visit_features.shape[-1] != TIME_FEATURES:
             raise ValueError(
-                f"visits must have {TIME_FEATURES} features (time since the last visit, since the "
-                f"first, index), and have {visit_features.shape[-1]}"
+                f"visit_features: expected {TIME_FEATURES} features (time since the last visit, "
+                f"since the first, index), got {visit_features.shape[-1]}"
             )
         encoded = self._apply_network(self.time_encoder, visit_features.to(vectors.dtype))
         return torch.cat([vectors, encoded.to(vectors.dtype)], dim=-1)
@@ -284,14 +284,14 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         sequence_mask: Tensor | None = None,
         time_features: Tensor | None = None,
     ) -> Any:
-        """Hazards ``[B, V]``, exactly 0 on padding; of a packed batch, which brings its own
+        """Hazards ``[B, V]``, exactly 0 on padding; of a packed batch, which holds its own
         ``visit_features`` ``[n_visits, 3]``, packed rows.
 
         Args:
             visit_codes, visit_mask, sequence_mask: as in the base class.
             time_features: ``[B, V, 3]`` numeric: time since the last visit, time since the first,
                 index of the visit. Padded visits' features are not read on the fused path. None
-                stands for zeros.
+                means zeros.
 
         Raises:
             ValueError: also for time features that are not ``[B, V, 3]``; else as the base class.
@@ -302,7 +302,7 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
             expected = (*visit_codes.shape[:2], TIME_FEATURES)
             if time_features.shape != expected:
                 raise ValueError(
-                    f"time_features must be [B, V, {TIME_FEATURES}] = {list(expected)} as "
+                    f"time_features: expected [B, V, {TIME_FEATURES}] = {list(expected)} as "
                     f"visit_codes, got shape {list(time_features.shape)}"
                 )
         return self._hazards(visit_codes, visit_mask, sequence_mask, time_features)

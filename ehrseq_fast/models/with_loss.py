@@ -23,11 +23,11 @@ class ModelWithLoss(nn.Module):
 
     ``DistributedDataParallel`` takes the plain average of the processes' gradients. With shards of
     unequal size that is not the gradient of the mean over all patients; with
-    ``across_processes=True`` it is. In training, each process then tells the others how many
+    ``across_processes=True`` it is. In training, each process then sends the others how many
     patients it has, and returns its share of that mean times the number of processes: the average
     over the processes is the loss of all their patients. A process may have no patient (the last
     shard of an epoch): its share is 0, and so are its gradients. Without gradients, or after
-    ``eval()``, it asks nobody, and returns the loss of its own patients.
+    ``eval()``, it does not communicate, and returns the loss of its own patients.
 
     Args:
         model: a model of this package, or any module with ``loss(batch, **options)``.
@@ -61,11 +61,11 @@ class ModelWithLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(getattr(model, "loss", None)):
-            raise TypeError(f"model must have a method loss, got {type(model).__name__}")
+            raise TypeError(f"model: expected one with a method loss, got {type(model).__name__}")
         if across_processes and not isinstance(model, VisitSequenceModel):
             raise TypeError(
-                "across_processes=True needs a model of this package, whose loss is a mean over "
-                f"patients, got {type(model).__name__}"
+                "model: expected one of this package with across_processes=True, whose loss is a "
+                f"mean over patients, got {type(model).__name__}"
             )
         self.model: Any = model
         self.across_processes = across_processes
@@ -112,8 +112,8 @@ class ModelWithLoss(nn.Module):
     def _check(self, options: dict[str, Any]) -> None:
         if self.across_processes and options.get("reduction", "mean") != "mean":
             raise ValueError(
-                "across_processes=True is for the mean over all processes' patients, got "
-                f"reduction={options['reduction']!r}"
+                "reduction: expected 'mean' with across_processes=True, got "
+                f"{options['reduction']!r}"
             )
 
 

@@ -16,7 +16,7 @@ from .fused import Inputs
 
 
 def require_outcomes(**outcomes: Tensor | None) -> tuple[Tensor, ...]:
-    """Refuse outcomes that were left out: padded hazards bring none with them."""
+    """Refuse outcomes that were left out: padded hazards hold none."""
     for name, tensor in outcomes.items():
         if tensor is None:
             raise TypeError(f"{name}: expected a tensor with padded hazards, got None")
@@ -141,42 +141,42 @@ def check_outcomes(inputs: Inputs, link: str) -> None:
         mask = sequence_mask.double()
         before = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)[:, :slots]
         faults = ((mask != 0) & (mask != 1)) | (mask > before)
-        if (patient := _first(offending := faults.any(1))) is not None:
+        if (patient := _first(wrong := faults.any(1))) is not None:
             visit = int(faults[patient].to(torch.int8).argmax())
             value = float(mask[patient, visit])
             _refuse(
                 "sequence_mask must be 1 on a patient's visits and 0 on the padding after them",
                 patient,
                 f"{value:g} at visit {visit}" + (", after a 0" if value == 1 else ""),
-                offending,
+                wrong,
             )
         visits = mask.long().sum(1)
-    if (patient := _first(offending := visits == 0)) is not None:
-        raise zero_lengths(int(offending.sum()), f"patient {patient}")
-    if (patient := _first(offending := (times < 0) | (times >= visits))) is not None:
+    if (patient := _first(wrong := visits == 0)) is not None:
+        raise zero_lengths(int(wrong.sum()), f"patient {patient}")
+    if (patient := _first(wrong := (times < 0) | (times >= visits))) is not None:
         _refuse(
             "event_times must be one of the patient's visits, counted from 0",
             patient,
             f"event time {int(times[patient])} and {int(visits[patient])} visits",
-            offending,
+            wrong,
         )
     if entry_times is not None:
         entries = entry_times.long()
-        if (patient := _first(offending := (entries < 0) | (entries > times))) is not None:
+        if (patient := _first(wrong := (entries < 0) | (entries > times))) is not None:
             _refuse(
                 "entry_times must lie between 0 and the event time",
                 patient,
                 f"entry time {int(entries[patient])} and event time {int(times[patient])}",
-                offending,
+                wrong,
             )
     exists = (types >= 0) & (types <= causes) & (types == types.floor())
-    if (patient := _first(offending := ~exists)) is not None:
+    if (patient := _first(wrong := ~exists)) is not None:
         known = "1 (event)" if causes == 1 else f"a cause 1..{causes}"
         _refuse(
             f"{types_name} must be 0 (censored) or {known}",
             patient,
             f"{float(types[patient]):g}",
-            offending,
+            wrong,
         )
 
 
@@ -187,10 +187,10 @@ def _vmapped() -> bool:
     )
 
 
-def _first(offending: Tensor) -> int | None:
-    return int(offending.to(torch.int8).argmax()) if bool(offending.any()) else None
+def _first(wrong: Tensor) -> int | None:
+    return int(wrong.to(torch.int8).argmax()) if bool(wrong.any()) else None
 
 
-def _refuse(rule: str, patient: int, has: str, offending: Tensor) -> None:
-    count = int(offending.sum())
+def _refuse(rule: str, patient: int, has: str, wrong: Tensor) -> None:
+    count = int(wrong.sum())
     raise ValueError(f"{rule}: patient {patient} has {has} (patients at fault: {count})")

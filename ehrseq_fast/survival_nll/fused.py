@@ -76,18 +76,18 @@ def _nll_and_grad(
 class _Nll(torch.autograd.Function):
     """The kernel writes the gradient along with the loss, so that backward has only to scale it.
 
-    On the host the first backward pass gives away that very tensor, for which there must be no
-    second use; a second pass computes it anew. So no copy is ever made, and whatever is done to
-    the result, also behind autograd's back, no other result changes.
+    On the host the first backward pass returns that very tensor, which nothing else uses; a second
+    pass computes it anew. So no copy is ever made, and whatever is done to the result, also behind
+    autograd's back, no other result changes.
     """
 
     @staticmethod
     def forward(ctx: Any, chosen: str, options: Options, *tensors: Any) -> Tensor:
         rows, inputs = tensors[:3], tensors[3:]
         value, grad = _nll_and_grad(chosen, rows, inputs, options, needs_grad=True)
-        gives_away = chosen == "cpu" and not torch.compiler.is_compiling()
-        ctx.once = [grad] if gives_away else []
-        ctx.save_for_backward(None if gives_away else grad, *rows, *inputs)
+        returns_own = chosen == "cpu" and not torch.compiler.is_compiling()
+        ctx.once = [grad] if returns_own else []
+        ctx.save_for_backward(None if returns_own else grad, *rows, *inputs)
         ctx.chosen, ctx.options = chosen, options
         return value
 

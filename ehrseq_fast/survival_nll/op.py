@@ -57,8 +57,8 @@ def discrete_time_survival_nll(
         event_times: ``[B]`` integer: the visit of event or censoring, counted from 0.
         event_indicators: ``[B]`` bool or number: 1 event seen, 0 censored.
         sequence_mask: ``[B, V]`` bool or number: 1 on a patient's visits, 0 on the padding after
-            them. Without it every slot is a visit, so padding must not be there, or must lie after
-            the event time.
+            them. Without it every slot is a visit, so there must be no padding, or it must come
+            after the event time.
         entry_times: ``[B]`` integer: the first visit at risk (left truncation); 0 without it.
         sample_weight: ``[B]``: multiplies each patient's loss. No gradient flows to it in a
             backward pass, so one that requires a gradient is refused.
@@ -69,7 +69,7 @@ def discrete_time_survival_nll(
     Returns:
         The loss, float64 for float64 and float32 otherwise: a sum over many visits would overflow
         16 bits. The gradient has the dtype of ``hazards``; it is 0 where a hazard was clamped and
-        at every visit that is not at risk, even if a NaN stands there. Second derivatives, forward
+        at every visit that is not at risk, even if that holds a NaN. Second derivatives, forward
         mode and the transforms of ``torch.func`` (``vmap``, ``jvp``, ``hessian``, ...) are right:
         they are computed by the plain PyTorch definition. Under ``vmap`` values are not checked.
 

@@ -44,7 +44,7 @@ def packed_survival_nll(
 
     Args:
         hazards: ``[n_visits]``, rows in the order of ``batch``: probabilities, or logits with
-            ``from_logits=True``. Or :class:`~ehrseq_fast.PackedRows`, which bring their batch.
+            ``from_logits=True``. Or :class:`~ehrseq_fast.PackedRows`, which hold their batch.
         batch: whose visits they are; its ``event_times`` and ``event_indicators`` are the outcomes.
         event_times, event_indicators: ``[B]`` in the caller's order, in place of the batch's.
         entry_times, sample_weight: ``[B]`` in the caller's order.
@@ -133,7 +133,7 @@ def _rows_and_batch(
 ) -> tuple[Tensor, PackedVisits]:
     if not isinstance(hazards, PackedRows):
         if batch is None:
-            raise TypeError("batch: expected a PackedVisits, got None (only PackedRows bring one)")
+            raise TypeError("batch: expected a PackedVisits, got None (only PackedRows hold one)")
         if not hasattr(batch, "row_starts"):
             raise TypeError(f"batch: expected a PackedVisits, got {kind_of(batch)}")
         return hazards, batch

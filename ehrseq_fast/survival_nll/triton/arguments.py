@@ -1,4 +1,4 @@
-"""What the operators in Triton refuse when they are called as they are: whatever they index by, in
+"""Input validation of the operators in Triton, called directly: all that they index by, in
 the words of the compiled ones (``csrc/survival_nll``)."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def check_hazards(operation: str, hazards: Tensor, dims: tuple[int, ...], shape:
 def check_options(
     operation: str, competing: bool, classes: int, link: int, eps: float, reduction: int
 ) -> None:
-    """The numbers that stand for options."""
+    """The numbers that encode options."""
     for name, value, last in (("link", link, 2 if competing else 1), ("reduction", reduction, 2)):
         if not 0 <= value <= last:
             raise ValueError(f"{operation}: {name} must be in 0..{last}, got {value}")

@@ -26,7 +26,7 @@ MOST_PROGRAMS: tl.constexpr = tl.constexpr(1024)
 
 @triton.jit
 def _whole(column, patient, stride, exists, lowest, highest):
-    """One integer per patient, of any dtype, held within bounds that tell apart what matters."""
+    """One integer per patient, of any dtype, clamped to bounds that keep what matters distinct."""
     wide = tl.load(column + patient * stride, mask=exists, other=0).to(tl.int64)
     return tl.minimum(tl.maximum(wide, lowest), highest).to(tl.int32)
 

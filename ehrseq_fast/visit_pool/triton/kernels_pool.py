@@ -15,7 +15,7 @@ MEAN, SUM, MAX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 WORD = tl.constexpr(64)  # slots whose mask fits the bits of one number
 
 # A packed batch's tensors are parts of one buffer, and where each begins depends on the lengths.
-# Nothing is gained from those that begin at 16 bytes, and telling them apart would have Triton
+# Nothing is gained from those that begin at 16 bytes, and specialising on that would have Triton
 # compile again in the middle of training.
 ANY_ALIGNMENT = ["codes", "code_offsets", "mask", "offsets", "entries"]
 
@@ -244,8 +244,8 @@ def spread(
             values = tl.broadcast_to(row[None, :], [SLOTS, COLUMNS])
         else:
             kept = tl.load(mask + visit * n_slots + slots, mask=there, other=0)
-            due = kept.to(ACC)[:, None] * row[None, :] if WEIGHTED else row[None, :]
-            values = tl.where((kept != 0)[:, None], due, 0.0)
+            contribution = kept.to(ACC)[:, None] * row[None, :] if WEIGHTED else row[None, :]
+            values = tl.where((kept != 0)[:, None], contribution, 0.0)
         at = (visit * n_slots + slots)[:, None] * ROW_SIZE + columns[None, :]
         written = there[:, None] & inside[None, :]
         tl.store(out + at, values.to(out.dtype.element_ty), mask=written)

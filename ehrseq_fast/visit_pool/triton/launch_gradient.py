@@ -107,7 +107,7 @@ def _sparse_rows(
 
 
 def _position_of(ascending: Tensor, wanted: int) -> int:
-    """Where ``wanted`` stands; the length where it does not. Waits for the device."""
+    """The position of ``wanted``; the length where it does not occur. Waits for the device."""
     places = torch.arange(ascending.shape[0], device=ascending.device)
     places = torch.where(ascending == wanted, places, ascending.shape[0])
     return int(places.min()) if ascending.shape[0] else 0

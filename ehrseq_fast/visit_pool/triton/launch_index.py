@@ -15,7 +15,7 @@ from ...triton_support import interpreted, launch
 from . import kernels_index as kernels
 from .tiles import MEAN, MOST_PROGRAMS, kernel_mask
 
-# Slots of a padded batch: positions among them are 32-bit numbers, with room for a block beyond.
+# Slots of a padded batch: positions among them, up to a block past the last, are 32-bit numbers.
 _MOST_SLOTS = 2**31 - 2**16
 
 
@@ -50,7 +50,7 @@ def index_padded_codes(
     n_visits, n = math.prod(leading), codes.numel()
     if n > _MOST_SLOTS:
         raise ValueError(
-            f"the gradient of visit pooling takes at most {_MOST_SLOTS} slots, got {n}: pass a "
+            f"codes: expected at most {_MOST_SLOTS} slots for the gradient, got {n}: pass a "
             "PackedVisits, which has none that are empty"
         )
     codes = codes.contiguous()

@@ -30,7 +30,7 @@ def find_segments(at: Index, rows: Rows, n_rows: int) -> tuple[Tensor, int, int]
     """The bounds of the segments (kernels_gradient.py), the length of a piece, and the number of
     windows."""
     most = at.most_entries
-    chunk = 32 if most < 2**22 else 128  # partials of a huge padded batch would need much room
+    chunk = 32 if most < 2**22 else 128  # partials of a huge padded batch would take much memory
     windows = most // chunk
     bounds = at.entries.new_empty((4, windows + n_rows))
     block = 256
