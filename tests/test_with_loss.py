@@ -244,9 +244,7 @@ def test_options_of_the_constructor_and_of_the_call():
 def test_what_is_refused():
     with pytest.raises(TypeError, match="model: expected one with a method loss, got Linear"):
         ModelWithLoss(torch.nn.Linear(2, 2))
-    with pytest.raises(
-        ValueError, match=r"reduction: expected 'mean' with .*, got 'sum'"
-    ):
+    with pytest.raises(ValueError, match=r"reduction: expected 'mean' with .*, got 'sum'"):
         ModelWithLoss(build("survival"), across_processes=True, reduction="sum")
     training = ModelWithLoss(build("survival"), across_processes=True)
     with pytest.raises(ValueError, match="got reduction='none'"):
