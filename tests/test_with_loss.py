@@ -247,7 +247,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"reduction: expected 'mean' with .*, got 'sum'"):
         ModelWithLoss(build("survival"), across_processes=True, reduction="sum")
     training = ModelWithLoss(build("survival"), across_processes=True)
-    with pytest.raises(ValueError, match="got reduction='none'"):
+    with pytest.raises(ValueError, match="got 'none'"):
         training(batch(), reduction="none")
 
     class Other(torch.nn.Module):
@@ -255,7 +255,7 @@ def test_what_is_refused():
             return F.relu(batch)
 
     assert ModelWithLoss(Other())(torch.ones(())) == 1
-    with pytest.raises(TypeError, match="needs a model of this package"):
+    with pytest.raises(TypeError, match="expected one of this package"):
         ModelWithLoss(Other(), across_processes=True)
 
 
