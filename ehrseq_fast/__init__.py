@@ -1,8 +1,9 @@
 """EHR sequence models that cost what their real codes cost.
 
 Operations: :func:`visit_mean_pool`, :func:`masked_pool` and :func:`packed_visit_pool` (codes →
-visit vectors), :func:`packed_lstm` (visit vectors → hidden states), and the survival losses
-(:func:`discrete_time_survival_nll`, :func:`competing_risks_nll` and their ``packed_`` forms).
+visit vectors), :func:`packed_lstm` and :func:`packed_gru` (visit vectors → hidden states), and the
+survival losses (:func:`discrete_time_survival_nll`, :func:`competing_risks_nll` and their
+``packed_`` forms).
 Models are in :mod:`ehrseq_fast.models`, data in :mod:`ehrseq_fast.data`. :func:`warmup` compiles
 GPU kernels ahead of the first training step.
 """
@@ -12,6 +13,7 @@ from typing import Any
 from . import backend, operations
 from .backend import use_backend
 from .batch import PackedVisits
+from .packed_gru import PackedGRU, packed_gru
 from .packed_lstm import PackedLSTM, packed_lstm
 from .rows import PackedRows
 from .survival_nll import (
@@ -28,6 +30,7 @@ from .warmup import warmup
 __all__ = [
     "CompetingRisksSurvivalLoss",
     "DiscreteTimeSurvivalLoss",
+    "PackedGRU",
     "PackedLSTM",
     "PackedRows",
     "PackedVisits",
@@ -35,6 +38,7 @@ __all__ = [
     "discrete_time_survival_nll",
     "masked_pool",
     "packed_competing_risks_nll",
+    "packed_gru",
     "packed_lstm",
     "packed_survival_nll",
     "packed_visit_pool",

@@ -1,19 +1,18 @@
-"""The packed LSTM as an operation: gradient, choice of backend, layers and directions."""
+"""The packed LSTM as an operation: its gradient and its public function. Layers, directions and the
+choice of backend are in ``recurrent.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as drop
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import backend
-from ..autograd import once, transformed
+from ..autograd import once
+from ..recurrent import Cell, run
 from . import operators  # noqa: F401  (which defines what is called here)
-from .reference import packed_lstm_layer as layer_by_definition
+from .reference import packed_lstm_layer
 from .threads import refuse_restricted_openmp
 
 States = tuple[Tensor, Tensor]
@@ -73,189 +72,31 @@ class _Layer(torch.autograd.Function):
         )
 
 
-def _layer(
-    input: Tensor,
-    batch_sizes: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    reverse: bool,
-    keep_gates: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bias_ih, bias_hh = weights[2:] if len(weights) == 4 else (None, None)
-    operands = (input, *weights, h0, c0)
-    if transformed(*operands):
-        weight_ih, weight_hh = weights[:2]
-        return layer_by_definition(
-            input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse
-        )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        return _Layer.apply(
-            *(input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse),
-            _kept_visits(input, keep_gates),
-        )
-    output, h_n, c_n, _, _ = torch.ops.ehrseq_fast.packed_lstm_layer(
-        input, batch_sizes, *weights[:2], bias_ih, bias_hh, h0, c0, reverse, False, 0
-    )
-    return output, h_n, c_n
+def _infer(input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse):
+    return torch.ops.ehrseq_fast.packed_lstm_layer(
+        input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse, False, 0
+    )[:3]
 
 
-def _kept_visits(input: Tensor, keep_gates: float) -> int:
-    """How many visits' gates to keep: that share, in 64ths."""
-    if torch.compiler.is_compiling():  # a share of a size has no name in the traced graph
-        return input.shape[0]
-    if input.dtype not in (torch.float32, torch.float64):
-        # 16-bit states were rounded on their way out, and would not give the same gates again.
-        return input.shape[0]
-    return input.shape[0] * int(64 * keep_gates) // 64
+def _step(data: Tensor, states: tuple[Tensor, ...], weights: Sequence[Tensor]) -> States:
+    return torch.lstm_cell(data, states, *weights)
 
 
-def _layers(
-    data: Tensor,
-    batch_sizes: Tensor,
-    weights: Sequence[Sequence[Tensor]],
-    states: States | None,
-    directions: int,
-    dropout: float,
-    keep_gates: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    finals: list[States] = []
-    for first in range(0, len(weights), directions):
-        if first > 0 and dropout > 0:
-            data = drop(data, dropout, training=True)
-        outputs = []
-        for i in range(first, first + directions):
-            h0, c0 = (None, None) if states is None else (states[0][i], states[1][i])
-            output, *final = _layer(data, batch_sizes, weights[i], h0, c0, i > first, keep_gates)
-            outputs.append(output)
-            finals.append((final[0], final[1]))
-        data = outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
-    return data, torch.stack([h for h, _ in finals]), torch.stack([c for _, c in finals])
+def _by_pytorch(data, batch_sizes, states, weights, options):
+    refuse_restricted_openmp(data, "packed_lstm")
+    return torch._VF.lstm(data, batch_sizes, states, weights, *options)  # type: ignore[attr-defined]
 
 
-def _one_step(
-    data: Tensor, weights: Sequence[Sequence[Tensor]], states: States
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One visit of each patient: packing the weights would cost more than the step itself.
-
-    Autocast is off, as for the kernels: a patient's state must not depend on how many there are.
-    """
-    finals = []
-    with torch.autocast("cpu", enabled=False):
-        for i, layer in enumerate(weights):
-            final = torch.lstm_cell(data, (states[0][i], states[1][i]), *layer)
-            finals.append(final)
-            data = final[0]
-    return data, torch.stack([h for h, _ in finals]), torch.stack([c for _, c in finals])
-
-
-def _by_pytorch(
-    data: Tensor,
-    batch_sizes: Tensor,
-    weights: Sequence[Sequence[Tensor]],
-    states: States,
-    directions: int,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch._VF.lstm(  # type: ignore[attr-defined]
-        data,
-        batch_sizes,
-        states,
-        [tensor for layer in weights for tensor in layer],
-        len(weights[0]) == 4,
-        len(weights) // directions,
-        dropout,
-        dropout > 0,
-        directions == 2,
-    )
-
-
-def _check(
-    sequence: PackedSequence,
-    weights: Sequence[Sequence[Tensor]],
-    hx: States | None,
-    directions: int,
-    dropout: float,
-    keep_gates: float,
-) -> None:
-    if not isinstance(sequence, PackedSequence):
-        raise TypeError(
-            f"packed_lstm: sequence must be a PackedSequence, and is {type(sequence).__name__}"
-        )
-    data, batch_sizes = sequence.data, sequence.batch_sizes
-    if data.dim() != 2:
-        raise ValueError(
-            f"packed_lstm: the data of the sequence must be [visits, inputs], and is "
-            f"{list(data.shape)}"
-        )
-    if not weights or len(weights) % directions:
-        raise ValueError(
-            f"packed_lstm: weights must hold one entry per layer and direction, {directions} per "
-            f"layer, and holds {len(weights)}"
-        )
-    if not 0 <= keep_gates <= 1:
-        raise ValueError(
-            f"packed_lstm: keep_gates must be a share of the visits, and is {keep_gates}"
-        )
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"packed_lstm: dropout must be a probability, and is {dropout}")
-    for i, layer in enumerate(weights):
-        if len(layer) not in (2, 4) or len(layer) != len(weights[0]):
-            raise ValueError(
-                "packed_lstm: every entry of weights must hold weight_ih, weight_hh and either "
-                f"both biases or none; entry {i} holds {len(layer)} tensors"
-            )
-    hidden = weights[0][1].shape[-1] if weights[0][1].dim() else 0
-    if hidden < 1:
-        raise ValueError(
-            "packed_lstm: there must be at least one hidden unit, got weight_hh "
-            f"{list(weights[0][1].shape)}"
-        )
-    for i, layer in enumerate(weights):
-        inputs = data.shape[1] if i < directions else directions * hidden
-        shapes = [[4 * hidden, inputs], [4 * hidden, hidden], [4 * hidden], [4 * hidden]]
-        names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
-        for name, tensor, shape in zip(names, layer, shapes, strict=False):
-            if list(tensor.shape) != shape:
-                raise ValueError(
-                    f"packed_lstm: {name} of entry {i} of weights must be {shape}, and is "
-                    f"{list(tensor.shape)}"
-                )
-    named = [(f"weights[{i}]", tensor) for i, layer in enumerate(weights) for tensor in layer]
-    if batch_sizes.numel() == 0:
-        raise ValueError("packed_lstm: batch_sizes must hold one number per time, got none")
-    if hx is not None:
-        if isinstance(hx, Tensor) or len(hx) != 2:
-            raise ValueError(
-                "packed_lstm: hx must be the pair (h_0, c_0), got "
-                + ("one tensor" if isinstance(hx, Tensor) else f"{len(hx)} tensors")
-            )
-        for name, state in zip(("h_0", "c_0"), hx, strict=True):
-            if state.dim() != 3 or [state.shape[0], state.shape[2]] != [len(weights), hidden]:
-                raise ValueError(
-                    f"packed_lstm: {name} must be [layers * directions, patients, hidden] = "
-                    f"[{len(weights)}, patients, {hidden}], and is {list(state.shape)}"
-                )
-            named.append((name, state))
-        if not torch.compiler.is_compiling() and any(
-            state.shape[1] != batch_sizes[0] for state in hx
-        ):
-            raise ValueError(
-                f"packed_lstm: the sequence has {int(batch_sizes[0])} patients, and h_0 and c_0 "
-                f"have {hx[0].shape[1]} and {hx[1].shape[1]}"
-            )
-    for name, tensor in named:
-        if tensor.dtype != data.dtype:
-            raise TypeError(f"packed_lstm: {name} is {tensor.dtype}, and the sequence {data.dtype}")
-
-
-def _in_dtype(dtype: torch.dtype, weights, hx):
-    weights = [[tensor.to(dtype) for tensor in layer] for layer in weights]
-    return weights, hx if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
-
-
-# A step of at most this many patients is left to torch.lstm_cell.
-_FEW_PATIENTS = 4
+_LSTM = Cell(
+    "packed_lstm",
+    gates=4,
+    states=("h_0", "c_0"),
+    train=_Layer.apply,
+    infer=_infer,
+    definition=packed_lstm_layer,
+    step=_step,
+    by_pytorch=_by_pytorch,
+)
 
 
 def packed_lstm(
@@ -324,62 +165,14 @@ def packed_lstm(
         >>> torch.allclose(output.data, lstm(records)[0].data, atol=1e-6)
         True
     """
-    directions = 2 if bidirectional else 1
-    if torch.is_autocast_enabled("cpu") and isinstance(sequence, PackedSequence):
-        weights, hx = _in_dtype(sequence.data.dtype, weights, hx)
-    _check(sequence, weights, hx, directions, dropout, keep_gates)
-    data, batch_sizes, sorted_indices, unsorted_indices = sequence
-    if hx is not None and sorted_indices is not None:
-        hx = (hx[0].index_select(1, sorted_indices), hx[1].index_select(1, sorted_indices))
-    rate = dropout if training else 0.0
-
-    chosen = backend.choose("packed_lstm", data.device.type, data.dtype)
-    if transformed(data, *(tensor for layer in weights for tensor in layer), *(hx or ())):
-        _check_batch_sizes(data, batch_sizes)
-        output, h_n, c_n = _layers(data, batch_sizes, weights, hx, directions, rate, keep_gates)
-    elif chosen == "reference":
-        _check_batch_sizes(data, batch_sizes)
-        refuse_restricted_openmp(data, "packed_lstm")
-        if hx is None:
-            patients, hidden = int(batch_sizes[0]), weights[0][1].shape[1]
-            zeros = data.new_zeros(len(weights), patients, hidden)
-            hx = (zeros, zeros)
-        output, h_n, c_n = _by_pytorch(data, batch_sizes, weights, hx, directions, rate)
-    elif _is_one_small_step(data, batch_sizes, hx, directions, rate):
-        assert hx is not None
-        output, h_n, c_n = _one_step(data, weights, hx)
-    else:
-        output, h_n, c_n = _layers(data, batch_sizes, weights, hx, directions, rate, keep_gates)
-
-    if unsorted_indices is not None:
-        h_n, c_n = h_n.index_select(1, unsorted_indices), c_n.index_select(1, unsorted_indices)
-    return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), (h_n, c_n)
-
-
-def _is_one_small_step(
-    data: Tensor, batch_sizes: Tensor, hx: States | None, directions: int, rate: float
-) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and hx is not None
-        and directions == 1
-        and rate == 0
-        and data.dtype in (torch.float32, torch.float64)
-        and batch_sizes.numel() == 1
-        and data.shape[0] == int(batch_sizes[0]) <= _FEW_PATIENTS
+    if hx is not None:
+        if isinstance(hx, Tensor) or len(hx) != 2:
+            raise ValueError(
+                "packed_lstm: hx must be the pair (h_0, c_0), got "
+                + ("one tensor" if isinstance(hx, Tensor) else f"{len(hx)} tensors")
+            )
+        hx = (hx[0], hx[1])
+    output, (h_n, c_n) = run(
+        _LSTM, sequence, weights, hx, bidirectional, dropout, training, keep_gates
     )
-
-
-def _check_batch_sizes(data: Tensor, batch_sizes: Tensor) -> None:
-    """What the compiled kernel checks for itself."""
-    if torch.compiler.is_compiling():
-        return
-    sizes = batch_sizes.tolist()
-    falls = all(later <= earlier for earlier, later in pairwise(sizes))
-    if not sizes or not falls or sizes[-1] < 1:
-        raise ValueError(f"packed_lstm: batch_sizes must be positive and must not rise: {sizes}")
-    if sum(sizes) != data.shape[0]:
-        raise ValueError(
-            f"packed_lstm: batch_sizes must be the number of visits at each time, "
-            f"{data.shape[0]} in all, got {sum(sizes)}"
-        )
+    return output, (h_n, c_n)

@@ -11,11 +11,9 @@ import torch
 
 from ..checks import accumulator
 from ..operations import operator, register
+from ..recurrent import padded_units
 
 register("packed_lstm", "cpu", package=__package__)
-
-# csrc/common/recurrent/layer.h: saved tensors are padded to this many hidden units.
-_UNIT_PADDING = 16
 
 
 @operator(
@@ -40,7 +38,7 @@ def _(
     # How many patients there are is a value, batch_sizes[0]; given states tell it too.
     state = next((s for s in (h0, c0) if s is not None), None)
     patients = torch.library.get_ctx().new_dynamic_size() if state is None else state.shape[0]
-    padded = (hidden + _UNIT_PADDING - 1) // _UNIT_PADDING * _UNIT_PADDING
+    padded = padded_units(hidden)
     wide = accumulator(input.dtype)
     return (
         input.new_empty(visits, hidden),

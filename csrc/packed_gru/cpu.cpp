@@ -1,0 +1,43 @@
+// The packed GRU's operators on the CPU: one direction of one layer.
+
+#include <tuple>
+
+#include "common/operators.h"
+#include "common/recurrent/passes.h"
+#include "packed_gru/cell.h"
+
+namespace ehrseq::packed_gru {
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> packed_gru_layer(Tensor input, Tensor batch_sizes,
+                                                    Tensor weight_ih, Tensor weight_hh,
+                                                    OptionalTensor bias_ih, OptionalTensor bias_hh,
+                                                    OptionalTensor h0, bool reverse, bool training,
+                                                    int64_t kept) {
+  ForwardResult result = layer_forward<Cell>(
+      {input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, std::nullopt, reverse},
+      training, kept);
+  return {result.output, result.last_hidden, result.gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> packed_gru_layer_backward(
+    OptionalTensor grad_output, OptionalTensor grad_h_n, Tensor input, Tensor batch_sizes,
+    Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh,
+    OptionalTensor h0, Tensor output, Tensor gates, bool reverse, bool need_input,
+    bool need_weights, bool need_states) {
+  BackwardResult grad = layer_backward<Cell>(
+      {input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, std::nullopt, reverse},
+      {grad_output, grad_h_n, std::nullopt}, {output, gates, std::nullopt},
+      {need_input, need_weights, need_states});
+  return {grad.input, grad.weight_ih, grad.weight_hh, grad.bias_ih, grad.bias_hh, grad.h0};
+}
+
+}  // namespace
+
+}  // namespace ehrseq::packed_gru
+
+STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
+  m.impl("packed_gru_layer", EHRSEQ_BOX(&ehrseq::packed_gru::packed_gru_layer));
+  m.impl("packed_gru_layer_backward", EHRSEQ_BOX(&ehrseq::packed_gru::packed_gru_layer_backward));
+}
