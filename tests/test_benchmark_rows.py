@@ -19,7 +19,8 @@ from ehrseq_fast.visit_pool.packed import PACKED_MODES
 ROWS = registry.modes()
 # These compute nothing.
 NO_OPERATION = {"use_backend", "warmup"}
-LAYERS = {"packed_lstm": ("one direction", "both directions")}
+DIRECTIONS = ("one direction", "both directions")
+LAYERS = {"packed_lstm": DIRECTIONS, "packed_gru": DIRECTIONS}
 ONE_RISK = tuple(link for link in LINKS if link != "softmax")
 KNOWN_MODES = {
     "visit_mean_pool": tuple(MODES),

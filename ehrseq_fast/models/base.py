@@ -55,14 +55,14 @@ class HiddenStates:
 
 
 class VisitSequenceModel(nn.Module):
-    """Base of the models: an embedding of codes, and an LSTM over visit vectors.
+    """Base of the models: an embedding of codes, and an LSTM or GRU (``lstm``) over visit vectors.
 
     Subclasses build ``embedding`` and ``lstm`` in their own order (which seeded initialisation
     shows), and may override how a visit becomes a vector and what else the LSTM sees of it.
     """
 
     embedding: nn.Embedding
-    lstm: nn.LSTM
+    lstm: nn.RNNBase
     _n_visit_features = 0
 
     def __init__(self, path: str) -> None:
@@ -158,8 +158,9 @@ class VisitSequenceModel(nn.Module):
             if not transformed(*self.parameters()):
                 raise
             raise RuntimeError(
-                f"path={self.path!r} runs PyTorch's nn.LSTM, which torch.func and forward-mode "
-                f'differentiation do not transform in this way; path="fused" is ({error})'
+                f"path={self.path!r} runs PyTorch's own recurrent layer, which torch.func and "
+                'forward-mode differentiation do not transform in this way; path="fused" is '
+                f"({error})"
             ) from error
 
     def _run_batch(self, batch: PackedVisits) -> HiddenStates:

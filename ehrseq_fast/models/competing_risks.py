@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..batch import PackedVisits
 from ..survival_nll import packed_competing_risks_nll
 from .base import VisitSequenceModel
-from .recurrent import lstm_dropout, visit_lstm
+from .recurrent import visit_layer
 from .sequences import expect_batch
 from .survival_lstm import hazard_head
 
@@ -32,7 +32,7 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
     Args:
         vocab_size: number of codes; code 0 is padding.
         num_event_types: number K of competing events.
-        embedding_dim, hidden_dim, num_layers, dropout, path: as in
+        embedding_dim, hidden_dim, num_layers, dropout, cell, path: as in
             :class:`DiscreteTimeSurvivalLSTM`.
 
     Example:
@@ -53,6 +53,7 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
         num_layers: int = 1,
         dropout: float = 0.1,
         *,
+        cell: str = "lstm",
         path: str = "fused",
     ) -> None:
         super().__init__(path)
@@ -60,12 +61,7 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
             raise ValueError(f"num_event_types: expected at least 1, got {num_event_types}")
         self.num_event_types = num_event_types
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
-        self.lstm = visit_lstm(
-            embedding_dim,
-            hidden_dim,
-            num_layers,
-            dropout=lstm_dropout(dropout, num_layers),
-        )
+        self.lstm = visit_layer(cell, embedding_dim, hidden_dim, num_layers, dropout)
         self.hazard_heads = nn.ModuleList(
             hazard_head(hidden_dim, hidden_dim, dropout) for _ in range(num_event_types)
         )

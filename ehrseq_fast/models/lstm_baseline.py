@@ -18,7 +18,7 @@ from .base import VisitSequenceModel
 from .head import run_network
 from .pooling import attend, plain_pool
 from .reading import are_plain, is_plain, is_plain_embedding, readable
-from .recurrent import lstm_dropout, visit_lstm
+from .recurrent import visit_layer
 from .sequences import expect_batch
 from .visit_vectors import (
     embed,
@@ -174,12 +174,14 @@ class LSTMBaseline(VisitSequenceModel):
         output_dim: number of outputs O.
         task: ``"binary_classification"`` (sigmoid), ``"multi_class"`` (softmax), ``"regression"``.
         padding_idx: the code whose embedding is not trained. It is not a mask.
+        cell: ``"lstm"`` or ``"gru"``, as in
+            :class:`~ehrseq_fast.models.DiscreteTimeSurvivalLSTM`.
         path: ``"fused"``, ``"packed"`` or ``"padded"``, as in
             :class:`~ehrseq_fast.models.DiscreteTimeSurvivalLSTM`. With dropout active the paths
             draw different random numbers; in ``eval()`` they agree.
 
     Raises:
-        ValueError: for another task, aggregation or path.
+        ValueError: for another task, aggregation, cell or path.
 
     Example:
         >>> import torch
@@ -205,6 +207,7 @@ class LSTMBaseline(VisitSequenceModel):
         task: str = "binary_classification",
         padding_idx: int = 0,
         *,
+        cell: str = "lstm",
         path: str = "fused",
     ) -> None:
         super().__init__(path)
@@ -219,12 +222,8 @@ class LSTMBaseline(VisitSequenceModel):
 
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=padding_idx)
         self.visit_encoder = VisitEncoder(embedding_dim, visit_aggregation, dropout)
-        self.lstm = visit_lstm(
-            embedding_dim,
-            hidden_dim,
-            num_layers,
-            dropout=lstm_dropout(dropout, num_layers),
-            bidirectional=bidirectional,
+        self.lstm = visit_layer(
+            cell, embedding_dim, hidden_dim, num_layers, dropout, bidirectional=bidirectional
         )
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(2 * hidden_dim if bidirectional else hidden_dim, output_dim)

@@ -12,10 +12,13 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import BackwardHook
 
 from ..backend import use_backend
+from ..packed_gru import PackedGRU
 from ..packed_lstm import PackedLSTM
 from ..packed_lstm.threads import refuse_restricted_openmp
 
-# Share of the visits whose gates the models' LSTM keeps for the backward pass. A third is what
+CELLS: dict[str, type[PackedLSTM] | type[PackedGRU]] = {"lstm": PackedLSTM, "gru": PackedGRU}
+
+# Share of the visits whose gates the models' layer keeps for the backward pass. A third is what
 # brings the peak of a training step on real records to 1/20 of the padded step's (all of them:
 # 1/14), for a tenth more time. ``model.lstm.keep_gates = 1.0`` keeps all.
 KEEP_GATES = 0.34
@@ -23,16 +26,23 @@ KEEP_GATES = 0.34
 _TRAITS = ("batch_first", "bidirectional", "hidden_size", "num_layers")
 
 
-def visit_lstm(*args: Any, **options: Any) -> PackedLSTM:
-    """The LSTM of a model: as ``nn.LSTM``, with batches first, and frugal with memory."""
-    lstm = PackedLSTM(*args, batch_first=True, **options)
-    lstm.keep_gates = KEEP_GATES
-    return lstm
+def visit_layer(
+    cell: str, inputs: int, hidden_dim: int, num_layers: int, dropout: float, **options: Any
+) -> PackedLSTM | PackedGRU:
+    """The recurrent layer of a model: as ``nn.LSTM`` or ``nn.GRU``, with batches first, dropout
+    between layers where there is more than one, and frugal with memory.
 
-
-def lstm_dropout(dropout: float, num_layers: int) -> float:
-    """Dropout between LSTM layers, where there is more than one."""
-    return dropout if num_layers > 1 else 0.0
+    Raises:
+        ValueError: for another cell.
+    """
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    between = dropout if num_layers > 1 else 0.0
+    layer = CELLS[cell](
+        inputs, hidden_dim, num_layers, batch_first=True, dropout=between, **options
+    )
+    layer.keep_gates = KEEP_GATES
+    return layer
 
 
 def recurrent_layer(module: nn.Module) -> Any:

@@ -13,7 +13,7 @@ from ..checks import accumulator
 from ..rows import PackedRows
 from ..survival_nll import packed_survival_nll
 from .base import VisitSequenceModel
-from .recurrent import lstm_dropout, visit_lstm
+from .recurrent import visit_layer
 from .sequences import expect_batch
 
 TIME_FEATURES = 3
@@ -101,6 +101,9 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
         dropout: in the hazard head, and between LSTM layers where there are several.
         bidirectional: let the hazard at t see later visits too. Such a hazard is no forecast, and
             its likelihood is no likelihood; there for compatibility.
+        cell: ``"lstm"``, or ``"gru"`` for a GRU in its place. The layer is ``model.lstm`` in both,
+            and its part of the ``state_dict`` is that of ``nn.LSTM`` or ``nn.GRU``
+            (``lstm.weight_ih_l0`` is ``[3H, E]`` with a GRU).
         path: ``"fused"`` computes real codes and visits only. ``"packed"`` (plain PyTorch: embed,
             mask, average, pack, LSTM, pad) and ``"padded"`` (plain PyTorch over all padded slots)
             are its oracle and baseline. A bidirectional LSTM on the padded path reads padding
@@ -130,6 +133,7 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
         dropout: float = 0.1,
         bidirectional: bool = False,
         *,
+        cell: str = "lstm",
         path: str = "fused",
     ) -> None:
         super().__init__(path)
@@ -140,12 +144,8 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
         self.bidirectional = bidirectional
 
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
-        self.lstm = visit_lstm(
-            embedding_dim,
-            hidden_dim,
-            num_layers,
-            dropout=lstm_dropout(dropout, num_layers),
-            bidirectional=bidirectional,
+        self.lstm = visit_layer(
+            cell, embedding_dim, hidden_dim, num_layers, dropout, bidirectional=bidirectional
         )
         width = 2 * hidden_dim if bidirectional else hidden_dim
         self.hazard_head = hazard_head(width, hidden_dim, dropout)
@@ -225,7 +225,8 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
     differences from the reference are those of the base class. Unidirectional only.
 
     Args:
-        vocab_size, embedding_dim, hidden_dim, num_layers, dropout, path: as in the base class.
+        vocab_size, embedding_dim, hidden_dim, num_layers, dropout, cell, path: as in the base
+            class.
         time_encoding_dim: width of the encoded time features.
 
     Example:
@@ -249,9 +250,12 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         dropout: float = 0.1,
         time_encoding_dim: int = 16,
         *,
+        cell: str = "lstm",
         path: str = "fused",
     ) -> None:
-        super().__init__(vocab_size, embedding_dim, hidden_dim, num_layers, dropout, path=path)
+        super().__init__(
+            vocab_size, embedding_dim, hidden_dim, num_layers, dropout, cell=cell, path=path
+        )
         self.time_encoder = nn.Sequential(
             nn.Linear(TIME_FEATURES, time_encoding_dim),
             nn.ReLU(),
@@ -259,11 +263,8 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         )
         # The base class has built an LSTM already. Building a second one draws the random numbers
         # that the reference draws, so that one seed gives both packages the same weights.
-        self.lstm = visit_lstm(
-            embedding_dim + time_encoding_dim,
-            hidden_dim,
-            num_layers,
-            dropout=lstm_dropout(dropout, num_layers),
+        self.lstm = visit_layer(
+            cell, embedding_dim + time_encoding_dim, hidden_dim, num_layers, dropout
         )
 
     def _lstm_input(self, vectors: Tensor, visit_features: Tensor | None) -> Tensor:
