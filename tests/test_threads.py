@@ -13,13 +13,13 @@ from ehrseq_fast import (
     discrete_time_survival_nll,
     masked_pool,
     packed_competing_risks_nll,
-    packed_lstm,
     packed_survival_nll,
     packed_visit_pool,
     visit_mean_pool,
 )
 from ehrseq_fast.hazard_head.op import hazard_head
 from ehrseq_fast.linear.op import linear_layer
+from tests.recurrent_layers import CELLS, flat
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -125,6 +125,7 @@ def test_losses(causes, reduction, dtype):
     on_threads(lambda: both(packed(rows, batch, event_times=lengths - 1, **kinds, **options), rows))
 
 
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("keep_gates", [0.3, 1.0])
@@ -133,25 +134,24 @@ def test_losses(causes, reduction, dtype):
     [[120] * 4 + [40] * 10 + [3] * 40, [2] * 150, [200, 1]],
     ids=["groups, then in step", "in step alone", "groups alone"],
 )
-def test_packed_lstm(sizes, reverse, keep_gates, dtype):
+def test_packed_recurrent(sizes, reverse, keep_gates, dtype, cell):
     """Patients apart while there are many, and the tail of few long records in step (team.h)."""
     inputs, hidden = 32, 50
-    directions = 2 if reverse else 1
     rows = torch.randn(sum(sizes), inputs).to(dtype).requires_grad_()
-    shapes = [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)]
     weights = [
-        [(torch.randn(shape) * 0.2).to(dtype).requires_grad_() for shape in shapes]
-        for _ in range(directions)
+        [weight.requires_grad_() for weight in cell.weights(inputs, hidden, dtype=dtype, scale=0.2)]
+        for _ in range(2 if reverse else 1)
     ]
     leaves = [rows, *(weight for layer in weights for weight in layer)]
 
     def compute():
         sequence = PackedSequence(rows, torch.tensor(sizes))
-        output, (h_n, c_n) = packed_lstm(
+        output, final = cell.function(
             sequence, weights, bidirectional=reverse, keep_gates=keep_gates
         )
-        total = output.data.sum() + (h_n * c_n).sum()
-        return output.data.detach(), h_n.detach(), *torch.autograd.grad(total, leaves)
+        finals = flat(final)
+        total = output.data.sum() + torch.stack(finals).prod(0).sum()
+        return output.data.detach(), finals[0].detach(), *torch.autograd.grad(total, leaves)
 
     on_threads(compute)
 

@@ -55,11 +55,12 @@ EHRSEQ_INLINE Vector<Sum<S>> grad_of_sums(const Backward<S>& layer, const Step& 
 
   const Sum<S> one = 1;
   const Vector<Sum<S>> grad = grad_through_weights + grad_kept;
-  const Vector<Sum<S>> grad_candidate =
-      grad * (one - gates.update) * (one - gates.candidate * gates.candidate);
+  const Vector<Sum<S>> kept = grad * gates.update;
+  // Not grad * (1 - z): of an infinite gradient PyTorch makes NaN here.
+  const Vector<Sum<S>> grad_candidate = (grad - kept) * (one - gates.candidate * gates.candidate);
   grad_sums[0] = grad_candidate * gates.from_hidden * gates.reset * (one - gates.reset);
   grad_sums[1] = grad * (before - gates.candidate) * gates.update * (one - gates.update);
   grad_sums[2] = grad_candidate;
   grad_sums[3] = grad_candidate * gates.reset;
-  return grad * gates.update;
+  return kept;
 }

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import BackwardHook
 
 from ..backend import use_backend
+from ..checks import expect_option
 from ..packed_gru import PackedGRU
 from ..packed_lstm import PackedLSTM
 from ..packed_lstm.threads import refuse_restricted_openmp
@@ -35,8 +36,7 @@ def visit_layer(
     Raises:
         ValueError: for another cell.
     """
-    if cell not in CELLS:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    expect_option("cell", cell, CELLS)
     between = dropout if num_layers > 1 else 0.0
     layer = CELLS[cell](
         inputs, hidden_dim, num_layers, batch_first=True, dropout=between, **options

@@ -14,6 +14,7 @@ from torch import Tensor
 from ehrseq_fast import operations
 from ehrseq_fast.hazard_head import reference as head_reference
 from ehrseq_fast.linear import reference as linear_reference
+from ehrseq_fast.packed_gru import reference as gru_reference
 from ehrseq_fast.packed_lstm import reference as lstm_reference
 from ehrseq_fast.visit_pool import reference as pool_reference
 
@@ -258,26 +259,37 @@ def _scale(draw: Draw, ops: Any, name: str) -> Call:
     )
 
 
-# Packed LSTM --------------------------------------------------------------------------------------
+# Packed LSTM and GRU ------------------------------------------------------------------------------
 
 
 @makes("packed_lstm_layer", "packed_lstm_layer_backward")
 def _lstm(draw: Draw, ops: Any, name: str) -> Call:
+    return _recurrent(draw, ops, name, 4, 2, lstm_reference.packed_lstm_layer)
+
+
+@makes("packed_gru_layer", "packed_gru_layer_backward")
+def _gru(draw: Draw, ops: Any, name: str) -> Call:
+    return _recurrent(draw, ops, name, 3, 1, gru_reference.packed_gru_layer)
+
+
+def _recurrent(
+    draw: Draw, ops: Any, name: str, gates: int, n_states: int, definition: Callable[..., Any]
+) -> Call:
     dtype = draw.one_of(FLOATING)
     inputs, hidden = draw.whole(1, 9), draw.one_of((1, 2, 7, 16, 17, 33))
     sizes = torch.sort(draw.integers(1, 6, (draw.whole(1, 6),)), descending=True).values
     visits, patients = int(sizes.sum()), int(sizes[0])
     input = draw.floats((visits, inputs), dtype)
     weights = [
-        draw.floats((4 * hidden, inputs), dtype) * 0.3,
-        draw.floats((4 * hidden, hidden), dtype) * 0.3,
+        draw.floats((gates * hidden, inputs), dtype) * 0.3,
+        draw.floats((gates * hidden, hidden), dtype) * 0.3,
     ]
     biases: list[Any] = [None, None]
     if draw.chance(0.7):
-        biases = [draw.floats((4 * hidden,), dtype) for _ in range(2)]
-    states: list[Any] = [None, None]
+        biases = [draw.floats((gates * hidden,), dtype) for _ in range(2)]
+    states: list[Any] = [None] * n_states
     if draw.chance(0.5):
-        states = [draw.floats((patients, hidden), dtype) for _ in range(2)]
+        states = [draw.floats((patients, hidden), dtype) for _ in range(n_states)]
     reverse = draw.chance(0.5)
     # gates of 16-bit layers are never computed again
     kept = draw.whole(0, visits) if dtype in (torch.float32, torch.float64) else visits
@@ -285,24 +297,17 @@ def _lstm(draw: Draw, ops: Any, name: str) -> Call:
 
     def expected() -> list[Tensor]:
         double = [None if x is None else x.double() for x in (input, *weights, *biases, *states)]
-        return list(
-            lstm_reference.packed_lstm_layer(double[0], sizes, *double[1:], reverse)  # type: ignore[arg-type]
-        )
+        return list(definition(double[0], sizes, *double[1:], reverse))
 
-    if name == "packed_lstm_layer":
+    forward = getattr(ops, name.removesuffix("_backward"))
+    if not name.endswith("_backward"):
         training = draw.chance(0.5)
-        return Call(
-            ops.packed_lstm_layer,
-            [*operands, reverse, training, kept if training else 0],
-            expected,
-        )
-    output, h_n, c_n, gates, cells = ops.packed_lstm_layer(*operands, reverse, True, kept)
-    grads = [draw.floats(x.shape, dtype) if draw.chance(0.8) else None for x in (output, h_n, c_n)]
+        return Call(forward, [*operands, reverse, training, kept if training else 0], expected)
+    output, *others = forward(*operands, reverse, True, kept)
+    finals, saved = others[:n_states], others[n_states:]
+    grads = [draw.floats(x.shape, dtype) if draw.chance(0.8) else None for x in (output, *finals)]
     needs = [draw.chance(0.7) for _ in range(3)]
-    return Call(
-        ops.packed_lstm_layer_backward,
-        [*grads, *operands, output, gates, cells, reverse, *needs],
-    )
+    return Call(getattr(ops, name), [*grads, *operands, output, *saved, reverse, *needs])
 
 
 # Linear layers and the hazard head ----------------------------------------------------------------

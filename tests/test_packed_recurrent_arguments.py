@@ -1,5 +1,5 @@
-"""The raw operators of the packed LSTM are public: whatever they index by is checked, and what does
-not fit is refused with its name, never read past its end."""
+"""The raw operators of the packed LSTM and GRU are public: whatever they index by is checked, and
+what does not fit is refused with its name, never read past its end."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from ehrseq_fast import packed_lstm
-from ehrseq_fast.packed_lstm import reference
+from tests.recurrent_layers import LSTM, every_cell, flat
 
-pytestmark = pytest.mark.operation("packed_lstm")
+pytestmark = [pytest.mark.operation("packed_lstm"), pytest.mark.operation("packed_gru")]
 
-OPS = torch.ops.ehrseq_fast
 VISITS, PATIENTS, INPUTS, HIDDEN = 8, 3, 3, 5
 # Fewer visits of gates than there are say how many were kept.
 KEPT_GATES = [(visits, 4 * 16) for visits in range(VISITS + 1)]
@@ -20,34 +18,35 @@ KEPT_GATES = [(visits, 4 * 16) for visits in range(VISITS + 1)]
 REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)
 
 
-def forward_arguments():
-    shapes = {
-        "input": (VISITS, INPUTS),
-        "batch_sizes": None,
-        "weight_ih": (4 * HIDDEN, INPUTS),
-        "weight_hh": (4 * HIDDEN, HIDDEN),
-        "bias_ih": (4 * HIDDEN,),
-        "bias_hh": (4 * HIDDEN,),
-        "h0": (PATIENTS, HIDDEN),
-        "c0": (PATIENTS, HIDDEN),
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+STATES = ("h0", "c0")
+
+
+def forward_arguments(cell):
+    weights = cell.weights(INPUTS, HIDDEN, dtype=torch.float32)
+    return {
+        "input": torch.randn(VISITS, INPUTS),
+        "batch_sizes": torch.tensor([3, 2, 2, 1]),
+        **dict(zip(WEIGHTS, weights, strict=True)),
+        **{name: torch.randn(PATIENTS, HIDDEN) for name in STATES[: cell.states]},
+        "reverse": False,
+        "training": True,
+        "kept": VISITS,
     }
-    sizes = torch.tensor([3, 2, 2, 1])
-    tensors = {k: sizes if shape is None else torch.randn(shape) for k, shape in shapes.items()}
-    return {**tensors, "reverse": False, "training": True, "kept": VISITS}
 
 
-def backward_arguments():
-    given = forward_arguments()
-    output, h_n, c_n, gates, cells = OPS.packed_lstm_layer(**given)
+def backward_arguments(cell):
+    given = forward_arguments(cell)
+    output, *others = cell.forward(**given)
+    finals, saved = others[: cell.states], others[cell.states :]
     operands = {k: v for k, v in given.items() if k not in ("training", "kept")}
+    names = ("grad_h_n", "grad_c_n")[: cell.states]
     return {
         "grad_output": torch.ones_like(output),
-        "grad_h_n": torch.ones_like(h_n),
-        "grad_c_n": torch.ones_like(c_n),
+        **{name: torch.ones_like(final) for name, final in zip(names, finals, strict=True)},
         **operands,
         "output": output,
-        "gates": gates,
-        "cells": cells,
+        **dict(zip(("gates", "cells")[: cell.states], saved, strict=True)),
         "need_input": True,
         "need_weights": True,
         "need_states": True,
@@ -71,10 +70,11 @@ def misfits(tensor):
     yield tensor.to_sparse()
 
 
-@pytest.mark.parametrize("name", ["packed_lstm_layer", "packed_lstm_layer_backward"])
-def test_every_argument_is_checked(compiled, name):
-    operator = getattr(OPS, name)
-    arguments = forward_arguments() if name == "packed_lstm_layer" else backward_arguments()
+@every_cell
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_every_argument_is_checked(cell, compiled, which):
+    operator = getattr(cell, which)
+    arguments = (forward_arguments if which == "forward" else backward_arguments)(cell)
     operator(**arguments)
     tried = 0
     for key, value in arguments.items():
@@ -86,62 +86,66 @@ def test_every_argument_is_checked(compiled, name):
             with pytest.raises(REFUSALS):
                 operator(**{**arguments, key: misfit})
             tried += 1
-    assert tried >= 100
+    assert tried >= 90
 
 
+@every_cell
 @pytest.mark.parametrize(
     "sizes",
     [[], [8, 0], [0, 8], [2, 3, 3], [9], [4, 3], [-1, 9], [2**62, 2**62], [2**63 - 1] * 3, [5, 4]],
 )
-def test_batch_sizes_that_do_not_fit(compiled, sizes):
+def test_batch_sizes_that_do_not_fit(cell, compiled, sizes):
     sizes = torch.tensor(sizes, dtype=torch.int64)
-    arguments = {**forward_arguments(), "h0": None, "c0": None, "batch_sizes": sizes}
+    without = dict.fromkeys(STATES[: cell.states])
+    arguments = {**forward_arguments(cell), **without, "batch_sizes": sizes}
     with pytest.raises(ValueError, match="batch_sizes must be"):
-        OPS.packed_lstm_layer(**arguments)
+        cell.forward(**arguments)
     with pytest.raises(ValueError, match="batch_sizes must"):
-        packed_lstm(
-            PackedSequence(arguments["input"], sizes),
-            [[arguments[k] for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]],
-        )
+        cell.function(PackedSequence(arguments["input"], sizes), [[arguments[k] for k in WEIGHTS]])
 
 
+@every_cell
 @pytest.mark.parametrize(("kept", "training"), [(-1, True), (VISITS + 1, True), (1, False)])
-def test_visits_to_keep_the_gates_of(compiled, kept, training):
+def test_visits_to_keep_the_gates_of(cell, compiled, kept, training):
     with pytest.raises(ValueError, match=r"kept must be in 0\.\."):
-        OPS.packed_lstm_layer(**{**forward_arguments(), "kept": kept, "training": training})
+        cell.forward(**{**forward_arguments(cell), "kept": kept, "training": training})
 
 
+@every_cell
 @pytest.mark.parametrize("inputs", [3, 0])
-def test_layers_without_units(unemulated, inputs):
-    """nn.LSTM cannot be built with none; backward once divided by zero."""
+def test_layers_without_units(cell, unemulated, inputs):
+    """PyTorch's cannot be built with none; backward once divided by zero."""
     weights = [torch.randn(0, inputs), torch.randn(0, 0), torch.randn(0), torch.randn(0)]
     data = torch.randn(3, inputs, requires_grad=True)
     with pytest.raises(ValueError, match="at least one hidden unit"):
-        packed_lstm(PackedSequence(data, torch.tensor([2, 1])), [weights])
+        cell.function(PackedSequence(data, torch.tensor([2, 1])), [weights])
 
 
+@every_cell
 @pytest.mark.parametrize("inputs", [3, 0])
-def test_raw_layers_without_units(compiled, inputs):
+def test_raw_layers_without_units(cell, compiled, inputs):
     data, sizes = torch.randn(3, inputs), torch.tensor([2, 1])
-    weights = [torch.randn(0, inputs), torch.randn(0, 0)]
+    weights, no_states = [torch.randn(0, inputs), torch.randn(0, 0)], [None] * cell.states
     with pytest.raises(ValueError, match="at least one"):
-        OPS.packed_lstm_layer(data, sizes, *weights, None, None, None, None, False, True, 0)
-    states = [torch.randn(3, 0), torch.randn(0, 0), torch.randn(3, 0)]
+        cell.forward(data, sizes, *weights, None, None, *no_states, False, True, 0)
+    saved = [torch.randn(3, 0), torch.randn(0, 0), torch.randn(3, 0)][: 1 + cell.states]
     with pytest.raises(ValueError, match="at least one"):
-        OPS.packed_lstm_layer_backward(
-            *(None, None, None, data, sizes, *weights, None, None, None, None, *states),
+        cell.backward(
+            *(None, *no_states, data, sizes, *weights, None, None, *no_states, *saved),
             *(False, True, True, True),
         )
 
 
-def test_layers_without_inputs(unemulated):
+@every_cell
+def test_layers_without_inputs(cell, unemulated):
     """Their states come of the biases and of each other."""
-    shapes = [(8, 0), (20, 0), (20, 5), (20,), (20,)]
-    x, *weights = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    x = torch.randn(8, 0, dtype=torch.float64, requires_grad=True)
+    weights = [weight.requires_grad_() for weight in cell.weights(0, 5)]
     sizes = torch.tensor([3, 2, 2, 1])
-    output, (h_n, c_n) = packed_lstm(PackedSequence(x, sizes), [weights])
-    expected = reference.packed_lstm_layer(x, sizes, *weights)
-    for mine, theirs in zip((output.data, h_n[0], c_n[0]), expected, strict=True):
+    output, final = cell.function(PackedSequence(x, sizes), [weights])
+    expected = cell.definition(x, sizes, *weights)
+    results = [output.data, *(state[0] for state in flat(final))]
+    for mine, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
     mine = torch.autograd.grad(output.data.sum(), [x, *weights])
     for a, b in zip(mine, torch.autograd.grad(expected[0].sum(), [x, *weights]), strict=True):
@@ -153,4 +157,4 @@ def test_states_that_are_no_pair(unemulated):
     sequence = PackedSequence(data, torch.tensor([3, 2, 2, 1]))
     for hx in (torch.randn(2, 1, 3, 5), [torch.randn(1, 3, 5)], [torch.randn(1, 3, 5)] * 3):
         with pytest.raises(ValueError, match=r"pair \(h_0, c_0\)"):
-            packed_lstm(sequence, weights, hx)
+            LSTM.function(sequence, weights, hx)

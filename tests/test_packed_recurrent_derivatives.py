@@ -1,4 +1,4 @@
-"""Every derivative of the packed LSTM is right or refused; no two results share memory."""
+"""Every derivative of the packed LSTM and GRU is right or refused; no two results share memory."""
 
 from __future__ import annotations
 
@@ -10,49 +10,48 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
-from ehrseq_fast import PackedLSTM, packed_lstm
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
-from ehrseq_fast.packed_lstm import reference
-from tests.test_packed_lstm import close, sizes_of, twins
+from tests.recurrent_layers import CELLS, close, every_cell, flat, sizes_of
 
-pytestmark = pytest.mark.operation("packed_lstm")
+pytestmark = [pytest.mark.operation("packed_lstm"), pytest.mark.operation("packed_gru")]
 
 LENGTHS = [4, 3, 1]
 
 
-@pytest.fixture
-def layer():
+@pytest.fixture(params=CELLS.values(), ids=CELLS)
+def layer(request):
     """One layer as a function of all its operands, by the package and by the definition."""
-    shapes = [(8, 3), (20, 3), (20, 5), (20,), (20,), (1, 3, 5), (1, 3, 5)]
-    operands = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    cell = request.param
+    operands = [torch.randn(8, 3, dtype=torch.float64), *cell.weights(3, 5)]
+    operands += [torch.randn(1, 3, 5, dtype=torch.float64) for _ in range(cell.states)]
     sizes = sizes_of(LENGTHS)
 
-    def ours(x, w_ih, w_hh, b_ih, b_hh, h0, c0):
-        output, (h_n, c_n) = packed_lstm(
-            PackedSequence(x, sizes), [(w_ih, w_hh, b_ih, b_hh)], (h0, c0)
+    def ours(x, w_ih, w_hh, b_ih, b_hh, *states):
+        output, final = cell.function(
+            PackedSequence(x, sizes), [(w_ih, w_hh, b_ih, b_hh)], cell.given(states)
         )
-        return output.data, h_n[0], c_n[0]
+        return output.data, *(state[0] for state in flat(final))
 
-    def definition(x, w_ih, w_hh, b_ih, b_hh, h0, c0):
-        return reference.packed_lstm_layer(x, sizes, w_ih, w_hh, b_ih, b_hh, h0[0], c0[0])
+    def definition(x, w_ih, w_hh, b_ih, b_hh, *states):
+        return cell.definition(x, sizes, w_ih, w_hh, b_ih, b_hh, *(s[0] for s in states))
 
     return ours, definition, operands
 
 
-@pytest.mark.parametrize("which", range(7))
-def test_forward_mode(unemulated, layer, which):
+def test_forward_mode(unemulated, layer):
     ours, definition, operands = layer
-    tangents = [torch.zeros_like(x) for x in operands]
-    tangents[which] = torch.randn_like(operands[which])
-    expected = jvp(definition, tuple(operands), tuple(tangents))
-    actual = jvp(ours, tuple(operands), tuple(tangents))
-    assert any(tangent.abs().max() > 1e-3 for tangent in actual[1])
-    close([*actual[0], *actual[1]], [*expected[0], *expected[1]], 1e-12)
+    for which, operand in enumerate(operands):
+        tangents = [torch.zeros_like(x) for x in operands]
+        tangents[which] = torch.randn_like(operand)
+        expected = jvp(definition, tuple(operands), tuple(tangents))
+        actual = jvp(ours, tuple(operands), tuple(tangents))
+        assert any(tangent.abs().max() > 1e-3 for tangent in actual[1])
+        close([*actual[0], *actual[1]], [*expected[0], *expected[1]], 1e-12)
 
-    with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(x, t) for x, t in zip(operands, tangents, strict=True)]
-        outputs = [forward_ad.unpack_dual(output).tangent for output in ours(*duals)]
-    close(outputs, expected[1], 1e-12)
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(x, t) for x, t in zip(operands, tangents, strict=True)]
+            outputs = [forward_ad.unpack_dual(output).tangent for output in ours(*duals)]
+        close(outputs, expected[1], 1e-12)
 
 
 @pytest.mark.parametrize("transform", [jacfwd, jacrev])
@@ -74,15 +73,16 @@ def test_second_derivatives_by_transforms(unemulated, layer):
     close([hessian(loss(ours))(operands[3])], [expected], 1e-12)
 
 
-def test_gradients_per_sample(unemulated):
-    plain, fast = twins(3, 4, 2, bidirectional=True)
+@every_cell
+def test_gradients_per_sample(cell, unemulated):
+    plain, fast = cell.twins(3, 4, 2, bidirectional=True)
     data = torch.randn(5, 8, 3, dtype=torch.float64)
 
     def loss(lstm):
         def of(parameters, rows):
             packed = PackedSequence(rows, sizes_of(LENGTHS))
-            output, (h_n, c_n) = functional_call(lstm, parameters, (packed,))
-            return output.data.square().sum() + h_n.sum() + c_n.sum()
+            output, final = functional_call(lstm, parameters, (packed,))
+            return output.data.square().sum() + sum(state.sum() for state in flat(final))
 
         return of
 
@@ -94,9 +94,10 @@ def test_gradients_per_sample(unemulated):
         close([gradient[i] for gradient in actual.values()], expected, 1e-12)
 
 
-def test_many_gradients_at_once(unemulated):
+@every_cell
+def test_many_gradients_at_once(cell, unemulated):
     """``is_grads_batched`` runs the backward pass under vmap."""
-    plain, fast = twins(3, 4)
+    plain, fast = cell.twins(3, 4)
     data = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     incoming = torch.randn(6, 8, 4, dtype=torch.float64)
 
@@ -108,9 +109,10 @@ def test_many_gradients_at_once(unemulated):
     close(gradients(fast), gradients(plain), 1e-12)
 
 
+@every_cell
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(unemulated, use_reentrant):
-    _, fast = twins(3, 4, 2)
+def test_checkpointing(cell, unemulated, use_reentrant):
+    _, fast = cell.twins(3, 4, 2)
     data = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
 
     def run(rows):
@@ -127,28 +129,29 @@ def test_checkpointing(unemulated, use_reentrant):
     assert all(map(torch.equal, actual, gradients(run(data))))
 
 
+@every_cell
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("patients", [3, 1])
-def test_no_two_results_share_memory(unemulated, layers, bidirectional, patients):
-    _, fast = twins(3, 4, layers, bidirectional=bidirectional, dtype=torch.float32)
+def test_no_two_results_share_memory(cell, unemulated, layers, bidirectional, patients):
+    _, fast = cell.twins(3, 4, layers, bidirectional=bidirectional, dtype=torch.float32)
     lengths = LENGTHS[:patients]
     data = torch.randn(sum(lengths), 3, requires_grad=True)
-    directions = layers * (2 if bidirectional else 1)
-    h0, c0 = (torch.randn(directions, patients, 4, requires_grad=True) for _ in range(2))
+    hx = cell.states_for(fast, patients, torch.float32)
     for times in (lengths, [1] * patients):
         rows = data[: sum(times)]
-        output, (h_n, c_n) = fast(PackedSequence(rows, sizes_of(times)), (h0, c0))
-        leaves = [data, *fast.parameters(), h0, c0]
-        sums = output.data.sum() + h_n.sum() + c_n.sum()
-        results = [output.data.detach(), h_n.detach(), c_n.detach()]
-        results += torch.autograd.grad(sums, leaves)
+        output, final = fast(PackedSequence(rows, sizes_of(times)), hx)
+        leaves = [data, *fast.parameters(), *flat(hx)]
+        outputs = [output.data, *flat(final)]
+        results = [result.detach() for result in outputs]
+        results += torch.autograd.grad(sum(result.sum() for result in outputs), leaves)
         places = [tensor.untyped_storage().data_ptr() for tensor in [*results, *leaves]]
         assert len(set(places)) == len(places)
 
 
-def test_bias_gradients_are_two(unemulated):
-    fast = PackedLSTM(3, 4)
+@every_cell
+def test_bias_gradients_are_two(cell, unemulated):
+    fast = cell.fast(3, 4)
     data = torch.randn(8, 3)
     seen = fast.bias_hh_l0.register_hook(lambda gradient: gradient.zero_())
     fast(PackedSequence(data, sizes_of(LENGTHS)))[0].data.sum().backward()
@@ -162,9 +165,9 @@ def test_bias_gradients_are_two(unemulated):
     assert torch.equal(biases[0], 2 * before)
 
 
-def test_parametrizations_are_honoured(unemulated):
-    plain, fast = nn.LSTM(3, 4), PackedLSTM(3, 4)
-    fast.load_state_dict(plain.state_dict())
+@every_cell
+def test_parametrizations_are_honoured(cell, unemulated):
+    plain, fast = cell.twins(3, 4, dtype=torch.float32)
     for lstm in (plain, fast):
         nn.utils.parametrizations.weight_norm(lstm, "weight_hh_l0")
     packed = PackedSequence(torch.randn(8, 3), sizes_of(LENGTHS))
@@ -177,11 +180,12 @@ def test_the_first_states_of_a_model_are_two():
     assert (state.c == 0).all()
 
 
-def test_autocast_is_the_same_for_a_few_patients_and_for_many():
-    lstm = PackedLSTM(64, 128)
-    visits, state = torch.randn(5, 64), (torch.randn(1, 5, 128), torch.randn(1, 5, 128))
+@every_cell
+def test_autocast_is_the_same_for_a_few_patients_and_for_many(cell):
+    lstm = cell.fast(64, 128)
+    visits, state = torch.randn(5, 64), [torch.randn(1, 5, 128) for _ in range(cell.states)]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        five = lstm(PackedSequence(visits, torch.tensor([5])), state)[0].data
-        few = tuple(part[:, :4].contiguous() for part in state)
+        five = lstm(PackedSequence(visits, torch.tensor([5])), cell.given(state))[0].data
+        few = cell.given([part[:, :4].contiguous() for part in state])
         four = lstm(PackedSequence(visits[:4], torch.tensor([4])), few)[0].data
     torch.testing.assert_close(four, five[:4], rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
-"""What is real is never hidden: a NaN or an infinity in any operand of the packed LSTM shows in
-outputs and gradients exactly where nn.LSTM's do, and memory that was never written shows nowhere.
+"""What is real is never hidden: a NaN or an infinity in any operand of the packed LSTM and GRU
+shows in outputs and gradients exactly where PyTorch's do, and memory that was never written shows
+nowhere.
 """
 
 from __future__ import annotations
@@ -11,28 +12,26 @@ from itertools import product
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ehrseq_fast import PackedLSTM
 from tests import poisoned
-from tests.test_packed_lstm import sizes_of
+from tests.recurrent_layers import every_cell, flat, sizes_of
 
-pytestmark = pytest.mark.operation("packed_lstm")
+pytestmark = [pytest.mark.operation("packed_lstm"), pytest.mark.operation("packed_gru")]
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYERS = 2
 
 
-def results(lstm, sizes, data, h0, c0, *incoming):
+def results(cell, lstm, sizes, data, *others):
     """Outputs, final states and the gradients of all that has one."""
-    data, h0, c0 = (x.detach().requires_grad_() for x in (data, h0, c0))
-    given = (h0, c0) if h0.numel() else None
-    output, (h_n, c_n) = lstm(PackedSequence(data, sizes), given)
-    results = [output.data, h_n, c_n]
-    leaves = [data, *lstm.parameters(), *(given or ())]
-    return [*results, *torch.autograd.grad(results, leaves, incoming)]
+    data, *states = (x.detach().requires_grad_() for x in (data, *others[: cell.states]))
+    given = cell.given(states) if states[0].numel() else None
+    output, final = lstm(PackedSequence(data, sizes), given)
+    results = [output.data, *flat(final)]
+    leaves = [data, *lstm.parameters(), *flat(given)]
+    return [*results, *torch.autograd.grad(results, leaves, others[cell.states :])]
 
 
 def spoilt(operands, name, value):
@@ -42,12 +41,14 @@ def spoilt(operands, name, value):
     return operands
 
 
-def not_finite_where_nn_lstm_is_not(dtype, hidden, inputs, bidirectional, keep_gates, given_states):
+def not_finite_where_pytorch_is_not(
+    cell, dtype, hidden, inputs, bidirectional, keep_gates, given_states
+):
     """Tries a NaN and both infinities in every operand: how many cases, and those that failed."""
     torch.manual_seed(0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    plain = nn.LSTM(inputs, hidden, LAYERS, bidirectional=bidirectional).to(dtype).to(wide)
-    fast = PackedLSTM(inputs, hidden, LAYERS, bidirectional=bidirectional).to(dtype)
+    plain = cell.plain(inputs, hidden, LAYERS, bidirectional=bidirectional).to(dtype).to(wide)
+    fast = cell.fast(inputs, hidden, LAYERS, bidirectional=bidirectional).to(dtype)
     fast.keep_gates = keep_gates
     weights = list(plain.state_dict())
     lengths = [4, 3, 1, 1]
@@ -55,11 +56,9 @@ def not_finite_where_nn_lstm_is_not(dtype, hidden, inputs, bidirectional, keep_g
     states = (LAYERS * directions, len(lengths), hidden)
     shapes = {
         "data": (sum(lengths), inputs),
-        "h0": states if given_states else (0,),
-        "c0": states if given_states else (0,),
+        **dict.fromkeys(("h0", "c0")[: cell.states], states if given_states else (0,)),
         "grad of output": (sum(lengths), directions * hidden),
-        "grad of h_n": states,
-        "grad of c_n": states,
+        **dict.fromkeys(("grad of h_n", "grad of c_n")[: cell.states], states),
     }
     sound = {
         **{name: tensor.to(dtype) for name, tensor in plain.state_dict().items()},
@@ -73,8 +72,8 @@ def not_finite_where_nn_lstm_is_not(dtype, hidden, inputs, bidirectional, keep_g
         for lstm in (plain, fast):
             lstm.load_state_dict({key: operands[key] for key in weights})
         others = [operands[key] for key in shapes]
-        expected = results(plain, sizes_of(lengths), *(x.to(wide) for x in others))
-        actual = results(fast, sizes_of(lengths), *others)
+        expected = results(cell, plain, sizes_of(lengths), *(x.to(wide) for x in others))
+        actual = results(cell, fast, sizes_of(lengths), *others)
         tried += 1
         if not all(
             torch.equal(mine.isnan(), theirs.isnan())
@@ -86,16 +85,17 @@ def not_finite_where_nn_lstm_is_not(dtype, hidden, inputs, bidirectional, keep_g
     return tried, failed
 
 
+@every_cell
 @pytest.mark.parametrize("given_states", [False, True])
 @pytest.mark.parametrize(
     ("hidden", "inputs", "keep_gates"), [(5, 3, 0.0), (16, 4, 1.0), (18, 6, 0.4)]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_infinity_show_where_those_of_nn_lstm_do(
-    compiled, dtype, hidden, inputs, keep_gates, given_states
+def test_nan_and_infinity_show_where_those_of_pytorch_do(
+    cell, compiled, dtype, hidden, inputs, keep_gates, given_states
 ):
-    tried, failed = not_finite_where_nn_lstm_is_not(
-        dtype, hidden, inputs, not given_states, keep_gates, given_states
+    tried, failed = not_finite_where_pytorch_is_not(
+        cell, dtype, hidden, inputs, not given_states, keep_gates, given_states
     )
     assert tried >= 30
     assert failed == []
@@ -113,9 +113,11 @@ def in_a_process(code, **environment):
 
 
 ON_OTHER_CPUS = """
-from tests.test_packed_lstm_nonfinite import *
-for dtype in (torch.float32, torch.bfloat16):
-    assert not_finite_where_nn_lstm_is_not(dtype, 18, 6, False, 0.0, False)[1] == []
+from tests.recurrent_layers import CELLS
+from tests.test_packed_recurrent_nonfinite import *
+for cell in CELLS.values():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not_finite_where_pytorch_is_not(cell, dtype, 18, 6, False, 0.0, False)[1] == []
 print("done")
 """
 
@@ -126,18 +128,21 @@ def test_also_with_other_instruction_sets(compiled, capability):
 
 
 IN_POISONED_MEMORY = """
-from tests.test_packed_lstm_nonfinite import *
-from tests.test_packed_lstm import close, records, states_for, twins, everything
-for dtype, bound in ((torch.float32, 2e-5), (torch.float64, 1e-11), (torch.bfloat16, 0.1)):
+from itertools import product
+import torch
+from tests.recurrent_layers import *
+dtypes = ((torch.float32, 2e-5), (torch.float64, 1e-11), (torch.bfloat16, 0.1))
+for cell, (dtype, bound) in product(CELLS.values(), dtypes):
     for hidden, patients, times in ((50, 300, 60), (200, 300, 12), (5, 9, 4)):
-        plain, fast = twins(6, hidden, dtype=dtype, bidirectional=hidden == 5)
+        plain, fast = cell.twins(6, hidden, dtype=dtype, bidirectional=hidden == 5)
         fast.keep_gates = 0.3
         visits = records([1 + i * times // patients for i in range(patients)], 6, dtype)
-        hx = states_for(plain, patients, dtype) if hidden == 50 else None
+        hx = cell.states_for(plain, patients, dtype) if hidden == 50 else None
         mine = everything(fast, visits, hx)
         assert all(tensor.isfinite().all() for tensor in mine)
-        close(mine[:3], everything(plain, visits, hx)[:3], bound)
-        for tensor in mine[3:][-4:]:
+        results = 1 + cell.states
+        close(mine[:results], everything(plain, visits, hx)[:results], bound)
+        for tensor in mine[results:][-4:]:
             assert tensor.abs().max() < 1e4
 print("done")
 """
