@@ -292,7 +292,7 @@ class VisitSequenceModel(nn.Module):
     def step(
         self,
         state: VisitState,
-        visit: Sequence[int] | Sequence[Sequence[int]],
+        visit: Iterable[int] | Iterable[Sequence[int]],
         visit_features: Tensor | None = None,
     ) -> tuple[Any, VisitState]:
         """One more visit of each patient, at the cost of one LSTM step; no gradient.
@@ -319,6 +319,7 @@ class VisitSequenceModel(nn.Module):
             raise TypeError(f"state: expected a VisitState of model.start(), got {kind_of(state)}")
         if not isinstance(visit, Iterable):
             raise TypeError(f"visit: expected a list of codes, got {kind_of(visit)}")
+        visit = list(visit)  # an iterator can be read once
         if visit_features is not None:
             expect_tensor("visit_features", visit_features, "a tensor [B, F] or None")
         patients = state.h.shape[1]

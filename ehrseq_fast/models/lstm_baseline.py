@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arrays import expect_tensor
-from ..backend import use_backend
+from ..backend import use_backend, validate_on_device
 from ..batch import PackedVisits
 from ..checks import expect_option
 from ..visit_pool import codes_in_use, masked_pool, packed_visit_pool
@@ -314,7 +314,7 @@ class LSTMBaseline(VisitSequenceModel):
                     f"target {target!r}: expected [B] = {[len(batch)]} class indices, "
                     f"got shape {list(wanted.shape)}"
                 )
-            return F.cross_entropy(logits, wanted.long(), **options)
+            return F.cross_entropy(logits, _class_indices(wanted, target), **options)
         if wanted.numel() != logits.numel() or len(wanted) != len(batch):
             raise ValueError(
                 f"target {target!r}: expected [B, O] = {list(logits.shape)}, "
@@ -355,6 +355,21 @@ class LSTMBaseline(VisitSequenceModel):
             return self(visit_codes, visit_mask, sequence_mask)["predictions"]
         finally:
             self.train(was_training)
+
+
+def _class_indices(labels: Tensor, target: str) -> Tensor:
+    """Labels as integers; floating-point ones are taken where that changes none."""
+    indices = labels.long()
+    exact = not labels.is_floating_point() or torch.compiler.is_compiling()
+    if not exact and (labels.device.type == "cpu" or validate_on_device()):
+        changed = indices != labels
+        if changed.any():
+            patient = int(changed.int().argmax())
+            raise ValueError(
+                f"target {target!r}: expected class indices, got {float(labels[patient])} for "
+                f"patient {patient}"
+            )
+    return indices
 
 
 def create_lstm_baseline(
