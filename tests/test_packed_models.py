@@ -207,6 +207,27 @@ def test_multi_class_and_regression_losses(unemulated):
     torch.testing.assert_close(scores.loss(packed, "score"), expected)
 
 
+def test_class_indices_that_are_not_whole_are_refused():
+    classes = LSTMBaseline(VOCABULARY, 6, 7, task="multi_class", output_dim=3).eval()
+    whole = classes.loss(batch(targets={"kind": torch.tensor([2, 0, 1, 1])}), "kind")
+    same = classes.loss(batch(targets={"kind": torch.tensor([2.0, 0.0, 1.0, 1.0])}), "kind")
+    assert torch.equal(whole, same)
+    for value in (1.7, float("nan"), float("inf")):
+        labels = torch.tensor([2.0, 0.0, value, 1.0])
+        with pytest.raises(ValueError, match=r"'kind': expected class indices, got .*patient 2"):
+            classes.loss(batch(targets={"kind": labels}), "kind")
+
+
+@pytest.mark.parametrize("n_patients", [1, 2])
+def test_visits_may_be_read_once(n_patients):
+    model = build("survival")
+    codes = [[3, 5], [2, 2]][:n_patients]
+    expected, _ = model.step(model.start(n_patients), codes)
+    given = iter(codes) if n_patients > 1 else iter(codes[0])
+    answer, _ = model.step(model.start(n_patients), given)
+    assert torch.equal(answer, expected)
+
+
 @pytest.mark.parametrize("name", ["survival", "baseline, attention"])
 def test_more_padding_changes_no_bit(unemulated, name):
     packed, model = batch(), build(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,12 +319,13 @@ class VisitSequenceModel(nn.Module):
             raise TypeError(f"state: expected a VisitState of model.start(), got {kind_of(state)}")
         if not isinstance(visit, Iterable):
             raise TypeError(f"visit: expected a list of codes, got {kind_of(visit)}")
-        visit = list(visit)  # an iterator can be read once
+        # an iterator can be read once
+        given: Any = visit if isinstance(visit, Sized) else list(visit)
         if visit_features is not None:
             expect_tensor("visit_features", visit_features, "a tensor [B, F] or None")
         patients = state.h.shape[1]
-        is_one_visit = all(np.ndim(code) == 0 for code in visit)
-        visits: Any = [visit] if is_one_visit and patients == 1 else visit
+        is_one_visit = all(np.ndim(code) == 0 for code in given)
+        visits = [given] if is_one_visit and patients == 1 else given
         if len(visits) != patients:
             raise ValueError(
                 f"visit: expected one for each of the {patients} patients of state, got "
