@@ -82,6 +82,18 @@ def unemulated(request):
         yield name
 
 
+@pytest.fixture(
+    params=[("fused", name) for name in RUNNABLE] + [("packed", None), ("padded", None)],
+    ids=lambda param: "-".join(filter(None, param)),
+)
+def path(request):
+    """Each path of a model; the fused one on every backend that can run here, as it alone depends
+    on it."""
+    which, name = request.param
+    with backends.use_backend(name):
+        yield which
+
+
 @pytest.fixture(params=[place for place in _places(EVERY) if place.values[0][0] != "reference"])
 def kernels(request):
     """As ``backend``, without ``reference``: for what only kernels promise."""

@@ -14,8 +14,8 @@ from ehrseq_fast.visit_pool import reference
 
 from . import cuda_on_cpu
 from .conftest import ON_GPU, _running
+from .pool_cases import check_against_definition, gradients, ragged_batch
 from .test_packed_visit_pool import check as check_packed
-from .test_visit_pool import check_against_definition, gradients, ragged_batch
 
 pytestmark = pytest.mark.operation("visit_pool")
 
