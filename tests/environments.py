@@ -41,6 +41,9 @@ def make(name: str, path: str = "fused") -> torch.nn.Module:
         "survival, both directions": lambda: DiscreteTimeSurvivalLSTM(
             VOCABULARY, bidirectional=True, dropout=0.0, **sizes
         ),
+        "survival, GRU": lambda: DiscreteTimeSurvivalLSTM(
+            VOCABULARY, cell="gru", dropout=0.0, **sizes
+        ),
         "with time": lambda: DiscreteTimeSurvivalLSTMWithTime(VOCABULARY, dropout=0.0, **sizes),
         "competing risks": lambda: CompetingRisksSurvivalLSTM(VOCABULARY, 3, dropout=0.0, **sizes),
         **{
@@ -58,6 +61,7 @@ NAMES = (
     "survival",
     "survival, 2 layers",
     "survival, both directions",
+    "survival, GRU",
     "with time",
     "competing risks",
     "baseline, mean",

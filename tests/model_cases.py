@@ -26,6 +26,17 @@ VARIANTS = {
         plain_models.SurvivalLSTM,
         {"bidirectional": True, "num_layers": 2},
     ),
+    "survival-gru": (
+        DiscreteTimeSurvivalLSTM,
+        plain_models.SurvivalLSTM,
+        {"cell": "gru", "num_layers": 2},
+    ),
+    "with-time-gru": (
+        DiscreteTimeSurvivalLSTMWithTime,
+        plain_models.SurvivalLSTMWithTime,
+        {"cell": "gru"},
+    ),
+    "baseline-gru": (LSTMBaseline, plain_models.LSTMBaseline, {"cell": "gru"}),
     "with-time": (
         DiscreteTimeSurvivalLSTMWithTime,
         plain_models.SurvivalLSTMWithTime,

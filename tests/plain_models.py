@@ -24,8 +24,8 @@ def head(width, hidden_dim, dropout):
     )
 
 
-def lstm(width, hidden_dim, num_layers, dropout, bidirectional=False):
-    return nn.LSTM(
+def lstm(width, hidden_dim, num_layers, dropout, bidirectional=False, cell="lstm"):
+    return {"lstm": nn.LSTM, "gru": nn.GRU}[cell](
         width,
         hidden_dim,
         num_layers,
@@ -60,10 +60,11 @@ class SurvivalLSTM(nn.Module):
         dropout=0.1,
         bidirectional=False,
         packed=False,
+        cell="lstm",
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
-        self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout, bidirectional)
+        self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout, bidirectional, cell)
         self.hazard_head = head(hidden_dim * (1 + bidirectional), hidden_dim, dropout)
         self.packed = packed
 
@@ -90,14 +91,16 @@ class SurvivalLSTMWithTime(SurvivalLSTM):
         num_layers=1,
         dropout=0.1,
         time_encoding_dim=16,
+        cell="lstm",
     ):
-        super().__init__(vocab_size, embedding_dim, hidden_dim, num_layers, dropout)
+        super().__init__(vocab_size, embedding_dim, hidden_dim, num_layers, dropout, cell=cell)
         self.time_encoder = nn.Sequential(
             nn.Linear(3, time_encoding_dim),
             nn.ReLU(),
             nn.Linear(time_encoding_dim, time_encoding_dim),
         )
-        self.lstm = lstm(embedding_dim + time_encoding_dim, hidden_dim, num_layers, dropout)
+        width = embedding_dim + time_encoding_dim
+        self.lstm = lstm(width, hidden_dim, num_layers, dropout, cell=cell)
 
     def forward(self, codes, visit_mask, sequence_mask, time_features=None):
         if time_features is None:
@@ -116,10 +119,11 @@ class CompetingRisksLSTM(nn.Module):
         hidden_dim=256,
         num_layers=1,
         dropout=0.1,
+        cell="lstm",
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
-        self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout)
+        self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout, cell=cell)
         self.hazard_heads = nn.ModuleList(
             [head(hidden_dim, hidden_dim, dropout) for _ in range(num_event_types)]
         )
@@ -171,11 +175,12 @@ class LSTMBaseline(nn.Module):
         output_dim=1,
         task="binary_classification",
         padding_idx=0,
+        cell="lstm",
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=padding_idx)
         self.visit_encoder = VisitEncoder(embedding_dim, visit_aggregation, dropout)
-        self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout, bidirectional)
+        self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout, bidirectional, cell)
         self.bidirectional = bidirectional
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(hidden_dim * (1 + bidirectional), output_dim)
@@ -191,15 +196,16 @@ class LSTMBaseline(nn.Module):
         mask = None if visit_mask is None else visit_mask.view(patients * visits, width)
         vectors = self.visit_encoder(embeddings, mask).view(patients, visits, -1)
         if sequence_mask is None:
-            states, (h_n, _) = self.lstm(vectors)
+            states, final = self.lstm(vectors)
         else:
             packed = pack_padded_sequence(
                 vectors, sequence_mask.sum(1), batch_first=True, enforce_sorted=False
             )
-            packed, (h_n, _) = self.lstm(packed)
+            packed, final = self.lstm(packed)
             states, _ = pad_packed_sequence(packed, batch_first=True)
-        final = torch.cat([h_n[-2], h_n[-1]], 1) if self.bidirectional else h_n[-1]
-        logits = self.fc(self.dropout(final))
+        h_n = final[0] if isinstance(final, tuple) else final
+        last = torch.cat([h_n[-2], h_n[-1]], 1) if self.bidirectional else h_n[-1]
+        logits = self.fc(self.dropout(last))
         output = {"logits": logits, "predictions": self.activation(logits)}
         if return_hidden:
             output["hidden_states"] = states

@@ -278,6 +278,7 @@ def test_time_features_of_the_wrong_shape_are_refused(path):
             "aggregation: expected one of 'mean', ",
         ),
         (lambda: LSTMBaseline(9, visit_aggregation="median"), "got 'median'"),
+        (lambda: LSTMBaseline(9, cell="rnn"), "cell: expected one of 'lstm', 'gru', got 'rnn'"),
         (lambda: LSTMBaseline(9, task="ranking"), "task: expected one of .*got 'ranking'"),
         (lambda: create_lstm_baseline(9, "multi_class"), "output_dim: expected a number"),
         (

@@ -15,7 +15,7 @@ from .batches import from_lists
 from .test_packed_models import VOCABULARY, build
 
 MODELS = ["survival, two layers", "with time", "competing risks", "baseline, sum", "baseline, max"]
-MODELS += ["baseline, attention"]
+MODELS += ["baseline, attention", "survival, GRU"]
 RECORDS = [
     [[1, 2], [3, 4], [5, 4]],
     [[6], [2]],

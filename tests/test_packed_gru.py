@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import ehrseq_fast
 from ehrseq_fast import packed_gru
+from ehrseq_fast.models import (
+    CompetingRisksSurvivalLSTM,
+    DiscreteTimeSurvivalLSTM,
+    DiscreteTimeSurvivalLSTMWithTime,
+    LSTMBaseline,
+)
 from ehrseq_fast.packed_gru import reference
 from tests.recurrent_layers import GRU, close, records, sizes_of
 
@@ -76,3 +83,41 @@ def test_16_bit_states_keep_small_changes(compiled):
         )
         assert exact[-1, 0] > 0.55
         close([output.data.double()], [exact], 2**-8)
+
+
+MODELS = {
+    "survival": lambda **k: DiscreteTimeSurvivalLSTM(9, 4, 6, num_layers=2, dropout=0.0, **k),
+    "with time": lambda **k: DiscreteTimeSurvivalLSTMWithTime(9, 4, 6, dropout=0.0, **k),
+    "competing risks": lambda **k: CompetingRisksSurvivalLSTM(9, 2, 4, 6, dropout=0.0, **k),
+    "baseline": lambda **k: LSTMBaseline(9, 4, 6, dropout=0.0, **k),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_with_a_gru(unemulated, name):
+    """One state_dict, that of nn.GRU; three paths; a record that grows, without a cell state."""
+    model = MODELS[name](cell="gru")
+    layer = model.lstm
+    plain = nn.GRU(layer.input_size, layer.hidden_size, layer.num_layers)
+    plain.load_state_dict(layer.state_dict())
+    codes = torch.tensor([[[1, 2], [3, 4]], [[4, 5], [0, 0]]])
+    masks = codes != 0, (codes != 0).any(2)
+    found = []
+    for path in ("fused", "packed", "padded"):
+        model.path = path
+        output = model(codes, *masks)
+        found.append(output["logits"] if isinstance(output, dict) else output)
+        loss = found[-1].square().sum()
+        grads = torch.autograd.grad(loss, list(layer.parameters()))
+        found[-1] = [found[-1], *grads]
+    for other in found[1:]:
+        close(other, found[0], 1e-6)
+
+    model.path = "fused"
+    state = model.start()
+    for visit in ([1, 2], [3, 4]):
+        answer, state = model.step(state, visit)
+    assert state.c is None
+    last = answer["logits"] if name == "baseline" else answer
+    whole = found[0][0][:1] if name == "baseline" else found[0][0][:1, -1]
+    close([last], [whole.detach()], 1e-6)

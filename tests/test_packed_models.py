@@ -44,6 +44,9 @@ MODELS = {
     "survival, two layers": lambda **k: DiscreteTimeSurvivalLSTM(
         VOCABULARY, 6, 7, num_layers=2, dropout=0.0, **k
     ),
+    "survival, GRU": lambda **k: DiscreteTimeSurvivalLSTM(
+        VOCABULARY, 6, 7, dropout=0.0, cell="gru", **k
+    ),
     "with time": lambda **k: DiscreteTimeSurvivalLSTMWithTime(VOCABULARY, 6, 7, dropout=0.0, **k),
     "competing risks": lambda **k: CompetingRisksSurvivalLSTM(
         VOCABULARY, 3, 6, 7, dropout=0.0, **k

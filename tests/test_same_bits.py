@@ -23,6 +23,7 @@ WIDTHS = {"embedding_dim": 24, "hidden_dim": 72}
 MODELS = {
     "survival": lambda: DiscreteTimeSurvivalLSTM(900, **WIDTHS, num_layers=2),
     "bidirectional": lambda: DiscreteTimeSurvivalLSTM(900, **WIDTHS, bidirectional=True),
+    "GRU": lambda: DiscreteTimeSurvivalLSTM(900, **WIDTHS, cell="gru"),
     "with time": lambda: DiscreteTimeSurvivalLSTMWithTime(900, **WIDTHS),
     "competing risks": lambda: CompetingRisksSurvivalLSTM(900, 2, **WIDTHS),
     **{
