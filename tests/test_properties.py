@@ -20,17 +20,16 @@ from ehrseq_fast import (
     discrete_time_survival_nll,
     masked_pool,
     packed_competing_risks_nll,
-    packed_lstm,
     packed_survival_nll,
     packed_visit_pool,
     visit_mean_pool,
 )
 from ehrseq_fast import backend as backends
-from ehrseq_fast.packed_lstm import reference as lstm_reference
 from ehrseq_fast.visit_pool import reference as pool_reference
 
 from . import strategies as draws
 from .conftest import is_emulated
+from .recurrent_layers import CELLS, flat
 from .survival_cases import definition
 from .tolerances import assert_matches
 
@@ -301,10 +300,11 @@ def test_survival_losses(backend, data, dtype, layout):
     assert_matches(grad, batch.pack(exact_grad), scale=batch.pack(grad_size), **checks)
 
 
-# LSTM ---------------------------------------------------------------------------------------------
+# LSTM and GRU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("unemulated")
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 @settings(suppress_health_check=list(HealthCheck))
 @given(
     data=st.data(),
@@ -317,7 +317,9 @@ def test_survival_losses(backend, data, dtype, layout):
     keep=st.sampled_from((0.0, 0.5, 1.0)),
     layout=st.sampled_from(draws.LAYOUTS[:-1]),
 )
-def test_packed_lstm(unemulated, data, dtype, sizes, inputs, hidden, bias, reverse, keep, layout):
+def test_packed_recurrent(
+    cell, unemulated, data, dtype, sizes, inputs, hidden, bias, reverse, keep, layout
+):
     sizes = torch.tensor(sorted(sizes, reverse=True), device="cpu")
     random = draws.generator(data.draw(draws.seeds))
 
@@ -329,8 +331,8 @@ def test_packed_lstm(unemulated, data, dtype, sizes, inputs, hidden, bias, rever
     directions = 2 if reverse else 1
     per_layer = 4 if bias else 2
     for _ in range(directions):
-        leaves += [drawn(4 * hidden, inputs), drawn(4 * hidden, hidden)]
-        leaves += [drawn(4 * hidden) for _ in range(per_layer - 2)]
+        leaves += [drawn(cell.gates * hidden, inputs), drawn(cell.gates * hidden, hidden)]
+        leaves += [drawn(cell.gates * hidden) for _ in range(per_layer - 2)]
     if layout == "contiguous" and data.draw(st.booleans()):
         leaves[data.draw(st.integers(0, len(leaves) - 1))].view(-1)[0] = NAN
     exact = [x.detach().double().requires_grad_() for x in leaves]
@@ -339,21 +341,18 @@ def test_packed_lstm(unemulated, data, dtype, sizes, inputs, hidden, bias, rever
     def weights(of):
         return [of[1 + i * per_layer : 1 + (i + 1) * per_layer] for i in range(directions)]
 
-    output, (h_n, c_n) = packed_lstm(
+    output, final = cell.function(
         PackedSequence(leaves[0], sizes), weights(leaves), bidirectional=reverse, keep_gates=keep
     )
     outs = [
-        lstm_reference.packed_lstm_layer(
-            exact[0], sizes, *w, *[None] * (4 - len(w)), None, None, i > 0
-        )
+        cell.definition(exact[0], sizes, *w, *[None] * (4 - len(w)), *[None] * cell.states, i > 0)
         for i, w in enumerate(weights(exact))
     ]
     expected = [
         torch.cat([out[0] for out in outs], 1),
-        torch.stack([out[1] for out in outs]),
-        torch.stack([out[2] for out in outs]),
+        *(torch.stack(states) for states in zip(*(out[1:] for out in outs), strict=True)),
     ]
-    results = [output.data, h_n, c_n]
+    results = [output.data, *flat(final)]
     terms = 16 * (inputs + hidden) * len(sizes)
     for result, wanted in zip(results, expected, strict=True):
         assert_matches(result, wanted.detach(), terms=terms)
