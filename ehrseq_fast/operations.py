@@ -58,7 +58,7 @@ class Operator:
         for value, argument in zip(arguments, declared, strict=False):
             kind, name = argument.split()
             if value is None and kind == "Tensor":
-                raise ValueError(f"{self.name}: {name} must be a tensor, got None")
+                raise ValueError(f"{self.name}: {name}: expected a tensor, got None")
 
 
 _operations: dict[str, Operation] = {}

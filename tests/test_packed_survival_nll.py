@@ -342,5 +342,10 @@ def test_a_tampered_batch_reads_nothing_out_of_bounds(compiled, name):
             return 5
 
     batch = Tampered(**{**fields, "event_indicators": packed().event_indicators, **TAMPERED[name]})
-    with use_backend("cpu"), pytest.raises(ValueError, match="are not those of a batch"):
+    with (
+        use_backend("cpu"),
+        pytest.raises(
+            ValueError, match=r": (row_starts|unsorted_indices|last_rows): expected .*, got"
+        ),
+    ):
         packed_survival_nll(rows(), batch)

@@ -404,8 +404,6 @@ def test_a_tampered_batch_reads_nothing_out_of_bounds(compiled, name):
     weight = table().requires_grad_()
     with (
         use_backend("cpu"),
-        pytest.raises(
-            ValueError, match=r"code_offsets must rise|code index|index_codes must be int32"
-        ),
+        pytest.raises(ValueError, match=r"(code_offsets|index_\w+): expected .*, got"),
     ):
         packed_visit_pool(with_fields(**TAMPERED[name]), weight).sum().backward()

@@ -30,7 +30,7 @@ def check(operator, name, device="cpu"):
     for at in required:
         given = [other(argument, device) for argument in arguments]
         given[at] = None
-        message = f"^{name}: {arguments[at].name} must be a tensor, got None$"
+        message = f"^{name}: {arguments[at].name}: expected a tensor, got None$"
         with pytest.raises(ValueError, match=message):
             operator(*given)
 
@@ -62,7 +62,7 @@ def test_kernels_of_a_gpu(kernels, name):
         given = [other(argument, "cpu") for argument in operator._schema.arguments]
         given[0] = None
         first = operator._schema.arguments[0].name
-        with pytest.raises(ValueError, match=f"^{name}: {first} must be a tensor, got None$"):
+        with pytest.raises(ValueError, match=f"^{name}: {first}: expected a tensor, got None$"):
             operator(*given)
 
 

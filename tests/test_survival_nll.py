@@ -698,12 +698,12 @@ def test_bad_input_late_in_a_large_batch(backend):
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, torch.rand(3), r"expected shape \[B, V\]"),
-        (1, torch.zeros(2, dtype=torch.long), r"event_times: expected shape \[B\] with B = 3"),
-        (1, torch.zeros(3), "event_times: expected an integer dtype"),
-        (2, torch.zeros(3, dtype=torch.cfloat), "event_indicators: expected a bool, integer or"),
+        (0, torch.rand(3), r"survival_nll: hazards: expected shape \[B, V\], got \[3\]"),
+        (1, torch.zeros(2, dtype=torch.long), r"event_times: expected shape \[B\] = \[3\], got"),
+        (1, torch.zeros(3), "event_times: expected uint8 or .*int64, got float32"),
+        (2, torch.zeros(3, dtype=torch.cfloat), "event_indicators: expected bool or uint8 or"),
         (3, torch.ones(3, 5), r"sequence_mask: expected shape \[B, V\] = \[3, 4\]"),
-        (4, torch.zeros(3), "entry_times: expected an integer dtype"),
+        (4, torch.zeros(3), "entry_times: expected uint8 or .*int64, got float32"),
         (5, torch.ones(1), r"sample_weight: expected shape \[B\]"),
     ],
 )

@@ -357,11 +357,11 @@ def test_an_index_that_is_none_is_refused(emulator):
     grad = torch.randn(3, 8)
     index = [BATCH.index_codes, BATCH.index_offsets, BATCH.index_visits]
     backward = operators().packed_visit_pool_backward
-    with pytest.raises(ValueError, match="index_codes must be int32"):
+    with pytest.raises(ValueError, match="index_codes: expected int32"):
         backward(grad, BATCH.code_offsets, index[0].long(), *index[1:], 3, None, 0, -1)
-    with pytest.raises(ValueError, match="index_offsets must be"):
+    with pytest.raises(ValueError, match="index_offsets: expected shape"):
         backward(grad, BATCH.code_offsets, index[0][1:], *index[1:], 3, None, 0, -1)
-    with pytest.raises(ValueError, match="code_offsets must be"):
+    with pytest.raises(ValueError, match="code_offsets: expected"):
         backward(grad[1:], BATCH.code_offsets, *index, 3, None, 0, -1)
 
 

@@ -31,7 +31,7 @@ inline std::string text(int64_t number) { return std::to_string(number); }
                "more visits.");
 }
 
-// Counts offenders and remembers where the first of them stands.
+// Counts offenders and remembers the position of the first of them.
 struct Offenders {
   int64_t count = 0;
   int64_t patient = 0;

@@ -1,7 +1,7 @@
-// Walks patients -> visits -> code ids, with the GIL held, into flat arrays that need it no more.
+// Reads patients -> visits -> code ids, with the GIL held, into flat arrays that do not need it.
 //
 // Iterating over what is no list, and reading what is no int, runs the caller's Python, which may
-// empty the very lists that are walked. So lists are copied before anything of that kind runs, and
+// empty the very lists that are read. So lists are copied before anything of that kind runs, and
 // whatever it raises is passed on, except the TypeError of what is no sequence or no integer.
 #pragma once
 
@@ -40,7 +40,7 @@ inline std::string type_name(PyObject* object) {
   throw py::type_error(message);
 }
 
-// `where` names the place for an error message, and is only asked when there is one.
+// `where` names the place for an error message, and is called only for one.
 template <typename Where>
 py::tuple snapshot(PyObject* iterable, const char* expected, const Where& where) {
   // text and mappings can be iterated over, but hold no codes in an order
@@ -145,11 +145,11 @@ class CodeReader {
 inline FlatLists flatten(const py::object& patients) {
   FlatLists flat;
   CodeReader reader(flat);
-  const py::tuple people =
+  const py::tuple patient_items =
       snapshot(patients.ptr(), "a sequence of patients", [] { return std::string("patients"); });
-  for (Py_ssize_t p = 0; p < PyTuple_GET_SIZE(people.ptr()); ++p) {
-    const py::tuple visits = snapshot(PyTuple_GET_ITEM(people.ptr(), p), "a sequence of visits",
-                                      [&] { return "patient " + text(p); });
+  for (Py_ssize_t p = 0; p < PyTuple_GET_SIZE(patient_items.ptr()); ++p) {
+    const py::tuple visits = snapshot(PyTuple_GET_ITEM(patient_items.ptr(), p),
+                                      "a sequence of visits", [&] { return "patient " + text(p); });
     for (Py_ssize_t v = 0; v < PyTuple_GET_SIZE(visits.ptr()); ++v)
       reader.read_visit(PyTuple_GET_ITEM(visits.ptr(), v), p, v);
     flat.patient_offsets.push_back(static_cast<int64_t>(flat.visit_offsets.size()) - 1);

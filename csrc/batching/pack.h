@@ -24,8 +24,8 @@ struct Sizes {
   int64_t distinct_codes = 0;
 };
 
-// What happened to each patient, in the caller's order; null where the caller has none.
-struct Outcomes {
+// The outcomes of each patient, in the caller's order; null where there are none.
+struct OutcomeArrays {
   const int64_t* event_times = nullptr;
   const int64_t* event_indicators = nullptr;
   const int64_t* event_types = nullptr;
@@ -44,7 +44,7 @@ inline Buffer allocate(int64_t longs) {
 
 inline Buffer shrink(Buffer buffer, int64_t longs) {
   auto* const memory = std::realloc(buffer.get(), longs * sizeof(int64_t));
-  if (!memory) return buffer;  // nothing was freed: the longer buffer serves as well
+  if (!memory) return buffer;  // nothing was freed: the longer buffer is as good
   static_cast<void>(buffer.release());
   return Buffer(static_cast<int64_t*>(memory));
 }
@@ -71,8 +71,8 @@ struct PatientOrder {
   std::vector<int64_t> row_starts;   // the row of the longest patient's visit t
 };
 
-// Stable counting sort by falling length. Its histogram, summed from the longest down, is at once
-// the place of the first patient of each length and the number of patients with a visit t.
+// Stable counting sort by falling length. Its histogram, summed from the longest down, is both
+// the rank of the first patient of each length and the number of patients with a visit t.
 template <typename Records>
 PatientOrder sort_patients_by_length(const Records& records) {
   const int64_t n = records.n_patients();
@@ -121,7 +121,7 @@ Sizes measure(const Records& records, const PatientOrder& order) {
 }
 
 template <typename Records>
-void check_outcomes(const Records& records, const Outcomes& outcomes) {
+void check_outcomes(const Records& records, const OutcomeArrays& outcomes) {
   Offenders late, unclear, negative;
   for (int64_t patient = 0; patient < records.n_patients(); ++patient) {
     if (outcomes.event_times) {
@@ -163,7 +163,7 @@ inline Buffer write_host(const Sizes& sizes, const PatientOrder& order,
 
 // Writes the int64 fields and returns where they end.
 inline int64_t* write_patients(const Sizes& sizes, const PatientOrder& order,
-                               const std::vector<int64_t>& lengths, const Outcomes& outcomes,
+                               const std::vector<int64_t>& lengths, const OutcomeArrays& outcomes,
                                int64_t* to) {
   to = std::copy(order.sorted.begin(), order.sorted.end(), to);
   to = std::copy(order.unsorted.begin(), order.unsorted.end(), to);
@@ -176,7 +176,7 @@ inline int64_t* write_patients(const Sizes& sizes, const PatientOrder& order,
   return to;
 }
 
-// Visits of one time step lie side by side, the longest patient's first.
+// Visits of one time step are side by side, the longest patient's first.
 template <typename Records>
 void copy_codes(const Records& records, const PatientOrder& order, const Vocabulary& vocabulary,
                 int32_t* code_offsets, int32_t* codes) {
@@ -203,7 +203,7 @@ Buffer list_source_rows(const Records& records, const PatientOrder& order) {
 }
 
 template <typename Records>
-Packed pack(const Records& records, const Vocabulary& vocabulary, const Outcomes& outcomes,
+Packed pack(const Records& records, const Vocabulary& vocabulary, const OutcomeArrays& outcomes,
             bool with_source_rows) {
   check_outcomes(records, outcomes);
   const PatientOrder order = sort_patients_by_length(records);
@@ -216,8 +216,8 @@ Packed pack(const Records& records, const Vocabulary& vocabulary, const Outcomes
   packed.host_longs = sizes.max_visits + sizes.patients;
   packed.host = write_host(sizes, order, lengths);
 
-  // How many codes are distinct is known last, so there is room for as many as there could be. What
-  // is left over is given back.
+  // How many codes are distinct is known last, so space for as many as there could be is allocated,
+  // and what is left over is freed.
   const int64_t most_distinct = std::min(sizes.codes, vocabulary.size);
   const int64_t most_longs = 6 * sizes.patients + sizes.max_visits + 1;
   const int64_t most_ints = sizes.visits + 2 * sizes.codes + 2 * most_distinct + 3;
@@ -229,7 +229,8 @@ Packed pack(const Records& records, const Vocabulary& vocabulary, const Outcomes
   int32_t* const codes = code_offsets + sizes.visits + 1;
   int32_t* const index_visits = codes + sizes.codes;
   copy_codes(records, order, vocabulary, code_offsets, codes);
-  const CodeIndex index = transpose({codes, code_offsets, sizes.visits, sizes.codes}, index_visits);
+  const CodeSegments index =
+      transpose({codes, code_offsets, sizes.visits, sizes.codes}, index_visits);
   sizes.distinct_codes = static_cast<int64_t>(index.codes.size());
   int32_t* end = index_visits + sizes.codes;
   end = std::copy(index.codes.begin(), index.codes.end(), end);

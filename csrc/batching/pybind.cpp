@@ -1,6 +1,6 @@
 // The module ehrseq_fast._batching: NumPy arrays in, NumPy arrays out, the GIL released in between.
 // Everything that is indexed by is checked here, values as well as shapes and dtypes, whoever
-// calls; ehrseq_fast/batch/ has refused most of it before, in the terms of what the user passed.
+// calls; ehrseq_fast/batch/ has refused most of it already, in terms of what the user passed.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -74,8 +74,8 @@ auto data_or_null(const std::optional<Array>& array) -> decltype(array->data()) 
   return array ? array->data() : nullptr;
 }
 
-Outcomes outcomes_of(const OptionalLongs& times, const OptionalLongs& indicators,
-                     const OptionalLongs& types, int64_t n_patients) {
+OutcomeArrays outcomes_of(const OptionalLongs& times, const OptionalLongs& indicators,
+                          const OptionalLongs& types, int64_t n_patients) {
   expect_shape("event_times", times, {n_patients});
   expect_shape("event_indicators", indicators, {n_patients});
   expect_shape("event_types", types, {n_patients});
@@ -111,15 +111,15 @@ py::tuple pack_flat(const py::array& codes, const py::array& visit_offsets,
   const Vocabulary vocabulary = vocabulary_of(vocab_size);
   const IntColumn flat_codes = column(codes);
   const IntColumn visits = column(visit_offsets);
-  const IntColumn people = column(patient_offsets);
+  const IntColumn patient_column = column(patient_offsets);
   const int64_t* const chosen = data_or_null(patients);
   const int64_t n_chosen = patients ? patients->size() : 0;
-  const Outcomes outcomes = outcomes_of(event_times, event_indicators, event_types,
-                                        patients ? n_chosen : people.size - 1);
+  const OutcomeArrays outcomes = outcomes_of(event_times, event_indicators, event_types,
+                                             patients ? n_chosen : patient_column.size - 1);
   Packed packed;
   {
     const py::gil_scoped_release released;
-    const FlatRecords records(flat_codes, visits, people, chosen, n_chosen);
+    const FlatRecords records(flat_codes, visits, patient_column, chosen, n_chosen);
     packed = pack(records, vocabulary, outcomes, with_source_rows);
   }
   return as_tuple(std::move(packed));
@@ -130,8 +130,8 @@ py::tuple pack_lists(const py::object& patients, int64_t vocab_size,
                      const OptionalLongs& event_types, bool with_source_rows) {
   const Vocabulary vocabulary = vocabulary_of(vocab_size);
   const FlatLists flat = flatten(patients);
-  const Outcomes outcomes = outcomes_of(event_times, event_indicators, event_types,
-                                        static_cast<int64_t>(flat.patient_offsets.size()) - 1);
+  const OutcomeArrays outcomes = outcomes_of(event_times, event_indicators, event_types,
+                                             static_cast<int64_t>(flat.patient_offsets.size()) - 1);
   Packed packed;
   {
     const py::gil_scoped_release released;
@@ -145,7 +145,7 @@ py::tuple pack_lists(const py::object& patients, int64_t vocab_size,
 template <typename code_t>
 Packed pack_padded_as(const void* codes, PaddedShape shape, const uint8_t* code_states,
                       const uint8_t* visit_states, const int64_t* lengths,
-                      const Vocabulary& vocabulary, const Outcomes& outcomes) {
+                      const Vocabulary& vocabulary, const OutcomeArrays& outcomes) {
   const PaddedRecords<code_t> records(static_cast<const code_t*>(codes), shape, code_states,
                                       visit_states, lengths);
   return pack(records, vocabulary, outcomes, false);
@@ -170,7 +170,8 @@ py::tuple pack_padded(const py::array& codes, const OptionalBytes& code_states,
   const uint8_t* const code_mask = data_or_null(code_states);
   const uint8_t* const visit_mask = data_or_null(visit_states);
   const int64_t* const known_lengths = data_or_null(lengths);
-  const Outcomes outcomes = outcomes_of(event_times, event_indicators, event_types, shape.patients);
+  const OutcomeArrays outcomes =
+      outcomes_of(event_times, event_indicators, event_types, shape.patients);
   Packed packed;
   {
     const py::gil_scoped_release released;

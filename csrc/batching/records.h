@@ -5,7 +5,7 @@
 //   count_codes(patient)                  how many codes in all of them
 //   source_row(patient, visit)            the visit's row in the caller's arrays
 //   copy_visit(patient, visit, to, all)   writes the visit's codes, returns where they end
-//   name(patient)                         how an error message calls the patient
+//   name(patient)                         the patient's name in error messages
 // Everything but the codes is checked when the records are constructed. The codes are checked while
 // they are copied: `all` collects every bit that was seen outside the vocabulary.
 #pragma once
@@ -29,7 +29,7 @@ struct Vocabulary {
   bool holds(int64_t code) const { return code >= 0 && code < size; }
 };
 
-// A one-dimensional array of int32 or int64 with any stride, read where it lies: the big arrays may
+// A one-dimensional array of int32 or int64 with any stride, read in place: the big arrays may
 // be memory-mapped and must not be copied, not even when they are a column of a table.
 struct IntColumn {
   const char* data = nullptr;
@@ -217,7 +217,7 @@ class FlatRecords {
   std::vector<int64_t> visit_offsets_;  // of the chosen patients, one after the other
 };
 
-// What a byte of a padded mask says: 2 and all above it stand for a weight that is neither 0 nor 1,
+// What a byte of a padded mask says: 2 and above mean a weight that is neither 0 nor 1,
 // which cannot be packed.
 enum MaskState : uint8_t { kPadding = 0, kReal = 1, kFractional = 2 };
 
@@ -228,7 +228,7 @@ struct PaddedShape {
 };
 
 // Contiguous padded arrays. `code_states` and `visit_states` hold MaskStates, or are null where
-// every slot is real; `lengths` is null where visit_states tells them.
+// every slot is real; `lengths` is null where visit_states gives them.
 template <typename code_t>
 class PaddedRecords {
  public:
@@ -254,7 +254,7 @@ class PaddedRecords {
     const int64_t row = source_row(patient, visit);
     const code_t* slots = codes_ + row * shape_.codes;
     const uint8_t* states = code_states_ ? code_states_ + row * shape_.codes : nullptr;
-    // Real codes mostly stand first, so stopping after the last of them spares most of the padding.
+    // Real codes mostly come first, so stopping after the last of them skips most of the padding.
     int64_t left = code_states_ ? codes_of_visit_[row] : shape_.codes;
     for (int64_t slot = 0; left > 0 && slot < shape_.codes; ++slot) {
       if (states && states[slot] != kReal) continue;

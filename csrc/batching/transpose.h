@@ -9,26 +9,28 @@
 
 namespace ehrseq::batching {
 
-struct CodeIndex {
+// The segments of the index.
+struct CodeSegments {
   std::vector<int32_t> codes;    // the distinct codes, ascending
   std::vector<int32_t> offsets;  // where each code's visits begin; one more entry than codes
 };
 
-struct PackedCodes {
+// The codes of a batch, grouped by visit.
+struct GroupedCodes {
   const int32_t* codes;
   const int32_t* code_offsets;
   int64_t n_visits;
   int64_t n_codes;
 };
 
-// Stable counting sort. `next` is a histogram of the codes that turns into the place of each code's
-// next visit; visits are met in ascending order, so each code's visits come out ascending.
-inline CodeIndex transpose_by_counting(const PackedCodes& packed, int64_t n_kinds,
-                                       int32_t* visits) {
+// Stable counting sort. `next` is a histogram of the codes, and then the position of each code's
+// next visit; visits are read in ascending order, so each code's visits are ascending.
+inline CodeSegments transpose_by_counting(const GroupedCodes& packed, int64_t n_kinds,
+                                          int32_t* visits) {
   std::vector<int32_t> next(n_kinds, 0);
   for (int64_t i = 0; i < packed.n_codes; ++i) ++next[packed.codes[i]];
 
-  CodeIndex index;
+  CodeSegments index;
   int32_t start = 0;
   for (int64_t code = 0; code < n_kinds; ++code) {
     if (next[code] == 0) continue;
@@ -44,15 +46,14 @@ inline CodeIndex transpose_by_counting(const PackedCodes& packed, int64_t n_kind
   return index;
 }
 
-struct CodeInVisit {
+struct Entry {
   int32_t code;
   int32_t visit;
 };
 
 constexpr int kDigitBits = 11;  // a histogram of 2,048 counters stays in the L1 cache
 
-inline void sort_by_digit(const std::vector<CodeInVisit>& from, std::vector<CodeInVisit>& to,
-                          int shift) {
+inline void sort_by_digit(const std::vector<Entry>& from, std::vector<Entry>& to, int shift) {
   constexpr int32_t kDigits = 1 << kDigitBits;
   const auto digit = [shift](int32_t code) { return (code >> shift) & (kDigits - 1); };
   std::vector<int32_t> next(kDigits, 0);
@@ -64,8 +65,9 @@ inline void sort_by_digit(const std::vector<CodeInVisit>& from, std::vector<Code
 
 // Stable radix sort, for code ids so large (raw concept ids, say) that counting them one by one
 // would mean walking a histogram far longer than the batch.
-inline CodeIndex transpose_by_radix(const PackedCodes& packed, int32_t max_code, int32_t* visits) {
-  std::vector<CodeInVisit> entries(packed.n_codes), scratch(packed.n_codes);
+inline CodeSegments transpose_by_radix(const GroupedCodes& packed, int32_t max_code,
+                                       int32_t* visits) {
+  std::vector<Entry> entries(packed.n_codes), scratch(packed.n_codes);
   for (int64_t visit = 0; visit < packed.n_visits; ++visit)
     for (int32_t i = packed.code_offsets[visit]; i < packed.code_offsets[visit + 1]; ++i)
       entries[i] = {packed.codes[i], static_cast<int32_t>(visit)};
@@ -74,7 +76,7 @@ inline CodeIndex transpose_by_radix(const PackedCodes& packed, int32_t max_code,
     std::swap(entries, scratch);
   }
 
-  CodeIndex index;
+  CodeSegments index;
   for (int64_t i = 0; i < packed.n_codes; ++i) {
     if (i == 0 || entries[i].code != entries[i - 1].code) {
       index.codes.push_back(entries[i].code);
@@ -87,7 +89,7 @@ inline CodeIndex transpose_by_radix(const PackedCodes& packed, int32_t max_code,
 }
 
 // Writes the visits of every code into `visits` [n_codes].
-inline CodeIndex transpose(const PackedCodes& packed, int32_t* visits) {
+inline CodeSegments transpose(const GroupedCodes& packed, int32_t* visits) {
   int32_t max_code = -1;
   for (int64_t i = 0; i < packed.n_codes; ++i) max_code = std::max(max_code, packed.codes[i]);
   const int64_t n_kinds = static_cast<int64_t>(max_code) + 1;

@@ -1,13 +1,13 @@
 // Checks of what raw operators are called with. They are public (torch.ops.ehrseq_fast.*) and are
-// reached by export and torch.compile, so every operator checks whatever it indexes by: a message
-// says which operator, which argument, what was expected, and what it got.
+// reached by export and torch.compile, so every operator checks whatever it indexes by. A message
+// reads: operator, argument, what was expected, what it got.
 //
 // Free of CPU and CUDA specifics; used by both. std::invalid_argument becomes a ValueError.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -16,11 +16,10 @@
 #include <string>
 #include <vector>
 
+#include "common/dtype_map.h"
 #include "common/shapes.h"
 
 namespace ehrseq {
-
-using torch::headeronly::ScalarType;
 
 constexpr int64_t kAnySize = -1;
 
@@ -39,37 +38,15 @@ inline std::string as_text(const std::vector<int64_t>& shape) {
   return text.str();
 }
 
-inline std::string as_text(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    default:
-      return "another dtype";
-  }
-}
-
 [[noreturn]] inline void refuse(const char* operation, const char* name,
                                 const std::string& expected, const std::string& got) {
-  throw std::invalid_argument(std::string(operation) + ": " + name + " must be " + expected +
+  throw std::invalid_argument(std::string(operation) + ": " + name + ": expected " + expected +
                               ", got " + got);
+}
+
+// "[B, V]" -> "shape [B, V]"; what is no list of dimensions, such as "the shape of grad", stays.
+inline std::string in_words(const char* names) {
+  return names[0] == '[' ? std::string("shape ") + names : names;
 }
 
 // `shape` may hold kAnySize; `names` is the shape in words, such as "[B, V]".
@@ -80,26 +57,26 @@ inline void expect_shape(const torch::stable::Tensor& tensor, const char* operat
     fits = shape[i] == kAnySize || tensor.size(i) == shape[i];
   }
   if (!fits) {
-    refuse(operation, name, std::string(names) + " = " + as_text(shape),
-           "shape " + as_text(shape_of(tensor)));
+    refuse(operation, name, in_words(names) + " = " + as_text(shape), as_text(shape_of(tensor)));
   }
 }
 
 inline void expect_dim(const torch::stable::Tensor& tensor, const char* operation, const char* name,
                        int64_t dim, const char* names) {
   if (tensor.dim() != dim) {
-    refuse(operation, name, names, "shape " + as_text(shape_of(tensor)));
+    refuse(operation, name, in_words(names), as_text(shape_of(tensor)));
   }
 }
 
 inline void expect_dtype(const torch::stable::Tensor& tensor, const char* operation,
                          const char* name, std::initializer_list<ScalarType> dtypes) {
+  const ScalarType got = tensor.scalar_type();
+  if (std::find(dtypes.begin(), dtypes.end(), got) != dtypes.end()) return;
   std::string expected;
   for (const ScalarType dtype : dtypes) {
-    if (tensor.scalar_type() == dtype) return;
     expected += (expected.empty() ? "" : " or ") + as_text(dtype);
   }
-  refuse(operation, name, expected, as_text(tensor.scalar_type()));
+  refuse(operation, name, expected, as_text(got));
 }
 
 inline void expect_floating(const torch::stable::Tensor& tensor, const char* operation,
@@ -119,13 +96,13 @@ inline void expect_integer(const torch::stable::Tensor& tensor, const char* oper
 inline void expect_option(int64_t value, const char* operation, const char* name, int64_t first,
                           int64_t last) {
   if (value < first || value > last) {
-    refuse(operation, name, "in " + std::to_string(first) + ".." + std::to_string(last),
+    refuse(operation, name, std::to_string(first) + ".." + std::to_string(last),
            std::to_string(value));
   }
 }
 
-// A CPU kernel follows addresses of the host. The dispatcher gives it a call of which one tensor is
-// there and another, say, on the meta device.
+// A CPU kernel takes addresses of the host. The dispatcher passes on calls with one tensor on the
+// CPU and another, say, on the meta device.
 inline bool is_on_cpu(const torch::stable::Tensor& tensor) { return tensor.is_cpu(); }
 inline bool is_on_cpu(const std::optional<torch::stable::Tensor>& tensor) {
   return !tensor.has_value() || tensor->is_cpu();
@@ -135,13 +112,8 @@ template <typename... Tensors>
 void expect_on_cpu(const char* operation, const Tensors&... tensors) {
   if (!(is_on_cpu(tensors) && ...)) {
     throw std::invalid_argument(std::string(operation) +
-                                ": expected all tensors on the CPU, got some on another device");
+                                ": tensors: expected all on the CPU, got some on another device");
   }
-}
-
-inline void expect_contiguous(const torch::stable::Tensor& tensor, const char* operation,
-                              const char* name) {
-  if (!tensor.is_contiguous()) refuse(operation, name, "contiguous", "another layout");
 }
 
 }  // namespace ehrseq

@@ -2,7 +2,7 @@
 // what torch said is not lost.
 //
 // The dispatcher hands None for a required tensor on as a tensor that is not defined. An operator
-// registered with EHRSEQ_BOX refuses it; the names of arguments stand in the schemas, which are
+// registered with EHRSEQ_BOX refuses it; the names of arguments are in the schemas, which are
 // defined in Python and told to this library when it is loaded.
 //
 // A call into torch that fails there throws "... API call failed at ..." and leaves torch's own
@@ -24,7 +24,7 @@
 namespace ehrseq {
 
 // Torch's message for the last failure of this thread; empty where torch does not keep it. Looked
-// up by name, as the function is newer than the oldest torch that this library serves.
+// up by name, as the function is newer than the oldest torch that this library supports.
 inline std::string last_message_of_torch() {
 #if defined(__linux__) || defined(__APPLE__)
   using GetMessage = const char* (*)();
@@ -59,7 +59,7 @@ inline std::string argument_name(const std::string& operation, int at) {
   const std::string path = function;  // "&ehrseq::visit_pool"
   const std::string operation = path.substr(path.rfind(':') + 1);
   throw std::invalid_argument(operation + ": " + argument_name(operation, at) +
-                              " must be a tensor, got None");
+                              ": expected a tensor, got None");
 }
 
 template <typename Argument>

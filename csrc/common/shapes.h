@@ -1,9 +1,11 @@
-// Shapes of tensors, as vectors that can be changed.
+// Shapes of tensors, as vectors that can be changed; and optional tensors.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace ehrseq {
@@ -18,6 +20,18 @@ inline std::vector<int64_t> leading_shape(const torch::stable::Tensor& tensor, i
   auto shape = shape_of(tensor);
   shape.resize(shape.size() - dropped);
   return shape;
+}
+
+inline int64_t product(const std::vector<int64_t>& shape) {
+  int64_t n = 1;
+  for (const int64_t size : shape) n *= size;
+  return n;
+}
+
+inline std::optional<torch::stable::Tensor> contiguous_or_none(
+    const std::optional<torch::stable::Tensor>& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
 }
 
 }  // namespace ehrseq

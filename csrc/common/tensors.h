@@ -1,4 +1,4 @@
-// Short names for what kernels do with tensors at their door.
+// Allocation, and tensors as kernels read them.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

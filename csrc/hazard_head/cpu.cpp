@@ -11,6 +11,7 @@ namespace {
 
 Shape checked_head(const char* name, const Tensor& input, const Tensor& weight, const Tensor& bias,
                    const Tensor& last_weight, const Tensor& last_bias, const OptionalTensor& kept) {
+  expect_on_cpu(name, input, weight, bias, last_weight, last_bias, kept);
   const Shape shape = checked_shape(name, input, weight);
   expect_like(bias, name, "bias", input, {shape.units}, "[units]");
   expect_like(last_weight, name, "last_weight", input, {1, shape.units}, "[1, units]");
@@ -38,8 +39,8 @@ class KeptUnits {
 std::tuple<Tensor, Tensor> hazard_head(Tensor input, Tensor weight, Tensor bias, Tensor last_weight,
                                        Tensor last_bias, OptionalTensor kept, double scale,
                                        bool training) {
-  const Shape shape =
-      checked_head("hazard_head", input, weight, bias, last_weight, last_bias, kept);
+  constexpr const char* kName = "hazard_head";
+  const Shape shape = checked_head(kName, input, weight, bias, last_weight, last_bias, kept);
   const Tensor hazards = empty(input, {shape.rows}, input.scalar_type());
   const Tensor hidden = empty(input, {training ? shape.rows : 0, shape.units}, input.scalar_type());
   for_dtype(input, [&](auto tag) {
@@ -72,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hazard_head_backward(
     Tensor last_weight, Tensor last_bias, OptionalTensor kept, double scale, bool need_input,
     bool need_weights) {
   constexpr const char* kName = "hazard_head_backward";
+  expect_on_cpu(kName, grad, hazards, hidden);
   const Shape shape = checked_head(kName, input, weight, bias, last_weight, last_bias, kept);
   expect_like(grad, kName, "grad", input, {shape.rows}, "[rows]");
   expect_like(hazards, kName, "hazards", input, {shape.rows}, "[rows]");

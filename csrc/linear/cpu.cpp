@@ -10,6 +10,7 @@ namespace {
 
 Tensor linear_layer(Tensor input, Tensor weight, OptionalTensor bias, int64_t activation) {
   constexpr const char* kName = "linear_layer";
+  expect_on_cpu(kName, input, weight, bias);
   const Shape shape = checked_shape(kName, input, weight);
   if (bias) expect_like(*bias, kName, "bias", input, {shape.units}, "[units]");
   expect_option(activation, kName, "activation", 0, kLastActivation);
@@ -30,6 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_layer_backward(Tensor grad, Tensor inp
                                                          Tensor out, int64_t activation,
                                                          bool need_input, bool need_weights) {
   constexpr const char* kName = "linear_layer_backward";
+  expect_on_cpu(kName, grad, input, weight, out);
   const Shape shape = checked_shape(kName, input, weight);
   expect_like(grad, kName, "grad", input, {shape.rows, shape.units}, "[rows, units]");
   expect_like(out, kName, "out", input, {shape.rows, shape.units}, "[rows, units]");

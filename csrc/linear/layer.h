@@ -39,7 +39,7 @@ struct Head {
   const T* last_bias;    // [1]
 };
 
-// The backward pass goes through the rows a chunk after the other, so that the gradients of its
+// The backward pass processes the rows chunk by chunk, so that the gradients of its
 // units stay in the cache until everything is computed from them. Null: nobody needs it.
 template <typename T>
 struct Backward {

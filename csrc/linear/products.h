@@ -18,7 +18,7 @@ int64_t blocks_of(int64_t count) {
 }
 
 inline int64_t threads_for(const Shape& shape) {
-  // Below about this many multiplications waking a thread costs more than it brings.
+  // Below about this many multiplications waking a thread costs more than it saves.
   constexpr int64_t kWorthAThread = 1 << 21;
   const int64_t most = shape.rows * shape.inputs * shape.units / kWorthAThread;
   return std::clamp<int64_t>(most, 1, num_threads());
@@ -50,7 +50,7 @@ void for_dtype(const Tensor& input, const Body& body) {
   }
 }
 
-// Calls body(layer, from, to, share) for rows [from, to), shared out.
+// Calls body(layer, from, to, share) for rows [from, to), divided among threads.
 template <typename T, typename Body>
 void forward_products(const Tensor& like, const Shape& shape, Activation activation, const T* input,
                       const T* weight, const T* bias, const Body& body) {

@@ -1,9 +1,9 @@
-// One number per patient, whatever its dtype: times, indicators, weights.
+// One number per patient, whatever its dtype: times, indicators, weights. Shapes and dtypes have
+// been checked (arguments.h).
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "common/tensors.h"
@@ -22,7 +22,7 @@ struct Truth {
 
 // Calls body(TypeTag<T>{}) for the C++ type behind any real dtype that a mask or a label comes in.
 template <typename Body>
-void dispatch_real(ScalarType dtype, const char* name, Body&& body) {
+void dispatch_real(ScalarType dtype, Body&& body) {
   switch (dtype) {
     case ScalarType::Bool:
       return body(TypeTag<Truth>{});
@@ -45,25 +45,19 @@ void dispatch_real(ScalarType dtype, const char* name, Body&& body) {
     case ScalarType::BFloat16:
       return body(TypeTag<BFloat16>{});
     default:
-      throw std::invalid_argument(std::string(name) + ": expected a bool, integer or float dtype");
+      throw std::logic_error("dispatch_real: a dtype that was not checked");
   }
 }
 
 class Column {
  public:
-  Column(const Tensor& tensor, const char* name, int64_t patients)
-      : tensor_(tensor), name_(name), dtype_(tensor.scalar_type()) {
-    if (tensor.dim() != 1 || tensor.sizes()[0] != patients) {
-      throw std::invalid_argument(std::string(name) +
-                                  ": expected shape [B] with B = " + std::to_string(patients));
-    }
-  }
+  explicit Column(const Tensor& tensor) : tensor_(tensor), dtype_(tensor.scalar_type()) {}
 
   // The values of patients begin..end, as numbers of type T.
   template <typename T>
   void read(int64_t begin, int64_t end, T* values) const {
     const int64_t stride = tensor_.stride(0);
-    dispatch_real(dtype_, name_, [&](auto tag) {
+    dispatch_real(dtype_, [&](auto tag) {
       using stored_t = typename decltype(tag)::type;
       const stored_t* stored = static_cast<const stored_t*>(tensor_.const_data_ptr());
       for (int64_t i = begin; i < end; ++i) values[i - begin] = static_cast<T>(stored[i * stride]);
@@ -79,7 +73,6 @@ class Column {
 
  private:
   Tensor tensor_;
-  const char* name_;
   ScalarType dtype_;
 };
 

@@ -4,96 +4,105 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "common/denormals.h"
 #include "common/dtypes.h"
 #include "common/operators.h"
-#include "common/parallel.h"
 #include "common/tensors.h"
 #include "survival_nll/arguments.h"
+#include "survival_nll/groups.h"
 #include "survival_nll/outcomes.h"
 #include "survival_nll/rows.h"
 
 namespace ehrseq::survival {
 namespace {
 
+// Patients whose visits are rows of a padded tensor; see groups.h.
 template <typename scalar_t>
-std::tuple<Tensor, Tensor> run(const Settings& settings, const Tensor& hazards,
-                               const Outcomes& outcomes, bool needs_grad) {
-  using nll_t = accumulator_t<scalar_t>;
+class PaddedPatients {
+ public:
   using grad_t = saved_grad_t<scalar_t>;
-  const bool reduces = settings.reduction != Reduction::kNone;
-  const int64_t row_length = settings.slots * settings.classes;
+  static constexpr int64_t kWorthAThread = 32768;
 
-  Tensor nll = empty(hazards, reduces ? std::vector<int64_t>{} : std::vector{settings.patients},
-                     kDtypeOf<nll_t>);
-  Tensor grad =
-      empty(hazards, needs_grad ? shape_of(hazards) : std::vector<int64_t>{0}, kDtypeOf<grad_t>);
-  const scalar_t* hazards_data = static_cast<const scalar_t*>(hazards.const_data_ptr());
-  nll_t* nll_data = static_cast<nll_t*>(nll.mutable_data_ptr());
-  grad_t* grad_data = needs_grad ? static_cast<grad_t*>(grad.mutable_data_ptr()) : nullptr;
+  PaddedPatients(const LossSettings& settings, const OutcomeReader& outcomes,
+                 const scalar_t* hazards, grad_t* grad)
+      : settings_(settings), outcomes_(outcomes), hazards_(hazards), grad_(grad) {}
 
-  // Patients are summed in groups of fixed size, and the groups in their order: the same bits for
-  // any number of threads.
-  constexpr int64_t kGroup = Outcomes::kAtOnce;
-  constexpr int64_t kWorthAThread = 32768;  // values
-  const int64_t groups = (settings.patients + kGroup - 1) / kGroup;
-  const int64_t grain =
-      std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, kGroup * row_length));
-  std::vector<double> group_nll(groups);
-  std::atomic<bool> possible{true};
+  struct Worker {
+    const PaddedPatients& all;
 
-  parallel_for(0, groups, grain, [&](int64_t first_group, int64_t last_group) {
-    const KeepDenormals denormals;
-    Outcome group_outcomes[kGroup];
-    double patient_nll[kGroup];
-    for (int64_t group = first_group; group < last_group; ++group) {
-      const int64_t begin = group * kGroup;
-      const int64_t end = std::min(begin + kGroup, settings.patients);
-      if (!outcomes.read(begin, end, group_outcomes)) {
-        possible.store(false, std::memory_order_relaxed);
-        return;
+    bool nll(int64_t first, int64_t count, Outcome* outcomes, double* patient_nll) {
+      if (!all.outcomes_.read(first, first + count, outcomes)) {
+        all.possible_.store(false, std::memory_order_relaxed);
+        return false;
       }
-      const int64_t offset = begin * row_length;
+      const int64_t row_length = all.row_length();
+      const int64_t offset = first * row_length;
+      grad_t* grad = all.grad_ ? all.grad_ + offset : nullptr;
       // All zeros first, while the rows fit the cache: one fill of fixed size costs less than the
-      // exact remainder of each row, whose length no branch predictor knows.
-      if (grad_data) std::fill(grad_data + offset, grad_data + end * row_length, grad_t(0));
-      rows_nll(settings,
-               Rows<scalar_t>{hazards_data + offset, grad_data ? grad_data + offset : nullptr,
-                              group_outcomes, end - begin},
+      // exact remainder of each row, whose length no branch predictor guesses.
+      if (grad) std::fill(grad, grad + count * row_length, grad_t(0));
+      rows_nll(all.settings_, Rows<scalar_t>{all.hazards_ + offset, grad, outcomes, count},
                patient_nll);
-      double sum = 0;
-      for (int64_t i = 0; i < end - begin; ++i) {
-        const double weighted = patient_nll[i] * group_outcomes[i].weight;
-        if (!reduces) nll_data[begin + i] = static_cast<nll_t>(weighted);
-        sum += weighted;
-      }
-      group_nll[group] = sum;
+      return true;
     }
-  });
-  if (!possible.load()) outcomes.refuse();
+  };
 
-  if (reduces) {
-    double total = 0;
-    for (const double sum : group_nll) total += sum;
-    *nll_data = static_cast<nll_t>(total * settings.share);
+  Worker worker() const { return {*this}; }
+  int64_t patient(int64_t number) const { return number; }
+  int64_t values_per_group() const {
+    return std::max<int64_t>(1, OutcomeReader::kAtOnce * row_length());
   }
-  return {nll, grad};
-}
+  // False once an impossible outcome was read.
+  bool possible() const { return possible_.load(); }
 
-std::tuple<Tensor, Tensor> nll_and_grad(Settings settings, const Tensor& hazards,
-                                        const Outcomes& outcomes, bool needs_grad) {
-  const bool is_mean = settings.reduction == Reduction::kMean;
-  settings.share = is_mean ? 1.0 / static_cast<double>(settings.patients) : 1.0;
-  check_row_length(settings.slots, settings.classes);
+ private:
+  int64_t row_length() const { return settings_.slots * settings_.classes; }
+
+  const LossSettings& settings_;
+  const OutcomeReader& outcomes_;
+  const scalar_t* hazards_;
+  grad_t* grad_;
+  mutable std::atomic<bool> possible_{true};
+};
+
+std::tuple<Tensor, Tensor> padded_nll(const char* operation, bool competing, const Tensor& hazards,
+                                      const Tensor& event_times, const Tensor& event_types,
+                                      const OptionalTensor& sequence_mask,
+                                      const OptionalTensor& entry_times,
+                                      const OptionalTensor& sample_weight, int64_t link,
+                                      bool censored_included, double eps, int64_t reduction,
+                                      bool needs_grad) {
+  expect_on_cpu(operation, hazards, event_times, event_types, sequence_mask, entry_times,
+                sample_weight);
+  expect_hazards(operation, hazards, competing);
+  expect_options(operation, competing, link, eps, reduction);
+  const int64_t patients = hazards.size(0);
+  const int64_t slots = hazards.size(1);
+  const int64_t classes = competing ? hazards.size(2) : 1;
+  const int64_t causes = causes_of(operation, classes, link);
+  expect_row_length(operation, slots, classes);
+  expect_outcomes(operation, patients, competing, event_times, event_types, entry_times,
+                  sample_weight);
+  expect_sequence_mask(operation, sequence_mask, patients, slots);
+  const auto as_reduction = static_cast<Reduction>(reduction);
+  const LossSettings settings{
+      patients,          slots, classes,      static_cast<Link>(link),
+      censored_included, eps,   as_reduction, share_of_a_patient(as_reduction, patients)};
+  const OutcomeReader outcomes(patients, VisitMask(sequence_mask, slots), causes,
+                               name_of_types(competing), event_times, event_types, entry_times,
+                               sample_weight);
   const Tensor rows = torch::stable::contiguous(hazards);
   std::tuple<Tensor, Tensor> result;
-  dispatch_floating(hazards.scalar_type(), "hazards", [&](auto tag) {
-    result = run<typename decltype(tag)::type>(settings, rows, outcomes, needs_grad);
+  dispatch_floating(hazards.scalar_type(), operation, [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
+    const PaddedPatients<scalar_t> all(settings, outcomes, data<const scalar_t>(rows),
+                                       needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr);
+    const Tensor nll = nll_of_groups<scalar_t>(settings, rows, all);
+    if (!all.possible()) outcomes.refuse();
+    result = {nll, grad};
   });
   return result;
 }
@@ -105,16 +114,9 @@ std::tuple<Tensor, Tensor> survival_nll(const Tensor& hazards, const Tensor& eve
                                         const OptionalTensor& sample_weight, int64_t link,
                                         bool censored_included, double eps, int64_t reduction,
                                         bool needs_grad) {
-  if (hazards.dim() != 2) throw std::invalid_argument("hazards: expected shape [B, V]");
-  check_options("survival_nll", false, link, eps, reduction);
-  const int64_t patients = hazards.sizes()[0];
-  const int64_t slots = hazards.sizes()[1];
-  return nll_and_grad({patients, slots, 1, static_cast<Link>(link), censored_included, eps,
-                       static_cast<Reduction>(reduction), 1.0},
-                      hazards,
-                      {patients, slots, 1, "event_indicators", event_times, event_indicators,
-                       sequence_mask, entry_times, sample_weight},
-                      needs_grad);
+  return padded_nll("survival_nll", false, hazards, event_times, event_indicators, sequence_mask,
+                    entry_times, sample_weight, link, censored_included, eps, reduction,
+                    needs_grad);
 }
 
 std::tuple<Tensor, Tensor> competing_risks_nll(const Tensor& hazards, const Tensor& event_times,
@@ -124,18 +126,9 @@ std::tuple<Tensor, Tensor> competing_risks_nll(const Tensor& hazards, const Tens
                                                const OptionalTensor& sample_weight, int64_t link,
                                                bool censored_included, double eps,
                                                int64_t reduction, bool needs_grad) {
-  if (hazards.dim() != 3) throw std::invalid_argument("hazards: expected shape [B, V, K]");
-  check_options("competing_risks_nll", true, link, eps, reduction);
-  const int64_t patients = hazards.sizes()[0];
-  const int64_t slots = hazards.sizes()[1];
-  const int64_t classes = hazards.sizes()[2];
-  const int64_t causes = causes_of(classes, link);
-  return nll_and_grad({patients, slots, classes, static_cast<Link>(link), censored_included, eps,
-                       static_cast<Reduction>(reduction), 1.0},
-                      hazards,
-                      {patients, slots, causes, "event_types", event_times, event_types,
-                       sequence_mask, entry_times, sample_weight},
-                      needs_grad);
+  return padded_nll("competing_risks_nll", true, hazards, event_times, event_types, sequence_mask,
+                    entry_times, sample_weight, link, censored_included, eps, reduction,
+                    needs_grad);
 }
 
 }  // namespace

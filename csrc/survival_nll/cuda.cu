@@ -2,11 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <map>
 #include <mutex>
 #include <stdexcept>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -15,15 +13,12 @@
 #include "common/operators.h"
 #include "survival_nll/arguments.h"
 #include "survival_nll/kernels.cuh"
+#include "survival_nll/scaling.cuh"
 
 namespace ehrseq::survival::cuda {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-// As in schemas.py.
-enum class Link : int64_t { kProbabilities = 0, kSigmoid = 1, kSoftmax = 2 };
-enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // A float16 gradient that is still to be multiplied by a loss scale would lose its small values.
 template <typename scalar_t>
@@ -31,7 +26,7 @@ using saved_grad_t = std::conditional_t<std::is_same_v<scalar_t, __half>, float,
 
 // --- outcomes --------------------------------------------------------------------------------
 
-Kind kind_of(ScalarType dtype, const char* name) {
+Kind kind_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Bool:
       return Kind::kBool;
@@ -50,55 +45,32 @@ Kind kind_of(ScalarType dtype, const char* name) {
     case ScalarType::BFloat16:
       return Kind::kBFloat16;
     default:
-      throw std::invalid_argument(std::string(name) + ": expected a bool, integer or float dtype");
+      throw std::logic_error("kind_of: a dtype that was not checked");
   }
 }
 
-Numbers numbers_of(const Tensor& tensor, int64_t stride, const char* name) {
+Numbers numbers_of(const Tensor& tensor, int64_t stride) {
   return {tensor.const_data_ptr(), stride, static_cast<int>(tensor.element_size()),
-          kind_of(tensor.scalar_type(), name)};
+          kind_of(tensor.scalar_type())};
 }
 
 // One number per patient.
-Numbers column(const OptionalTensor& tensor, int64_t patients, const char* name) {
-  if (!tensor.has_value()) return {};
-  if (tensor->dim() != 1 || tensor->size(0) != patients) {
-    throw std::invalid_argument(std::string(name) +
-                                ": expected shape [B] with B = " + std::to_string(patients));
-  }
-  return numbers_of(*tensor, tensor->stride(0), name);
+Numbers column(const OptionalTensor& tensor) {
+  return tensor.has_value() ? numbers_of(*tensor, tensor->stride(0)) : Numbers{};
 }
 
-Numbers integer_column(const OptionalTensor& tensor, int64_t patients, const char* name) {
-  const Numbers numbers = column(tensor, patients, name);
-  const bool is_bool = numbers.data != nullptr && numbers.kind == Kind::kBool;
-  if (is_bool || numbers.kind > Kind::kSigned) {
-    throw std::invalid_argument(std::string(name) + ": expected an integer dtype");
-  }
-  return numbers;
-}
-
-Outcomes outcomes_of(int64_t patients, bool competing, const Tensor& times, const Tensor& types,
-                     const OptionalTensor& entries, const OptionalTensor& weights) {
-  const char* types_name = competing ? "event_types" : "event_indicators";
-  Outcomes outcomes{};
-  outcomes.times = integer_column(times, patients, "event_times");
-  outcomes.types = column(types, patients, types_name);
-  outcomes.entries = integer_column(entries, patients, "entry_times");
-  outcomes.weights = column(weights, patients, "sample_weight");
-  outcomes.types_are_indicators = !competing;
-  if (competing && outcomes.types.kind > Kind::kSigned) {
-    throw std::invalid_argument("event_types: expected an integer dtype or bool");
-  }
-  return outcomes;
+OutcomeColumns outcomes_of(bool competing, const Tensor& times, const Tensor& types,
+                           const OptionalTensor& entries, const OptionalTensor& weights) {
+  return {column(times), column(types), column(entries), column(weights), !competing};
 }
 
 // --- the sum over patients -------------------------------------------------------------------
 
-// Launches on one stream run one after another, so they can share a ticket, which each leaves as it
-// found it: zero. A captured launch runs on whatever streams its graph is replayed on, and so takes
-// a ticket of its own, that the graph clears (`cleared`); so does a launch on the stream that each
-// host thread has one of, under one name, and one on a stream beyond the last of the tickets.
+// A ticket counts the blocks of a launch that are done. Launches on one stream run one after
+// another, so they can share a ticket, which each leaves as it found it: zero. A captured launch
+// may run on any stream, where its graph is replayed, and so has a ticket of its own, which the
+// graph clears (`cleared`). So have launches on cudaStreamPerThread, one handle for a stream per
+// host thread, and those on a stream beyond the last ticket.
 struct Ticket {
   int stream = 0;
   Tensor cleared;
@@ -112,18 +84,18 @@ int number_of_stream(int device, cudaStream_t stream) {
   return numbers.emplace(std::pair(device, stream), static_cast<int>(numbers.size())).first->second;
 }
 
-Ticket ticket_for(const OnDeviceOf& place, const Tensor& like) {
+Ticket ticket_for(const OnDeviceOf& device, const Tensor& like) {
   const auto per_thread = reinterpret_cast<cudaStream_t>(uintptr_t{2});  // cudaStreamPerThread
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(place.stream(), &status), "stream");
+  check(cudaStreamIsCapturing(device.stream(), &status), "stream");
   Ticket ticket;
-  if (status == cudaStreamCaptureStatusNone && place.stream() != per_thread) {
-    ticket.stream = number_of_stream(place.device(), place.stream());
+  if (status == cudaStreamCaptureStatusNone && device.stream() != per_thread) {
+    ticket.stream = number_of_stream(device.device(), device.stream());
     if (ticket.stream < kTickets) return ticket;
   }
   ticket.is_own = true;
   ticket.cleared = empty(like, {1}, ScalarType::Int);
-  fill_zero(ticket.cleared, place.stream());
+  fill_zero(ticket.cleared, device.stream());
   return ticket;
 }
 
@@ -137,11 +109,12 @@ int lanes_for(int64_t values) {
 }
 
 template <typename Model, typename Layout, typename scalar_t>
-std::tuple<Tensor, Tensor> run(const Settings& settings, const Layout& layout,
-                               const Outcomes& outcomes, const Tensor& hazards, bool needs_grad) {
+std::tuple<Tensor, Tensor> launch_nll(const char* operation, const KernelSettings& settings,
+                                      const Layout& layout, const OutcomeColumns& outcomes,
+                                      const Tensor& hazards, bool needs_grad) {
   using nll_t = accumulator_t<scalar_t>;
   using grad_t = saved_grad_t<scalar_t>;
-  const OnDeviceOf place(hazards);
+  const OnDeviceOf device(operation, hazards);
   const std::vector<int64_t> one{};
   Tensor nll =
       empty(hazards, settings.reduces ? one : std::vector{settings.patients}, kDtypeOf<nll_t>);
@@ -158,70 +131,70 @@ std::tuple<Tensor, Tensor> run(const Settings& settings, const Layout& layout,
   if (settings.reduces && blocks > 1) {
     partials = empty(hazards, {blocks}, ScalarType::Double);
     result.partials = mutable_data_of<double>(partials);
-    ticket = ticket_for(place, hazards);
+    ticket = ticket_for(device, hazards);
     result.stream = ticket.stream;
     if (ticket.is_own) result.ticket = mutable_data_of<unsigned>(ticket.cleared);
   }
   const Hazards<scalar_t, grad_t> values{data_of<scalar_t>(hazards),
                                          needs_grad ? mutable_data_of<grad_t>(grad) : nullptr};
   launch(nll_and_grad<Model, Layout, scalar_t, grad_t>, dim3(blocks), dim3(kThreads), 0,
-         place.stream(), settings, layout, outcomes, values, result);
+         device.stream(), settings, layout, outcomes, values, result);
   return {nll, grad};
 }
 
 template <typename Layout>
-std::tuple<Tensor, Tensor> nll_and_gradient(Settings settings, const Layout& layout,
-                                            const Outcomes& outcomes, const Tensor& hazards,
-                                            int64_t link, int64_t reduction, bool needs_grad) {
+std::tuple<Tensor, Tensor> nll_and_gradient(const char* operation, KernelSettings settings,
+                                            const Layout& layout, const OutcomeColumns& outcomes,
+                                            const Tensor& hazards, int64_t link, int64_t reduction,
+                                            bool needs_grad) {
   settings.nll_of_eps = -std::log(settings.eps);
   const bool is_mean = static_cast<Reduction>(reduction) == Reduction::kMean;
   settings.reduces = static_cast<Reduction>(reduction) != Reduction::kNone;
   settings.share = is_mean ? 1.0 / static_cast<double>(settings.patients) : 1.0;
   std::tuple<Tensor, Tensor> both;
-  dispatch_floating(hazards.scalar_type(), "hazards", [&](auto tag) {
+  dispatch_floating(hazards.scalar_type(), operation, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     switch (static_cast<Link>(link)) {
       case Link::kProbabilities:
-        both = run<Trials<FromProbabilities>, Layout, scalar_t>(settings, layout, outcomes, hazards,
-                                                                needs_grad);
+        both = launch_nll<BernoulliModel<FromProbabilities>, Layout, scalar_t>(
+            operation, settings, layout, outcomes, hazards, needs_grad);
         return;
       case Link::kSigmoid:
-        both = run<Trials<FromLogits>, Layout, scalar_t>(settings, layout, outcomes, hazards,
-                                                         needs_grad);
+        both = launch_nll<BernoulliModel<FromLogits>, Layout, scalar_t>(
+            operation, settings, layout, outcomes, hazards, needs_grad);
         return;
       case Link::kSoftmax:
-        both = run<Softmax, Layout, scalar_t>(settings, layout, outcomes, hazards, needs_grad);
+        both = launch_nll<SoftmaxModel, Layout, scalar_t>(operation, settings, layout, outcomes,
+                                                          hazards, needs_grad);
         return;
     }
-    throw std::invalid_argument("link: expected 0, 1 or 2");
   });
   return both;
 }
 
-PaddedLayout padded_layout(const OptionalTensor& mask, int64_t patients, int64_t slots) {
+PaddedLayout padded_layout(const OptionalTensor& mask) {
   if (!mask.has_value()) return {};
-  if (mask->dim() != 2 || mask->size(0) != patients || mask->size(1) != slots) {
-    throw std::invalid_argument("sequence_mask: expected shape [B, V] = [" +
-                                std::to_string(patients) + ", " + std::to_string(slots) + "]");
-  }
-  return {numbers_of(*mask, mask->stride(1), "sequence_mask"), mask->stride(0)};
+  return {numbers_of(*mask, mask->stride(1)), mask->stride(0)};
 }
 
-std::tuple<Tensor, Tensor> padded_nll(bool competing, const Tensor& hazards, const Tensor& times,
-                                      const Tensor& types, const OptionalTensor& mask,
-                                      const OptionalTensor& entries, const OptionalTensor& weights,
-                                      int64_t link, bool censored_included, double eps,
-                                      int64_t reduction, bool needs_grad) {
-  expect_with(hazards, times, types, mask, entries, weights);
+std::tuple<Tensor, Tensor> padded_nll(const char* operation, bool competing, const Tensor& hazards,
+                                      const Tensor& times, const Tensor& types,
+                                      const OptionalTensor& mask, const OptionalTensor& entries,
+                                      const OptionalTensor& weights, int64_t link,
+                                      bool censored_included, double eps, int64_t reduction,
+                                      bool needs_grad) {
+  expect_with(operation, hazards, times, types, mask, entries, weights);
+  expect_hazards(operation, hazards, competing);
+  expect_options(operation, competing, link, eps, reduction);
   const Tensor rows = made_contiguous(hazards);
   const int64_t patients = rows.size(0);
   const int64_t slots = rows.size(1);
   const int64_t classes = competing ? rows.size(2) : 1;
-  check_options(competing ? "competing_risks_nll" : "survival_nll", competing, link, eps,
-                reduction);
-  causes_of(classes, link);
-  check_row_length(slots, classes);
-  Settings settings{};
+  causes_of(operation, classes, link);
+  expect_row_length(operation, slots, classes);
+  expect_outcomes(operation, patients, competing, times, types, entries, weights);
+  expect_sequence_mask(operation, mask, patients, slots);
+  KernelSettings settings{};
   settings.patients = patients;
   settings.slots = static_cast<unsigned>(slots);
   settings.classes = static_cast<unsigned>(classes);
@@ -229,9 +202,9 @@ std::tuple<Tensor, Tensor> padded_nll(bool competing, const Tensor& hazards, con
   settings.eps = eps;
   const bool by_visit = static_cast<Link>(link) == Link::kSoftmax;
   settings.lanes = lanes_for(by_visit ? slots * kInFlight : slots * classes);
-  return nll_and_gradient(settings, padded_layout(mask, patients, slots),
-                          outcomes_of(patients, competing, times, types, entries, weights), rows,
-                          link, reduction, needs_grad);
+  return nll_and_gradient(operation, settings, padded_layout(mask),
+                          outcomes_of(competing, times, types, entries, weights), rows, link,
+                          reduction, needs_grad);
 }
 
 std::tuple<Tensor, Tensor> survival_nll(const Tensor& hazards, const Tensor& event_times,
@@ -241,9 +214,9 @@ std::tuple<Tensor, Tensor> survival_nll(const Tensor& hazards, const Tensor& eve
                                         const OptionalTensor& sample_weight, int64_t link,
                                         bool censored_included, double eps, int64_t reduction,
                                         bool needs_grad) {
-  if (hazards.dim() != 2) throw std::invalid_argument("hazards: expected shape [B, V]");
-  return padded_nll(false, hazards, event_times, event_indicators, sequence_mask, entry_times,
-                    sample_weight, link, censored_included, eps, reduction, needs_grad);
+  return padded_nll("survival_nll", false, hazards, event_times, event_indicators, sequence_mask,
+                    entry_times, sample_weight, link, censored_included, eps, reduction,
+                    needs_grad);
 }
 
 std::tuple<Tensor, Tensor> competing_risks_nll(const Tensor& hazards, const Tensor& event_times,
@@ -253,27 +226,18 @@ std::tuple<Tensor, Tensor> competing_risks_nll(const Tensor& hazards, const Tens
                                                const OptionalTensor& sample_weight, int64_t link,
                                                bool censored_included, double eps,
                                                int64_t reduction, bool needs_grad) {
-  if (hazards.dim() != 3) throw std::invalid_argument("hazards: expected shape [B, V, K]");
-  return padded_nll(true, hazards, event_times, event_types, sequence_mask, entry_times,
-                    sample_weight, link, censored_included, eps, reduction, needs_grad);
+  return padded_nll("competing_risks_nll", true, hazards, event_times, event_types, sequence_mask,
+                    entry_times, sample_weight, link, censored_included, eps, reduction,
+                    needs_grad);
 }
 
-// The rows of a packed batch, as tensors that live while a kernel is launched.
-struct PackedRows {
+// The row numbers of a packed batch, as tensors that live while a kernel is launched.
+struct RowTensors {
   Tensor starts;
   Tensor ranks;
 
-  PackedRows(const Tensor& row_starts, const Tensor& unsorted_indices)
-      : starts(made_contiguous(row_starts)), ranks(made_contiguous(unsorted_indices)) {
-    for (const Tensor* tensor : {&starts, &ranks}) {
-      if (tensor->scalar_type() != ScalarType::Long || tensor->dim() != 1) {
-        throw std::invalid_argument("row_starts, unsorted_indices: expected one-dimensional int64");
-      }
-    }
-    if (starts.numel() < 1 || slots() > std::numeric_limits<int32_t>::max()) {
-      throw std::invalid_argument("row_starts: expected a start for each time and the end");
-    }
-  }
+  RowTensors(const Tensor& row_starts, const Tensor& unsorted_indices)
+      : starts(made_contiguous(row_starts)), ranks(made_contiguous(unsorted_indices)) {}
 
   int64_t slots() const { return starts.numel() - 1; }
   int64_t patients() const { return ranks.numel(); }
@@ -287,19 +251,21 @@ std::tuple<Tensor, Tensor> packed_survival_nll(
     const Tensor& last_rows, const Tensor& event_times, const Tensor& event_types,
     const OptionalTensor& entry_times, const OptionalTensor& sample_weight, int64_t link,
     bool censored_included, double eps, int64_t reduction, bool needs_grad) {
-  (void)last_rows;  // the sizes of row_starts tell where a patient ends
-  if (hazards.dim() < 1 || hazards.dim() > 2) {
-    throw std::invalid_argument("hazards: expected shape [n_visits] or [n_visits, K]");
-  }
-  expect_with(hazards, row_starts, unsorted_indices, event_times, event_types, entry_times,
+  constexpr auto kName = "packed_survival_nll";
+  expect_packed_hazards(kName, hazards);
+  expect_with(kName, hazards, row_starts, unsorted_indices, event_times, event_types, entry_times,
               sample_weight);
   const bool competing = hazards.dim() == 2;
   const int64_t classes = competing ? hazards.size(1) : 1;
-  check_options("packed_survival_nll", competing, link, eps, reduction);
-  causes_of(classes, link);
-  const PackedRows rows(row_starts, unsorted_indices);
-  check_row_length(rows.slots(), classes);
-  Settings settings{};
+  expect_options(kName, competing, link, eps, reduction);
+  causes_of(kName, classes, link);
+  // Values of last_rows are not read: the sizes of row_starts tell where a patient ends.
+  expect_row_numbers(kName, row_starts, unsorted_indices, last_rows);
+  const RowTensors rows(row_starts, unsorted_indices);
+  expect_row_length(kName, rows.slots(), classes);
+  expect_outcomes(kName, rows.patients(), competing, event_times, event_types, entry_times,
+                  sample_weight);
+  KernelSettings settings{};
   settings.patients = rows.patients();
   settings.slots = static_cast<unsigned>(rows.slots());
   settings.classes = static_cast<unsigned>(classes);
@@ -310,13 +276,14 @@ std::tuple<Tensor, Tensor> packed_survival_nll(
   const bool by_visit = static_cast<Link>(link) == Link::kSoftmax;
   settings.lanes = lanes_for(by_visit ? visits * kInFlight : visits * classes);
   return nll_and_gradient(
-      settings, rows.layout(hazards.size(0)),
-      outcomes_of(rows.patients(), competing, event_times, event_types, entry_times, sample_weight),
+      kName, settings, rows.layout(hazards.size(0)),
+      outcomes_of(competing, event_times, event_types, entry_times, sample_weight),
       made_contiguous(hazards), link, reduction, needs_grad);
 }
 
 // --- backward --------------------------------------------------------------------------------
 
+constexpr auto kScale = "survival_nll_scale";
 constexpr int64_t kMostScalingBlocks = 65536;
 
 template <int kValues, typename saved_t, typename grad_t>
@@ -330,18 +297,11 @@ void launch_scale_rows(const Scaling<saved_t, grad_t>& task,
 
 template <typename saved_t, typename grad_t>
 Tensor scaled(const Tensor& saved, const Tensor& grad_nll,
-              const std::optional<PackedRows>& packed) {
+              const std::optional<RowTensors>& packed) {
   using nll_t = accumulator_t<saved_t>;
   const bool per_patient = grad_nll.dim() == 1;
-  if (saved.dim() < 1) throw std::invalid_argument("survival_nll_scale: grad has no dimensions");
-  if (grad_nll.scalar_type() != kDtypeOf<nll_t> || grad_nll.dim() > 1) {
-    throw std::invalid_argument("survival_nll_scale: grad_nll is not that of this loss");
-  }
   const int64_t patients = packed ? packed->patients() : saved.size(0);
-  if (per_patient && grad_nll.size(0) != patients) {
-    throw std::invalid_argument("survival_nll_scale: expected one gradient per patient");
-  }
-  const OnDeviceOf place(saved);
+  const OnDeviceOf device(kScale, saved);
   Tensor grad = empty(saved, shape_of(saved), kDtypeOf<grad_t>);
   if (saved.numel() == 0) return grad;
 
@@ -351,7 +311,7 @@ Tensor scaled(const Tensor& saved, const Tensor& grad_nll,
   if (packed && loss.stride != 0) {
     const unsigned blocks =
         std::min<int64_t>(kMostScalingBlocks, blocks_for(patients, kThreads / kWarp));
-    launch(scale_packed<saved_t, grad_t>, dim3(blocks), dim3(kThreads), 0, place.stream(), task,
+    launch(scale_packed<saved_t, grad_t>, dim3(blocks), dim3(kThreads), 0, device.stream(), task,
            packed->layout(saved.size(0)), static_cast<unsigned>(packed->slots()), patients, loss);
     return grad;
   }
@@ -359,9 +319,9 @@ Tensor scaled(const Tensor& saved, const Tensor& grad_nll,
   constexpr int kWide = 16 / sizeof(saved_t);
   const bool is_aligned = reinterpret_cast<uintptr_t>(task.saved) % 16 == 0;
   if (is_aligned && task.values % kWide == 0) {
-    launch_scale_rows<kWide>(task, loss, place.stream());
+    launch_scale_rows<kWide>(task, loss, device.stream());
   } else {
-    launch_scale_rows<1>(task, loss, place.stream());
+    launch_scale_rows<1>(task, loss, device.stream());
   }
   return grad;
 }
@@ -369,34 +329,20 @@ Tensor scaled(const Tensor& saved, const Tensor& grad_nll,
 Tensor survival_nll_scale(const Tensor& grad, const Tensor& grad_nll,
                           const OptionalTensor& row_starts, const OptionalTensor& unsorted_indices,
                           const OptionalTensor& last_rows, ScalarType dtype) {
-  (void)last_rows;
-  if (row_starts.has_value() != unsorted_indices.has_value()) {
-    throw std::invalid_argument(
-        "survival_nll_scale: row_starts and unsorted_indices must be given together");
-  }
-  expect_with(grad, grad_nll, row_starts, unsorted_indices);
+  expect_with(kScale, grad, grad_nll, row_starts, unsorted_indices);
+  expect_scaling(kScale, grad, grad_nll, row_starts, unsorted_indices, last_rows, dtype);
   const Tensor saved = made_contiguous(grad);
-  std::optional<PackedRows> packed;
-  if (row_starts.has_value() && unsorted_indices.has_value()) {
-    packed.emplace(*row_starts, *unsorted_indices);
+  std::optional<RowTensors> packed;
+  if (row_starts.has_value()) packed.emplace(*row_starts, *unsorted_indices);
+  if (dtype == ScalarType::Half) return scaled<float, __half>(saved, grad_nll, packed);
+  switch (saved.scalar_type()) {
+    case ScalarType::Double:
+      return scaled<double, double>(saved, grad_nll, packed);
+    case ScalarType::BFloat16:
+      return scaled<__nv_bfloat16, __nv_bfloat16>(saved, grad_nll, packed);
+    default:
+      return scaled<float, float>(saved, grad_nll, packed);
   }
-  if (dtype == ScalarType::Half && saved.scalar_type() == ScalarType::Float) {
-    return scaled<float, __half>(saved, grad_nll, packed);
-  }
-  if (dtype == saved.scalar_type() && dtype != ScalarType::Half) {
-    switch (dtype) {
-      case ScalarType::Float:
-        return scaled<float, float>(saved, grad_nll, packed);
-      case ScalarType::Double:
-        return scaled<double, double>(saved, grad_nll, packed);
-      case ScalarType::BFloat16:
-        return scaled<__nv_bfloat16, __nv_bfloat16>(saved, grad_nll, packed);
-      default:
-        break;
-    }
-  }
-  throw std::invalid_argument(
-      "survival_nll_scale: not the saved gradient of hazards of this dtype");
 }
 
 }  // namespace

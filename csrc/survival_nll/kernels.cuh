@@ -1,9 +1,9 @@
 // The survival losses on a GPU: a group of lanes per patient, loss and gradient in one pass over
 // the patient's visits, and the sum over patients in the same launch.
 //
-// Outcomes are trusted no further than memory goes. A time outside the patient's visits has no
-// visit of the event, and what the mask leaves out has no part in the loss, as in the formula of
-// reference.py; the values of outcomes are checked on the host (checks.py) where they are at all.
+// Values of outcomes are checked on the host (checks.py), if at all; whatever they are, no address
+// outside the batch is formed from them. A time outside the patient's visits has no visit of the
+// event, and what the mask leaves out has no part in the loss, as in the formula of reference.py.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +17,9 @@ using namespace ehrseq::cuda;  // NOLINT: what all kernels share
 
 constexpr int kThreads = 256;
 constexpr int kMostBlocks = 1024;
-constexpr int kInFlight = 4;  // values on their way to one lane
+constexpr int kInFlight = 4;  // values that a lane loads before it uses the first
 
-struct Settings {
+struct KernelSettings {
   int64_t patients;
   unsigned slots;    // the most visits that a patient can have
   unsigned classes;  // a visit's values: causes, and one more for softmax
@@ -119,7 +119,7 @@ struct FromProbabilities {
   T nll_of_eps;
   bool rounds;  // 1 - eps to 1, and maybe eps to 0: the clamp shall hold all the same
 
-  __device__ explicit FromProbabilities(const Settings& settings)
+  __device__ explicit FromProbabilities(const KernelSettings& settings)
       : lowest(static_cast<T>(settings.eps)),
         highest(static_cast<T>(1 - settings.eps)),
         nll_of_eps(static_cast<T>(settings.nll_of_eps)),
@@ -153,7 +153,7 @@ struct FromProbabilities {
 
 template <typename T>
 struct FromLogits {
-  __device__ explicit FromLogits(const Settings&) {}
+  __device__ explicit FromLogits(const KernelSettings&) {}
 
   // -log(1 - sigmoid(x)) = softplus(x) = max(x, 0) + log(1 + e^-|x|)
   __device__ Term<T> survived(T x) const {
@@ -179,8 +179,9 @@ struct Hazards {
 // patient's values, and lane 0 the one trial that is the event. Returns this lane's part of the
 // loss.
 template <template <typename> class Likelihood, typename Visits, typename scalar_t, typename grad_t>
-__device__ accumulator_t<scalar_t> nll_of_trials(const Visits& visits, const Outcome& outcome,
-                                                 const Settings& settings,
+__device__ accumulator_t<scalar_t> nll_of_trials(const Visits& visits,
+                                                 const ClampedOutcome& outcome,
+                                                 const KernelSettings& settings,
                                                  const Hazards<scalar_t, grad_t>& hazards,
                                                  unsigned lane) {
   using T = accumulator_t<scalar_t>;
@@ -270,8 +271,9 @@ __device__ accumulator_t<scalar_t> nll_of_class(const scalar_t* logits, grad_t* 
 
 // K + 1 classes per visit, of which 0 is no event; a lane takes every lanes-th visit.
 template <typename Visits, typename scalar_t, typename grad_t>
-__device__ accumulator_t<scalar_t> nll_of_classes(const Visits& visits, const Outcome& outcome,
-                                                  const Settings& settings,
+__device__ accumulator_t<scalar_t> nll_of_classes(const Visits& visits,
+                                                  const ClampedOutcome& outcome,
+                                                  const KernelSettings& settings,
                                                   const Hazards<scalar_t, grad_t>& hazards,
                                                   unsigned lane) {
   using T = accumulator_t<scalar_t>;
@@ -299,8 +301,8 @@ __device__ accumulator_t<scalar_t> nll_of_classes(const Visits& visits, const Ou
 
 // --- all patients ----------------------------------------------------------------------------
 
-// One ticket for each stream (cuda.cu): the blocks of a launch draw from it in turn, and whoever
-// draws the last one leaves it at zero for the next launch on that stream.
+// One ticket for each stream (cuda.cu): a counter that each block of a launch increments when it is
+// done, and that the last of them resets to zero for the next launch on that stream.
 constexpr int kTickets = 1024;
 __device__ unsigned stream_tickets[kTickets];
 
@@ -358,29 +360,37 @@ __device__ void finish_sum(const Result<nll_t>& result, double block_sum, double
 }
 
 // What the values of a visit are: logits of classes, or trials of a Likelihood.
-struct Softmax {};
+struct SoftmaxModel {};
 template <template <typename> class Likelihood_>
-struct Trials {};
+struct BernoulliModel {};
 
 template <template <typename> class Likelihood, typename... Arguments>
-__device__ auto nll_of_patient(Trials<Likelihood>, const Arguments&... arguments) {
+__device__ auto nll_of_patient(BernoulliModel<Likelihood>, const Arguments&... arguments) {
   return nll_of_trials<Likelihood>(arguments...);
 }
 template <typename... Arguments>
-__device__ auto nll_of_patient(Softmax, const Arguments&... arguments) {
+__device__ auto nll_of_patient(SoftmaxModel, const Arguments&... arguments) {
   return nll_of_classes(arguments...);
 }
 
+// Loss and gradient of all patients, and the sum of the losses.
+//   grid    x: at most kMostBlocks; kThreads / lanes patients per block (a grid-stride loop)
+//   block   kThreads, as groups of settings.lanes lanes, one patient each; a lane takes every
+//           lanes-th value of its patient, kInFlight at a time (softmax: every lanes-th visit)
+//   shared  one sum per warp (static), where patients are summed
+//   reads   outcomes, the mask or row numbers, hazards at risk
+//   writes  result.nll: one number, or [patients]; hazards.grad: every value, zeros off risk;
+//           result.partials [blocks] and the ticket, where several blocks are summed
 template <typename Model, typename Layout, typename scalar_t, typename grad_t>
 __global__ void __launch_bounds__(kThreads, 1)
-    nll_and_grad(const Settings settings, const Layout layout, const Outcomes outcomes,
+    nll_and_grad(const KernelSettings settings, const Layout layout, const OutcomeColumns outcomes,
                  const Hazards<scalar_t, grad_t> hazards,
                  const Result<accumulator_t<scalar_t>> result) {
   using nll_t = accumulator_t<scalar_t>;
   const unsigned lane = threadIdx.x & (settings.lanes - 1);
   const int64_t groups = kThreads / settings.lanes;
   double sum = 0;
-  // All lanes of a warp take part in the shuffles, so all go around as often.
+  // All lanes of a warp take part in the shuffles, so all make as many iterations.
   for (int64_t first = blockIdx.x * groups; first < settings.patients;
        first += gridDim.x * groups) {
     const int64_t patient = first + threadIdx.x / settings.lanes;
@@ -388,7 +398,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     nll_t nll = 0;
     double weight = 0;
     if (exists) {
-      const Outcome outcome = outcome_of(patient, outcomes, settings.slots);
+      const ClampedOutcome outcome = outcome_of(patient, outcomes, settings.slots);
       weight = outcome.weight;
       nll = nll_of_patient(Model{}, layout.visits_of(patient, settings.slots), outcome, settings,
                            hazards, lane);
@@ -401,77 +411,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   if (settings.reduces) finish_sum(result, sum_of_block(sum), settings.share);
-}
-
-// --- backward --------------------------------------------------------------------------------
-
-// What is saved as +0 stays so whatever it is multiplied by.
-template <typename grad_t, typename saved_t, typename T>
-__device__ grad_t scaled(saved_t saved, T factor) {
-  const T value = widen(saved);
-  const bool counts = value != T(0) || signbit(value);
-  return narrow<grad_t>(counts ? value * factor + T(0) : T(0));
-}
-
-// The gradient of the loss: one number (stride 0), or one per patient.
-template <typename T>
-struct LossGradient {
-  const T* values;
-  int64_t stride;
-};
-
-template <typename saved_t, typename grad_t>
-struct Scaling {
-  const saved_t* saved;
-  grad_t* grad;
-  int64_t values;
-  int64_t row_values;  // of one patient
-};
-
-// Padded rows, or one number for all: neighbours move together, kValues at a time.
-template <int kValues, typename saved_t, typename grad_t>
-__global__ void __launch_bounds__(kThreads)
-    scale_rows(const Scaling<saved_t, grad_t> task,
-               const LossGradient<accumulator_t<saved_t>> loss) {
-  const int64_t step = int64_t{gridDim.x} * kThreads * kValues;
-  int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kValues;
-  for (; at < task.values; at += step) {
-    const auto saved = load_pack<Pack<saved_t, kValues>>(task.saved + at);
-    Pack<grad_t, kValues> grad;
-    int64_t patient = loss.stride == 0 ? 0 : at / task.row_values;
-    int64_t next_row = loss.stride == 0 ? task.values : (patient + 1) * task.row_values;
-    auto scale = loss.values[patient * loss.stride];
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      if (at + i == next_row) {
-        next_row += task.row_values;
-        scale = loss.values[++patient * loss.stride];
-      }
-      grad.values[i] = scaled<grad_t>(saved.values[i], scale);
-    }
-    store_pack(task.grad + at, grad);
-  }
-}
-
-// Packed rows with one number per patient: a warp for each patient.
-template <typename saved_t, typename grad_t>
-__global__ void __launch_bounds__(kThreads)
-    scale_packed(const Scaling<saved_t, grad_t> task, const PackedLayout layout, unsigned slots,
-                 int64_t patients, const LossGradient<accumulator_t<saved_t>> loss) {
-  const unsigned lane = threadIdx.x % kWarp;
-  const auto classes = static_cast<unsigned>(task.row_values);
-  const int64_t step = int64_t{gridDim.x} * (kThreads / kWarp);
-  int64_t patient = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
-  for (; patient < patients; patient += step) {
-    const auto visits = layout.visits_of(patient, slots);
-    const auto scale = loss.values[patient * loss.stride];
-    for (unsigned visit = lane; visit < slots && visits.has(visit); visit += kWarp) {
-      const int64_t row = visits.row(visit) * classes;
-      for (unsigned c = 0; c < classes; ++c) {
-        task.grad[row + c] = scaled<grad_t>(task.saved[row + c], scale);
-      }
-    }
-  }
 }
 
 }  // namespace ehrseq::survival::cuda

@@ -1,7 +1,7 @@
 // The negative log-likelihood of one patient and its gradient, from a row of hazards or logits.
 //
 // No logarithm is taken per visit. A sum of logarithms is the logarithm of a product, and a product
-// of doubles has room for hundreds of factors, so each patient costs one: of Π (1-h) for
+// of doubles can hold hundreds of factors, so each patient costs one: of Π (1-h) for
 // probabilities, and for logits of Π (1 + e^-|x|), since
 //   -log(1 - sigmoid(x)) = softplus(x) = max(x, 0) + log(1 + e^-|x|).
 // Exact to double precision, whatever the hazards' dtype.
@@ -37,7 +37,7 @@ struct Trials {
 // which are trials at all.
 //
 // A derivative of 0 that a trial has is written as -0, and +0 where no value counts: infinity times
-// the one is NaN in the backward pass, times the other 0 (scale.cpp). So `scale` is never +0.
+// the one is NaN in the backward pass, times the other 0 (scale_cpu.cpp). So `scale` is never +0.
 template <typename T>
 EHRSEQ_INLINE T signed_zero(T scale) {
   return scale == T(0) ? T(-0.0) : scale;
@@ -50,8 +50,8 @@ EHRSEQ_INLINE Lanes<T> scale_of_event(const Scale& scale) {
   return scales == T(0) ? scales : -scales;
 }
 
-// +0 in all other lanes. Masks are joined as integers: joined for a choice between lanes, GCC takes
-// them apart bit by bit.
+// +0 in all other lanes. Masks are joined as integers: joined for a choice between lanes, GCC
+// splits them bit by bit.
 template <typename T>
 EHRSEQ_INLINE Lanes<T> only_where(const Mask<T>& mask, const Lanes<T>& lanes) {
   return (Lanes<T>)((Mask<T>)lanes & mask);
@@ -78,7 +78,7 @@ class FromProbabilities {
   }
 
   // Vectors before a flush.
-  EHRSEQ_INLINE int64_t room() const { return most_factors_; }
+  EHRSEQ_INLINE int64_t flush_interval() const { return most_factors_; }
 
   template <typename Scale>
   EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& h, const Scale& scale) {
@@ -145,7 +145,7 @@ class FromLogits {
 
   explicit FromLogits(double /*eps*/) {}
 
-  EHRSEQ_INLINE int64_t room() const { return Total::kMostBits; }  // 1 + excess <= 2
+  EHRSEQ_INLINE int64_t flush_interval() const { return Total::kMostBits; }  // 1 + excess <= 2
 
   template <typename Scale>
   EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& x, const Scale& scale) {
@@ -192,7 +192,7 @@ class FromLogits {
   Total sum_;
 };
 
-// One vector from `at` on; what lies past the end of the row is read as 0 and never written.
+// One vector from `at` on; what is past the end of the row is read as 0 and never written.
 template <typename T, typename scalar_t>
 EHRSEQ_INLINE Lanes<T> load_within(const scalar_t* row, int64_t at, int64_t row_length) {
   if (at + kLanes<T> <= row_length) return load(row + at);
@@ -219,27 +219,27 @@ EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* 
   const bool wants_grad = grad != nullptr;
   const int64_t end = trials.end();
   int64_t at = trials.begin;
-  int64_t room = likelihood.room();
+  int64_t until_flush = likelihood.flush_interval();
 
   while (at + kLanes<T> <= trials.certain_end) {
-    if (room == 0) {
+    if (until_flush == 0) {
       likelihood.flush();
-      room = likelihood.room();
+      until_flush = likelihood.flush_interval();
     }
-    const int64_t blocks = std::min(room, (trials.certain_end - at) / kLanes<T>);
+    const int64_t blocks = std::min(until_flush, (trials.certain_end - at) / kLanes<T>);
     for (int64_t i = 0; i < blocks; ++i, at += kLanes<T>) {
       const Lanes<T> slopes = likelihood.survived(load(row + at), scale);
       if (wants_grad) store(grad + at, slopes);
     }
-    room -= blocks;
+    until_flush -= blocks;
   }
 
-  for (; at < end; at += kLanes<T>, --room) {
+  for (; at < end; at += kLanes<T>, --until_flush) {
     const bool alone =
         Likelihood::kEventAlone && at <= trials.event && trials.event < at + kLanes<T>;
-    if (room == 0 || alone) {
+    if (until_flush == 0 || alone) {
       likelihood.flush();
-      room = alone ? 1 : likelihood.room();
+      until_flush = alone ? 1 : likelihood.flush_interval();
     }
     const Mask<T> position = lane_numbers<T>();
     const Mask<T> event = position == static_cast<bits_t<T>>(trials.event - at);
@@ -270,16 +270,16 @@ class Softmax {
   EHRSEQ_INLINE Unfinished nll_of_visits(const scalar_t* row, grad_t* grad, int64_t entry,
                                          int64_t time, int64_t target, T scale) {
     SumOfSoftplus<T> sum;
-    int64_t room = blocks_per_flush_;
-    for (int64_t visit = entry; visit < time; visit += kLanes<T>, --room) {
-      if (room == 0) {
+    int64_t until_flush = blocks_per_flush_;
+    for (int64_t visit = entry; visit < time; visit += kLanes<T>, --until_flush) {
+      if (until_flush == 0) {
         sum.flush();
-        room = blocks_per_flush_;
+        until_flush = blocks_per_flush_;
       }
       add(sum, row, grad, visit, std::min(kLanes<T>, time - visit), 0, scale);
     }
     if (target >= 0) {
-      if (room == 0) sum.flush();
+      if (until_flush == 0) sum.flush();
       add(sum, row, grad, time, 1, target, scale);
     }
     return sum.unfinished();

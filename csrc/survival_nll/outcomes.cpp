@@ -9,23 +9,9 @@
 namespace ehrseq::survival {
 namespace {
 
-std::optional<Column> optional_column(const OptionalTensor& tensor, const char* name,
-                                      int64_t patients) {
+std::optional<Column> optional_column(const OptionalTensor& tensor) {
   if (!tensor.has_value()) return std::nullopt;
-  return Column(*tensor, name, patients);
-}
-
-void require_integral(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Byte:
-    case ScalarType::Char:
-    case ScalarType::Short:
-    case ScalarType::Int:
-    case ScalarType::Long:
-      return;
-    default:
-      throw std::invalid_argument(std::string(name) + ": expected an integer dtype");
-  }
+  return Column(*tensor);
 }
 
 std::string as_text(double value) {
@@ -54,29 +40,20 @@ struct Offenders {
 
 }  // namespace
 
-Outcomes::Outcomes(int64_t patients, int64_t slots, int64_t causes, const char* types_name,
-                   const Tensor& event_times, const Tensor& event_types,
-                   const OptionalTensor& sequence_mask, const OptionalTensor& entry_times,
-                   const OptionalTensor& sample_weight)
-    : Outcomes(patients, VisitMask(sequence_mask, patients, slots), causes, types_name, event_times,
-               event_types, entry_times, sample_weight) {}
-
-Outcomes::Outcomes(int64_t patients, VisitMask mask, int64_t causes, const char* types_name,
-                   const Tensor& event_times, const Tensor& event_types,
-                   const OptionalTensor& entry_times, const OptionalTensor& sample_weight)
+OutcomeReader::OutcomeReader(int64_t patients, VisitMask mask, int64_t causes,
+                             const char* types_name, const Tensor& event_times,
+                             const Tensor& event_types, const OptionalTensor& entry_times,
+                             const OptionalTensor& sample_weight)
     : patients_(patients),
       causes_(causes),
       types_name_(types_name),
       mask_(std::move(mask)),
-      times_(event_times, "event_times", patients),
-      types_(event_types, types_name, patients),
-      entries_(optional_column(entry_times, "entry_times", patients)),
-      weights_(optional_column(sample_weight, "sample_weight", patients)) {
-  require_integral(event_times, "event_times");
-  if (entry_times.has_value()) require_integral(*entry_times, "entry_times");
-}
+      times_(event_times),
+      types_(event_types),
+      entries_(optional_column(entry_times)),
+      weights_(optional_column(sample_weight)) {}
 
-bool Outcomes::read(int64_t begin, int64_t end, Outcome* outcomes) const {
+bool OutcomeReader::read(int64_t begin, int64_t end, Outcome* outcomes) const {
   int64_t visits[kAtOnce];
   int64_t times[kAtOnce];
   int64_t entries[kAtOnce] = {};
@@ -104,7 +81,7 @@ bool Outcomes::read(int64_t begin, int64_t end, Outcome* outcomes) const {
   return possible;
 }
 
-void Outcomes::refuse() const {
+void OutcomeReader::refuse() const {
   Offenders malformed, empty, outside, entered_late, unknown_type;
   for (int64_t i = 0; i < patients_; ++i) {
     int64_t visits;

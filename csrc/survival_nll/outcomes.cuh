@@ -1,5 +1,4 @@
-// What is known of each patient, on a GPU: columns of any dtype, trusted no further than memory
-// goes.
+// The outcome of each patient, on a GPU: columns of any dtype, whose values are not checked.
 #pragma once
 
 #include <cstdint>
@@ -68,8 +67,8 @@ __device__ inline bool is_set(const Numbers& numbers, int64_t at) {
   }
 }
 
-// What is known of each patient, in the caller's order.
-struct Outcomes {
+// The outcomes of all patients, in the caller's order.
+struct OutcomeColumns {
   Numbers times;
   Numbers types;
   Numbers entries;  // absent: 0
@@ -78,7 +77,7 @@ struct Outcomes {
 };
 
 // One patient's outcome, within the slots: `time` is `slots` where the event time is no slot.
-struct Outcome {
+struct ClampedOutcome {
   unsigned entry;
   unsigned survived_to;  // visits before this one were survived
   unsigned time;
@@ -91,13 +90,14 @@ struct Outcome {
   }
 };
 
-__device__ inline Outcome outcome_of(int64_t patient, const Outcomes& outcomes, unsigned slots) {
+__device__ inline ClampedOutcome outcome_of(int64_t patient, const OutcomeColumns& outcomes,
+                                            unsigned slots) {
   const auto within = [slots](int64_t visit) {
     const int64_t held = visit < 0 ? 0 : visit;
     return held > slots ? slots : static_cast<unsigned>(held);
   };
   const int64_t time = integer_at(outcomes.times, patient);
-  Outcome outcome;
+  ClampedOutcome outcome;
   outcome.entry =
       outcomes.entries.data == nullptr ? 0 : within(integer_at(outcomes.entries, patient));
   outcome.survived_to = within(time);

@@ -1,5 +1,5 @@
-// What is known of each patient: visits, entry, time, event, weight. Read and checked here, so that
-// the kernels can trust it.
+// The outcome of each patient: visits, entry, time, event, weight. Values are read and checked
+// here, so that the kernels can rely on them.
 #pragma once
 
 #include <cstdint>
@@ -17,18 +17,14 @@ struct Outcome {
   double weight;
 };
 
-class Outcomes {
+class OutcomeReader {
  public:
   static constexpr int64_t kAtOnce = 64;
 
-  Outcomes(int64_t patients, int64_t slots, int64_t causes, const char* types_name,
-           const Tensor& event_times, const Tensor& event_types,
-           const OptionalTensor& sequence_mask, const OptionalTensor& entry_times,
-           const OptionalTensor& sample_weight);
-
-  Outcomes(int64_t patients, VisitMask mask, int64_t causes, const char* types_name,
-           const Tensor& event_times, const Tensor& event_types, const OptionalTensor& entry_times,
-           const OptionalTensor& sample_weight);
+  // Tensors that expect_outcomes has checked.
+  OutcomeReader(int64_t patients, VisitMask mask, int64_t causes, const char* types_name,
+                const Tensor& event_times, const Tensor& event_types,
+                const OptionalTensor& entry_times, const OptionalTensor& sample_weight);
 
   // Patients begin..end, at most kAtOnce. False if one of them is impossible: refuse() says why.
   bool read(int64_t begin, int64_t end, Outcome* outcomes) const;

@@ -1,22 +1,21 @@
-// The survival losses of packed batches on the CPU. The visits of a patient stand far apart in
-// time-major rows, but those of patients of neighbouring ranks stand side by side at every time. So
+// The survival losses of packed batches on the CPU. The visits of a patient are far apart in
+// time-major rows, but those of patients of neighbouring ranks are side by side at every time. So
 // patients are taken in the order of their ranks, some at a time. With softmax their visits are
-// turned into rows of the padded layout, given to its kernel, and their gradients turned back.
+// transposed into rows of the padded layout, given to its kernel, and their gradients transposed
+// back.
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
-#include "common/denormals.h"
 #include "common/dtypes.h"
 #include "common/operators.h"
-#include "common/parallel.h"
 #include "common/tensors.h"
 #include "survival_nll/arguments.h"
+#include "survival_nll/groups.h"
 #include "survival_nll/outcomes.h"
-#include "survival_nll/packed_layout.h"
+#include "survival_nll/rank_layout.h"
 #include "survival_nll/rows.h"
 
 namespace ehrseq::survival {
@@ -24,11 +23,12 @@ namespace {
 
 // The visits of some neighbouring ranks as rows of the padded layout, `slots` per patient.
 template <typename scalar_t>
-class Turned {
+class TransposedVisits {
  public:
   using grad_t = saved_grad_t<scalar_t>;
 
-  Turned(const PackedLayout& layout, int64_t classes) : layout_(layout), classes_(classes) {}
+  TransposedVisits(const RankLayout& layout, int64_t classes)
+      : layout_(layout), classes_(classes) {}
 
   // Up to the last event time of these patients; what is not at risk changes nothing.
   void gather(const scalar_t* hazards, int64_t first, const Outcome* outcomes, int64_t patients) {
@@ -39,8 +39,8 @@ class Turned {
     values_.resize(patients * slots_ * classes_);
     for (int64_t visit = 0; visit < slots_; ++visit) {
       const scalar_t* from = hazards + layout_.row(first, visit) * classes_;
-      turn(patients_at(visit), from, classes_, values_.data() + visit * classes_,
-           slots_ * classes_);
+      copy_visit(patients_at(visit), from, classes_, values_.data() + visit * classes_,
+                 slots_ * classes_);
     }
   }
 
@@ -53,7 +53,8 @@ class Turned {
   void scatter_gradients(grad_t* grad) const {
     for (int64_t visit = 0; visit < slots_; ++visit) {
       grad_t* to = grad + layout_.row(first_, visit) * classes_;
-      turn(patients_at(visit), grads_.data() + visit * classes_, slots_ * classes_, to, classes_);
+      copy_visit(patients_at(visit), grads_.data() + visit * classes_, slots_ * classes_, to,
+                 classes_);
     }
     for (int64_t visit = slots_; visit < layout_.most_visits(); ++visit) {
       const int64_t patients = patients_at(visit);
@@ -68,7 +69,8 @@ class Turned {
  private:
   // One visit of each patient, `classes` values, from one stride between patients to another.
   template <typename T>
-  void turn(int64_t patients, const T* from, int64_t from_stride, T* to, int64_t to_stride) const {
+  void copy_visit(int64_t patients, const T* from, int64_t from_stride, T* to,
+                  int64_t to_stride) const {
     if (classes_ == 1) {  // a copy of known size is one instruction
       for (int64_t i = 0; i < patients; ++i) to[i * to_stride] = from[i * from_stride];
     } else {
@@ -82,7 +84,7 @@ class Turned {
     return std::clamp<int64_t>(layout_.ranks_at(visit) - first_, 0, patients_);
   }
 
-  const PackedLayout& layout_;
+  const RankLayout& layout_;
   int64_t classes_;
   int64_t first_ = 0;
   int64_t patients_ = 0;
@@ -91,112 +93,123 @@ class Turned {
   std::vector<grad_t> grads_;
 };
 
-std::vector<Outcome> read_all(const Outcomes& outcomes, int64_t patients) {
+std::vector<Outcome> read_all(const OutcomeReader& outcomes, int64_t patients) {
   std::vector<Outcome> all(patients);
-  for (int64_t first = 0; first < patients; first += Outcomes::kAtOnce) {
-    const int64_t last = std::min(first + Outcomes::kAtOnce, patients);
+  for (int64_t first = 0; first < patients; first += OutcomeReader::kAtOnce) {
+    const int64_t last = std::min(first + OutcomeReader::kAtOnce, patients);
     if (!outcomes.read(first, last, all.data() + first)) outcomes.refuse();
   }
   return all;
 }
 
+// Patients by rank; see groups.h.
 template <typename scalar_t>
-std::tuple<Tensor, Tensor> run(const Settings& settings, const PackedLayout& layout,
-                               const Tensor& hazards, const Outcomes& outcomes, bool needs_grad) {
-  using nll_t = accumulator_t<scalar_t>;
+class RankedPatients {
+ public:
   using grad_t = saved_grad_t<scalar_t>;
-  const bool reduces = settings.reduction != Reduction::kNone;
-  Tensor nll = empty(hazards, reduces ? std::vector<int64_t>{} : std::vector{settings.patients},
-                     kDtypeOf<nll_t>);
-  Tensor grad =
-      empty(hazards, needs_grad ? shape_of(hazards) : std::vector<int64_t>{0}, kDtypeOf<grad_t>);
-  auto* nll_data = static_cast<nll_t*>(nll.data_ptr());
-  auto* grad_data = static_cast<grad_t*>(grad.data_ptr());
-  const auto* hazards_data = static_cast<const scalar_t*>(hazards.data_ptr());
-  const std::vector<Outcome> all = read_all(outcomes, settings.patients);
+  static constexpr int64_t kWorthAThread = 16384;
 
-  // Groups of fixed size, summed in their order: the same bits for any number of threads.
-  constexpr int64_t kGroup = Outcomes::kAtOnce;
-  constexpr int64_t kWorthAThread = 16384;  // values
-  const int64_t groups = (settings.patients + kGroup - 1) / kGroup;
-  const int64_t group_values = hazards.numel() / std::max<int64_t>(1, groups) + 1;
-  std::vector<double> group_nll(groups);
+  // `grad` is null where none is needed; `values` is how many hazards there are.
+  RankedPatients(const LossSettings& settings, const RankLayout& layout,
+                 const std::vector<Outcome>& outcomes, const scalar_t* hazards, grad_t* grad,
+                 int64_t values)
+      : settings_(settings),
+        layout_(layout),
+        outcomes_(outcomes),
+        hazards_(hazards),
+        grad_(grad),
+        values_(values) {}
 
-  parallel_for(0, groups, std::max<int64_t>(1, kWorthAThread / group_values),
-               [&](int64_t first_group, int64_t last_group) {
-                 const KeepDenormals denormals;
-                 Turned<scalar_t> visits(layout, settings.classes);
-                 Outcome group_outcomes[kGroup];
-                 double patient_nll[kGroup];
-                 for (int64_t group = first_group; group < last_group; ++group) {
-                   const int64_t first = group * kGroup;
-                   const int64_t count = std::min(kGroup, settings.patients - first);
-                   for (int64_t i = 0; i < count; ++i)
-                     group_outcomes[i] = all[layout.patient_of_rank(first + i)];
-                   if (settings.link == Link::kSoftmax) {
-                     visits.gather(hazards_data, first, group_outcomes, count);
-                     Settings group_settings = settings;
-                     group_settings.slots = visits.slots();
-                     grad_t* group_grad = needs_grad ? visits.zero_gradients() : nullptr;
-                     rows_nll(group_settings,
-                              Rows<scalar_t>{visits.values(), group_grad, group_outcomes, count},
-                              patient_nll);
-                     if (needs_grad) visits.scatter_gradients(grad_data);
-                   } else {
-                     ranks_nll(
-                         settings,
-                         RankRows<scalar_t>{hazards_data, needs_grad ? grad_data : nullptr,
-                                            hazards.numel(), layout.row_starts(),
-                                            layout.most_visits(), first, group_outcomes, count},
-                         patient_nll);
-                   }
-                   for (int64_t i = 0; i < count; ++i) {
-                     const double weighted = patient_nll[i] * group_outcomes[i].weight;
-                     if (!reduces)
-                       nll_data[layout.patient_of_rank(first + i)] = static_cast<nll_t>(weighted);
-                     group_nll[group] += weighted;
-                   }
-                 }
-               });
-  if (reduces) {
-    double total = 0;
-    for (const double sum : group_nll) total += sum;
-    *nll_data = static_cast<nll_t>(total * settings.share);
+  class Worker {
+   public:
+    explicit Worker(const RankedPatients& all)
+        : all_(all), visits_(all.layout_, all.settings_.classes) {}
+
+    bool nll(int64_t first, int64_t count, Outcome* outcomes, double* patient_nll) {
+      for (int64_t i = 0; i < count; ++i) outcomes[i] = all_.outcomes_[all_.patient(first + i)];
+      if (all_.settings_.link == Link::kSoftmax) {
+        nll_of_transposed(first, count, outcomes, patient_nll);
+      } else {
+        const RankRows<scalar_t> rows{all_.hazards_,
+                                      all_.grad_,
+                                      all_.values_,
+                                      all_.layout_.row_starts(),
+                                      all_.layout_.most_visits(),
+                                      first,
+                                      outcomes,
+                                      count};
+        ranks_nll(all_.settings_, rows, patient_nll);
+      }
+      return true;
+    }
+
+   private:
+    void nll_of_transposed(int64_t first, int64_t count, const Outcome* outcomes,
+                           double* patient_nll) {
+      visits_.gather(all_.hazards_, first, outcomes, count);
+      LossSettings settings = all_.settings_;
+      settings.slots = visits_.slots();
+      grad_t* grad = all_.grad_ ? visits_.zero_gradients() : nullptr;
+      rows_nll(settings, Rows<scalar_t>{visits_.values(), grad, outcomes, count}, patient_nll);
+      if (all_.grad_) visits_.scatter_gradients(all_.grad_);
+    }
+
+    const RankedPatients& all_;
+    TransposedVisits<scalar_t> visits_;
+  };
+
+  Worker worker() const { return Worker(*this); }
+  int64_t patient(int64_t rank) const { return layout_.patient_of_rank(rank); }
+  int64_t values_per_group() const {
+    constexpr int64_t kGroup = OutcomeReader::kAtOnce;
+    const int64_t groups = (settings_.patients + kGroup - 1) / kGroup;
+    return values_ / std::max<int64_t>(1, groups) + 1;
   }
-  return {nll, grad};
-}
+
+ private:
+  const LossSettings& settings_;
+  const RankLayout& layout_;
+  const std::vector<Outcome>& outcomes_;
+  const scalar_t* hazards_;
+  grad_t* grad_;
+  int64_t values_;
+};
 
 std::tuple<Tensor, Tensor> packed_survival_nll(
     const Tensor& hazards, const Tensor& row_starts, const Tensor& unsorted_indices,
     const Tensor& last_rows, const Tensor& event_times, const Tensor& event_types,
     const OptionalTensor& entry_times, const OptionalTensor& sample_weight, int64_t link,
     bool censored_included, double eps, int64_t reduction, bool needs_grad) {
-  if (hazards.dim() < 1 || hazards.dim() > 2) {
-    throw std::invalid_argument("hazards: expected shape [n_visits] or [n_visits, K]");
-  }
+  constexpr auto kName = "packed_survival_nll";
+  expect_on_cpu(kName, hazards, row_starts, unsorted_indices, last_rows, event_times, event_types,
+                entry_times, sample_weight);
+  expect_packed_hazards(kName, hazards);
   const bool competing = hazards.dim() == 2;
-  check_options("packed_survival_nll", competing, link, eps, reduction);
+  expect_options(kName, competing, link, eps, reduction);
   const int64_t classes = competing ? hazards.size(1) : 1;
-  const int64_t causes = causes_of(classes, link);
-  const PackedLayout layout("packed_survival_nll", hazards.size(0), row_starts, unsorted_indices,
-                            last_rows);
-  check_row_length(layout.most_visits(), classes);
-  const Outcomes outcomes(layout.patients(), VisitMask(layout.lengths()), causes,
-                          competing ? "event_types" : "event_indicators", event_times, event_types,
-                          entry_times, sample_weight);
-  Settings settings{};
-  settings.patients = layout.patients();
-  settings.classes = classes;
-  settings.link = static_cast<Link>(link);
-  settings.censored_included = censored_included;
-  settings.eps = eps;
-  settings.reduction = static_cast<Reduction>(reduction);
-  const bool is_mean = settings.reduction == Reduction::kMean;
-  settings.share = is_mean ? 1.0 / static_cast<double>(settings.patients) : 1.0;
+  const int64_t causes = causes_of(kName, classes, link);
+  expect_row_numbers(kName, row_starts, unsorted_indices, last_rows);
+  const RankLayout layout(kName, hazards.size(0), row_starts, unsorted_indices, last_rows);
+  expect_row_length(kName, layout.most_visits(), classes);
+  expect_outcomes(kName, layout.patients(), competing, event_times, event_types, entry_times,
+                  sample_weight);
+  const auto as_reduction = static_cast<Reduction>(reduction);
+  const LossSettings settings{
+      layout.patients(), 0,   classes,      static_cast<Link>(link),
+      censored_included, eps, as_reduction, share_of_a_patient(as_reduction, layout.patients())};
+  const OutcomeReader reader(layout.patients(), VisitMask(layout.lengths()), causes,
+                             name_of_types(competing), event_times, event_types, entry_times,
+                             sample_weight);
   const Tensor rows = torch::stable::contiguous(hazards);
   std::tuple<Tensor, Tensor> result;
-  dispatch_floating(rows.scalar_type(), "hazards", [&](auto tag) {
-    result = run<typename decltype(tag)::type>(settings, layout, rows, outcomes, needs_grad);
+  dispatch_floating(rows.scalar_type(), kName, [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    const std::vector<Outcome> outcomes = read_all(reader, layout.patients());
+    const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
+    const RankedPatients<scalar_t> all(settings, layout, outcomes, data<const scalar_t>(rows),
+                                       needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr,
+                                       rows.numel());
+    result = {nll_of_groups<scalar_t>(settings, rows, all), grad};
   });
   return result;
 }

@@ -1,6 +1,5 @@
-// Packed rows as they stand: the visits of neighbouring ranks lie side by side at every time, so a
-// lane is one patient's series of trials (and with competing risks one cause's), and no row has to
-// be turned.
+// Packed rows without a transposition: the visits of neighbouring ranks are side by side at every
+// time, so a lane is one patient's series of trials (with competing risks, one cause's).
 //
 // Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
 
@@ -22,7 +21,8 @@ struct Series {
   int64_t events[kLanes<T> + 1];  // their times in order, and one after all
 
   template <typename scalar_t>
-  Series(const Settings& settings, const RankRows<scalar_t>& rows, int64_t begin, int64_t lanes) {
+  Series(const LossSettings& settings, const RankRows<scalar_t>& rows, int64_t begin,
+         int64_t lanes) {
     int64_t patient = begin / settings.classes;
     int64_t cause = begin % settings.classes;
     std::fill(event, event + kLanes<T>, bits_t<T>(-1));
@@ -61,8 +61,8 @@ EHRSEQ_INLINE Mask<T> load_mask(const bits_t<T>* from) {
   return mask;
 }
 
-// For all lanes of these patients: every time lies in another page, where the processor's own
-// prefetcher does not look.
+// For all lanes of these patients: every time is on another page, and the processor's own
+// prefetcher does not cross pages.
 template <typename scalar_t>
 EHRSEQ_INLINE void prefetch(const RankRows<scalar_t>& rows, int64_t at, int64_t values) {
   const scalar_t* from = rows.hazards + at;
@@ -73,7 +73,7 @@ EHRSEQ_INLINE void prefetch(const RankRows<scalar_t>& rows, int64_t at, int64_t 
 
 // Values begin..begin + lanes of each time's values of these patients, into lane_nll.
 template <typename Likelihood, typename T, typename scalar_t>
-EHRSEQ_INLINE void nll_of_lanes(const Settings& settings, const RankRows<scalar_t>& rows,
+EHRSEQ_INLINE void nll_of_lanes(const LossSettings& settings, const RankRows<scalar_t>& rows,
                                 int64_t begin, int64_t lanes, double* lane_nll) {
   constexpr int64_t kTimesAhead = 8;
   const Series<T> series(settings, rows, begin, lanes);
@@ -87,8 +87,8 @@ EHRSEQ_INLINE void nll_of_lanes(const Settings& settings, const RankRows<scalar_
 
   Likelihood likelihood(settings.eps);
   const int64_t* next_event = series.events;
-  int64_t room = likelihood.room();
-  for (int64_t time = 0; time <= series.last_time; ++time, --room) {
+  int64_t until_flush = likelihood.flush_interval();
+  for (int64_t time = 0; time <= series.last_time; ++time, --until_flush) {
     const int64_t at = rows.row_starts[time] * classes + offset;
     const int64_t present = rows.row_starts[time + 1] * classes - at;  // of this vector and later
     if (begin == 0 && time + kTimesAhead < rows.most_visits) {
@@ -99,9 +99,9 @@ EHRSEQ_INLINE void nll_of_lanes(const Settings& settings, const RankRows<scalar_
     const bool has_event = *next_event == time;
     while (*next_event == time) ++next_event;
     const bool alone = Likelihood::kEventAlone && has_event;
-    if (room == 0 || alone) {
+    if (until_flush == 0 || alone) {
       likelihood.flush();
-      room = alone ? 1 : likelihood.room();
+      until_flush = alone ? 1 : likelihood.flush_interval();
     }
     Lanes<T> slopes;
     if (time >= series.last_entry && time < series.first_time) {
@@ -136,7 +136,7 @@ EHRSEQ_INLINE void nll_of_lanes(const Settings& settings, const RankRows<scalar_
 }
 
 template <typename Likelihood, typename T, typename scalar_t>
-void nll_of_ranks(const Settings& settings, const RankRows<scalar_t>& rows, double* nll) {
+void nll_of_ranks(const LossSettings& settings, const RankRows<scalar_t>& rows, double* nll) {
   const int64_t classes = settings.classes;
   const int64_t values = rows.patients * classes;
   std::vector<double> lane_nll(values + kLanes<T>);
@@ -151,7 +151,7 @@ void nll_of_ranks(const Settings& settings, const RankRows<scalar_t>& rows, doub
 }
 
 template <typename scalar_t>
-void ranks_nll(const Settings& settings, const RankRows<scalar_t>& rows, double* nll) {
+void ranks_nll(const LossSettings& settings, const RankRows<scalar_t>& rows, double* nll) {
   using T = accumulator_t<scalar_t>;
   if (settings.link == Link::kProbabilities) {
     nll_of_ranks<FromProbabilities<T, ProductOfLane<T>>, T>(settings, rows, nll);

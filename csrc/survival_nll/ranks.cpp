@@ -13,10 +13,10 @@
 
 namespace ehrseq::survival {
 
-#define EHRSEQ_RANKS_NLL(scalar_t)                                                        \
-  void ranks_nll(const Settings& settings, const RankRows<scalar_t>& rows, double* nll) { \
-    static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::survival, ranks_nll<scalar_t>);    \
-    kernel(settings, rows, nll);                                                          \
+#define EHRSEQ_RANKS_NLL(scalar_t)                                                            \
+  void ranks_nll(const LossSettings& settings, const RankRows<scalar_t>& rows, double* nll) { \
+    static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::survival, ranks_nll<scalar_t>);        \
+    kernel(settings, rows, nll);                                                              \
   }
 
 EHRSEQ_RANKS_NLL(float)

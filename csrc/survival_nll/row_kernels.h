@@ -1,3 +1,5 @@
+// Rows of the padded layout, and their masks.
+//
 // Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
 
 #include "survival_nll/likelihood.h"
@@ -5,7 +7,7 @@
 
 namespace ehrseq::survival::EHRSEQ_ISA {
 
-inline Trials trials_of(const Outcome& outcome, const Settings& settings) {
+inline Trials trials_of(const Outcome& outcome, const LossSettings& settings) {
   const int64_t time = outcome.time * settings.classes;
   return {outcome.entry * settings.classes, time,
           time + (settings.censored_included ? settings.classes : 0),
@@ -13,16 +15,17 @@ inline Trials trials_of(const Outcome& outcome, const Settings& settings) {
 }
 
 template <typename scalar_t>
-accumulator_t<scalar_t> grad_scale(const Outcome& outcome, const Settings& settings) {
+accumulator_t<scalar_t> grad_scale(const Outcome& outcome, const LossSettings& settings) {
   return signed_zero(static_cast<accumulator_t<scalar_t>>(outcome.weight * settings.share));
 }
 
-// The next rows' visits at risk, on their way from memory while this row is computed: rows are read
-// in part only, and so the processor's own prefetcher loses track at each.
+// The next rows' visits at risk are prefetched while this row is computed: only parts of rows are
+// read, which the processor's own prefetcher cannot follow.
 constexpr int64_t kRowsAhead = 8;
 
 template <typename scalar_t>
-EHRSEQ_INLINE void prefetch(const Settings& settings, const Rows<scalar_t>& rows, int64_t patient) {
+EHRSEQ_INLINE void prefetch(const LossSettings& settings, const Rows<scalar_t>& rows,
+                            int64_t patient) {
   if (patient >= rows.patients) return;
   const Outcome& outcome = rows.outcomes[patient];
   const scalar_t* row = rows.hazards + patient * settings.slots * settings.classes;
@@ -33,9 +36,9 @@ EHRSEQ_INLINE void prefetch(const Settings& settings, const Rows<scalar_t>& rows
 }
 
 template <typename Likelihood, typename scalar_t>
-void bernoulli_rows(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {
+void bernoulli_rows(const LossSettings& settings, const Rows<scalar_t>& rows, double* nll) {
   const int64_t row_length = settings.slots * settings.classes;
-  Group<Outcomes::kAtOnce> group;
+  Group<OutcomeReader::kAtOnce> group;
   for (int64_t i = 0; i < kRowsAhead; ++i) prefetch(settings, rows, i);
   for (int64_t i = 0; i < rows.patients; ++i) {
     prefetch(settings, rows, i + kRowsAhead);
@@ -48,11 +51,11 @@ void bernoulli_rows(const Settings& settings, const Rows<scalar_t>& rows, double
 }
 
 template <typename scalar_t>
-void softmax_rows(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {
+void softmax_rows(const LossSettings& settings, const Rows<scalar_t>& rows, double* nll) {
   using T = accumulator_t<scalar_t>;
   const int64_t row_length = settings.slots * settings.classes;
   Softmax<T> softmax(settings.classes);
-  Group<Outcomes::kAtOnce> group;
+  Group<OutcomeReader::kAtOnce> group;
   for (int64_t i = 0; i < rows.patients; ++i) {
     const Outcome& outcome = rows.outcomes[i];
     const bool time_counts = outcome.type > 0 || settings.censored_included;
@@ -65,7 +68,7 @@ void softmax_rows(const Settings& settings, const Rows<scalar_t>& rows, double* 
 }
 
 template <typename scalar_t>
-void rows_nll(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {
+void rows_nll(const LossSettings& settings, const Rows<scalar_t>& rows, double* nll) {
   using T = accumulator_t<scalar_t>;
   switch (settings.link) {
     case Link::kProbabilities:

@@ -13,10 +13,10 @@
 
 namespace ehrseq::survival {
 
-#define EHRSEQ_ROWS_NLL(scalar_t)                                                     \
-  void rows_nll(const Settings& settings, const Rows<scalar_t>& rows, double* nll) {  \
-    static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::survival, rows_nll<scalar_t>); \
-    kernel(settings, rows, nll);                                                      \
+#define EHRSEQ_ROWS_NLL(scalar_t)                                                        \
+  void rows_nll(const LossSettings& settings, const Rows<scalar_t>& rows, double* nll) { \
+    static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::survival, rows_nll<scalar_t>);    \
+    kernel(settings, rows, nll);                                                         \
   }
 
 EHRSEQ_ROWS_NLL(float)

@@ -1,18 +1,16 @@
-// The kernels' side of the operators: some patients, next to one another in memory.
+// What the CPU kernels compute: some patients that are next to one another in memory.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "common/dtypes.h"
+#include "common/options.h"
 #include "survival_nll/outcomes.h"
 
 namespace ehrseq::survival {
 
-enum class Link : int64_t { kProbabilities = 0, kSigmoid = 1, kSoftmax = 2 };
-enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
-struct Settings {
+struct LossSettings {
   int64_t patients;
   int64_t slots;
   int64_t classes;  // a visit's values: causes, and one more for softmax
@@ -32,16 +30,16 @@ struct Rows {
   const scalar_t* hazards;
   saved_grad_t<scalar_t>* grad;  // zeros; null where no gradient is needed
   const Outcome* outcomes;
-  int64_t patients;  // at most Outcomes::kAtOnce
+  int64_t patients;  // at most OutcomeReader::kAtOnce
 };
 
 // Each patient's loss, unweighted, and the gradient of the weighted one.
-void rows_nll(const Settings& settings, const Rows<float>& rows, double* nll);
-void rows_nll(const Settings& settings, const Rows<double>& rows, double* nll);
-void rows_nll(const Settings& settings, const Rows<BFloat16>& rows, double* nll);
-void rows_nll(const Settings& settings, const Rows<Half>& rows, double* nll);
+void rows_nll(const LossSettings& settings, const Rows<float>& rows, double* nll);
+void rows_nll(const LossSettings& settings, const Rows<double>& rows, double* nll);
+void rows_nll(const LossSettings& settings, const Rows<BFloat16>& rows, double* nll);
+void rows_nll(const LossSettings& settings, const Rows<Half>& rows, double* nll);
 
-// Patients of neighbouring ranks, as their visits stand in a packed batch.
+// Patients of neighbouring ranks, in the layout of a packed batch.
 template <typename scalar_t>
 struct RankRows {
   const scalar_t* hazards;       // of the whole batch, `values` of them
@@ -51,16 +49,16 @@ struct RankRows {
   int64_t most_visits;
   int64_t first;            // of the ranks
   const Outcome* outcomes;  // by rank, from `first` on
-  int64_t patients;         // at most Outcomes::kAtOnce
+  int64_t patients;         // at most OutcomeReader::kAtOnce
 };
 
 // As rows_nll, for any link but softmax.
-void ranks_nll(const Settings& settings, const RankRows<float>& rows, double* nll);
-void ranks_nll(const Settings& settings, const RankRows<double>& rows, double* nll);
-void ranks_nll(const Settings& settings, const RankRows<BFloat16>& rows, double* nll);
-void ranks_nll(const Settings& settings, const RankRows<Half>& rows, double* nll);
+void ranks_nll(const LossSettings& settings, const RankRows<float>& rows, double* nll);
+void ranks_nll(const LossSettings& settings, const RankRows<double>& rows, double* nll);
+void ranks_nll(const LossSettings& settings, const RankRows<BFloat16>& rows, double* nll);
+void ranks_nll(const LossSettings& settings, const RankRows<Half>& rows, double* nll);
 
-// What a mask's values look like as integers of their width: a whole number is 1 or 0, a bool is
+// A mask's values as integers of their width: a whole number is 1 or 0, a bool is
 // 1 whatever its bits if it is not 0, and a float's 0 may have a sign.
 template <typename Bits, Bits kOne_, bool kHasSign_ = false, bool kAnyIsOne_ = false>
 struct MaskValues {

@@ -10,13 +10,13 @@
 #include <optional>
 #include <type_traits>
 
-#include "common/checks.h"
 #include "common/denormals.h"
 #include "common/dtypes.h"
 #include "common/operators.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
-#include "survival_nll/packed_layout.h"
+#include "survival_nll/arguments.h"
+#include "survival_nll/rank_layout.h"
 
 namespace ehrseq::survival {
 namespace {
@@ -35,8 +35,8 @@ void scale(const saved_t* saved, int64_t values, accumulator_t<saved_t> factor, 
 }
 
 template <typename saved_t, typename grad_t>
-void scale_all(const Tensor& saved, const Tensor& grad_nll,
-               const std::optional<PackedLayout>& packed, const Tensor& grad) {
+void scale_all(const Tensor& saved, const Tensor& grad_nll, const std::optional<RankLayout>& packed,
+               const Tensor& grad) {
   using T = accumulator_t<saved_t>;
   const auto* from = static_cast<const saved_t*>(saved.const_data_ptr());
   auto* to = static_cast<grad_t*>(grad.mutable_data_ptr());
@@ -77,27 +77,12 @@ void scale_all(const Tensor& saved, const Tensor& grad_nll,
 Tensor survival_nll_scale(const Tensor& grad, const Tensor& grad_nll,
                           const OptionalTensor& row_starts, const OptionalTensor& unsorted_indices,
                           const OptionalTensor& last_rows, ScalarType dtype) {
-  const ScalarType saved_dtype = grad.scalar_type();
-  expect_dtype(grad, kName, "grad", {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16});
-  expect_dtype(grad_nll, kName, "grad_nll",
-               {saved_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float});
-  if (dtype != saved_dtype && !(dtype == ScalarType::Half && saved_dtype == ScalarType::Float)) {
-    refuse(kName, "dtype", "that of the hazards whose gradient was saved", as_text(dtype));
-  }
-  if (grad.dim() < 1 || grad.dim() > 3) {
-    refuse(kName, "grad", "of the hazards' shape", "shape " + as_text(shape_of(grad)));
-  }
-  if (row_starts.has_value() != unsorted_indices.has_value() ||
-      row_starts.has_value() != last_rows.has_value()) {
-    refuse(kName, "row_starts, unsorted_indices and last_rows", "given together", "some of them");
-  }
-  std::optional<PackedLayout> packed;
+  expect_on_cpu(kName, grad, grad_nll, row_starts, unsorted_indices, last_rows);
+  expect_scaling(kName, grad, grad_nll, row_starts, unsorted_indices, last_rows, dtype);
+  std::optional<RankLayout> packed;
   if (row_starts.has_value()) {
     packed.emplace(kName, grad.size(0), *row_starts, *unsorted_indices, *last_rows);
   }
-  const int64_t patients = packed ? packed->patients() : grad.size(0);
-  if (grad_nll.dim() != 0) expect_shape(grad_nll, kName, "grad_nll", {patients}, "[] or [B]");
-
   const Tensor saved = torch::stable::contiguous(grad);
   Tensor result = empty(saved, shape_of(saved), dtype);
   if (saved.numel() == 0) return result;

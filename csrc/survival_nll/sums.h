@@ -1,5 +1,5 @@
 // Sums of logarithms, as logarithms of products: of all lanes together, for a patient whose visits
-// lie side by side, and of each lane on its own, for patients that do.
+// are side by side, and of each lane on its own, for patients that are.
 //
 // No include guard: see common/vector_math.h.
 
@@ -28,7 +28,7 @@ constexpr int64_t kOneBits = int64_t{1023} << 52;
 constexpr double kLog2 = 0.69314718055994530942;
 
 // Multiplies the mantissa by a number that is not normal, subnormal ones among them; the exponent
-// that belongs to it. The logarithm shall see a zero or a NaN.
+// that belongs to it. The logarithm gets a zero or a NaN.
 inline int64_t multiply_abnormal(double* mantissa, double factor) {
   if (!(factor > 0 && factor <= DBL_MAX)) {
     *mantissa *= factor;

@@ -15,8 +15,8 @@ constexpr int64_t kMalformed = -1;
 
 class VisitMask {
  public:
-  // No mask: every slot is a visit.
-  VisitMask(const OptionalTensor& mask, int64_t patients, int64_t slots);
+  // A mask that expect_sequence_mask has checked. No mask: every slot is a visit.
+  VisitMask(const OptionalTensor& mask, int64_t slots);
 
   explicit VisitMask(std::vector<int64_t> lengths) : slots_(0), lengths_(std::move(lengths)) {}
 

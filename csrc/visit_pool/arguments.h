@@ -1,6 +1,6 @@
 // What the operators of visit pooling may be called with, on the CPU and on a GPU alike: the
 // shapes, dtypes and numbers that kernels index by. Values in memory (codes, offsets, an index) are
-// checked by the CPU before it follows them and by a GPU's kernels while they do.
+// checked by the CPU before it uses them and by a GPU's kernels while they do.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +10,17 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "visit_pool/modes.h"
+#include "common/options.h"
 
 namespace ehrseq::pooling {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Rows of the table and visits go by 32-bit numbers.
+// Rows of the table and visits have 32-bit numbers.
 inline void expect_countable(int64_t count, const char* operation, const char* name) {
   if (count < 0 || count > INT32_MAX) {
-    refuse(operation, name, "in 0..2^31-1", std::to_string(count));
+    refuse(operation, name, "0..2^31-1", std::to_string(count));
   }
 }
 
@@ -31,15 +31,15 @@ inline void expect_mode(int64_t mode, const char* operation) {
 inline void expect_table(const Tensor& weight, const char* operation) {
   expect_dim(weight, operation, "weight", 2, "[K, E]");
   expect_floating(weight, operation, "weight");
-  expect_countable(weight.size(0), operation, "the number of rows of weight");
+  expect_countable(weight.size(0), operation, "weight.size(0)");
 }
 
 inline void expect_padding(int64_t padding_idx, int64_t vocabulary, const char* operation) {
   expect_countable(vocabulary, operation, "vocabulary");
   if (padding_idx < -1 || padding_idx >= vocabulary) {
-    throw std::out_of_range(std::string(operation) + ": padding_idx must be -1 (none) or one of " +
-                            std::to_string(vocabulary) + " codes, got " +
-                            std::to_string(padding_idx));
+    throw std::out_of_range(
+        std::string(operation) + ": padding_idx: expected -1 (none) or one of " +
+        std::to_string(vocabulary) + " codes, got " + std::to_string(padding_idx));
   }
 }
 
@@ -60,19 +60,13 @@ inline void expect_mask(const OptionalTensor& mask, const std::vector<int64_t>& 
                 ScalarType::Float, ScalarType::Double});
 }
 
-inline int64_t product(const std::vector<int64_t>& shape) {
-  int64_t n = 1;
-  for (const int64_t size : shape) n *= size;
-  return n;
-}
-
 inline void expect_padded_codes(const Tensor& codes, const OptionalTensor& mask,
                                 const char* operation) {
-  if (codes.dim() < 1) refuse(operation, "codes", "[..., C]", "no dimension");
+  if (codes.dim() < 1) refuse(operation, "codes", "shape [..., C]", "[]");
   expect_dtype(codes, operation, "codes", {ScalarType::Int, ScalarType::Long});
   expect_mask(mask, shape_of(codes), operation);
-  expect_countable(product(leading_shape(codes, 1)), operation, "the number of visits");
-  expect_countable(codes.size(codes.dim() - 1), operation, "the number of slots of a visit");
+  expect_countable(product(leading_shape(codes, 1)), operation, "visits");
+  expect_countable(codes.size(codes.dim() - 1), operation, "slots per visit");
 }
 
 // The gradient of what was pooled, and in mode max the winners, which are of the same shape.
@@ -84,7 +78,7 @@ inline void expect_gradient(const Tensor& grad, const std::vector<int64_t>& visi
   shape.push_back(kAnySize);
   expect_shape(grad, operation, "grad", shape, "[..., E]");
   if (mode != kMax) return;
-  if (!arg_max.has_value()) refuse(operation, "arg_max", "given in mode max", "none");
+  if (!arg_max.has_value()) refuse(operation, "arg_max", "a tensor in mode max", "None");
   expect_dtype(*arg_max, operation, "arg_max", {ScalarType::Int});
   expect_shape(*arg_max, operation, "arg_max", shape_of(grad), "the shape of grad");
 }
@@ -100,18 +94,18 @@ inline void expect_packed_codes(const Tensor& codes, const Tensor& code_offsets,
   expect_int32_row(codes, operation, "codes", kAnySize);
   expect_int32_row(code_offsets, operation, "code_offsets", kAnySize);
   if (code_offsets.size(0) < 1) {
-    refuse(operation, "code_offsets", "one longer than the visits", "shape [0]");
+    refuse(operation, "code_offsets", "shape [n_visits + 1]", "[0]");
   }
-  expect_countable(codes.size(0), operation, "the number of codes");
+  expect_countable(codes.size(0), operation, "codes.size(0)");
 }
 
-// Dtypes and sizes of the transposed index. What stands in it is another matter.
+// Dtypes and sizes of the transposed index; its values are checked elsewhere.
 inline void expect_index(const Tensor& index_codes, const Tensor& index_offsets,
                          const Tensor& index_visits, const char* operation) {
   expect_int32_row(index_codes, operation, "index_codes", kAnySize);
   expect_int32_row(index_offsets, operation, "index_offsets", index_codes.size(0) + 1);
   expect_int32_row(index_visits, operation, "index_visits", kAnySize);
-  expect_countable(index_visits.size(0), operation, "the number of entries of the index");
+  expect_countable(index_visits.size(0), operation, "index_visits.size(0)");
 }
 
 inline void expect_scores(const Tensor& scores, const Tensor& weight, const char* operation) {

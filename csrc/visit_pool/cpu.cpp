@@ -1,7 +1,7 @@
 // Visit pooling on the CPU: codes -> one vector per visit, gather, mask and mean in one pass, and
-// its gradient. Padded input ([..., C] with a mask) is reduced to its real codes tile by tile
-// (packed_cpu.cpp takes input that is in that form already). row_kernels.h holds the arithmetic,
-// code_index.h the transpose, code_gradients.h the gradient from it.
+// its gradient. Padded input ([..., C] with a mask) is reduced to its real codes, some visits
+// at a time (packed_cpu.cpp takes input that has that form already). row_kernels.h holds the
+// arithmetic, code_index.h the transpose, code_gradients.h the gradient from it.
 
 #include <algorithm>
 #include <cstring>
@@ -15,14 +15,14 @@
 #include "visit_pool/code_gradients.h"
 #include "visit_pool/code_index.h"
 #include "visit_pool/masks.h"
-#include "visit_pool/modes.h"
 #include "visit_pool/segments.h"
+#include "visit_pool/winners.h"
 
 namespace ehrseq {
 namespace {
 
 // ---------------------------------------------------------------------------------------------
-// Padded input at the door
+// Padded input: validation, and its real slots
 
 struct PaddedCodes {
   Tensor codes;
@@ -36,8 +36,8 @@ PaddedCodes padded_codes(const Tensor& codes, const OptionalTensor& mask, int64_
                          const char* operation) {
   expect_on_cpu(operation, codes, mask);
   pooling::expect_padded_codes(codes, mask, operation);
-  return {torch::stable::contiguous(codes), contiguous_mask(mask),
-          pooling::product(leading_shape(codes, 1)), codes.size(codes.dim() - 1), vocabulary};
+  return {torch::stable::contiguous(codes), contiguous_or_none(mask),
+          product(leading_shape(codes, 1)), codes.size(codes.dim() - 1), vocabulary};
 }
 
 // Calls body with the C++ types of the codes and of the mask.
@@ -77,9 +77,10 @@ template <typename code_t, typename mask_t>
 }
 
 template <typename acc_t, typename code_t, typename mask_t>
-void collect_real_codes(const PaddedCodes& in, int64_t first, int64_t last, Tile<acc_t>& tile) {
+void collect_real_codes(const PaddedCodes& in, int64_t first, int64_t last,
+                        RealSlots<acc_t>& kept) {
   const auto* codes = static_cast<const code_t*>(in.codes.data_ptr());
-  tile.clear();
+  kept.clear();
   bool outside = false;
   for (int64_t visit = first; visit < last; ++visit) {
     const code_t* visit_codes = codes + visit * in.n_slots;
@@ -87,9 +88,9 @@ void collect_real_codes(const PaddedCodes& in, int64_t first, int64_t last, Tile
                        [&](int64_t slot, double weight) {
                          const auto code = static_cast<int64_t>(visit_codes[slot]);
                          outside |= static_cast<uint64_t>(code) >= uint64_t(in.vocabulary);
-                         tile.add(static_cast<int32_t>(code), weight);
+                         kept.add(static_cast<int32_t>(code), weight);
                        });
-    tile.end_visit();
+    kept.end_visit();
   }
   if (outside) refuse_codes<code_t, mask_t>(in);
 }
@@ -98,16 +99,16 @@ void collect_real_codes(const PaddedCodes& in, int64_t first, int64_t last, Tile
 // Forward
 
 template <typename scalar_t>
-void pool_tile(const Tile<accumulator_t<scalar_t>>& tile, bool weighted, int64_t mode,
-               const scalar_t* weight, int64_t row_size, scalar_t* out, int32_t* arg_max) {
+void pool_visits(const RealSlots<accumulator_t<scalar_t>>& kept, bool weighted, int64_t mode,
+                 const scalar_t* weight, int64_t row_size, scalar_t* out, int32_t* arg_max) {
   if (mode == kMax) {
-    row_kernels<scalar_t>().max_segments(weight, row_size, tile.rows.data(), tile.rows.data(),
-                                         tile.offsets.data(), 0, tile.n_visits(), out, arg_max);
+    row_kernels<scalar_t>().max_segments(weight, row_size, kept.rows.data(), kept.rows.data(),
+                                         kept.offsets.data(), 0, kept.n_visits(), out, arg_max);
   } else {
     const Segments<accumulator_t<scalar_t>> segments{
-        tile.rows.data(), weighted ? tile.weights.data() : nullptr,
-        mode == kMean ? tile.scales.data() : nullptr, tile.offsets.data()};
-    row_kernels<scalar_t>().sum_segments(weight, row_size, segments, 0, tile.n_visits(), out);
+        kept.rows.data(), weighted ? kept.weights.data() : nullptr,
+        mode == kMean ? kept.scales.data() : nullptr, kept.offsets.data()};
+    row_kernels<scalar_t>().sum_segments(weight, row_size, segments, 0, kept.n_visits(), out);
   }
 }
 
@@ -126,14 +127,14 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
   pooling::expect_mode(mode, kName);
   const auto in = padded_codes(codes, visit_mask, weight.size(0), kName);
   const auto table = torch::stable::contiguous(weight);
-  const int64_t tile_visits = visits_at_once(kTileVisits, in.n_slots);
+  const int64_t step = visits_per_step(kVisitsAtOnce, in.n_slots);
   const int64_t row_size = table.size(1);
   auto shape = leading_shape(codes, 1);
   shape.push_back(row_size);
   auto [pooled, arg_max] = empty_outputs(table, shape, mode);
   const bool weighted = is_weighted(in.mask);
 
-  dispatch_floating(table.scalar_type(), "visit_pool", [&](auto scalar_tag) {
+  dispatch_floating(table.scalar_type(), kName, [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     const auto* table_data = static_cast<const scalar_t*>(table.data_ptr());
     auto* out = static_cast<scalar_t*>(pooled.data_ptr());
@@ -141,13 +142,13 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
     dispatch_codes_and_mask(in, [&](auto code_tag, auto mask_tag) {
       using code_t = typename decltype(code_tag)::type;
       using mask_t = typename decltype(mask_tag)::type;
-      parallel_for(0, in.n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
-        Tile<accumulator_t<scalar_t>> tile;
-        for (int64_t first = begin; first < end; first += tile_visits) {
-          const int64_t last = std::min(first + tile_visits, end);
-          collect_real_codes<accumulator_t<scalar_t>, code_t, mask_t>(in, first, last, tile);
-          pool_tile(tile, weighted, mode, table_data, row_size, out + first * row_size,
-                    winners == nullptr ? nullptr : winners + first * row_size);
+      parallel_for(0, in.n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
+        RealSlots<accumulator_t<scalar_t>> kept;
+        for (int64_t first = begin; first < end; first += step) {
+          const int64_t last = std::min(first + step, end);
+          collect_real_codes<accumulator_t<scalar_t>, code_t, mask_t>(in, first, last, kept);
+          pool_visits(kept, weighted, mode, table_data, row_size, out + first * row_size,
+                      winners == nullptr ? nullptr : winners + first * row_size);
         }
       });
     });
@@ -158,28 +159,28 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
 // ---------------------------------------------------------------------------------------------
 // Backward
 
-// The transpose of a padded batch. Codes equal to padding_idx get no gradient and stay out.
+// The transpose of a padded batch. Codes equal to padding_idx get no gradient and are left out.
 template <typename acc_t>
-CodeIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t padding_idx) {
-  const int64_t visits_per_list = visits_at_once(4096, in.n_slots);
+WeightedIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t padding_idx) {
+  const int64_t visits_per_list = visits_per_step(4096, in.n_slots);
   const int64_t n_lists = (in.n_visits + visits_per_list - 1) / visits_per_list;
-  std::vector<std::vector<Occurrence<acc_t>>> lists(n_lists);
+  std::vector<std::vector<Entry<acc_t>>> lists(n_lists);
   dispatch_codes_and_mask(in, [&](auto code_tag, auto mask_tag) {
     using code_t = typename decltype(code_tag)::type;
     using mask_t = typename decltype(mask_tag)::type;
     parallel_for(0, n_lists, 1, [&](int64_t begin, int64_t end) {
-      Tile<acc_t> tile;
+      RealSlots<acc_t> kept;
       for (int64_t list = begin; list < end; ++list) {
         const int64_t first = list * visits_per_list;
         const int64_t last = std::min(first + visits_per_list, in.n_visits);
-        collect_real_codes<acc_t, code_t, mask_t>(in, first, last, tile);
-        lists[list].reserve(tile.rows.size());
+        collect_real_codes<acc_t, code_t, mask_t>(in, first, last, kept);
+        lists[list].reserve(kept.rows.size());
         for (int64_t visit = first; visit < last; ++visit) {
-          const acc_t scale = mode == kMean ? tile.scales[visit - first] : acc_t(1);
-          for (int32_t i = tile.offsets[visit - first]; i < tile.offsets[visit - first + 1]; ++i) {
-            if (tile.rows[i] == padding_idx) continue;
+          const acc_t scale = mode == kMean ? kept.scales[visit - first] : acc_t(1);
+          for (int32_t i = kept.offsets[visit - first]; i < kept.offsets[visit - first + 1]; ++i) {
+            if (kept.rows[i] == padding_idx) continue;
             lists[list].push_back(
-                {tile.rows[i], static_cast<int32_t>(visit), scale * tile.weights[i]});
+                {kept.rows[i], static_cast<int32_t>(visit), scale * kept.weights[i]});
           }
         }
       }

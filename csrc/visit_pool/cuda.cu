@@ -1,7 +1,7 @@
-// Visit pooling on the GPU: what each operator launches. The kernels are in kernels.cuh, what
-// padded and packed batches launch alike in cuda_launch.h.
+// Visit pooling on the GPU: what each operator launches. kernels.cuh lists the kernels; launches
+// that padded and packed batches share are in cuda_launch.h.
 //
-// Launches: forward 1 in every mode; backward 2 where the batch brings its index along, 3 with
+// Launches: forward 1 in every mode; backward 2 where the batch has its index, 3 with
 // attention. A padded batch has its index built first, by 3 launches for each 10 bits of the
 // vocabulary's size. Nothing waits for the device, but for the size of a sparse gradient.
 
@@ -12,6 +12,7 @@
 #include "common/operators.h"
 #include "visit_pool/cuda_launch.h"
 #include "visit_pool/sorted_batch.h"
+#include "visit_pool/winners.h"
 
 namespace ehrseq::cuda {
 namespace {
@@ -22,7 +23,7 @@ namespace {
 std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTensor visit_mask,
                                       int64_t mode) {
   constexpr auto kName = "visit_pool";
-  const OnDeviceOf device(weight, codes, visit_mask);
+  const OnDeviceOf device(kName, weight, codes, visit_mask);
   pooling::expect_table(weight, kName);
   pooling::expect_mode(mode, kName);
   pooling::expect_padded_codes(codes, visit_mask, kName);
@@ -31,7 +32,7 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
   auto shape = batch.visits_shape;
   shape.push_back(table.size(1));
   const PooledRows out(table, shape, mode);
-  dispatch_floating(table.scalar_type(), "visit_pool", [&](auto tag) {
+  dispatch_floating(table.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const PaddedVisits<accumulator_t<scalar_t>> visits{batch.codes, batch.mask, batch.n_slots,
                                                        mode == kMean};
@@ -43,9 +44,9 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
 
 std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, int64_t mode) {
   constexpr auto kName = "masked_pool";
-  const OnDeviceOf device(embeddings, mask);
+  const OnDeviceOf device(kName, embeddings, mask);
   if (embeddings.dim() < 2) {
-    refuse(kName, "embeddings", "[..., C, E]", "shape " + as_text(shape_of(embeddings)));
+    refuse(kName, "embeddings", "shape [..., C, E]", as_text(shape_of(embeddings)));
   }
   expect_floating(embeddings, kName, "embeddings");
   pooling::expect_mask(mask, leading_shape(embeddings, 1), kName);
@@ -57,7 +58,7 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
   const int32_t n_slots = slots_of_a_visit(table.size(table.dim() - 2));
   shape.push_back(table.size(table.dim() - 1));
   const PooledRows out(table, shape, mode);
-  dispatch_floating(table.scalar_type(), "masked_pool", [&](auto tag) {
+  dispatch_floating(table.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const PaddedVisits<accumulator_t<scalar_t>> visits{SlotCodes{nullptr, false, n_slots},
                                                        mask_of(slots_mask), n_slots, mode == kMean};
@@ -70,8 +71,8 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
 Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg_max,
                             int64_t n_slots, int64_t mode) {
   constexpr auto kName = "masked_pool_backward";
-  const OnDeviceOf device(grad, mask, arg_max);
-  if (grad.dim() < 1) refuse(kName, "grad", "[..., E]", "no dimension");
+  const OnDeviceOf device(kName, grad, mask, arg_max);
+  if (grad.dim() < 1) refuse(kName, "grad", "shape [..., E]", "[]");
   auto shape = leading_shape(grad, 1);
   pooling::expect_gradient(grad, shape, arg_max, mode, kName);
   pooling::expect_countable(n_slots, kName, "n_slots");
@@ -80,15 +81,15 @@ Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg
   pooling::expect_mask(mask, shape, kName);
   const auto rows = torch::stable::contiguous(grad);
   const auto slots_mask = contiguous_or_none(mask);
-  const auto winners = contiguous_or_none(arg_max);
+  const Winners winners(arg_max, mode);
   const int64_t row_size = rows.size(rows.dim() - 1);
   shape.push_back(row_size);
   const auto grad_embeddings = empty(rows, shape, rows.scalar_type());
-  dispatch_floating(rows.scalar_type(), "masked_pool_backward", [&](auto tag) {
+  dispatch_floating(rows.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const auto* from = data_of<scalar_t>(rows);
     auto* to = mutable_data_of<scalar_t>(grad_embeddings);
-    const auto* won = winners_or_null(winners, mode);
+    const auto* won = winners.get();
     const auto alignment = Alignment().rows(from, row_size).rows(to, row_size).winners(won);
     dispatch_columns<scalar_t>(alignment, [&](auto columns) {
       constexpr int kColumns = columns();
@@ -117,11 +118,11 @@ void expect_padded_gradient(const Tensor& grad, const Tensor& codes, int64_t voc
 
 Tensor visit_pool_backward(Tensor grad, Tensor codes, int64_t vocabulary, OptionalTensor visit_mask,
                            OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
-  const OnDeviceOf device(grad, codes, visit_mask, arg_max);
-  expect_padded_gradient(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx,
-                         "visit_pool_backward");
+  constexpr auto kName = "visit_pool_backward";
+  const OnDeviceOf device(kName, grad, codes, visit_mask, arg_max);
+  expect_padded_gradient(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx, kName);
   const auto rows = torch::stable::contiguous(grad);
-  const auto winners = contiguous_or_none(arg_max);
+  const Winners winners(arg_max, mode);
   const int64_t row_size = rows.size(rows.dim() - 1);
   const PaddedBatch batch(codes, visit_mask, vocabulary);
   const auto grad_weight = empty(rows, {vocabulary, row_size}, rows.scalar_type());
@@ -129,16 +130,15 @@ Tensor visit_pool_backward(Tensor grad, Tensor codes, int64_t vocabulary, Option
     fill_zero(grad_weight, device.stream());
     return grad_weight;
   }
-  dispatch_floating(rows.scalar_type(), "visit_pool_backward", [&](auto tag) {
+  dispatch_floating(rows.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const SortedBatch<accumulator_t<scalar_t>> sorted(batch, mode, padding_idx, rows,
                                                       device.stream());
     const GradientRows<scalar_t> out{mutable_data_of<scalar_t>(grad_weight), nullptr, padding_idx,
                                      false, nullptr};
-    gradients_in_mode<scalar_t>(mode, data_of<scalar_t>(rows), winners_or_null(winners, mode),
-                                sorted.index(), EntryCount{sorted.count(), 0},
-                                sorted.most_entries(), sorted.weights(), out, vocabulary, row_size,
-                                rows, device.stream());
+    gradients_in_mode<scalar_t>(mode, data_of<scalar_t>(rows), winners.get(), sorted.index(),
+                                EntryCount{sorted.count(), 0}, sorted.most_entries(),
+                                sorted.weights(), out, vocabulary, row_size, rows, device.stream());
   });
   return grad_weight;
 }
@@ -148,18 +148,18 @@ std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes,
                                                       OptionalTensor visit_mask,
                                                       OptionalTensor arg_max, int64_t mode,
                                                       int64_t padding_idx) {
-  const OnDeviceOf device(grad, codes, visit_mask, arg_max);
-  expect_padded_gradient(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx,
-                         "visit_pool_backward_sparse");
+  constexpr auto kName = "visit_pool_backward_sparse";
+  const OnDeviceOf device(kName, grad, codes, visit_mask, arg_max);
+  expect_padded_gradient(grad, codes, vocabulary, visit_mask, arg_max, mode, padding_idx, kName);
   const auto rows = torch::stable::contiguous(grad);
-  const auto winners = contiguous_or_none(arg_max);
+  const Winners winners(arg_max, mode);
   const int64_t row_size = rows.size(rows.dim() - 1);
   const PaddedBatch batch(codes, visit_mask, vocabulary);
   const int64_t n_slots_in_all = batch.n_visits * batch.n_slots;
   auto code_ids = empty(rows, {0}, ScalarType::Long);
   auto code_rows = empty(rows, {0, row_size}, rows.scalar_type());
   if (n_slots_in_all == 0) return {code_ids, code_rows};
-  dispatch_floating(rows.scalar_type(), "visit_pool_backward_sparse", [&](auto tag) {
+  dispatch_floating(rows.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const SortedBatch<accumulator_t<scalar_t>> sorted(batch, mode, padding_idx, rows,
                                                       device.stream());
@@ -187,9 +187,9 @@ std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes,
     const GradientRows<scalar_t> out{mutable_data_of<scalar_t>(code_rows),
                                      mutable_data_of<int64_t>(code_ids), padding_idx, false,
                                      nullptr};
-    gradients_in_mode<scalar_t>(mode, data_of<scalar_t>(rows), winners_or_null(winners, mode),
-                                index, EntryCount{nullptr, n_entries}, n_entries, sorted.weights(),
-                                out, vocabulary, row_size, rows, device.stream());
+    gradients_in_mode<scalar_t>(mode, data_of<scalar_t>(rows), winners.get(), index,
+                                EntryCount{nullptr, n_entries}, n_entries, sorted.weights(), out,
+                                vocabulary, row_size, rows, device.stream());
   });
   return {code_ids, code_rows};
 }

@@ -8,9 +8,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/cuda/launch.h"
+#include "common/options.h"
 #include "visit_pool/kernels.cuh"
-#include "visit_pool/modes.h"
 
 namespace ehrseq::cuda {
 
@@ -58,7 +59,10 @@ struct RowLaunch {
     while (shape.lanes_log2 < 5 && (int64_t{1} << shape.lanes_log2) < packs) ++shape.lanes_log2;
     lanes = 1 << shape.lanes_log2;
     const int64_t wanted = std::max<int64_t>((packs + lanes - 1) / lanes, 1);
-    if (wanted > 65535) throw std::invalid_argument("visit_pool: rows too wide for one launch");
+    if (wanted > 65535) {
+      refuse("visit_pool", "row size", "at most " + std::to_string(65535 * lanes * columns),
+             std::to_string(row_size));
+    }
     tiles = static_cast<unsigned>(wanted);
   }
 };
@@ -68,7 +72,7 @@ struct RowLaunch {
 
 // A grid strides over what goes beyond it.
 constexpr int64_t kMostBlocks = 1 << 20;
-// Enough groups of lanes to fill a GPU: below it long visits are shared out over several.
+// Enough groups of lanes to fill a GPU: below it long visits are divided among several.
 constexpr int64_t kManyGroups = 8192;
 
 // Parts that a visit of that many codes is cut into, as a power of two; from the shape alone, so
@@ -136,7 +140,7 @@ void pool_in_mode(int64_t mode, const Source& source, int64_t n_visits, int64_t 
 // Scratch memory
 
 // Several arrays from one allocation. They live as long as this does, and for kernels that were
-// launched before: the caching allocator hands memory out again in the order of the stream.
+// launched before: the caching allocator reuses memory in the order of the stream.
 class Scratch {
  public:
   // Where an array of n begins, once allocate() has been called.
@@ -160,8 +164,9 @@ class Scratch {
 // ---------------------------------------------------------------------------------------------
 // Gradients
 
-// Two launches: sums of runs (and zeros for absent codes), then the codes that reach over runs.
-// `most_entries` is what sizes the grid: how many there are may be known to the device alone.
+// Two launches: sums of chunks (and zeros for absent codes), then the segments that cross chunk
+// boundaries. The grid is sized for `most_entries`: how many there are may be known to the device
+// alone.
 template <typename Source, typename Index>
 void launch_gradients(const Source& source, const Index& index, const EntryCount& n_entries,
                       int64_t most_entries, const EntryWeights<typename Source::acc_t>& weights,
@@ -173,25 +178,27 @@ void launch_gradients(const Source& source, const Index& index, const EntryCount
   constexpr int kColumns = Source::kColumns;
   const RowLaunch rows(row_size, kColumns);
   const int64_t groups = kGradientThreads / rows.lanes;
-  // shorter runs of fewer entries may be more, but never more than kMostRuns
-  const int64_t runs = std::min((most_entries + kShortestRun - 1) / kShortestRun, kMostRuns);
+  // fewer entries can be cut into more chunks, as these are shorter then, but never into more than
+  // kMostChunks
+  const int64_t chunks =
+      std::min((most_entries + kShortestChunk - 1) / kShortestChunk, kMostChunks);
 
   Scratch scratch;
-  const auto partial_rows = scratch.reserve<acc_t>(2 * runs * row_size);
-  const auto partial_scores = scratch.reserve<acc_t>(2 * runs);
-  const auto tail_rows = scratch.reserve<int32_t>(runs);
-  const auto head_closes = scratch.reserve<int32_t>(runs);
+  const auto partial_rows = scratch.reserve<acc_t>(2 * chunks * row_size);
+  const auto partial_scores = scratch.reserve<acc_t>(2 * chunks);
+  const auto head_rows = scratch.reserve<int32_t>(chunks);
+  const auto ends_here = scratch.reserve<int32_t>(chunks);
   scratch.allocate(like);
   const Partials<acc_t> partials{scratch.at<acc_t>(partial_rows), scratch.at<acc_t>(partial_scores),
-                                 scratch.at<int32_t>(tail_rows), scratch.at<int32_t>(head_closes)};
+                                 scratch.at<int32_t>(head_rows), scratch.at<int32_t>(ends_here)};
 
-  const unsigned run_blocks = blocks_for(runs, groups);
+  const unsigned chunk_blocks = blocks_for(chunks, groups);
   const int64_t zero_units = out.sparse_ids == nullptr ? blocks_for(vocabulary, rows.lanes) : 0;
   const unsigned zero_blocks = blocks_for(zero_units, groups);
-  launch(sum_runs<Source, Index>, dim3(run_blocks + zero_blocks, rows.tiles), kGradientThreads,
+  launch(sum_chunks<Source, Index>, dim3(chunk_blocks + zero_blocks, rows.tiles), kGradientThreads,
          StagedEntries<acc_t>::kBytes, stream, source, index, weights, entry_scores, out, partials,
-         rows.shape, vocabulary, run_blocks);
-  launch(finish_codes<scalar_t, kColumns>, dim3(blocks_for(runs, kTailsPerBlock), rows.tiles),
+         rows.shape, vocabulary, chunk_blocks);
+  launch(finish_segments<scalar_t, kColumns>, dim3(blocks_for(chunks, kHeadsPerBlock), rows.tiles),
          kFinishThreads, finish_bytes<scalar_t, kColumns>(), stream, n_entries, partials, out,
          rows.shape);
 }
@@ -204,20 +211,16 @@ void gradients_in_mode(int64_t mode, const scalar_t* grad, const int32_t* arg_ma
                        const Tensor& like, cudaStream_t stream) {
   const auto alignment = Alignment().rows(grad, row_size).rows(out.rows, row_size).winners(arg_max);
   dispatch_columns<scalar_t>(alignment, [&](auto columns) {
-    const auto run = [&](const auto& source) {
+    const auto launch_for = [&](const auto& source) {
       launch_gradients(source, index, n_entries, most_entries, weights, nullptr, out, vocabulary,
                        row_size, like, stream);
     };
     if (mode == kMax) {
-      run(WonGradients<scalar_t, columns()>{grad, arg_max});
+      launch_for(WonGradients<scalar_t, columns()>{grad, arg_max});
     } else {
-      run(VisitGradients<scalar_t, columns()>{grad, nullptr});
+      launch_for(VisitGradients<scalar_t, columns()>{grad});
     }
   });
-}
-
-inline const int32_t* winners_or_null(const OptionalTensor& arg_max, int64_t mode) {
-  return mode == kMax ? data_of<int32_t>(*arg_max) : nullptr;
 }
 
 // Waits for the stream. Only for the number of rows of a sparse gradient, which is a tensor's size.

@@ -1,7 +1,7 @@
 // Forward: codes of a visit -> one row, gather, mask and mean in one pass.
 //
-// A group of lanes holds a tile of the row in registers and walks over the codes that its source
-// staged, with several rows of the table in flight. Few and long visits are shared out over several
+// A group of lanes holds a tile of the row in registers and iterates over the codes that its source
+// staged, with several rows of the table in flight. Few and long visits are divided among several
 // groups of a block, whose sums are added in a fixed order.
 #pragma once
 
@@ -12,7 +12,7 @@ namespace ehrseq::cuda {
 
 constexpr int kGatherThreads = 128;
 
-// Adds `count` staged rows of the table, in order, several at a time: all their loads are sent
+// Adds `count` staged rows of the table, in order, several at a time: all loads are issued
 // before the first is used.
 template <typename Pooled, typename Source>
 __device__ __forceinline__ void gather_rows(Pooled& pooled, const typename Pooled::scalar_t* table,
@@ -39,8 +39,8 @@ __device__ __forceinline__ void gather_rows(Pooled& pooled, const typename Poole
   }
 }
 
-// What a block keeps in shared memory: staged codes with their weights and, once these have been
-// used, the sums of the parts of its visits.
+// A block's shared memory: staged codes with their weights and, once these have been used, the sums
+// of the parts of its visits.
 template <typename Pooled>
 struct GatherMemory {
   using acc_t = typename Pooled::acc_t;
@@ -64,7 +64,7 @@ struct GatherMemory {
   }
 };
 
-// Adds what the other parts of the visit found to that of the first. All threads of the block.
+// Adds the results of the visit's other parts to that of the first. By all threads of the block.
 template <typename Pooled>
 __device__ void combine_parts(Pooled& pooled, typename Pooled::acc_t& total, void* memory,
                               const Lanes& lanes, const Part& part) {
@@ -85,6 +85,16 @@ __device__ void combine_parts(Pooled& pooled, typename Pooled::acc_t& total, voi
   __syncthreads();  // before codes are staged there again
 }
 
+// One row for each visit: the sum, mean or maximum of the table's rows that its codes name.
+//   grid    x: visits, visits_per_block at a time (a grid-stride loop); y: column tiles of
+//           lanes * kColumns columns
+//   block   kGatherThreads, as groups of 8, 16 or 32 lanes; 2^parts_log2 neighbouring groups take
+//           one visit
+//   shared  GatherMemory: kStagedPerLane codes and weights per thread; then, where several groups
+//           take one visit, the partial sums of every thread
+//   reads   codes and masks (padded) or offsets (packed), scores (attention), rows of the table
+//   writes  out [n_visits, row_size]; mode max: arg_max of that shape; attention: the softmax
+//           statistics of visits
 template <typename Pooled, typename Source>
 __global__ void __launch_bounds__(kGatherThreads, Pooled::kBlocks)
     pool_visits(Source source, int64_t n_visits, int parts_log2, RowShape shape,
@@ -123,11 +133,15 @@ __global__ void __launch_bounds__(kGatherThreads, Pooled::kBlocks)
   }
 }
 
-// ---------------------------------------------------------------------------------------------
-// The gradient of embeddings that already exist: every slot's row is written, padding's as zeros.
-
 constexpr int kSpreadThreads = 256;
 
+// The gradient of embeddings that already exist: every slot's row is written, padding's as zeros.
+//   grid    as that of pool_visits
+//   block   kSpreadThreads, as groups of 8, 16 or 32 lanes; 2^parts_log2 neighbouring groups take
+//           one visit, each every 2^parts_log2-th slot of it, kSlots at a time
+//   shared  none
+//   reads   the mask, grad [n_visits, row_size]; mode max: arg_max of that shape
+//   writes  out [n_visits, n_slots, row_size]
 template <typename scalar_t, int kColumns>
 __global__ void __launch_bounds__(kSpreadThreads, 2)
     spread_gradients(Mask mask, int64_t n_visits, int64_t n_slots, int parts_log2, bool mean,

@@ -2,11 +2,11 @@
 //
 // A stable radix sort, least significant digit first, over the bits that the vocabulary needs. Each
 // pass counts the digits of every tile, sums the counts over tiles, and moves each entry to its
-// place. The first pass reads the slots themselves and leaves out padding, so that the others, and
-// all that follows, see the real entries alone. How many these are only the device knows: grids are
-// sized for every slot, and what lies beyond the count returns at once. A tile belongs to one warp,
-// which takes its entries in order; that makes the sort stable, and visits of a code stay in the
-// order of the batch.
+// position. The first pass reads the slots themselves and leaves out padding, so that the others,
+// and all that follows, see the real entries alone. Their number is known on the device only: grids
+// are sized for every slot, and blocks beyond the count return. One warp has a tile, and
+// takes its entries in order; that makes the sort stable, and visits of a code stay in the order of
+// the batch.
 #pragma once
 
 #include "visit_pool/sources.cuh"
@@ -16,7 +16,7 @@ namespace ehrseq::cuda {
 constexpr int kSortThreads = 256;
 constexpr int kSortWarps = kSortThreads / kWarp;
 constexpr int kMostDigitBits = 10;
-constexpr int kKeysPerLane = 8;  // asked for together
+constexpr int kKeysPerLane = 8;  // loaded together
 constexpr int kRoundKeys = kWarp * kKeysPerLane;
 
 constexpr int32_t kNoKey = -1;
@@ -41,7 +41,7 @@ struct PaddedKeys {
   Mask mask;
   uint32_t n_slots;
   int64_t slots_in_all;
-  int64_t padding_code;  // gets no gradient, and stays out
+  int64_t padding_code;  // gets no gradient, and is left out
 
   __device__ int64_t size() const { return slots_in_all; }
 
@@ -98,13 +98,13 @@ struct Digit {
 };
 
 // Entries [begin, end) of this warp, none beyond the last tile.
-struct Tile {
+struct SortTile {
   int64_t index;
   int64_t begin;
   int64_t end;
 
   template <typename Keys>
-  __device__ static Tile of_warp(const Keys& keys) {
+  __device__ static SortTile of_warp(const Keys& keys) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kSortWarps + threadIdx.x / kWarp;
     const int64_t size = keys.size();
     const int64_t begin = index * Keys::kTile;
@@ -155,7 +155,7 @@ template <typename Keys>
 __device__ void count_digits(const Keys& keys, Digit digit, int64_t n_tiles, int32_t* counts) {
   EHRSEQ_DYNAMIC_SHARED(memory);
   auto* counters = reinterpret_cast<int32_t*>(memory) + warp_of_block() * digit.values();
-  const auto tile = Tile::of_warp(keys);
+  const auto tile = SortTile::of_warp(keys);
   if (tile.empty()) return;
   const int lane = lane_of_warp();
   for (int value = lane; value < digit.values(); value += kWarp) counters[value] = 0;
@@ -186,7 +186,13 @@ __device__ void scale_visits(const Mask& mask, int64_t n_visits, int64_t n_slots
   if (lanes.lane == 0) scales[visit] = mean_scale(total);
 }
 
-// The first pass also looks at the masks of every visit, in blocks of their own.
+// The first pass over a padded batch: counts of its codes' lowest digit, and the scales of visits.
+//   grid    x: tile_blocks of kSortWarps tiles, then blocks of kSortWarps visits (mode mean with a
+//           mask; else none)
+//   block   kSortThreads: a warp per tile of PaddedKeys::kTile slots, or per visit
+//   shared  one counter per digit value and warp
+//   reads   codes and masks of every slot
+//   writes  counts [digit values, n_tiles], scales [n_visits]
 template <typename acc_t>
 __global__ void __launch_bounds__(kSortThreads)
     count_padded(PaddedKeys<acc_t> keys, Digit digit, int64_t n_tiles, unsigned tile_blocks,
@@ -199,13 +205,25 @@ __global__ void __launch_bounds__(kSortThreads)
   }
 }
 
+// The other passes: counts of the next digit.
+//   grid    x: kSortWarps tiles per block, enough for every slot of the batch
+//   block   kSortThreads: a warp per tile of SortedKeys::kTile entries
+//   shared  one counter per digit value and warp
+//   reads   the codes that the pass before has sorted, and their number
+//   writes  counts [digit values, n_tiles]
 template <typename acc_t>
 __global__ void __launch_bounds__(kSortThreads)
     count_sorted(SortedKeys<acc_t> keys, Digit digit, int64_t n_tiles, int32_t* counts) {
   count_digits(keys, digit, n_tiles, counts);
 }
 
-// One block per digit: from how many of it each tile holds to how many the tiles before hold.
+// Prefix sums over tiles: from how many entries of a digit value each tile holds to how many the
+// tiles before it hold.
+//   grid    x: one block per digit value (after count_distinct: one block)
+//   block   kSortThreads, a tile per thread at a time
+//   shared  one sum per warp (static)
+//   reads   counts [digit values, n_tiles]
+//   writes  counts, in place; totals [digit values]
 template <typename Keys>
 __global__ void __launch_bounds__(kSortThreads)
     sum_over_tiles(Keys keys, int64_t n_tiles, int32_t* counts, int32_t* totals) {
@@ -222,7 +240,8 @@ __global__ void __launch_bounds__(kSortThreads)
   if (threadIdx.x == 0) totals[blockIdx.x] = before;
 }
 
-// Where the entries of each digit begin, from how many there are; how many there are in all.
+// Where the entries of each digit value begin, from how many there are; returns how many there are
+// in all.
 __device__ inline int32_t sum_over_digits(const int32_t* totals, int values, int32_t* begins) {
   int32_t before = 0;
   for (int first = 0; first < values; first += kSortThreads) {
@@ -236,7 +255,13 @@ __device__ inline int32_t sum_over_digits(const int32_t* totals, int values, int
   return before;
 }
 
-// Each warp knows where its tile's first entry of every digit goes, and takes the tile in order.
+// Moves the entries to their sorted positions. Each warp takes the entries of its tile in order, so
+// the sort is stable.
+//   grid    x: kSortWarps tiles per block
+//   block   kSortThreads: a warp per tile
+//   shared  where each digit value begins, and per warp the next position of each value
+//   reads   the entries, counts [digit values, n_tiles] (summed over tiles), totals [digit values]
+//   writes  out; count: the number of entries (first pass)
 template <typename Keys>
 __global__ void __launch_bounds__(kSortThreads)
     move_entries(Keys keys, Digit digit, int64_t n_tiles, const int32_t* counts,
@@ -251,7 +276,7 @@ __global__ void __launch_bounds__(kSortThreads)
   const int32_t in_all = sum_over_digits(totals, digit.values(), begins);
   if (is_first && threadIdx.x == 0 && count != nullptr) *count = in_all;
 
-  const auto tile = Tile::of_warp(keys);
+  const auto tile = SortTile::of_warp(keys);
   if (tile.empty()) return;
   const int lane = lane_of_warp();
   for (int value = lane; value < digit.values(); value += kWarp) {
@@ -270,7 +295,7 @@ __global__ void __launch_bounds__(kSortThreads)
       const unsigned peers = lanes_with(value, digit.bits) & real;
       const unsigned before = peers & ((1u << lane) - 1);
       const int32_t to = is_real ? next[value] + __popc(before) : 0;
-      __syncwarp();  // all have read their places
+      __syncwarp();  // all have read their positions
       if (is_real) {
         if (before == 0) next[value] = to + __popc(peers);
         const int64_t from = first + i * kWarp + lane;
@@ -278,24 +303,30 @@ __global__ void __launch_bounds__(kSortThreads)
         out.visits[to] = keys.visit(from);
         if (out.weights != nullptr) out.weights[to] = keys.weight(from);
       }
-      __syncwarp();  // and the next round finds them moved on
+      __syncwarp();  // the positions are updated before the next round
     }
   }
 }
 
 // ---------------------------------------------------------------------------------------------
-// Sorted entries to the form that batches bring along: distinct codes and where each begins
+// Sorted entries to the form that packed batches have: distinct codes and where each begins
 
-// A tile's share of the codes is those whose first entry it holds.
+// A tile counts the codes whose first entry it holds.
 template <typename acc_t>
 __device__ __forceinline__ bool begins_a_code(const SortedKeys<acc_t>& keys, int64_t at) {
   return at == 0 || keys.entries.codes[at - 1] != keys.entries.codes[at];
 }
 
+// How many segments begin in each tile.
+//   grid    x: kSortWarps tiles per block
+//   block   kSortThreads: a warp per tile of SortedKeys::kTile entries
+//   shared  none
+//   reads   the sorted codes
+//   writes  counts [n_tiles]
 template <typename acc_t>
 __global__ void __launch_bounds__(kSortThreads)
     count_distinct(SortedKeys<acc_t> keys, int32_t* counts) {
-  const auto tile = Tile::of_warp(keys);
+  const auto tile = SortTile::of_warp(keys);
   if (tile.empty()) return;
   int32_t found = 0;
   for (int64_t first = tile.begin; first < tile.end; first += kWarp) {
@@ -305,6 +336,12 @@ __global__ void __launch_bounds__(kSortThreads)
   if (lane_of_warp() == 0) counts[tile.index] = found;
 }
 
+// The distinct codes and where their segments begin.
+//   grid    x: kSortWarps tiles per block
+//   block   kSortThreads: a warp per tile of SortedKeys::kTile entries
+//   shared  none
+//   reads   the sorted codes, counts [n_tiles] (summed over tiles), n_distinct
+//   writes  index_codes [n_distinct], index_offsets [n_distinct + 1], n_entries
 template <typename acc_t>
 __global__ void __launch_bounds__(kSortThreads)
     write_index(SortedKeys<acc_t> keys, const int32_t* counts, const int32_t* n_distinct,
@@ -313,7 +350,7 @@ __global__ void __launch_bounds__(kSortThreads)
     *n_entries = static_cast<int32_t>(keys.size());
     index_offsets[*n_distinct] = *n_entries;
   }
-  const auto tile = Tile::of_warp(keys);
+  const auto tile = SortTile::of_warp(keys);
   if (tile.empty()) return;
   int32_t next = counts[tile.index];
   for (int64_t first = tile.begin; first < tile.end; first += kWarp) {

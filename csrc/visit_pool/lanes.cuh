@@ -1,4 +1,4 @@
-// A group of lanes: the part of a warp that works on one visit, or on one run of the code index.
+// A group of lanes: the part of a warp that works on one visit, or on one chunk of the code index.
 #pragma once
 
 #include "common/cuda/device.cuh"
@@ -27,11 +27,11 @@ struct Lanes {
   __device__ int group() const { return static_cast<int>(threadIdx.x) >> log2; }
   __device__ int groups() const { return static_cast<int>(blockDim.x) >> log2; }
 
-  // Collectives of a whole warp have their own branch: a mask that the compiler does not know costs
+  // Collectives of a whole warp have their own branch: a mask that is unknown to the compiler costs
   // several instructions each time.
   __device__ bool is_warp() const { return count == kWarp; }
 
-  // Bit i: what lane i says.
+  // Bit i: the vote of lane i.
   __device__ unsigned vote(bool holds) const {
     if (is_warp()) return __ballot_sync(kWholeWarp, holds);
     return __ballot_sync(members, holds) >> first_in_warp();

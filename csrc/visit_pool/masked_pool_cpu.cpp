@@ -10,26 +10,26 @@
 #include "common/tensors.h"
 #include "visit_pool/arguments.h"
 #include "visit_pool/masks.h"
-#include "visit_pool/modes.h"
 #include "visit_pool/segments.h"
+#include "visit_pool/winners.h"
 
 namespace ehrseq {
 namespace {
 
-// Rows are counted from the tile's first visit, so that they fit 32 bits whatever the batch.
-// `slots` says of each which slot of its visit it is.
+// Rows are counted from visit `first`, so that they fit 32 bits whatever the batch. `slots` holds
+// each row's slot within its visit.
 template <typename acc_t, typename mask_t>
 void collect_real_slots(const OptionalTensor& mask, int64_t n_slots, int64_t first, int64_t last,
-                        Tile<acc_t>& tile, std::vector<int32_t>& slots) {
-  tile.clear();
+                        RealSlots<acc_t>& kept, std::vector<int32_t>& slots) {
+  kept.clear();
   slots.clear();
   for (int64_t visit = first; visit < last; ++visit) {
     for_each_real_slot(mask_of_visit<mask_t>(mask, visit, n_slots), n_slots,
                        [&](int64_t slot, double weight) {
-                         tile.add(static_cast<int32_t>((visit - first) * n_slots + slot), weight);
+                         kept.add(static_cast<int32_t>((visit - first) * n_slots + slot), weight);
                          slots.push_back(static_cast<int32_t>(slot));
                        });
-    tile.end_visit();
+    kept.end_visit();
   }
 }
 
@@ -37,24 +37,24 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
   constexpr auto kName = "masked_pool";
   expect_on_cpu(kName, embeddings, mask);
   if (embeddings.dim() < 2) {
-    refuse(kName, "embeddings", "[..., C, E]", "shape " + as_text(shape_of(embeddings)));
+    refuse(kName, "embeddings", "shape [..., C, E]", as_text(shape_of(embeddings)));
   }
   expect_floating(embeddings, kName, "embeddings");
   pooling::expect_mask(mask, leading_shape(embeddings, 1), kName);
   pooling::expect_mode(mode, kName);
   const auto table = torch::stable::contiguous(embeddings);
-  const auto real = contiguous_mask(mask);
+  const auto real = contiguous_or_none(mask);
   auto shape = leading_shape(table, 2);
-  const int64_t n_visits = pooling::product(shape);
+  const int64_t n_visits = product(shape);
   const int64_t n_slots = table.size(table.dim() - 2);
-  pooling::expect_countable(n_slots, kName, "the number of slots of a visit");
-  const int64_t tile_visits = visits_at_once(kTileVisits, n_slots);
+  pooling::expect_countable(n_slots, kName, "slots per visit");
+  const int64_t step = visits_per_step(kVisitsAtOnce, n_slots);
   const int64_t row_size = table.size(table.dim() - 1);
   shape.push_back(row_size);
   auto pooled = empty(table, shape, table.scalar_type());
   auto arg_max = empty(table, mode == kMax ? shape : std::vector<int64_t>{0}, ScalarType::Int);
 
-  dispatch_floating(table.scalar_type(), "masked_pool", [&](auto scalar_tag) {
+  dispatch_floating(table.scalar_type(), kName, [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     using acc_t = accumulator_t<scalar_t>;
     const auto* rows = static_cast<const scalar_t*>(table.data_ptr());
@@ -62,21 +62,21 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
     auto* winners = static_cast<int32_t*>(arg_max.data_ptr());
     dispatch_mask(real, [&](auto mask_tag) {
       using mask_t = typename decltype(mask_tag)::type;
-      parallel_for(0, n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
-        Tile<acc_t> tile;
+      parallel_for(0, n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
+        RealSlots<acc_t> kept;
         std::vector<int32_t> slots;
-        for (int64_t first = begin; first < end; first += tile_visits) {
-          const int64_t last = std::min(first + tile_visits, end);
-          collect_real_slots<acc_t, mask_t>(real, n_slots, first, last, tile, slots);
+        for (int64_t first = begin; first < end; first += step) {
+          const int64_t last = std::min(first + step, end);
+          collect_real_slots<acc_t, mask_t>(real, n_slots, first, last, kept, slots);
           const scalar_t* base = rows + first * n_slots * row_size;
           if (mode == kMax) {
             row_kernels<scalar_t>().max_segments(
-                base, row_size, tile.rows.data(), slots.data(), tile.offsets.data(), 0,
+                base, row_size, kept.rows.data(), slots.data(), kept.offsets.data(), 0,
                 last - first, out + first * row_size, winners + first * row_size);
           } else {
             const Segments<acc_t> segments{
-                tile.rows.data(), is_weighted(real) ? tile.weights.data() : nullptr,
-                mode == kMean ? tile.scales.data() : nullptr, tile.offsets.data()};
+                kept.rows.data(), is_weighted(real) ? kept.weights.data() : nullptr,
+                mode == kMean ? kept.scales.data() : nullptr, kept.offsets.data()};
             row_kernels<scalar_t>().sum_segments(base, row_size, segments, 0, last - first,
                                                  out + first * row_size);
           }
@@ -91,48 +91,47 @@ Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg
                             int64_t n_slots, int64_t mode) {
   constexpr auto kName = "masked_pool_backward";
   expect_on_cpu(kName, grad, mask, arg_max);
-  if (grad.dim() < 1) refuse(kName, "grad", "[..., E]", "no dimension");
+  if (grad.dim() < 1) refuse(kName, "grad", "shape [..., E]", "[]");
   pooling::expect_gradient(grad, leading_shape(grad, 1), arg_max, mode, kName);
   pooling::expect_countable(n_slots, kName, "n_slots");
   auto shape = leading_shape(grad, 1);
-  const int64_t n_visits = pooling::product(shape);
+  const int64_t n_visits = product(shape);
   shape.push_back(n_slots);
   pooling::expect_mask(mask, shape, kName);
   const auto rows = torch::stable::contiguous(grad);
-  const auto real = contiguous_mask(mask);
-  const auto won =
-      mode == kMax ? OptionalTensor(torch::stable::contiguous(*arg_max)) : std::nullopt;
+  const auto real = contiguous_or_none(mask);
+  const Winners won(arg_max, mode);
   const int64_t row_size = rows.size(rows.dim() - 1);
   shape.push_back(row_size);
   auto grad_embeddings = empty(rows, shape, rows.scalar_type());
 
-  dispatch_floating(rows.scalar_type(), "masked_pool_backward", [&](auto scalar_tag) {
+  dispatch_floating(rows.scalar_type(), kName, [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     using acc_t = accumulator_t<scalar_t>;
     const auto* grad_rows = static_cast<const scalar_t*>(rows.data_ptr());
-    const auto* winners = mode == kMax ? static_cast<const int32_t*>(won->data_ptr()) : nullptr;
+    const int32_t* winners = won.get();
     auto* out = static_cast<scalar_t*>(grad_embeddings.data_ptr());
     const auto& kernels = row_kernels<scalar_t>();
     dispatch_mask(real, [&](auto mask_tag) {
       using mask_t = typename decltype(mask_tag)::type;
-      parallel_for(0, n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
-        Tile<acc_t> tile;
+      parallel_for(0, n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
+        RealSlots<acc_t> kept;
         std::vector<int32_t> slots;
         for (int64_t visit = begin; visit < end; ++visit) {
-          collect_real_slots<acc_t, mask_t>(real, n_slots, visit, visit + 1, tile, slots);
+          collect_real_slots<acc_t, mask_t>(real, n_slots, visit, visit + 1, kept, slots);
           const scalar_t* grad_row = grad_rows + visit * row_size;
           scalar_t* visit_out = out + visit * n_slots * row_size;
           if (n_slots * row_size > 0) {
             std::memset(static_cast<void*>(visit_out), 0, n_slots * row_size * sizeof(scalar_t));
           }
-          for (size_t i = 0; i < tile.rows.size(); ++i) {
-            const int32_t slot = tile.rows[i];
+          for (size_t i = 0; i < kept.rows.size(); ++i) {
+            const int32_t slot = kept.rows[i];
             if (mode == kMax) {
               kernels.keep_won_columns(grad_row, winners + visit * row_size, slot, row_size,
                                        visit_out + slot * row_size);
             } else {
-              const acc_t scale = mode == kMean ? tile.scales[0] : acc_t(1);
-              kernels.scale_row(grad_row, scale * tile.weights[i], row_size,
+              const acc_t scale = mode == kMean ? kept.scales[0] : acc_t(1);
+              kernels.scale_row(grad_row, scale * kept.weights[i], row_size,
                                 visit_out + slot * row_size);
             }
           }

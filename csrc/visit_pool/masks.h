@@ -26,7 +26,8 @@ void dispatch_mask(const OptionalTensor& mask, const Body& body) {
       return body(TypeTag<double>{});
     default:
       throw std::invalid_argument(
-          "visit_pool: the mask must be bool, uint8, int32, int64, float32 or float64");
+          "visit_pool: mask: expected bool, uint8, int32, int64, float32 or float64, got " +
+          as_text(mask->scalar_type()));
   }
 }
 
@@ -35,13 +36,8 @@ inline bool is_weighted(const OptionalTensor& mask) {
   return mask.has_value() && mask->scalar_type() != ScalarType::Bool;
 }
 
-inline OptionalTensor contiguous_mask(const OptionalTensor& mask) {
-  if (!mask.has_value()) return std::nullopt;
-  return torch::stable::contiguous(*mask);
-}
-
-// A visit's slots are counted in 32 bits: fewer visits are looked at together where there are many.
-inline int64_t visits_at_once(int64_t wanted, int64_t n_slots) {
+// A visit's slots are counted in 32 bits: fewer visits are processed together where there are many.
+inline int64_t visits_per_step(int64_t wanted, int64_t n_slots) {
   const int64_t fit = INT32_MAX / (n_slots > 0 ? n_slots : 1);
   return fit < wanted ? (fit > 0 ? fit : 1) : wanted;
 }
@@ -64,8 +60,8 @@ void for_each_real_slot(const mask_t* mask, int64_t n_slots, const Body& body) {
   }
 }
 
-// Nearly all slots of a real batch are empty, so with a bool mask eight are looked at together: an
-// empty eight costs one comparison.
+// Nearly all slots of a real batch are empty, so with a bool mask eight are tested together: eight
+// empty ones cost one comparison.
 template <typename Body>
 void for_each_real_slot(const bool* mask, int64_t n_slots, const Body& body) {
   if (mask == nullptr) {
@@ -88,10 +84,10 @@ void for_each_real_slot(const bool* mask, int64_t n_slots, const Body& body) {
   }
 }
 
-// The real slots of a run of visits: which table rows they add, with what weight, and, for the
-// mean, 1 / max(sum of weights, 1) of each visit.
+// The real slots of some neighbouring visits: which table rows they add, with what weight, and, for
+// the mean, 1 / max(sum of weights, 1) of each visit.
 template <typename acc_t>
-struct Tile {
+struct RealSlots {
   std::vector<int32_t> rows;
   std::vector<acc_t> weights;
   std::vector<acc_t> scales;

@@ -12,13 +12,13 @@
 #include "common/tensors.h"
 #include "visit_pool/arguments.h"
 #include "visit_pool/code_gradients.h"
-#include "visit_pool/modes.h"
 #include "visit_pool/segments.h"
+#include "visit_pool/winners.h"
 
 namespace ehrseq {
 namespace {
 
-struct PackedCodes {
+struct PackedBatch {
   Tensor codes_tensor;
   Tensor offsets_tensor;
   const int32_t* codes;
@@ -26,8 +26,8 @@ struct PackedCodes {
   int64_t n_visits;
 };
 
-// Where the codes of each visit begin, checked at every call: a wrong offset would be followed out
-// of bounds. The offsets of a batch begin at 0 and end at its number of codes.
+// Where the codes of each visit begin, checked at every call: a wrong offset would lead out of
+// bounds. The offsets of a batch begin at 0 and end at its number of codes.
 void expect_rising(const int32_t* offsets, int64_t n_visits, int64_t n_codes,
                    const char* operation) {
   bool rising = offsets[0] == 0 && offsets[n_visits] == n_codes;
@@ -40,17 +40,18 @@ void expect_rising(const int32_t* offsets, int64_t n_visits, int64_t n_codes,
     while (at < n_visits && offsets[at] <= offsets[at + 1]) ++at;
     if (at < n_visits) ++at;
   }
-  throw std::invalid_argument(std::string(operation) + ": code_offsets must rise from 0 to the " +
+  throw std::invalid_argument(std::string(operation) +
+                              ": code_offsets: expected to rise from 0 to the " +
                               std::to_string(n_codes) + " codes of the batch, got " +
                               std::to_string(offsets[at]) + " at position " + std::to_string(at));
 }
 
 // Codes are checked at every call, too: a wrong one would read outside the table.
-PackedCodes packed_codes(const Tensor& codes, const Tensor& code_offsets, int64_t vocabulary,
+PackedBatch packed_batch(const Tensor& codes, const Tensor& code_offsets, int64_t vocabulary,
                          const char* operation) {
   expect_on_cpu(operation, codes, code_offsets);
   pooling::expect_packed_codes(codes, code_offsets, operation);
-  PackedCodes in{torch::stable::contiguous(codes), torch::stable::contiguous(code_offsets), nullptr,
+  PackedBatch in{torch::stable::contiguous(codes), torch::stable::contiguous(code_offsets), nullptr,
                  nullptr, code_offsets.size(0) - 1};
   in.codes = static_cast<const int32_t*>(in.codes_tensor.data_ptr());
   in.offsets = static_cast<const int32_t*>(in.offsets_tensor.data_ptr());
@@ -82,6 +83,35 @@ struct PackedIndex {
   int64_t n_entries;
 };
 
+// What is wrong with an index that is none of a batch, and where.
+[[noreturn]] void refuse_index(const PackedIndex& in, int64_t n_visits, int64_t vocabulary,
+                               const char* operation) {
+  const auto refuse_at = [&](const char* name, const std::string& expected, const int32_t* values,
+                             int64_t at) {
+    refuse(operation, name, expected,
+           std::to_string(values[at]) + " at position " + std::to_string(at));
+  };
+  const std::string rising =
+      "offsets that rise from 0 to the " + std::to_string(in.n_entries) + " entries of the index";
+  if (in.offsets[0] != 0) refuse_at("index_offsets", rising, in.offsets, 0);
+  for (int64_t i = 0; i < in.n_codes; ++i) {
+    if (in.offsets[i] >= in.offsets[i + 1]) refuse_at("index_offsets", rising, in.offsets, i + 1);
+    if (uint32_t(in.codes[i]) >= uint64_t(vocabulary) ||
+        (i > 0 && in.codes[i - 1] >= in.codes[i])) {
+      refuse_at("index_codes",
+                "codes that rise within the vocabulary of " + std::to_string(vocabulary), in.codes,
+                i);
+    }
+  }
+  if (in.offsets[in.n_codes] != in.n_entries) {
+    refuse_at("index_offsets", rising, in.offsets, in.n_codes);
+  }
+  int64_t at = 0;
+  while (uint32_t(in.visits[at]) < uint64_t(n_visits)) ++at;
+  refuse(operation, "index_visits", "visits of the batch, 0.." + std::to_string(n_visits - 1),
+         std::to_string(in.visits[at]) + " at position " + std::to_string(at));
+}
+
 PackedIndex packed_index(const Tensor& index_codes, const Tensor& index_offsets,
                          const Tensor& index_visits, int64_t n_visits, int64_t vocabulary,
                          const char* operation) {
@@ -108,13 +138,7 @@ PackedIndex packed_index(const Tensor& index_codes, const Tensor& index_offsets,
       sound &= uint32_t(in.visits[i]) < uint64_t(n_visits);
     }
   }
-  if (!sound) {
-    throw std::invalid_argument(
-        std::string(operation) +
-        ": the code index is not one of a batch: codes must ascend within "
-        "the vocabulary, offsets rise to the number of entries, and entries "
-        "name visits");
-  }
+  if (!sound) refuse_index(in, n_visits, vocabulary, operation);
   return in;
 }
 
@@ -128,19 +152,19 @@ std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, 
   pooling::expect_table(weight, kName);
   pooling::expect_mode(mode, kName);
   const auto table = torch::stable::contiguous(weight);
-  const auto in = packed_codes(codes, code_offsets, table.size(0), kName);
+  const auto in = packed_batch(codes, code_offsets, table.size(0), kName);
   const int64_t row_size = table.size(1);
   const std::vector<int64_t> shape{in.n_visits, row_size};
   auto pooled = empty(table, shape, table.scalar_type());
   auto arg_max = empty(table, mode == kMax ? shape : std::vector<int64_t>{0}, ScalarType::Int);
 
-  dispatch_floating(table.scalar_type(), "packed_visit_pool", [&](auto scalar_tag) {
+  dispatch_floating(table.scalar_type(), kName, [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     using acc_t = accumulator_t<scalar_t>;
     const auto* rows = static_cast<const scalar_t*>(table.data_ptr());
     auto* out = static_cast<scalar_t*>(pooled.data_ptr());
     auto* winners = static_cast<int32_t*>(arg_max.data_ptr());
-    parallel_for(0, in.n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
+    parallel_for(0, in.n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
       if (mode == kMax) {
         row_kernels<scalar_t>().max_segments(rows, row_size, in.codes, in.codes, in.offsets, begin,
                                              end, out + begin * row_size,
@@ -161,7 +185,7 @@ std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, 
   return {pooled, arg_max};
 }
 
-// What each occurrence of a code multiplies its visit's gradient by: 1 / (codes of the visit).
+// What each entry of a code multiplies its visit's gradient by: 1 / (codes of the visit).
 template <typename acc_t>
 std::vector<acc_t> mean_weights(const PackedIndex& index, const int32_t* code_offsets) {
   std::vector<acc_t> weights(index.n_entries);
@@ -203,7 +227,7 @@ struct PackedGradient {
   int64_t row_size() const { return rows.size(1); }
   const int32_t* offsets_data() const { return static_cast<const int32_t*>(offsets.data_ptr()); }
 
-  // Sums the gradient of every code and hands it to finish(segment, sums).
+  // Sums the gradient of every code and passes it to finish(segment, sums).
   template <typename scalar_t, typename Finish>
   void sum(const Finish& finish) const {
     using acc_t = accumulator_t<scalar_t>;
@@ -271,18 +295,18 @@ std::tuple<Tensor, Tensor> packed_visit_pool_backward_sparse(
 // ---------------------------------------------------------------------------------------------
 // Attention: a softmax of the codes' scores within each visit
 
-// What the scores of one visit have in common: attention is exp(score - highest) * inverse, with
-// inverse = 1 / (sum of exponentials). The two are kept apart: beside a large score, the logarithm
-// of the sum would be lost in rounding. In double: the difference of two scores near 1,000 would
-// be, too.
-struct Normaliser {
+// Softmax statistics of a visit's scores: attention is exp(score - highest) * inverse, with inverse
+// = 1 / (sum of exponentials). Not one log-sum-exp: added to a large score, the logarithm of the
+// sum would be rounded away. In double, as the difference of two scores near 1,000 would be, too.
+struct SoftmaxStats {
   double highest;
   double inverse;
 };
 
 // Of an empty visit, which has no codes to give weights to: {-inf, 1}. A NaN makes `inverse` one.
 template <typename scalar_t>
-Normaliser normaliser_of(const scalar_t* scores, const int32_t* codes, int32_t begin, int32_t end) {
+SoftmaxStats softmax_stats_of(const scalar_t* scores, const int32_t* codes, int32_t begin,
+                              int32_t end) {
   double highest = -INFINITY;
   for (int32_t i = begin; i < end; ++i) {
     highest = std::max(highest, static_cast<double>(scores[codes[i]]));
@@ -295,9 +319,9 @@ Normaliser normaliser_of(const scalar_t* scores, const int32_t* codes, int32_t b
 }
 
 template <typename acc_t, typename scalar_t>
-acc_t attention_of(scalar_t score, const Normaliser& normaliser) {
-  const double below = static_cast<double>(score) - normaliser.highest;
-  return std::exp(static_cast<acc_t>(below)) * static_cast<acc_t>(normaliser.inverse);
+acc_t attention_of(scalar_t score, const SoftmaxStats& stats) {
+  const double below = static_cast<double>(score) - stats.highest;
+  return std::exp(static_cast<acc_t>(below)) * static_cast<acc_t>(stats.inverse);
 }
 
 std::tuple<Tensor, Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offsets,
@@ -308,12 +332,12 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor co
   pooling::expect_scores(scores, weight, kName);
   const auto table = torch::stable::contiguous(weight);
   const auto score = torch::stable::contiguous(scores);
-  const auto in = packed_codes(codes, code_offsets, table.size(0), kName);
+  const auto in = packed_batch(codes, code_offsets, table.size(0), kName);
   const int64_t row_size = table.size(1);
   auto pooled = empty(table, {in.n_visits, row_size}, table.scalar_type());
   auto highest = empty(table, {in.n_visits}, ScalarType::Double);
   auto inverse = empty(table, {in.n_visits}, ScalarType::Double);
-  dispatch_floating(table.scalar_type(), "packed_attention_pool", [&](auto scalar_tag) {
+  dispatch_floating(table.scalar_type(), kName, [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     using acc_t = accumulator_t<scalar_t>;
     const auto* rows = static_cast<const scalar_t*>(table.data_ptr());
@@ -321,18 +345,18 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor co
     auto* highest_scores = static_cast<double*>(highest.data_ptr());
     auto* inverses = static_cast<double*>(inverse.data_ptr());
     auto* out = static_cast<scalar_t*>(pooled.data_ptr());
-    parallel_for(0, in.n_visits, kTileVisits, [&](int64_t begin, int64_t end) {
+    parallel_for(0, in.n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
       const int32_t first_entry = in.offsets[begin];
       std::vector<acc_t> attention(in.offsets[end] - first_entry);
       std::vector<int32_t> offsets(end - begin + 1, 0);
       for (int64_t visit = begin; visit < end; ++visit) {
         const int32_t from = in.offsets[visit];
         const int32_t to = in.offsets[visit + 1];
-        const Normaliser normaliser = normaliser_of(code_scores, in.codes, from, to);
-        highest_scores[visit] = normaliser.highest;
-        inverses[visit] = normaliser.inverse;
+        const SoftmaxStats stats = softmax_stats_of(code_scores, in.codes, from, to);
+        highest_scores[visit] = stats.highest;
+        inverses[visit] = stats.inverse;
         for (int32_t i = from; i < to; ++i) {
-          attention[i - first_entry] = attention_of<acc_t>(code_scores[in.codes[i]], normaliser);
+          attention[i - first_entry] = attention_of<acc_t>(code_scores[in.codes[i]], stats);
         }
         offsets[visit - begin + 1] = to - first_entry;
       }
@@ -368,7 +392,7 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
       packed_index(index_codes, index_offsets, index_visits, rows.size(0), vocabulary, kName);
   auto grad_weight = empty(rows, {vocabulary, row_size}, rows.scalar_type());
   auto grad_scores = empty(rows, {vocabulary}, rows.scalar_type());
-  dispatch_floating(rows.scalar_type(), "packed_attention_pool_backward", [&](auto scalar_tag) {
+  dispatch_floating(rows.scalar_type(), kName, [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
     using acc_t = accumulator_t<scalar_t>;
     const auto* visit_grads = static_cast<const scalar_t*>(rows.data_ptr());

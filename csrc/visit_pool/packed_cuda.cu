@@ -8,6 +8,7 @@
 #include "common/operators.h"
 #include "visit_pool/arguments.h"
 #include "visit_pool/cuda_launch.h"
+#include "visit_pool/winners.h"
 
 namespace ehrseq::cuda {
 namespace {
@@ -31,14 +32,14 @@ struct PackedBatch {
   int64_t codes_per_visit() const { return codes.n_codes / std::max<int64_t>(n_visits, 1); }
 };
 
-struct IndexOfBatch {
+struct PackedIndex {
   Tensor codes_tensor;
   Tensor offsets_tensor;
   Tensor visits_tensor;
   BatchIndex view;
 
-  IndexOfBatch(const Tensor& codes_, const Tensor& offsets_, const Tensor& visits_,
-               int64_t n_visits, int64_t vocabulary, const char* operation)
+  PackedIndex(const Tensor& codes_, const Tensor& offsets_, const Tensor& visits_, int64_t n_visits,
+              int64_t vocabulary, const char* operation)
       : codes_tensor(torch::stable::contiguous(codes_)),
         offsets_tensor(torch::stable::contiguous(offsets_)),
         visits_tensor(torch::stable::contiguous(visits_)) {
@@ -61,13 +62,13 @@ struct IndexOfBatch {
 std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, Tensor weight,
                                              int64_t mode) {
   constexpr auto kName = "packed_visit_pool";
-  const OnDeviceOf device(weight, codes, code_offsets);
+  const OnDeviceOf device(kName, weight, codes, code_offsets);
   pooling::expect_table(weight, kName);
   pooling::expect_mode(mode, kName);
   const auto table = torch::stable::contiguous(weight);
   const PackedBatch batch(codes, code_offsets, table.size(0), kName);
   const PooledRows out(table, {batch.n_visits, table.size(1)}, mode);
-  dispatch_floating(table.scalar_type(), "packed_visit_pool", [&](auto tag) {
+  dispatch_floating(table.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const PackedVisits<accumulator_t<scalar_t>> visits{batch.codes, mode == kMean};
     pool_in_mode<scalar_t>(mode, visits, batch.n_visits, batch.codes_per_visit(), table, out,
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, 
 struct PackedGradient {
   Tensor grad;
   Tensor offsets;
-  OptionalTensor winners;
+  Winners winners;
   int64_t vocabulary;
   int64_t row_size;
   int64_t mode;
@@ -89,6 +90,7 @@ struct PackedGradient {
                  int64_t vocabulary_, int64_t mode_, int64_t padding_idx, const char* operation)
       : grad(torch::stable::contiguous(grad_)),
         offsets(torch::stable::contiguous(offsets_)),
+        winners(arg_max, mode_),
         vocabulary(vocabulary_),
         mode(mode_) {
     pooling::expect_padding(padding_idx, vocabulary, operation);
@@ -96,30 +98,30 @@ struct PackedGradient {
     pooling::expect_gradient(grad, {grad.size(0)}, arg_max, mode, operation);
     pooling::expect_int32_row(offsets_, operation, "code_offsets", grad.size(0) + 1);
     row_size = grad.size(1);
-    if (mode == kMax) winners = torch::stable::contiguous(*arg_max);
   }
 
   template <typename scalar_t>
-  void launch_into(const GradientRows<scalar_t>& out, const IndexOfBatch& index,
+  void launch_into(const GradientRows<scalar_t>& out, const PackedIndex& index,
                    cudaStream_t stream) const {
     const EntryWeights<accumulator_t<scalar_t>> weights{
         1, mode == kMean ? data_of<int32_t>(offsets) : nullptr, nullptr, nullptr};
-    gradients_in_mode<scalar_t>(mode, data_of<scalar_t>(grad), winners_or_null(winners, mode),
-                                index.view, index.count(), index.view.n_entries, weights, out,
-                                vocabulary, row_size, grad, stream);
+    gradients_in_mode<scalar_t>(mode, data_of<scalar_t>(grad), winners.get(), index.view,
+                                index.count(), index.view.n_entries, weights, out, vocabulary,
+                                row_size, grad, stream);
   }
 };
 
 Tensor packed_visit_pool_backward(Tensor grad, Tensor code_offsets, Tensor index_codes,
                                   Tensor index_offsets, Tensor index_visits, int64_t vocabulary,
                                   OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
-  const OnDeviceOf device(grad, code_offsets, index_codes, index_offsets, index_visits, arg_max);
   constexpr auto kName = "packed_visit_pool_backward";
+  const OnDeviceOf device(kName, grad, code_offsets, index_codes, index_offsets, index_visits,
+                          arg_max);
   const PackedGradient from(grad, code_offsets, arg_max, vocabulary, mode, padding_idx, kName);
-  const IndexOfBatch index(index_codes, index_offsets, index_visits, from.grad.size(0), vocabulary,
-                           kName);
+  const PackedIndex index(index_codes, index_offsets, index_visits, from.grad.size(0), vocabulary,
+                          kName);
   const auto grad_weight = empty(from.grad, {vocabulary, from.row_size}, from.grad.scalar_type());
-  dispatch_floating(grad_weight.scalar_type(), "packed_visit_pool_backward", [&](auto tag) {
+  dispatch_floating(grad_weight.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const GradientRows<scalar_t> out{mutable_data_of<scalar_t>(grad_weight), nullptr, padding_idx,
                                      false, nullptr};
@@ -140,17 +142,18 @@ bool is_in_index(int64_t padding_idx, const Tensor& index_codes) {
 std::tuple<Tensor, Tensor> packed_visit_pool_backward_sparse(
     Tensor grad, Tensor code_offsets, Tensor index_codes, Tensor index_offsets, Tensor index_visits,
     int64_t vocabulary, OptionalTensor arg_max, int64_t mode, int64_t padding_idx) {
-  const OnDeviceOf device(grad, code_offsets, index_codes, index_offsets, index_visits, arg_max);
   constexpr auto kName = "packed_visit_pool_backward_sparse";
+  const OnDeviceOf device(kName, grad, code_offsets, index_codes, index_offsets, index_visits,
+                          arg_max);
   const PackedGradient from(grad, code_offsets, arg_max, vocabulary, mode, padding_idx, kName);
-  const IndexOfBatch index(index_codes, index_offsets, index_visits, from.grad.size(0), vocabulary,
-                           kName);
+  const PackedIndex index(index_codes, index_offsets, index_visits, from.grad.size(0), vocabulary,
+                          kName);
   const bool has_padding = is_in_index(padding_idx, index.codes_tensor);
   const int64_t n_rows = index.view.n_codes - (has_padding ? 1 : 0);
   const auto code_ids = empty(from.grad, {n_rows}, ScalarType::Long);
   const auto code_rows = empty(from.grad, {n_rows, from.row_size}, from.grad.scalar_type());
   if (n_rows == 0) return {code_ids, code_rows};
-  dispatch_floating(code_rows.scalar_type(), "packed_visit_pool_backward_sparse", [&](auto tag) {
+  dispatch_floating(code_rows.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const GradientRows<scalar_t> out{mutable_data_of<scalar_t>(code_rows),
                                      mutable_data_of<int64_t>(code_ids), padding_idx, has_padding,
@@ -164,7 +167,7 @@ std::tuple<Tensor, Tensor> packed_visit_pool_backward_sparse(
 // Attention: a softmax of the codes' scores within each visit
 
 // Only read in the backward pass.
-Normalisers normalisers_of(const Tensor& highest, const Tensor& inverse) {
+SoftmaxStatsArrays softmax_stats_of(const Tensor& highest, const Tensor& inverse) {
   return {const_cast<double*>(data_of<double>(highest)),
           const_cast<double*>(data_of<double>(inverse))};
 }
@@ -172,7 +175,7 @@ Normalisers normalisers_of(const Tensor& highest, const Tensor& inverse) {
 std::tuple<Tensor, Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor code_offsets,
                                                          Tensor weight, Tensor scores) {
   constexpr auto kName = "packed_attention_pool";
-  const OnDeviceOf device(weight, codes, code_offsets, scores);
+  const OnDeviceOf device(kName, weight, codes, code_offsets, scores);
   pooling::expect_table(weight, kName);
   pooling::expect_scores(scores, weight, kName);
   const auto table = torch::stable::contiguous(weight);
@@ -182,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor co
   const auto pooled = empty(table, {batch.n_visits, row_size}, table.scalar_type());
   const auto highest = empty(table, {batch.n_visits}, ScalarType::Double);
   const auto inverse = empty(table, {batch.n_visits}, ScalarType::Double);
-  dispatch_floating(table.scalar_type(), "packed_attention_pool", [&](auto tag) {
+  dispatch_floating(table.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const AttentiveVisits<scalar_t> visits{
         batch.codes,
@@ -205,8 +208,8 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
                                                           Tensor index_visits, Tensor weight,
                                                           Tensor scores, int64_t padding_idx) {
   constexpr auto kName = "packed_attention_pool_backward";
-  const OnDeviceOf device(grad, pooled, highest, inverse, index_codes, index_offsets, index_visits,
-                          weight, scores);
+  const OnDeviceOf device(kName, grad, pooled, highest, inverse, index_codes, index_offsets,
+                          index_visits, weight, scores);
   pooling::expect_table(weight, kName);
   pooling::expect_scores(scores, weight, kName);
   pooling::expect_attention_gradient(grad, pooled, highest, inverse, weight, kName);
@@ -219,11 +222,11 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
   const auto code_scores = torch::stable::contiguous(scores);
   const int64_t vocabulary = table.size(0);
   const int64_t row_size = table.size(1);
-  const IndexOfBatch index(index_codes, index_offsets, index_visits, rows.size(0), vocabulary,
-                           kName);
+  const PackedIndex index(index_codes, index_offsets, index_visits, rows.size(0), vocabulary,
+                          kName);
   const auto grad_weight = empty(rows, {vocabulary, row_size}, rows.scalar_type());
   const auto grad_scores = empty(rows, {vocabulary}, rows.scalar_type());
-  dispatch_floating(rows.scalar_type(), "packed_attention_pool_backward", [&](auto tag) {
+  dispatch_floating(rows.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulator_t<scalar_t>;
     const int64_t n_entries = index.view.n_entries;
@@ -246,10 +249,10 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
       const RowLaunch launch_rows(row_size, kColumns);
       launch(weigh_entries<scalar_t, kColumns>, blocks_for(n_entries, kGradientThreads),
              kGradientThreads, 0, device.stream(), index.view, g, w, o,
-             data_of<scalar_t>(code_scores), normalisers_of(highest_of, inverse_of),
+             data_of<scalar_t>(code_scores), softmax_stats_of(highest_of, inverse_of),
              launch_rows.shape, attention, terms);
-      launch_gradients(VisitGradients<scalar_t, kColumns>{g, nullptr}, index.view, index.count(),
-                       n_entries, weights, terms, out, vocabulary, row_size, rows, device.stream());
+      launch_gradients(VisitGradients<scalar_t, kColumns>{g}, index.view, index.count(), n_entries,
+                       weights, terms, out, vocabulary, row_size, rows, device.stream());
     });
   });
   return {grad_weight, grad_scores};

@@ -105,11 +105,12 @@ EHRSEQ_INLINE void sum_columns(const BlockType& block, const scalar_t* table, in
   for (int i = 0; i < BlockType::kVectors; ++i) block.put(out, i, sums[i] * scale);
 }
 
-// Padded visits come in long runs: from `segment` on, how many have no entry.
+// Padded visits follow one another: from `segment` on, how many have no entry.
 EHRSEQ_INLINE int64_t empty_segments(const int32_t* offsets, int64_t segment, int64_t last) {
-  int64_t run = 0;
-  while (segment + run < last && offsets[segment + run] == offsets[segment + run + 1]) ++run;
-  return run;
+  int64_t empty = 0;
+  while (segment + empty < last && offsets[segment + empty] == offsets[segment + empty + 1])
+    ++empty;
+  return empty;
 }
 
 template <typename scalar_t, typename out_t>
@@ -118,10 +119,10 @@ void sum_segments(const scalar_t* table, int64_t row_size,
                   out_t* out) {
   using acc_t = accumulator_t<scalar_t>;
   for (int64_t segment = first; segment < last; ++segment, out += row_size) {
-    if (const int64_t run = empty_segments(in.offsets, segment, last); run > 0) {
-      std::memset(static_cast<void*>(out), 0, run * row_size * sizeof(out_t));
-      segment += run - 1;
-      out += (run - 1) * row_size;
+    if (const int64_t empty = empty_segments(in.offsets, segment, last); empty > 0) {
+      std::memset(static_cast<void*>(out), 0, empty * row_size * sizeof(out_t));
+      segment += empty - 1;
+      out += (empty - 1) * row_size;
       continue;
     }
     const acc_t scale = in.scales == nullptr ? acc_t(1) : in.scales[segment];
@@ -165,12 +166,12 @@ void max_segments(const scalar_t* table, int64_t row_size, const int32_t* rows, 
                   const int32_t* offsets, int64_t first, int64_t last, scalar_t* out,
                   int32_t* winners) {
   for (int64_t segment = first; segment < last; ++segment, out += row_size, winners += row_size) {
-    if (const int64_t run = empty_segments(offsets, segment, last); run > 0) {
-      std::memset(static_cast<void*>(out), 0, run * row_size * sizeof(scalar_t));
-      std::fill_n(winners, run * row_size, -1);
-      segment += run - 1;
-      out += (run - 1) * row_size;
-      winners += (run - 1) * row_size;
+    if (const int64_t empty = empty_segments(offsets, segment, last); empty > 0) {
+      std::memset(static_cast<void*>(out), 0, empty * row_size * sizeof(scalar_t));
+      std::fill_n(winners, empty * row_size, -1);
+      segment += empty - 1;
+      out += (empty - 1) * row_size;
+      winners += (empty - 1) * row_size;
       continue;
     }
     over_columns<accumulator_t<scalar_t>, kMaxima>(

@@ -5,7 +5,7 @@
 
 namespace ehrseq::cuda {
 
-// How rows are shared out: lane l of column tile t holds kColumns columns from
+// How rows are divided: lane l of column tile t holds kColumns columns from
 // (t * lanes + l) * kColumns on. Tiles are the second dimension of the grid.
 struct RowShape {
   int32_t row_size;
@@ -118,7 +118,7 @@ struct WeightedSum {
   static constexpr int kColumns = kColumns_;
   static constexpr int kRowsInFlight = 4;
   static constexpr int kStateBytes = kColumns * sizeof(acc_t);
-  // As many blocks on a multiprocessor as its registers have room for without spilling: short
+  // As many blocks on a multiprocessor as its registers allow without spilling: short
   // visits leave few rows in flight to each.
   static constexpr int kBlocks = sizeof(acc_t) == 8 ? 4 : 5;
 

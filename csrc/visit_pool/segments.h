@@ -12,6 +12,9 @@
 
 namespace ehrseq {
 
+// Visits that a kernel pools in one call; of padded ones, the real slots are collected first.
+constexpr int64_t kVisitsAtOnce = 64;
+
 // Segment s holds entries [offsets[s], offsets[s + 1]). A null `weights` or `scales` means ones.
 template <typename acc_t>
 struct Segments {
@@ -21,7 +24,7 @@ struct Segments {
   const int32_t* offsets;
 };
 
-// The transpose of a batch, whoever built it: visit_pool for padded input, the batch builder for
+// The transposed index of a batch: visit_pool builds it for padded input, the batch builder for
 // packed.
 template <typename acc_t>
 struct IndexView {
@@ -65,8 +68,8 @@ struct RowKernels {
                            int64_t row_size, scalar_t* out);
 
   // d score[k] = sum over the visits v that hold k of a (g . (table[k] - o)), with a the attention
-  // and g, o the visit's gradient and output. The difference is taken first: summed apart, its two
-  // halves are large and cancel.
+  // and g, o the visit's gradient and output. The difference is taken first: summed separately, its
+  // two halves are large and cancel.
   void (*sum_score_gradients)(const scalar_t* grad, const scalar_t* table, const scalar_t* pooled,
                               int64_t row_size, const IndexView<acc_t>& index, int64_t first,
                               int64_t last, scalar_t* grad_scores);

@@ -10,12 +10,7 @@
 namespace ehrseq::cuda {
 
 // ---------------------------------------------------------------------------------------------
-// At the door
-
-inline OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
-  if (!tensor.has_value()) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
-}
+// Input validation, and masks as kernels read them
 
 inline Mask mask_of(const OptionalTensor& mask) {
   if (!mask.has_value()) return {nullptr, MaskKind::kNone};
@@ -35,7 +30,8 @@ inline Mask mask_of(const OptionalTensor& mask) {
       return {data, MaskKind::kDouble};
     default:
       throw std::invalid_argument(
-          "visit_pool: the mask must be bool, uint8, int32, int64, float32 or float64");
+          "visit_pool: mask: expected bool, uint8, int32, int64, float32 or float64, got " +
+          as_text(mask->scalar_type()));
   }
 }
 
@@ -43,12 +39,10 @@ inline bool is_weighted(const Mask& mask) {
   return mask.kind != MaskKind::kNone && mask.kind != MaskKind::kBool;
 }
 
-using pooling::product;
-
 // Kernels count the slots of a visit in 32 bits, a few steps beyond the last.
 inline int32_t slots_of_a_visit(int64_t n_slots) {
   if (n_slots > INT32_MAX - 1024) {
-    throw std::invalid_argument("visit_pool: more than 2^31-1025 slots in a visit");
+    refuse("visit_pool", "slots per visit", "at most 2^31-1025", std::to_string(n_slots));
   }
   return static_cast<int32_t>(n_slots);
 }
@@ -93,7 +87,8 @@ class SortedBatch {
               cudaStream_t stream)
       : n_slots_in_all_(batch.n_visits * batch.n_slots), stream_(stream) {
     if (n_slots_in_all_ > INT32_MAX) {
-      throw std::invalid_argument("visit_pool_backward: more than 2^31-1 slots");
+      refuse("visit_pool_backward", "slots of all visits", "at most 2^31-1",
+             std::to_string(n_slots_in_all_));
     }
     const int bits = bits_of(batch.codes.vocabulary);
     const int passes = (bits + kMostDigitBits - 1) / kMostDigitBits;
@@ -123,8 +118,8 @@ class SortedBatch {
 
   const int32_t* visits() const { return sorted_.visits; }
 
-  // The distinct codes and where each begins, as packed batches bring them along, by 3 launches;
-  // and how many there are of codes and of entries.
+  // The distinct codes and where each begins, as packed batches have them, by 3 launches; and how
+  // many codes and entries there are.
   void write_distinct(int32_t* index_codes, int32_t* index_offsets, int32_t* n_distinct,
                       int32_t* n_entries) const {
     const SortedKeys<acc_t> keys{sorted_, count()};

@@ -8,14 +8,14 @@
 
 namespace ehrseq::cuda {
 
-// A slot with mask 0 is padding and is never looked at again.
+// A slot with mask 0 is padding and is never read.
 template <typename acc_t>
 struct Slot {
   bool real;
   acc_t weight;
 };
 
-// As far as anything that is read at once could reach.
+// How many slots are left, capped at more than any read needs.
 __device__ __forceinline__ int slots_left(int64_t first, int64_t end) {
   const int64_t left = end - first;
   return static_cast<int>(left < (1 << 20) ? left : 1 << 20);
@@ -27,8 +27,8 @@ struct Mask {
   const void* data;
   MaskKind kind;
 
-  // This lane's slots first, first + stride, ..., all asked for before any is looked at; `left` is
-  // how far it is from the first to the end.
+  // This lane's slots first, first + stride, ..., all loaded before any is used; `left` is
+  // the distance from the first to the end.
   template <int kSlots, typename acc_t>
   __device__ __forceinline__ void read(int64_t first, int stride, int left,
                                        Slot<acc_t> (&slots)[kSlots]) const {
@@ -129,7 +129,7 @@ struct SlotCodes {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Sources of visits. A visit may be shared out over several parts, each a group of lanes.
+// Sources of visits. A visit may be divided into several parts, one per group of lanes.
 
 constexpr int kStagedPerLane = 8;
 
@@ -140,7 +140,7 @@ struct Staged {
   acc_t* weights;
 };
 
-// What of a visit is still to be staged: places counted from where the visit begins.
+// What of a visit is still to be staged: positions counted from the visit's first slot.
 template <typename acc_t>
 struct Cursor {
   int64_t base;
@@ -241,10 +241,10 @@ struct PackedCodes {
 };
 
 template <typename acc_t>
-__device__ __forceinline__ int staged_at_once(const Cursor<acc_t>& cursor, const Lanes& lanes) {
+__device__ __forceinline__ int staging_count(const Cursor<acc_t>& cursor, const Lanes& lanes) {
   const int32_t left = cursor.end - cursor.next;
-  const int32_t room = kStagedPerLane * lanes.count;
-  return left < room ? left : room;
+  const int32_t most = kStagedPerLane * lanes.count;
+  return left < most ? left : most;
 }
 
 template <typename acc_t_>
@@ -262,7 +262,7 @@ struct PackedVisits {
 
   __device__ int stage(Cursor<acc_t>& cursor, const Staged<acc_t>& staged,
                        const Lanes& lanes) const {
-    const int count = staged_at_once(cursor, lanes);
+    const int count = staging_count(cursor, lanes);
 #pragma unroll 4
     for (int at = lanes.lane; at < count; at += lanes.count) {
       staged.codes[at] = packed.at(cursor.base + cursor.next + at);
@@ -279,36 +279,36 @@ struct PackedVisits {
   __device__ int64_t first_row(int64_t) const { return 0; }
 };
 
-// What the scores of a visit have in common: attention is exp(score - highest) * inverse, with
-// inverse = 1 / (sum of exponentials). The two are kept apart: beside a large score, the logarithm
-// of the sum would be lost in rounding.
-struct Normaliser {
+// Softmax statistics of a visit's scores: attention is exp(score - highest) * inverse, with inverse
+// = 1 / (sum of exponentials). Not one log-sum-exp: added to a large score, the logarithm of the
+// sum would be rounded away.
+struct SoftmaxStats {
   double highest;
   double inverse;
 };
 
 // One for each visit.
-struct Normalisers {
+struct SoftmaxStatsArrays {
   double* highest;
   double* inverse;
 
-  __device__ Normaliser of(int64_t visit) const { return {highest[visit], inverse[visit]}; }
-  __device__ void set(int64_t visit, const Normaliser& normaliser) const {
-    highest[visit] = normaliser.highest;
-    inverse[visit] = normaliser.inverse;
+  __device__ SoftmaxStats of(int64_t visit) const { return {highest[visit], inverse[visit]}; }
+  __device__ void set(int64_t visit, const SoftmaxStats& stats) const {
+    highest[visit] = stats.highest;
+    inverse[visit] = stats.inverse;
   }
 };
 
 // exp(score - highest). The difference is taken in float64: near a score of 1,000 the rounding of a
-// float would be felt in it.
+// float would show in it.
 template <typename acc_t, typename scalar_t>
 __device__ __forceinline__ acc_t exp_below(scalar_t score, double highest) {
   return exp(static_cast<acc_t>(static_cast<double>(widen(score)) - highest));
 }
 
 template <typename acc_t, typename scalar_t>
-__device__ __forceinline__ acc_t attention_of(scalar_t score, const Normaliser& normaliser) {
-  return exp_below<acc_t>(score, normaliser.highest) * static_cast<acc_t>(normaliser.inverse);
+__device__ __forceinline__ acc_t attention_of(scalar_t score, const SoftmaxStats& stats) {
+  return exp_below<acc_t>(score, stats.highest) * static_cast<acc_t>(stats.inverse);
 }
 
 // The codes of a visit weighted by the softmax of their scores.
@@ -317,16 +317,16 @@ struct AttentiveVisits {
   using acc_t = accumulator_t<scalar_t>;
 
   struct AttentionCursor : Cursor<acc_t> {
-    Normaliser normaliser;
+    SoftmaxStats stats;
   };
 
   PackedCodes packed;
   const scalar_t* scores;
-  Normalisers normalisers;
+  SoftmaxStatsArrays visit_stats;
 
   // Of the scores of the whole visit, whichever part this is; {-inf, 1} without codes. A NaN
   // among the scores makes `inverse` one.
-  __device__ Normaliser normaliser_of(const Cursor<acc_t>& visit, const Lanes& lanes) const {
+  __device__ SoftmaxStats softmax_stats_of(const Cursor<acc_t>& visit, const Lanes& lanes) const {
     double highest = -INFINITY;
     for (int64_t at = lanes.lane; at < visit.end; at += lanes.count) {
       highest = fmax(highest, static_cast<double>(widen(scores[packed.at(visit.base + at)])));
@@ -341,19 +341,19 @@ struct AttentiveVisits {
   }
 
   __device__ AttentionCursor open(int64_t visit, const Part& part, const Lanes& lanes) const {
-    const Normaliser normaliser = normaliser_of(packed.open<acc_t>(visit, Part()), lanes);
-    if (part.index == 0 && lanes.lane == 0 && blockIdx.y == 0) normalisers.set(visit, normaliser);
-    return {packed.open<acc_t>(visit, part), normaliser};
+    const SoftmaxStats stats = softmax_stats_of(packed.open<acc_t>(visit, Part()), lanes);
+    if (part.index == 0 && lanes.lane == 0 && blockIdx.y == 0) visit_stats.set(visit, stats);
+    return {packed.open<acc_t>(visit, part), stats};
   }
 
   __device__ int stage(AttentionCursor& cursor, const Staged<acc_t>& staged,
                        const Lanes& lanes) const {
-    const int count = staged_at_once(cursor, lanes);
+    const int count = staging_count(cursor, lanes);
 #pragma unroll 4
     for (int at = lanes.lane; at < count; at += lanes.count) {
       const int32_t code = packed.at(cursor.base + cursor.next + at);
       staged.codes[at] = code;
-      staged.weights[at] = attention_of<acc_t>(scores[code], cursor.normaliser);
+      staged.weights[at] = attention_of<acc_t>(scores[code], cursor.stats);
     }
     cursor.next += count;
     return count;

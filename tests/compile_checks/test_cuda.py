@@ -31,7 +31,7 @@ def test_rows_are_loaded_by_16_bytes_several_at_a_time(found, target):
     """The pooling loop, and that over the visits of a code in the gradient of the table."""
     seen = set()
     for row in found["rows"]:
-        match = re.match(r"(pool_visits|sum_runs)<\w+<(\w+), (\d+)>", row["kernel"])
+        match = re.match(r"(pool_visits|sum_chunks)<\w+<(\w+), (\d+)>", row["kernel"])
         whole = match and int(match.group(3)) == COLUMNS_OF_16_BYTES[match.group(2)]
         if match and whole and row["arch"] == target:
             assert row["wide_loads"] >= 4, row

@@ -14,7 +14,7 @@ namespace {
 // begins; as long as the most that there could be. sizes: how many slots, and how many codes.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sorted_slots(
     Tensor codes, OptionalTensor mask, int64_t vocabulary, int64_t padding_idx) {
-  const OnDeviceOf device(codes);
+  const OnDeviceOf device("sorted_slots", codes);
   const PaddedBatch batch(codes, mask, vocabulary);
   const SortedBatch<float> sorted(batch, kMean, padding_idx, codes, device.stream());
   const auto copy = [&](const auto* from, int64_t n) {

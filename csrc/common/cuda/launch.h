@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -18,6 +17,7 @@
 #include <vector>
 
 #include "common/cuda/device.cuh"
+#include "common/dtype_map.h"
 #include "common/shapes.h"
 
 // Where the operators are registered; the tests' build for the host names another place.
@@ -27,6 +27,15 @@
 #endif
 #define EHRSEQ_LIBRARY_IMPL(space, key, m) STABLE_TORCH_LIBRARY_IMPL(space, key, m)
 #define EHRSEQ_CUDA_LIBRARY(m) EHRSEQ_LIBRARY_IMPL(EHRSEQ_CUDA_NAMESPACE, EHRSEQ_CUDA_KEY, m)
+
+namespace ehrseq {
+
+template <>
+inline constexpr ScalarType kDtypeOf<__nv_bfloat16> = ScalarType::BFloat16;
+template <>
+inline constexpr ScalarType kDtypeOf<__half> = ScalarType::Half;
+
+}  // namespace ehrseq
 
 namespace ehrseq::cuda {
 
@@ -53,24 +62,26 @@ inline bool is_with(const Tensor& like, const OptionalTensor& tensor) {
   return !tensor.has_value() || is_with(like, *tensor);
 }
 
-// The dispatcher takes one tensor on a GPU for enough. A kernel that follows another device's
+// The dispatcher requires only one tensor to be on a GPU. A kernel that is given another device's
 // address, or the host's, ends the process's use of CUDA.
 template <typename... Tensors>
-void expect_with(const Tensor& like, const Tensors&... tensors) {
+void expect_with(const char* operation, const Tensor& like, const Tensors&... tensors) {
   if (!(is_with(like, tensors) && ...)) {
-    throw std::invalid_argument("expected all tensors of a call on one device");
+    throw std::invalid_argument(std::string(operation) +
+                                ": tensors: expected all tensors of a call on one device, got some "
+                                "on another");
   }
 }
 
-// Makes a tensor's device the current one for as long as it lives, and knows the current stream
+// Makes a tensor's device the current one for as long as it lives, and holds the current stream
 // there. Everything an operator does on the GPU goes to that stream. The call's other tensors have
-// to be there too.
+// to be on that device too.
 class OnDeviceOf {
  public:
   template <typename... Tensors>
-  explicit OnDeviceOf(const Tensor& tensor, const Tensors&... others)
+  explicit OnDeviceOf(const char* operation, const Tensor& tensor, const Tensors&... others)
       : device_(tensor.get_device_index()) {
-    expect_with(tensor, others...);
+    expect_with(operation, tensor, others...);
     TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device_, &guard_));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
@@ -89,7 +100,7 @@ class OnDeviceOf {
   cudaStream_t stream_ = nullptr;
 };
 
-// From torch's caching allocator, on the device of `like`: garbage until a kernel writes it.
+// From torch's caching allocator, on the device of `like`: uninitialised until a kernel writes it.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
 }
@@ -121,7 +132,10 @@ inline void fill_zero(const Tensor& tensor, cudaStream_t stream) {
 // Blocks for `items` at `per_block` each, along the first dimension of a grid.
 inline unsigned blocks_for(int64_t items, int64_t per_block) {
   const int64_t blocks = (items + per_block - 1) / per_block;
-  if (blocks > 0x7fffffff) throw std::invalid_argument("too large for one launch");
+  if (blocks > 0x7fffffff) {
+    throw std::invalid_argument("launch: grid: expected at most 2^31 - 1 blocks, got " +
+                                std::to_string(blocks));
+  }
   return static_cast<unsigned>(blocks);
 }
 
@@ -138,35 +152,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch");
 }
 
-// Calls body(TypeTag<scalar_t>{}) for the type by which kernels know `dtype`.
+// Calls body(TypeTag<scalar_t>{}) for the kernels' type of `dtype`.
 template <typename Body>
 void dispatch_floating(ScalarType dtype, const char* operation, Body&& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(TypeTag<float>{});
-    case ScalarType::Double:
-      return body(TypeTag<double>{});
-    case ScalarType::BFloat16:
-      return body(TypeTag<__nv_bfloat16>{});
-    case ScalarType::Half:
-      return body(TypeTag<__half>{});
-    default:
-      throw std::invalid_argument(std::string(operation) +
-                                  ": expected float32, float64, bfloat16 or float16");
-  }
+  dispatch_floating_as<__nv_bfloat16, __half>(dtype, operation, std::forward<Body>(body));
 }
-
-template <typename T>
-constexpr ScalarType kDtypeOf = ScalarType::Undefined;
-template <>
-inline constexpr ScalarType kDtypeOf<float> = ScalarType::Float;
-template <>
-inline constexpr ScalarType kDtypeOf<double> = ScalarType::Double;
-template <>
-inline constexpr ScalarType kDtypeOf<__nv_bfloat16> = ScalarType::BFloat16;
-template <>
-inline constexpr ScalarType kDtypeOf<__half> = ScalarType::Half;
-template <>
-inline constexpr ScalarType kDtypeOf<int32_t> = ScalarType::Int;
 
 }  // namespace ehrseq::cuda

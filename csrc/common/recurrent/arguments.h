@@ -43,7 +43,7 @@ inline std::vector<int64_t> checked_batch_sizes(const char* operation, const Ten
   int64_t total = 0;
   for (size_t time = 0; time < sizes.size(); ++time) {
     if (sizes[time] < 1 || (time > 0 && sizes[time] > sizes[time - 1])) {
-      refuse(operation, "batch_sizes", "positive and must not rise",
+      refuse(operation, "batch_sizes", "positive sizes that do not rise",
              "batch_sizes[" + std::to_string(time) + "] = " + std::to_string(sizes[time]) +
                  (time > 0 ? " after " + std::to_string(sizes[time - 1]) : ""));
     }
@@ -94,7 +94,7 @@ Shape checked_shape(const Arguments& given, int64_t patients) {
   constexpr const char* kName = Cell::kName;
   const ScalarType dtype = given.input.scalar_type();
   const Shape shape{given.input.size(1), given.weight_hh.size(1), given.input.size(0), patients};
-  if (shape.hidden < 1) refuse(kName, "weight_hh", "of at least one hidden unit", "none");
+  if (shape.hidden < 1) refuse(kName, "weight_hh", "at least one hidden unit", "none");
   const int64_t rows = Cell::kGates * shape.hidden;
   const std::string names = "[" + std::to_string(Cell::kGates) + " * hidden";
   expect_like(given.weight_ih, kName, "weight_ih", dtype, {rows, shape.inputs},

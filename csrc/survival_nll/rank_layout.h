@@ -2,36 +2,39 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/tensors.h"
 
 namespace ehrseq::survival {
 
-class PackedLayout {
+class RankLayout {
  public:
-  // Checks all that rows are found by; none of them lies outside the batch then.
-  PackedLayout(const char* operation, int64_t n_visits, const Tensor& row_starts,
-               const Tensor& ranks, const Tensor& last_rows)
+  // Tensors that expect_row_numbers has checked. Checks their values, so that no row is outside the
+  // batch.
+  RankLayout(const char* operation, int64_t n_visits, const Tensor& row_starts, const Tensor& ranks,
+             const Tensor& last_rows)
       : operation_(operation),
-        row_starts_(as_indices(row_starts)),
-        ranks_(as_indices(ranks)),
+        row_starts_(torch::stable::contiguous(row_starts)),
+        ranks_(torch::stable::contiguous(ranks)),
         patients_(ranks_.numel()) {
-    const Tensor last = as_indices(last_rows);
+    const Tensor last = torch::stable::contiguous(last_rows);
     const int64_t* starts = this->row_starts();
     const int64_t times = row_starts_.numel() - 1;
-    if (times < 0 || starts[0] != 0 || starts[times] != n_visits || last.numel() != patients_) {
-      refuse();
-    }
+    if (starts[0] != 0) refuse_start(0, "0");
+    if (starts[times] != n_visits)
+      refuse_start(times, text(n_visits) + ", the visits of the batch");
 
     // The first ranks have the most visits.
     std::vector<int64_t> length_of_rank(patients_, 0);
     int64_t present = patients_;
     for (int64_t time = 0; time < times; ++time) {
       const int64_t next = starts[time + 1] - starts[time];
-      if (next <= 0 || next > present) refuse();
+      if (next <= 0 || next > present) {
+        refuse_start(time + 1, "1 to " + text(present) + " more than at the position before");
+      }
       for (int64_t rank = next; rank < present; ++rank) length_of_rank[rank] = time;
       present = next;
     }
@@ -43,9 +46,20 @@ class PackedLayout {
     patient_of_rank_.assign(patients_, -1);
     for (int64_t patient = 0; patient < patients_; ++patient) {
       const int64_t rank = rank_of[patient];
-      if (rank < 0 || rank >= patients_ || patient_of_rank_[rank] >= 0) refuse();
+      if (rank < 0 || rank >= patients_ || patient_of_rank_[rank] >= 0) {
+        refuse(operation_, "unsorted_indices", "each of 0.." + text(patients_ - 1) + " once",
+               text(rank) + " at position " + text(patient));
+      }
       const int64_t length = length_of_rank[rank];
-      if (length == 0 || starts[length - 1] + rank != last_row[patient]) refuse();
+      if (length == 0) {
+        refuse(operation_, "row_starts", "a visit of each of " + text(patients_) + " patients",
+               "none of patient " + text(patient));
+      }
+      if (starts[length - 1] + rank != last_row[patient]) {
+        refuse(operation_, "last_rows",
+               text(starts[length - 1] + rank) + " at position " + text(patient),
+               text(last_row[patient]));
+      }
       patient_of_rank_[rank] = patient;
       lengths_[patient] = length;
     }
@@ -63,15 +77,10 @@ class PackedLayout {
   }
 
  private:
-  Tensor as_indices(const Tensor& tensor) const {
-    if (tensor.scalar_type() != ScalarType::Long || tensor.dim() != 1) refuse();
-    return torch::stable::contiguous(tensor);
-  }
+  static std::string text(int64_t number) { return std::to_string(number); }
 
-  [[noreturn]] void refuse() const {
-    throw std::invalid_argument(std::string(operation_) +
-                                ": row_starts, unsorted_indices and last_rows are not those of a "
-                                "batch with these visits");
+  [[noreturn]] void refuse_start(int64_t at, const std::string& expected) const {
+    refuse(operation_, "row_starts", expected + " at position " + text(at), text(row_starts()[at]));
   }
 
   const char* operation_;
