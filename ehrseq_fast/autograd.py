@@ -54,7 +54,7 @@ def outside_inference() -> Iterator[None]:
 
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether forward-mode differentiation or a transform of ``torch.func`` (grad, jvp, vmap, and
-    what is built of them) is at work on ``tensors``.
+    what is built of them) is active for ``tensors``.
 
     Kernels know neither tangents nor batched tensors: an operation then has to be computed by its
     reference, which PyTorch differentiates and batches in every mode. (An input without
@@ -87,7 +87,7 @@ def values_are_hidden(*tensors: Tensor | None) -> bool:
 
 
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
-    """Inside, new tensors are plain ones, whatever transform of ``torch.func`` is at work.
+    """Inside, new tensors are plain ones, whichever transform of ``torch.func`` is active.
 
     A batch is built from values on the host. Under a transform even what is computed from plain
     tensors is wrapped, and a wrapped tensor's memory cannot be read.

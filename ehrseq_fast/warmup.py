@@ -35,7 +35,7 @@ def warmup(
 
     Triton compiles a kernel when it is first launched with arguments of new types, and keeps it on
     disk (``TRITON_CACHE_DIR``). This runs pooling and survival losses once, forward and backward,
-    padded and packed, on made-up records of the given size. Lengths and batch sizes do not select
+    padded and packed, on synthetic records of the given size. Lengths and batch sizes do not select
     the kernel to the last number: one batch of the usual size is enough for those like it.
 
     Args:

@@ -213,7 +213,7 @@ class PackedVisits(Changes):
         the number of real codes and of distinct ones, the lengths where they are not given, and the
         count of errors, all in one small copy. With ``lengths`` given there is still this one wait,
         as the number of real codes is known nowhere else, but visits past the longest patient's
-        last are not worked on. (A batch built in a data-loader worker needs no wait at all.)
+        last are skipped. (A batch built in a data-loader worker needs no wait at all.)
 
         Args:
             visit_codes: int32 or int64 ``[B, V, C]``.

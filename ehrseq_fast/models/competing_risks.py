@@ -22,7 +22,7 @@ class CompetingRisksSurvivalLSTM(VisitSequenceModel):
     initialisation are those of ``ehrsequencing.models.CompetingRisksSurvivalLSTM``.
 
     Masks are those of :class:`DiscreteTimeSurvivalLSTM`: ``visit_mask`` for codes,
-    ``sequence_mask`` for visits, and ``sequence_mask`` once more in the loss
+    ``sequence_mask`` for visits, and ``sequence_mask`` again in the loss
     (:class:`ehrseq_fast.CompetingRisksSurvivalLoss`). What is said there of missing masks, of paths
     and of differences from the reference holds here.
 

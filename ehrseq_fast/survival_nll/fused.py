@@ -77,8 +77,8 @@ class _Nll(torch.autograd.Function):
     """The kernel writes the gradient along with the loss, so that backward has only to scale it.
 
     On the host the first backward pass returns that very tensor, which nothing else uses; a second
-    pass computes it anew. So no copy is ever made, and whatever is done to the result, also behind
-    autograd's back, no other result changes.
+    pass computes it again. So no copy is ever made, and changing the result in place, even where
+    autograd does not see it, changes no other result.
     """
 
     @staticmethod

@@ -200,7 +200,7 @@ class _PackedAttentionPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # read once: activation checkpointing computes them again, and lets go of them
+        # read once: activation checkpointing computes them again, and then frees them
         *kept, weight, scores = ctx.saved_tensors
         with torch.no_grad():
             gradients = operators(ctx.chosen).packed_attention_pool_backward.default(

@@ -103,7 +103,7 @@ def _launch_nll(
         REDUCES=bool(reduction),
         **tile,
         num_warps=WARPS,
-        # what float32 needs, so that five blocks are at work at a time
+        # what float32 needs, so that five blocks fit a multiprocessor
         maxnreg=255 if hazards.dtype == torch.float64 else 96,
     )
     return nll, grad

@@ -54,8 +54,8 @@ def scaled_by(saved, factor):
 def nll_of_probabilities(h, event, scale, EPS: tl.constexpr, NLL_OF_EPS: tl.constexpr):
     """-log h at an event, -log(1 - h) elsewhere, and its slope; 0 outside the clamp.
 
-    NLL_OF_EPS is 0 unless 1 - EPS is rounded to 1 (and EPS, perhaps, to 0): the clamp shall hold
-    all the same.
+    NLL_OF_EPS is 0 unless 1 - EPS is rounded to 1 (and EPS possibly to 0): the clamp holds then
+    too.
     """
     lowest = tl.full(h.shape, EPS, h.dtype)
     highest = tl.full(h.shape, 1.0 - EPS, h.dtype)

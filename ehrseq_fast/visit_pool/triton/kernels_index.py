@@ -87,7 +87,7 @@ def gather_codes(
 
 @triton.jit
 def _digits(keys, at, n, shift, RADIX: tl.constexpr):
-    """The digit that this pass sorts by; ``RADIX``, which sorts nowhere, past the end."""
+    """The digit that this pass sorts by; ``RADIX``, which no digit is, past the end."""
     key = tl.load(keys + at, mask=at < n, other=0)
     return tl.where(at < n, (key >> shift) & (RADIX - 1), RADIX)
 

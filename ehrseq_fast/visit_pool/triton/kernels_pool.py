@@ -36,7 +36,7 @@ def load_rows(table, rows, columns, wanted, inside, ROW_SIZE: tl.constexpr, ACC:
 
 @triton.jit
 def row_of(codes, entries, first, taken, vocabulary):
-    """The table row of one entry per visit, the number it goes by in ``arg_max``, and whether the
+    """The table row of one entry per visit, its number in ``arg_max``, and whether the
     table has it."""
     if codes is None:
         rows = entries

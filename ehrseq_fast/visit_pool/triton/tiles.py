@@ -14,7 +14,7 @@ from ...triton_support import interpreted
 MEAN, SUM, MAX = 0, 1, 2
 
 # Programs of a kernel that walks over tiles whose number only the device knows: enough to fill a
-# large GPU, and no more to start in vain.
+# large GPU, and not many that find nothing to do.
 MOST_PROGRAMS = 2048
 # The interpreter is quickest with few programs.
 _INTERPRETED_ROWS = 128
