@@ -20,7 +20,7 @@ from ..packed_lstm.threads import refuse_restricted_openmp
 CELLS: dict[str, type[PackedLSTM] | type[PackedGRU]] = {"lstm": PackedLSTM, "gru": PackedGRU}
 
 # Share of the visits whose gates the models' layer keeps for the backward pass. Three tenths are
-# what brings the peak of a training step on real records below 1/20 of the padded step's (all:
+# what keeps the peak of a training step on real records below 1/20 of the padded step's (all:
 # 1/14), for a tenth more time. ``model.lstm.keep_gates = 1.0`` keeps all.
 KEEP_GATES = 0.3
 
@@ -81,8 +81,8 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
     hook = _backward_hook(module) if isinstance(input, PackedSequence) else None
     if hook is not None:
         input = input._replace(data=hook.setup_input_hook((input.data,))[0])  # type: ignore[union-attr]
-    turned = isinstance(input, Tensor) and not layer.batch_first
-    given = input.transpose(0, 1) if turned else input  # type: ignore[union-attr]
+    is_transposed = isinstance(input, Tensor) and not layer.batch_first
+    given = input.transpose(0, 1) if is_transposed else input  # type: ignore[union-attr]
     result = module(given) if state is None else module(given, state)
     kind = PackedSequence if isinstance(input, PackedSequence) else Tensor
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], kind):
@@ -93,7 +93,7 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
     outputs, final = result
     if hook is not None:
         outputs = outputs._replace(data=hook.setup_output_hook((outputs.data, final))[0])
-    outputs = outputs.transpose(0, 1) if turned else outputs
+    outputs = outputs.transpose(0, 1) if is_transposed else outputs
     if torch.is_autocast_enabled("cpu"):
         outputs = _in_dtype_of(input, outputs)
     return outputs, final

@@ -23,7 +23,7 @@ register("packed_gru", "cpu", package=__package__)
 )
 def _(input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, reverse, training, kept):
     visits, hidden = input.shape[0], weight_hh.shape[1]
-    # How many patients there are is a value, batch_sizes[0]; given states tell it too.
+    # The number of patients is a value, batch_sizes[0]; the shape of given states is the same.
     patients = torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[0]
     return (
         input.new_empty(visits, hidden),

@@ -35,7 +35,7 @@ def _(
     kept,
 ):
     visits, hidden = input.shape[0], weight_hh.shape[1]
-    # How many patients there are is a value, batch_sizes[0]; given states tell it too.
+    # The number of patients is a value, batch_sizes[0]; the shape of given states is the same.
     state = next((s for s in (h0, c0) if s is not None), None)
     patients = torch.library.get_ctx().new_dynamic_size() if state is None else state.shape[0]
     padded = padded_units(hidden)
