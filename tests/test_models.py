@@ -197,6 +197,11 @@ def test_predict_and_embeddings(path):
     assert not first.requires_grad
     assert model.training
     assert model.visit_encoder.training
+    model.visit_encoder.eval()  # frozen in a model that is trained
+    model.predict(*batch)
+    assert model.training
+    assert model.dropout.training
+    assert not model.visit_encoder.training
     torch.testing.assert_close(first, model.eval()(*batch)["predictions"].detach())
     codes = torch.tensor([[1, 2, 0]])
     assert torch.equal(model.get_embeddings(codes), model.embedding.weight[codes])

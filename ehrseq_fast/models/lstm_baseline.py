@@ -349,12 +349,13 @@ class LSTMBaseline(VisitSequenceModel):
         sequence_mask: Tensor | None = None,
     ) -> Tensor:
         """``predictions`` ``[B, O]``, with no dropout and no gradient; else as :meth:`forward`."""
-        was_training = self.training
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             return self(visit_codes, visit_mask, sequence_mask)["predictions"]
         finally:
-            self.train(was_training)
+            for module in training:  # others may have been frozen in a model that is trained
+                module.training = True
 
 
 def _class_indices(labels: Tensor, target: str) -> Tensor:
