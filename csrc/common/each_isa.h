@@ -2,9 +2,12 @@
 // AVX-512, each in a namespace of its own, and picks the one that common/isa.h chose. So a wheel
 // runs on any x86-64 and is not held to the machine that built it.
 //
-//   #define EHRSEQ_ISA_FILE "visit_pool/row_kernels.h"  // defines
-//   ehrseq::pooling::EHRSEQ_ISA::name #include "common/each_isa.h"                        // all
-//   standard headers come before const auto* chosen = EHRSEQ_BEST_ISA(ehrseq::pooling, name);
+//   #define EHRSEQ_ISA_FILE "visit_pool/row_kernels.h"
+//   #include "common/each_isa.h"
+//   const auto* chosen = EHRSEQ_BEST_ISA(ehrseq::pooling, name);
+//
+// where the file defines ehrseq::pooling::EHRSEQ_ISA::name, and every standard header that it needs
+// has been included before.
 //
 // What the file calls from elsewhere keeps the baseline's instructions, so no function that another
 // translation unit could share is compiled for more than every x86-64 has.
