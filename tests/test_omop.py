@@ -176,12 +176,18 @@ def test_a_path_and_a_schema_give_the_same_records(tmp_path, records):
 
 
 def test_bad_requests_are_refused(database):
-    with pytest.raises(ValueError, match=r"tables: expected a sequence of condition.*'visits'"):
+    with pytest.raises(
+        ValueError, match=r"tables: expected a sequence of at least one of condition.*'visits'"
+    ):
         read_omop(database, outcome_concept_id=OUTCOME, tables=("visits",))
     with pytest.raises(ValueError, match="tables: expected a sequence"):
         read_omop(database, outcome_concept_id=OUTCOME, tables=())
-    with pytest.raises(ValueError, match="tables: expected a sequence"):
+    with pytest.raises(ValueError, match=r"tables: expected a sequence"):
         read_omop(database, outcome_concept_id=OUTCOME, tables="drug")
+    with pytest.raises(ValueError, match=r"tables: expected .* at least one of .*, got none"):
+        read_omop(database, outcome_concept_id=OUTCOME, tables=iter(()))
+    with pytest.raises(TypeError, match="tables: expected a sequence .*, got None"):
+        read_omop(database, outcome_concept_id=OUTCOME, tables=None)
     with pytest.raises(ValueError, match="outcome_concept_id 12345 never occurs"):
         read_omop(database, outcome_concept_id=12345)
     with pytest.raises(LookupError, match="no OMOP table 'device_exposure'"):
@@ -189,6 +195,14 @@ def test_bad_requests_are_refused(database):
     database.execute("ALTER TABLE measurement DROP COLUMN measurement_date")
     with pytest.raises(LookupError, match="'measurement' lacks measurement_date"):
         read_omop(database, outcome_concept_id=OUTCOME)
+
+
+def test_tables_may_be_an_iterator(database):
+    names = ("condition", "drug")
+    by_tuple = read_omop(database, outcome_concept_id=OUTCOME, tables=names)
+    by_iterator = read_omop(database, outcome_concept_id=OUTCOME, tables=iter(names))
+    assert by_iterator.codes.tolist() == by_tuple.codes.tolist()
+    assert by_iterator.left_out == by_tuple.left_out
 
 
 def test_time_features_are_days_since_last_and_first_and_the_index(records):

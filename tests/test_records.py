@@ -80,6 +80,21 @@ BAD = {
     "indicators": ({"event_indicators": [1, 0, 2]}, ValueError, "event_indicators: .*2, at 2"),
     "float indicators": ({"event_indicators": [1.0, 0, 0]}, TypeError, "event_indicators"),
     "persons by name": ({"person_ids": ["7", "8", "9"]}, TypeError, "person_ids"),
+    "codes of no visit": (
+        {"visit_offsets": np.array([0, 2, 3, 4, 4])},
+        ValueError,
+        "visit_offsets: expected offsets from 0 to 5, the number of codes, got 0 to 4: 1 codes",
+    ),
+    "a first code of no visit": (
+        {"visit_offsets": np.array([1, 2, 3, 4, 5])},
+        ValueError,
+        "visit_offsets: .*got 1 to 5: 1 codes belong to no visit",
+    ),
+    "visits of no patient": (
+        {"patient_offsets": np.array([0, 1, 2, 3])},
+        ValueError,
+        "patient_offsets: .*from 0 to 4, the number of visits, got 0 to 3: 1 visits belong to no p",
+    ),
     "too few persons": ({"person_ids": [7, 8]}, ValueError, "patient_offsets"),
 }
 
@@ -175,6 +190,17 @@ def test_a_split_takes_integers_alone():
     assert split_by_person(list(range(100)), seed=np.int64(3))["train"].tolist() == (
         given["train"].tolist()
     )
+
+
+def test_time_features_that_are_written_to_change_no_batch():
+    given = records()
+    features = given.time_features()
+    expected = features.copy()
+    features.fill(99.0)
+    batch = packed_batch(given, [0, 1, 2], with_time_features=True)
+    np.testing.assert_array_equal(batch.visit_features[batch.rows_of(1)], expected[1:3])
+    padded = padded_batch(given, [1])
+    np.testing.assert_array_equal(padded.time_features[0], expected[1:3])
 
 
 @pytest.mark.filterwarnings("error")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import longs
+from ..arrays import kind_of, longs
 from .duckdb_columns import day, refuse_lossy, whole_number
 from .duckdb_tables import Place, Table, find_places, find_table, places_with
 from .records import EventRecords, Vocabulary
@@ -44,7 +44,7 @@ def read_omop(
     database: Any,
     *,
     outcome_concept_id: int | Sequence[int],
-    tables: Sequence[str] = ("condition", "drug", "procedure", "measurement"),
+    tables: Iterable[str] = ("condition", "drug", "procedure", "measurement"),
     schema: str | None = None,
 ) -> EventRecords:
     """Event records for predicting the first occurrence of an outcome.
@@ -118,17 +118,23 @@ def read_omop(
         if not np.isin(concept, outcomes).any():
             raise ValueError(
                 f"outcome_concept_id {outcome_concept_id} never occurs in the tables "
-                f"{', '.join(tables)}: there is nothing to predict"
+                f"{', '.join(source.table for source in chosen)}: there is nothing to predict"
             )
         records = _assemble(person, day, concept, outcomes, left_out)
         names = _concept_names(connection, places, records.vocabulary.concept_ids)
     return _named(records, names)
 
 
-def _event_tables(names: Sequence[str]) -> list[EventTable]:
-    unknown = [name for name in names if name not in EVENT_TABLES]
-    if unknown or not names or isinstance(names, str):
-        raise ValueError(f"tables: expected a sequence of {', '.join(EVENT_TABLES)}, got {names!r}")
+def _event_tables(tables: Iterable[str]) -> list[EventTable]:
+    expected = f"tables: expected a sequence of at least one of {', '.join(EVENT_TABLES)}"
+    if isinstance(tables, str):
+        raise ValueError(f"{expected}, got {tables!r}")
+    if not isinstance(tables, Iterable):
+        raise TypeError(f"{expected}, got {kind_of(tables)}")
+    names = tuple(tables)  # an iterator can be read once
+    unknown = [name for name in names if not isinstance(name, str) or name not in EVENT_TABLES]
+    if unknown or not names:
+        raise ValueError(f"{expected}, got {', '.join(map(repr, unknown)) or 'none'}")
     return [EVENT_TABLES[name] for name in dict.fromkeys(names)]
 
 

@@ -32,5 +32,5 @@ def packed_batch(
         vocab_size=len(records.vocabulary),
         event_times=records.event_times,
         event_indicators=records.event_indicators,
-        visit_features=records.time_features() if with_time_features else None,
+        visit_features=records._time_features if with_time_features else None,
     )

@@ -52,7 +52,7 @@ def padded_batch(records: EventRecords, patients: ArrayLike) -> PaddedBatch:
     visit_codes = np.zeros((len(chosen), n_visits, n_codes), np.int64)
     visit_codes[row[of_visit], column[of_visit], slot] = records.codes[code]
     time_features = np.zeros((len(chosen), n_visits, 3), np.float32)
-    time_features[row, column] = records.time_features()[visit]
+    time_features[row, column] = records._time_features[visit]
     codes = torch.from_numpy(visit_codes)
     return PaddedBatch(
         visit_codes=codes,

@@ -60,8 +60,9 @@ class EventRecords:
     Attributes:
         codes: int32 ``[n_codes]``, indices into ``vocabulary``, never 0, ascending and distinct
             within a visit.
-        visit_offsets: int64 ``[n_visits + 1]`` into ``codes``.
-        patient_offsets: int64 ``[n_patients + 1]`` into the visits; every patient has a visit.
+        visit_offsets: int64 ``[n_visits + 1]``, from 0 to ``n_codes``.
+        patient_offsets: int64 ``[n_patients + 1]``, from 0 to ``n_visits``; every patient has a
+            visit.
         visit_days: ``datetime64[D]`` ``[n_visits]``.
         person_ids: int64 ``[n_patients]``, the source's identifiers.
         event_times: int64 ``[n_patients]``, 0-based index of the visit whose hazard the outcome
@@ -73,8 +74,9 @@ class EventRecords:
 
     Raises:
         ValueError: arrays whose lengths do not belong together, offsets that fall or point outside,
-            a patient without visits or with days that fall, an outcome outside the visits, a code
-            outside the vocabulary (memory-mapped codes are not read for this).
+            codes of no visit, visits of no patient, a patient without visits or with days that
+            fall, an outcome outside the visits.
+        IndexError: a code outside the vocabulary (memory-mapped codes are not read for this).
         TypeError: arrays of another kind.
     """
 
@@ -110,15 +112,16 @@ class EventRecords:
         return np.diff(self.visit_offsets)
 
     def time_features(self) -> NDArray[np.float32]:
-        """float32 ``[n_visits, 3]``, made once: days since the patient's last visit, days since the
+        """float32 ``[n_visits, 3]``, a copy: days since the patient's last visit, days since the
         first, and the visit's index. All three are 0 at a patient's first visit.
 
         The days are not scaled: what suits a model is the model's to know.
         """
-        return self._time_features
+        return self._time_features.copy()
 
     @cached_property
     def _time_features(self) -> NDArray[np.float32]:
+        """Computed once, for every batch to read from; nothing may write to it."""
         days = self.visit_days.astype(np.int64)
         first = np.repeat(self.patient_offsets[:-1], self.visits_per_patient)
         since_last = np.diff(days, prepend=days[:1])
@@ -187,8 +190,8 @@ def _check_records(records: EventRecords) -> None:
     _check_length("patient_offsets", records.patient_offsets, n_patients + 1, "patient and 1")
     _check_length("event_times", records.event_times, n_patients, "patient")
     _check_indicators(records, n_patients)
-    _check_offsets("visit_offsets", records.visit_offsets, len(records.codes), "visit")
-    _check_offsets("patient_offsets", records.patient_offsets, n_visits, "patient")
+    _check_offsets("visit_offsets", records.visit_offsets, len(records.codes), "visit", "codes")
+    _check_offsets("patient_offsets", records.patient_offsets, n_visits, "patient", "visits")
     lengths = np.diff(records.patient_offsets)
     _refuse("patients", lengths == 0, lengths, "at least one visit of each")
     late = (records.event_times < 0) | (records.event_times >= lengths)
@@ -232,7 +235,7 @@ def _check_length(name: str, array: Array, length: int | None, of: str = "") -> 
         raise ValueError(f"{name}: expected one per {of}, {length} in all, got {len(array)}")
 
 
-def _check_offsets(name: str, offsets: Array, most: int, of: str) -> None:
+def _check_offsets(name: str, offsets: Array, most: int, of: str, what: str) -> None:
     begins, ends = offsets[:-1], offsets[1:]
     falling = np.flatnonzero((begins < 0) | (ends < begins) | (ends > most))
     if len(falling):
@@ -240,6 +243,11 @@ def _check_offsets(name: str, offsets: Array, most: int, of: str) -> None:
         raise ValueError(
             f"{name}: expected offsets that rise within [0, {most}]; found {len(falling)} that do "
             f"not, the first is {of} {at}: from {begins[at]} to {ends[at]}"
+        )
+    if offsets[0] != 0 or offsets[-1] != most:
+        raise ValueError(
+            f"{name}: expected offsets from 0 to {most}, the number of {what}, got {offsets[0]} to "
+            f"{offsets[-1]}: {most - (offsets[-1] - offsets[0])} {what} belong to no {of}"
         )
 
 
