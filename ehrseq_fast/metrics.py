@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,14 +78,14 @@ def concordance_index(
         _refuse_nan("sequence_mask", sequence_mask.double().isnan().any(1))
         hazards = hazards.masked_fill(sequence_mask == 0, 0.0)
     risk = hazards.sum(1)
-    times = event_times.double()
     _refuse_nan("hazards", risk.isnan())
-    _refuse_nan("event_times", times.isnan())
+    _refuse_nan("event_times", event_times.double().isnan())
     _refuse_nan("event_indicators", event_indicators.double().isnan())
     events = event_indicators != 0
+    times = _ranks(event_times)
     if censored_visit == "excluded":
-        # Ranks with a place between them: a censoring comes before the events of its time.
-        times = 2 * torch.unique(times, return_inverse=True)[1] - (~events).long()
+        # a censoring comes before the events of its time, and behind those of the time before
+        times = 2 * times - (~events).long()
     score = _lifelines_concordance_index()
     try:
         # lifelines wants a score that rises with survival, so the sign of the risk changes.
@@ -104,6 +105,13 @@ def _on_host(name: str, values: ArrayLike) -> Tensor:
     if tensor.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
     return tensor
+
+
+def _ranks(times: Tensor) -> Tensor:
+    """int64 ``[B]``: the place of each time among the distinct ones. Of integers it is exact, which
+    their float64 is not beyond 2**53."""
+    array = (times.double() if times.is_floating_point() else times).numpy()
+    return torch.from_numpy(np.unique(array, return_inverse=True)[1])
 
 
 def _check_shapes(

@@ -104,6 +104,14 @@ def test_under_another_default_device():
         assert concordance_index(hazards.numpy(), times.numpy(), seen.numpy()) == 1.0
 
 
+@pytest.mark.parametrize("censored_visit", ["excluded", "included"])
+@pytest.mark.parametrize("make", [torch.tensor, np.array, lambda times: np.array(times, np.uint64)])
+def test_integer_times_that_no_float_holds(make, censored_visit):
+    times = make([2**60, 2**60 + 1])
+    found = concordance_index([[3.0], [1.0]], times, [1, 1], censored_visit=censored_visit)
+    assert found == 1.0
+
+
 def test_higher_risk_means_earlier_event():
     hazards = torch.tensor([[0.9], [0.5], [0.1]])
     times, seen = torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1])
