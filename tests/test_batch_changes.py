@@ -263,6 +263,50 @@ def test_changed_copies_share_no_buffer():
 # Modes of torch -----------------------------------------------------------------------------------
 
 
+def test_arguments_that_are_written_to_later_change_no_batch():
+    codes = torch.tensor([[[1]], [[2]]])
+    given = {
+        "visit_features": torch.ones(2, 3),
+        "targets": torch.ones(2),
+        "visit_targets": torch.ones(2),
+        "codes": torch.tensor([5, 6], dtype=torch.int32),
+        "event_times": torch.tensor([0, 0]),
+    }
+    batch = PackedVisits.from_lists([[[1]], [[2]]])
+    of_targets = {
+        "targets": {"a": given["targets"]},
+        "visit_targets": {"b": given["visit_targets"]},
+    }
+    flat = PackedVisits.from_flat(
+        given["codes"], [0, 1, 2], [0, 1, 2], visit_features=given["visit_features"], **of_targets
+    )
+    padded = PackedVisits.from_padded(
+        codes,
+        visit_features=given["visit_features"][:, None],
+        targets=of_targets["targets"],
+        visit_targets={"b": given["visit_targets"][:, None]},
+        event_times=given["event_times"],
+    )
+    changed = batch.with_outcomes(event_times=given["event_times"], **of_targets)
+    changed = changed.with_codes(given["codes"]).with_features(given["visit_features"])
+    for tensor in (codes, *given.values()):
+        tensor.fill_(7)
+    for made in (flat, padded, changed):
+        assert made.visit_features.eq(1).all()
+        assert made.targets["a"].eq(1).all()
+        assert made.visit_targets["b"].eq(1).all()
+    assert changed.codes.tolist() == flat.codes.tolist() == [5, 6]
+    assert padded.codes.tolist() == [1, 2]
+    assert changed.event_times.tolist() == padded.event_times.tolist() == [0, 0]
+
+
+def test_new_features_have_gradients():
+    features = torch.ones(2, 3, requires_grad=True)
+    batch = PackedVisits.from_lists([[[1]], [[2]]]).with_features(features)
+    batch.visit_features.mul(2).sum().backward()
+    assert features.grad.eq(2).all()
+
+
 def built_in_every_way():
     triple = padded(PATIENTS)
     batch = full_batch(PATIENTS)

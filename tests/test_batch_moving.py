@@ -39,6 +39,23 @@ def test_moving_to_where_it_is_gives_itself():
     )
 
 
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda batch: batch.to(torch.float64),
+        lambda batch: batch.to(dtype=torch.float64),
+        lambda batch: batch.to("cpu", dtype=torch.float64),
+        lambda batch: batch.to(torch.ones(1, dtype=torch.float64)),
+    ],
+)
+def test_a_batch_has_no_dtype(move):
+    batch = PackedVisits.from_lists([[[1]]], visit_features=torch.ones(1, 2))
+    with pytest.raises(TypeError, match=r"PackedVisits.to: expected a device, got .*has no dtype"):
+        move(batch)
+    wide = batch.with_features(batch.visit_features.to(torch.float64))  # as the error says
+    assert wide.visit_features.dtype == torch.float64
+
+
 def test_moving_leaves_host_fields_on_the_host():
     moved = full_batch([[[1], [2]], [[3]]]).to("meta")
     for name in (*FIELDS, *OUTCOMES, "visit_features"):

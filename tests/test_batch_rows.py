@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,3 +105,52 @@ def test_slicing_keeps_gradients():
     batch = PackedVisits.from_lists([[[1], [2]], [[3]]], visit_features=features)
     PackedVisits.cat([batch[[0]], batch[[0]]]).visit_features.sum().backward()
     assert features.grad.flatten().tolist() == [2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill", "error"),
+    [
+        (torch.int64, 0.5, ValueError),
+        (torch.int64, float("nan"), ValueError),
+        (torch.int8, 200, ValueError),
+        (torch.uint8, -1, ValueError),
+        (torch.bool, -1, ValueError),
+        (torch.float16, 1e6, ValueError),
+        (torch.int64, True, TypeError),
+        (torch.float32, 1j, TypeError),
+        (torch.float32, "0", TypeError),
+        (torch.float32, torch.tensor(0.5), TypeError),
+    ],
+)
+def test_a_fill_that_the_values_do_not_hold_is_refused(dtype, fill, error):
+    batch = PackedVisits.from_lists([[[1]], [[2], [3]]])
+    with pytest.raises(error, match="fill: expected a number"):
+        batch.pad(torch.ones(3, dtype=dtype), fill)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill"),
+    [
+        (torch.int64, -1),
+        (torch.int64, 2.0),
+        (torch.int32, np.int64(7)),
+        (torch.uint8, 255),
+        (torch.bool, True),
+        (torch.bool, 1),
+        (torch.float16, float("-inf")),
+        (torch.float32, 0.1),
+        (torch.complex64, 1j),
+    ],
+)
+def test_a_fill_that_the_values_hold_is_taken(dtype, fill):
+    batch = PackedVisits.from_lists([[[1]], [[2], [3]]])
+    padded = batch.pad(torch.ones(3, dtype=dtype), fill)
+    assert padded.dtype == dtype
+    assert padded[0, 1] == torch.tensor(fill, dtype=dtype)
+
+
+def test_an_iterator_of_batches_is_joined():
+    batches = [PackedVisits.from_lists([[[1]]]), PackedVisits.from_lists([[[2], [3]]])]
+    assert PackedVisits.cat(iter(batches)).codes.tolist() == [2, 1, 3]
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        PackedVisits.cat(iter(()))

@@ -15,7 +15,7 @@ from ..arrays import ArrayLike, as_array, integers, truth
 from ..autograd import outside_inference
 from ..checks import refuse_codes_outside
 from .checks import code_limit, outcome
-from .gather import as_tensor, as_values, check_features, gather_all
+from .gather import as_tensor, as_values, gather_all, gather_features
 from .layout import LONGS, OUTCOMES, Layout
 from .reference_checks import Names, check_outcomes
 from .rows import Rows
@@ -154,7 +154,7 @@ class Changes(Rows):
 
     def with_features(self: Batch, visit_features: ArrayLike | None) -> Batch:
         """A copy with other visit features, ``[n_visits, F]`` in the order of the batch's rows (as
-        :meth:`pack` gives them), or with none. Gradients flow back to a tensor.
+        :meth:`pack` gives them), or with none. They are copied; gradients flow back to a tensor.
 
         Raises:
             ValueError: a wrong shape.
@@ -168,11 +168,7 @@ class Changes(Rows):
             torch.Size([3, 2])
         """
         self.refuse_changes()
-        features = None
-        if visit_features is not None:
-            values = as_values("visit_features", visit_features)
-            check_features(values, values.shape[:1], (self.n_visits,))
-            features = as_tensor(values, self.device)
+        features = gather_features(visit_features, None, self.n_visits, self.device)
         return type(self)(
             self._layout,
             self._host,

@@ -110,12 +110,14 @@ def check_features(features: Any, leading: Any, expected: tuple[int, ...]) -> No
         raise TypeError(f"visit_features: expected a floating dtype, got {features.dtype}")
 
 
-def gather_features(features: Any, rows: Array | None, n_rows: int) -> Tensor | None:
+def gather_features(
+    features: Any, rows: Array | None, n_rows: int, device: torch.device = HOST
+) -> Tensor | None:
     if features is None:
         return None
     features = as_values("visit_features", features)
     check_features(features, features.shape[:1], (n_rows,))
-    return gather(features, rows)
+    return gather(features, rows, device)
 
 
 def gather_all(

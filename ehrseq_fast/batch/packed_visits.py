@@ -7,7 +7,7 @@ kernel could ask for, so that no step of a model has to ask the device. The buil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -29,9 +29,12 @@ class PackedVisits(Changes):
     :meth:`from_flat` or :meth:`from_padded`.
 
     A batch is immutable: its fields belong together, so they can neither be assigned nor written
-    to (a change in place is noticed, and refused with ``RuntimeError``, when the batch is next
-    used; not one made through ``.numpy()`` or ``.data``). :meth:`with_outcomes`,
-    :meth:`with_codes` and :meth:`with_features` make changed copies. Outcomes, features and targets
+    to. A change in place of codes, offsets, index, lengths or outcomes is noticed, and refused with
+    ``RuntimeError``, when the batch is next used, unless it is made through ``.numpy()`` or
+    ``.data``. One of ``visit_features`` or of a tensor in ``targets`` or ``visit_targets`` is not
+    noticed, and changes every batch that holds the tensor. Whatever a batch is made from is copied:
+    writing to it later changes no batch. :meth:`with_outcomes`, :meth:`with_codes` and
+    :meth:`with_features` make changed copies. Outcomes, features and targets
     go along with ``copy.deepcopy``, ``pickle``, slices, :meth:`cat`, :meth:`pin_memory` and
     :meth:`to`.
 
@@ -260,7 +263,7 @@ class PackedVisits(Changes):
         return cls(*contents)
 
     @classmethod
-    def cat(cls, batches: Sequence[PackedVisits]) -> PackedVisits:
+    def cat(cls, batches: Iterable[PackedVisits]) -> PackedVisits:
         """One batch of all the batches' patients, in that order.
 
         The batches must agree in what they hold: outcomes, features, names of targets. The result
@@ -277,6 +280,7 @@ class PackedVisits(Changes):
             >>> PackedVisits.cat([one, two]).codes
             tensor([2, 1, 3], dtype=torch.int32)
         """
+        batches = tuple(batches)  # an iterator can be read once
         for at, batch in enumerate(batches):
             if not isinstance(batch, PackedVisits):
                 raise TypeError(f"batches: expected PackedVisits, got {kind_of(batch)}, at {at}")

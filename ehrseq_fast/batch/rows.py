@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..arrays import expect_tensor, integer
+from .fill import check_fill
 from .layout import MOST_CODES
 from .storage import Storage
 
@@ -55,7 +56,9 @@ class Rows(Storage):
         inverse is :meth:`pack`.
 
         Raises:
-            ValueError: if ``values`` has not one row per visit, or ``total_length`` is too small.
+            ValueError: if ``values`` has not one row per visit, ``total_length`` is too small, or
+                the dtype of ``values`` does not hold ``fill`` (0.5 or -1 in uint8).
+            TypeError: if ``fill`` is no number, or a boolean for values that are not.
 
         Example:
             >>> import torch
@@ -66,6 +69,7 @@ class Rows(Storage):
                     [20., 30.]])
         """
         self._check_rows("values", values)
+        check_fill(fill, values.dtype)
         n_visits = self._total_length(total_length)
         slots = self._slots_within(n_visits)
         padded = values.new_full((len(self) * n_visits, *values.shape[1:]), fill)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from ..arrays import kind_of
 from ..autograd import outside_inference
 from .layout import Layout
 
@@ -160,16 +161,34 @@ class Storage:
             f"max_visits={self.max_visits}, device={self.device})"
         )
 
-    def to(self: Batch, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
+    def to(
+        self: Batch,
+        device: torch.device | str | int | None = None,
+        non_blocking: bool = False,
+        *,
+        dtype: None = None,
+    ) -> Batch:
         """This batch on ``device``; itself where it already is. ``batch_sizes`` and ``lengths``
         stay on the CPU. One copy carries all but the features and targets, without waiting for the
         device if the batch is pinned (:meth:`pin_memory`) and ``non_blocking`` is set.
+
+        Raises:
+            TypeError: for a dtype, or a tensor in place of a device. A batch has no dtype: codes,
+                offsets and outcomes are integers, and features keep the dtype they were given in.
 
         Example:
             >>> from ehrseq_fast.batch import PackedVisits
             >>> PackedVisits.from_lists([[[1]]]).to("cpu").device
             device(type='cpu')
         """
+        given = device if isinstance(device, (torch.dtype, Tensor)) else dtype
+        if given is not None:
+            found = kind_of(given) if isinstance(given, Tensor) else given
+            raise TypeError(
+                f"PackedVisits.to: expected a device, got {found}. A batch has no dtype to "
+                "convert; for its features: "
+                "batch.with_features(batch.visit_features.to(dtype))"
+            )
         self.refuse_changes()
         with outside_inference():
             moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
