@@ -5,8 +5,10 @@
 // Every sum is one chain over k in rising order, whatever R and V are: so a visit's numbers do not
 // depend on which rows share its tile, and hence not on the number of threads.
 
+#include "common/lanes.h"
+
 template <typename T>
-using Vector __attribute__((vector_size(EHRSEQ_VECTOR_BYTES))) = T;
+using Vector = lanes_t<T, EHRSEQ_VECTOR_BYTES / sizeof(T)>;
 
 // What values stored as S are added up in.
 template <typename S>
@@ -22,42 +24,15 @@ constexpr bool kIsBFloat16 = std::is_same_v<S, BFloat16>;
 template <typename S>
 constexpr int64_t kPack = kIsBFloat16<S> ? 2 : 1;
 
-typedef uint16_t HalfWords __attribute__((vector_size(EHRSEQ_VECTOR_BYTES / 2)));
-
-EHRSEQ_INLINE Vector<float> widen(HalfWords bits) {
-  return (Vector<float>)(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
-}
-
-// To nearest, ties to even; a NaN stays one.
-EHRSEQ_INLINE HalfWords narrow(Vector<float> value) {
-  const Vector<uint32_t> bits = (Vector<uint32_t>)value;
-  const Vector<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Vector<uint32_t> nan = Vector<uint32_t>{} + 0x7fc0u;
-  return __builtin_convertvector(value == value ? rounded : nan, HalfWords);
-}
-
 template <typename S>
 EHRSEQ_INLINE Vector<Sum<S>> load(const S* from) {
-  if constexpr (kIsBFloat16<S>) {
-    HalfWords bits;
-    __builtin_memcpy(&bits, from, sizeof(bits));
-    return widen(bits);
-  } else {
-    Vector<S> value;
-    __builtin_memcpy(&value, from, sizeof(value));
-    return value;
-  }
+  return load_lanes<kLanes<S>>(from);
 }
 
 template <typename S, typename Value>
 EHRSEQ_INLINE void store(S* to, Value value) {
   static_assert(std::is_same_v<Value, Vector<Sum<S>>>);
-  if constexpr (kIsBFloat16<S>) {
-    const HalfWords bits = narrow(value);
-    __builtin_memcpy(to, &bits, sizeof(bits));
-  } else {
-    __builtin_memcpy(to, &value, sizeof(value));
-  }
+  store_lanes<kLanes<S>>(to, value);
 }
 
 // The first `count` lanes; zeros in the others.

@@ -14,16 +14,13 @@
 
 namespace ehrseq::EHRSEQ_ISA {
 
-template <typename T, int64_t kCount>
-struct Vector {
-  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
-};
+#include "common/lanes.h"
 
 template <typename T>
 constexpr int64_t kLanes = 64 / sizeof(T);
 
 template <typename T>
-using Lanes = typename Vector<T, kLanes<T>>::type;
+using Lanes = lanes_t<T, kLanes<T>>;
 
 // The integer of the same width: what comparisons of lanes give (all bits set where true).
 template <typename T>
@@ -56,7 +53,7 @@ struct Wide {
 };
 
 EHRSEQ_INLINE Wide<float> widen(const Lanes<float>& lanes) {
-  const auto doubles = __builtin_convertvector(lanes, Vector<double, 16>::type);
+  const auto doubles = __builtin_convertvector(lanes, lanes_t<double, 16>);
   Wide<float> wide;
   std::memcpy(&wide, &doubles, sizeof wide);
   return wide;
@@ -65,77 +62,32 @@ EHRSEQ_INLINE Wide<float> widen(const Lanes<float>& lanes) {
 EHRSEQ_INLINE Wide<double> widen(const Lanes<double>& lanes) { return {{lanes}}; }
 
 EHRSEQ_INLINE Lanes<float> narrow(const Wide<float>& wide) {
-  Vector<double, 16>::type doubles;
+  lanes_t<double, 16> doubles;
   std::memcpy(&doubles, &wide, sizeof wide);
   return __builtin_convertvector(doubles, Lanes<float>);
 }
 
 EHRSEQ_INLINE Lanes<double> narrow(const Wide<double>& wide) { return wide.part[0]; }
 
-EHRSEQ_INLINE Lanes<float> load(const float* from) {
-  Lanes<float> lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
+// A 16-bit number is float in its lane.
+template <typename T>
+EHRSEQ_INLINE auto load(const T* from) {
+  return load_lanes<kLanes<accumulator_t<T>>>(from);
 }
 
-EHRSEQ_INLINE Lanes<double> load(const double* from) {
-  Lanes<double> lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-EHRSEQ_INLINE Lanes<uint32_t> load_sixteen_bits(const void* from) {
-  Vector<uint16_t, 16>::type halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return __builtin_convertvector(halves, Lanes<uint32_t>);
-}
-
-// Sixteen bits are widened exactly.
-EHRSEQ_INLINE Lanes<float> load(const BFloat16* from) {
-  return (Lanes<float>)(load_sixteen_bits(from) << 16);
-}
-
-EHRSEQ_INLINE Lanes<float> load(const Half* from) {
-  const Lanes<uint32_t> half = load_sixteen_bits(from);
-  const Lanes<uint32_t> magnitude = half & 0x7fff;
-  // The exponent's bias differs by 112. Subnormal numbers are counted in units of 2^-24: there is
-  // no subnormal float on the way, which a processor may have been told to take for zero.
-  const Lanes<uint32_t> normal = (magnitude << 13) + (uint32_t{112} << 23);
-  const Lanes<float> subnormal =
-      __builtin_convertvector((Mask<float>)magnitude, Lanes<float>) * 0x1p-24f;
-  const Lanes<uint32_t> is_subnormal = (Lanes<uint32_t>)(magnitude < 0x400);
-  const Lanes<uint32_t> not_finite = (Lanes<uint32_t>)(magnitude >= 0x7c00) & 0x7f800000;
-  const Lanes<uint32_t> bits =
-      (is_subnormal & (Lanes<uint32_t>)subnormal) | (~is_subnormal & (normal | not_finite));
-  return (Lanes<float>)(bits | ((half & 0x8000) << 16));
-}
-
-EHRSEQ_INLINE void store(float* to, const Lanes<float>& lanes) {
-  std::memcpy(to, &lanes, sizeof lanes);
-}
-
-EHRSEQ_INLINE void store(double* to, const Lanes<double>& lanes) {
-  std::memcpy(to, &lanes, sizeof lanes);
-}
-
-// Rounds to nearest, ties to even.
-EHRSEQ_INLINE void store(BFloat16* to, const Lanes<float>& lanes) {
-  const Lanes<uint32_t> bits = (Lanes<uint32_t>)lanes;
-  const Lanes<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Lanes<uint32_t> is_nan = (Lanes<uint32_t>)(lanes != lanes);
-  const auto halves =
-      __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Vector<uint16_t, 16>::type);
-  std::memcpy(to, &halves, sizeof halves);
+template <typename T>
+EHRSEQ_INLINE void store(T* to, const Lanes<accumulator_t<T>>& lanes) {
+  store_lanes<kLanes<accumulator_t<T>>>(to, lanes);
 }
 
 // Joins lane i of eight with lane i + 4, then the four with each other likewise: a fixed order.
 template <typename T, typename Join>
 EHRSEQ_INLINE T join_lanes(const Lanes<T>& lanes, Join&& join) {
   static_assert(kLanes<T> == 8);
-  typename Vector<T, 4>::type fours[2];
+  lanes_t<T, 4> fours[2];
   std::memcpy(fours, &lanes, sizeof fours);
   const auto four = join(fours[0], fours[1]);
-  typename Vector<T, 2>::type twos[2];
+  lanes_t<T, 2> twos[2];
   std::memcpy(twos, &four, sizeof twos);
   const auto two = join(twos[0], twos[1]);
   return join(two[0], two[1]);

@@ -83,7 +83,7 @@ void rows_nll(const LossSettings& settings, const Rows<scalar_t>& rows, double* 
 // --- masks -----------------------------------------------------------------------------------
 
 template <typename Values>
-using MaskLanes = typename Vector<typename Values::bits, 64 / sizeof(typename Values::bits)>::type;
+using MaskLanes = lanes_t<typename Values::bits, 64 / sizeof(typename Values::bits)>;
 
 template <typename Values>
 EHRSEQ_INLINE MaskLanes<Values> load_mask_lanes(const typename Values::bits* from) {
