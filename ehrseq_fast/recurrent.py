@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import backend
 from .autograd import transformed
+from .openmp import refuse_restricted_openmp
 
 States = tuple[Tensor, ...]
 Weights = Sequence[Sequence[Tensor]]
@@ -84,6 +85,7 @@ def run(
     chosen = backend.choose(cell.name, data.device.type, data.dtype)
     if transformed(data, *(tensor for layer in weights for tensor in layer), *(hx or ())):
         _check_batch_sizes(cell, data, batch_sizes)
+        refuse_restricted_openmp(data, cell.name)
         output, *finals = _layers(
             cell, data, batch_sizes, weights, hx, directions, rate, keep_gates
         )
@@ -98,6 +100,7 @@ def run(
             *(len(weights[0]) == 4, len(weights) // directions),
             *(rate, rate > 0, directions == 2),
         )
+        refuse_restricted_openmp(data, cell.name)
         output, *finals = cell.by_pytorch(data, batch_sizes, hx, flat, options)
     elif hx is not None and _is_one_small_step(data, batch_sizes, directions, rate):
         output, *finals = _one_step(cell, data, weights, hx)

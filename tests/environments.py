@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ehrseq_fast import PackedVisits
+from ehrseq_fast import PackedGRU, PackedVisits
 from ehrseq_fast.models import (
     CompetingRisksSurvivalLSTM,
     DiscreteTimeSurvivalLSTM,
     DiscreteTimeSurvivalLSTMWithTime,
     LSTMBaseline,
+    VisitEncoder,
 )
 
 VOCABULARY, EMBEDDING, HIDDEN = 300, 24, 50  # a width that leaves part of a vector unused
@@ -164,6 +165,46 @@ def refused_paths() -> dict[str, list[str]]:
                 said[path].append("")
             except RuntimeError as error:
                 said[path].append(str(error))
+            finally:
+                torch.backends.mkldnn.enabled = True
+    return said
+
+
+def refused_bfloat16() -> dict[str, str]:
+    """What is said where PyTorch's own products of bfloat16 would run, by what runs them."""
+    batch, dtype = without_features(make_batch()), torch.bfloat16
+
+    def hooked(model: torch.nn.Module, name: str) -> torch.nn.Module:
+        model.get_submodule(name).register_forward_hook(lambda *_: None)
+        return model
+
+    def with_gru() -> torch.nn.Module:
+        model = make("survival")
+        model.lstm = torch.nn.GRU(EMBEDDING, HIDDEN, batch_first=True)
+        return model
+
+    rows = torch.randn(200, 8, EMBEDDING, dtype=dtype)
+    encoder = VisitEncoder(EMBEDDING, "attention").to(dtype).eval()
+    padded = torch.randn(4, 30, EMBEDDING, dtype=dtype)
+    calls: dict[str, Callable[[], Any]] = {
+        "encoder": lambda: encoder(rows),
+        "hooked head": lambda: hooked(make("survival"), "hazard_head").to(dtype)(batch),
+        "hooked fc": lambda: hooked(make("baseline, mean"), "fc").to(dtype)(batch),
+        "hooked attention": lambda: hooked(
+            make("baseline, attention"), "visit_encoder.attention.0"
+        ).to(dtype)(batch),
+        "padded head": lambda: make("baseline, mean", "padded").to(dtype)(batch),
+        "GRU in place": lambda: with_gru().to(dtype)(batch),
+        "PackedGRU, padded": lambda: PackedGRU(EMBEDDING, HIDDEN).to(dtype)(padded),
+        "fused": lambda: make("survival").to(dtype)(batch),  # the package's own kernels
+    }
+    said = {}
+    for name, call in calls.items():
+        try:
+            call()
+            said[name] = ""
+        except RuntimeError as error:
+            said[name] = str(error)
     return said
 
 
@@ -239,7 +280,16 @@ def ten_threads() -> dict[str, Found]:
 
 CHECKS: dict[str, Callable[[], Any]] = {
     check.__name__: check
-    for check in (plain, refused_paths, plain_paths, threads, forked, spawned, ten_threads)
+    for check in (
+        plain,
+        refused_paths,
+        refused_bfloat16,
+        plain_paths,
+        threads,
+        forked,
+        spawned,
+        ten_threads,
+    )
 }
 
 

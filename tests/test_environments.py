@@ -20,7 +20,7 @@ from . import environments as env
 pytestmark = pytest.mark.usefixtures("compiled")
 
 # environment variables, and the checks that run in one process with them
-RESTRICTED = ("refused_paths", "plain_paths")
+RESTRICTED = ("refused_paths", "refused_bfloat16", "plain_paths")
 PROCESSES = {
     "as it comes": (
         {"OMP_NUM_THREADS": "2"},
@@ -76,6 +76,13 @@ def test_pytorchs_lstm_is_refused_where_openmp_is_restricted(found, name, path):
     with_onednn, without = found[name]["refused_paths"][path]
     assert "gives wrong numbers where OMP_" in with_onednn
     assert without == ""
+
+
+@pytest.mark.parametrize("name", ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC"])
+def test_pytorchs_products_of_bfloat16_are_refused_where_openmp_is_restricted(found, name):
+    said = found[name]["refused_bfloat16"]
+    assert said.pop("fused") == ""
+    assert [what for what, error in said.items() if "wrong numbers where OMP_" not in error] == []
 
 
 @pytest.mark.parametrize("path", ["packed", "padded"])

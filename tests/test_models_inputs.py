@@ -307,3 +307,26 @@ def test_inputs_are_left_as_they_were(unemulated):
         before = [tensor.clone() for tensor in batch]
         output_of(build("baseline-attention", path), batch).sum().backward()
         assert all(torch.equal(now, then) for now, then in zip(batch, before, strict=True))
+
+
+def test_masks_are_not_differentiated_by_in_silence():
+    """A mask of zeros and ones is dropped where its codes are packed, unless it has a gradient."""
+    model = build("survival").double().eval()
+    codes, _, sequence_mask = ragged_batch(fewest_codes=1)
+    mask = torch.ones(codes.shape, dtype=torch.float64)
+    tangent = torch.rand(codes.shape, dtype=torch.float64)
+
+    def hazards(mask):
+        return model(codes, mask, sequence_mask).sum()
+
+    derivative = torch.func.jvp(hazards, (mask,), (tangent,))[1]
+    model.path = "padded"
+    torch.testing.assert_close(derivative, torch.func.jvp(hazards, (mask,), (tangent,))[1])
+    assert derivative != 0
+    model.path = "fused"
+    for differentiate in (
+        lambda: hazards(mask.clone().requires_grad_()),
+        lambda: torch.func.grad(hazards)(mask),
+    ):
+        with pytest.raises(ValueError, match=r"no gradient for it: pass mask\.detach"):
+            differentiate()

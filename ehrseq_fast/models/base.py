@@ -16,7 +16,7 @@ from ..autograd import transformed, values_are_hidden
 from ..batch import PackedVisits
 from ..checks import expect_option, refuse_codes_outside
 from ..rows import PackedRows, VisitState
-from .head import hazards_of, run_network
+from .head import called, hazards_of, run_network
 from .pooling import plain_pool
 from .reading import is_plain_embedding
 from .recurrent import first_state, recurrent_layer, run, run_plain
@@ -103,11 +103,11 @@ class VisitSequenceModel(nn.Module):
 
     def _apply_head(self, head: nn.Module, states: Tensor) -> Tensor:
         """A hazard head of states; on the packed and padded paths in plain PyTorch."""
-        return hazards_of(head, states) if self.path == "fused" else head(states)
+        return hazards_of(head, states) if self.path == "fused" else called(head, states)
 
     def _apply_network(self, network: nn.Module, rows: Tensor) -> Tensor:
         """Likewise a Linear, or several with activations between them."""
-        return run_network(network, rows) if self.path == "fused" else network(rows)
+        return run_network(network, rows) if self.path == "fused" else called(network, rows)
 
     # Whole records
 

@@ -14,10 +14,22 @@ from torch import Tensor, nn
 
 from ..hazard_head.op import hazard_head
 from ..linear.op import dtypes_for, linear_layer
+from ..openmp import refuse_restricted_openmp
 from .reading import are_plain, is_plain
 
 _HEAD = (nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.Sigmoid)
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
+
+
+def called(network: nn.Module, rows: Tensor) -> Tensor:
+    """``network(rows)``.
+
+    Raises:
+        RuntimeError: where PyTorch's products would be wrong
+            (:func:`~ehrseq_fast.openmp.refuse_restricted_openmp`).
+    """
+    refuse_restricted_openmp(rows, type(network).__name__)
+    return network(rows)
 
 
 def hazards_of(head: nn.Module, states: Tensor) -> Tensor:
@@ -28,10 +40,10 @@ def hazards_of(head: nn.Module, states: Tensor) -> Tensor:
     the transforms of ``torch.func``, as the modules are.
     """
     if not _is_hazard_head(head):
-        return head(states)
+        return called(head, states)
     dtypes = dtypes_for(states, *head.parameters())
     if dtypes is None:
-        return head(states)
+        return called(head, states)
     computed, result = dtypes
     assert isinstance(head, nn.Sequential)
     hidden, last = cast(nn.Linear, head[0]), cast(nn.Linear, head[3])
@@ -58,10 +70,10 @@ def run_network(network: nn.Module, rows: Tensor) -> Tensor:
     """``network(rows)`` for a Linear, or a Sequential of Linears with ReLU or Tanh between them."""
     layers = [network] if isinstance(network, nn.Linear) else network
     if not _is_plain_network(layers):
-        return network(rows)
+        return called(network, rows)
     dtypes = dtypes_for(rows, *network.parameters())
     if dtypes is None:
-        return network(rows)
+        return called(network, rows)
     computed, result = dtypes
     rows = rows.to(computed)
     modules = list(cast(nn.Sequential, layers))

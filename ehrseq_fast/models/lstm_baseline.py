@@ -15,7 +15,7 @@ from ..batch import PackedVisits
 from ..checks import expect_option
 from ..visit_pool import codes_in_use, masked_pool, packed_visit_pool
 from .base import VisitSequenceModel
-from .head import run_network
+from .head import called, run_network
 from .pooling import attend, plain_pool
 from .reading import are_plain, is_plain, is_plain_embedding, readable
 from .recurrent import visit_layer
@@ -82,6 +82,9 @@ class VisitEncoder(nn.Module):
                 nn.Linear(embedding_dim // 2, 1),
             )
 
+    def _scores(self, embeddings: Tensor) -> Tensor:
+        return called(self.attention, embeddings)
+
     def forward(self, visit_embeddings: Tensor, visit_mask: Tensor | None = None) -> Tensor:
         """``[..., C, E]`` → ``[..., E]``.
 
@@ -108,7 +111,7 @@ class VisitEncoder(nn.Module):
                 f"visit_embeddings, got shape {list(visit_mask.shape)}"
             )
         if self.aggregation == "attention":
-            vectors = attend(visit_embeddings, visit_mask, self.attention)
+            vectors = attend(visit_embeddings, visit_mask, self._scores)
         else:
             vectors = masked_pool(visit_embeddings, visit_mask, mode=self.aggregation)
         return self.dropout(vectors)
@@ -125,7 +128,7 @@ class VisitEncoder(nn.Module):
             vectors = packed_visit_pool(codes_in_use(batch), table, mode="attention", scores=scores)
         else:
             rows = embed(embedding, batch.codes)
-            scores = self.attention(rows).squeeze(-1).to(rows.dtype)
+            scores = self._scores(rows).squeeze(-1).to(rows.dtype)
             vectors = pool_rows(batch, rows, "attention", scores)
         return self.dropout(vectors)
 
@@ -138,7 +141,7 @@ class VisitEncoder(nn.Module):
     def encode_plain(self, visit_embeddings: Tensor, visit_mask: Tensor | None = None) -> Tensor:
         """:meth:`forward` in plain PyTorch operations alone, for the packed and padded paths."""
         if self.aggregation == "attention":
-            vectors = attend(visit_embeddings, visit_mask, self.attention)
+            vectors = attend(visit_embeddings, visit_mask, self._scores)
         else:
             vectors = plain_pool(visit_embeddings, visit_mask, self.aggregation)
         return self.dropout(vectors)

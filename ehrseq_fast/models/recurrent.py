@@ -13,9 +13,9 @@ from torch.utils.hooks import BackwardHook
 
 from ..backend import use_backend
 from ..checks import expect_option
+from ..openmp import refuse_restricted_openmp
 from ..packed_gru import PackedGRU
 from ..packed_lstm import PackedLSTM
-from ..packed_lstm.threads import refuse_restricted_openmp
 
 CELLS: dict[str, type[PackedLSTM] | type[PackedGRU]] = {"lstm": PackedLSTM, "gru": PackedGRU}
 
@@ -76,8 +76,14 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
 
     Raises:
         TypeError: if the result is not that of a recurrent layer.
+        RuntimeError: where PyTorch's own layers would run and be wrong
+            (:func:`~ehrseq_fast.openmp.refuse_restricted_openmp`).
     """
     layer = recurrent_layer(module)
+    if not isinstance(layer, tuple(CELLS.values())):  # which see to this themselves
+        data = input if isinstance(input, Tensor) else input.data
+        is_lstm = getattr(layer, "mode", "LSTM") == "LSTM"
+        refuse_restricted_openmp(data, type(layer).__name__, is_lstm=is_lstm)
     hook = _backward_hook(module) if isinstance(input, PackedSequence) else None
     if hook is not None:
         input = input._replace(data=hook.setup_input_hook((input.data,))[0])  # type: ignore[union-attr]
@@ -130,12 +136,8 @@ def run_plain(module: nn.Module, input: Tensor | PackedSequence) -> tuple[Any, A
     show.
 
     Raises:
-        RuntimeError: where PyTorch's LSTM would be wrong
-            (:func:`~ehrseq_fast.packed_lstm.threads.refuse_restricted_openmp`).
+        RuntimeError: as :func:`run`.
     """
-    if getattr(recurrent_layer(module), "mode", "LSTM") == "LSTM":
-        data = input if isinstance(input, Tensor) else input.data
-        refuse_restricted_openmp(data, 'path="padded" and path="packed"')
     with use_backend("reference"):
         return run(module, input)
 

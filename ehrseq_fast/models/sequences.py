@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..arrays import expect_tensor, kind_of
-from ..autograd import outside_transforms
+from ..autograd import outside_transforms, transformed
 from ..backend import validate_on_device
 from ..batch import PackedVisits
 from ..checks import zero_lengths
@@ -138,10 +138,12 @@ def check_sequence_mask(sequence_mask: Tensor) -> None:
 
 
 def is_fractional(visit_mask: Tensor | None) -> bool:
-    """Whether a mask weighs codes instead of keeping or dropping them. Waits for a GPU, unless the
-    mask is bool."""
+    """Whether a mask weighs codes instead of keeping or dropping them, or is differentiated by, as
+    weights can be. Waits for a GPU, unless the mask is bool."""
     if visit_mask is None or visit_mask.dtype == torch.bool:
         return False
+    if visit_mask.requires_grad or transformed(visit_mask):
+        return True
     return bool(((visit_mask != 0) & (visit_mask != 1)).any())
 
 

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import backend
 from ..autograd import transformed
+from ..openmp import refuse_restricted_openmp
 from .op import packed_gru
 
 
@@ -51,6 +52,8 @@ class PackedGRU(nn.GRU):
                 training=self.training,
                 keep_gates=self.keep_gates,
             )
+        data = input.data if isinstance(input, PackedSequence) else input
+        refuse_restricted_openmp(data, "PackedGRU")
         return super().forward(input, hx)
 
     def _takes(self, input, hx) -> bool:

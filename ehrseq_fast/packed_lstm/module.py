@@ -7,8 +7,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import backend
 from ..autograd import transformed
+from ..openmp import refuse_restricted_openmp
 from .op import packed_lstm
-from .threads import refuse_restricted_openmp
 
 
 class PackedLSTM(nn.LSTM):
@@ -55,7 +55,7 @@ class PackedLSTM(nn.LSTM):
                 keep_gates=self.keep_gates,
             )
         data = input.data if isinstance(input, PackedSequence) else input
-        refuse_restricted_openmp(data, "PackedLSTM")
+        refuse_restricted_openmp(data, "PackedLSTM", is_lstm=True)
         return super().forward(input, hx)
 
     def _takes(self, input, hx) -> bool:

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..autograd import once
+from ..openmp import refuse_restricted_openmp
 from ..recurrent import Cell, run
 from . import operators  # noqa: F401  (which defines what is called here)
 from .reference import packed_lstm_layer
-from .threads import refuse_restricted_openmp
 
 States = tuple[Tensor, Tensor]
 
@@ -83,7 +83,7 @@ def _step(data: Tensor, states: tuple[Tensor, ...], weights: Sequence[Tensor]) -
 
 
 def _by_pytorch(data, batch_sizes, states, weights, options):
-    refuse_restricted_openmp(data, "packed_lstm")
+    refuse_restricted_openmp(data, "packed_lstm", is_lstm=True)
     return torch._VF.lstm(data, batch_sizes, states, weights, *options)  # type: ignore[attr-defined]
 
 
