@@ -59,6 +59,8 @@ class Layer:
         fast: this package's module.
         function: this package's function, ``(sequence, weights, bidirectional=...)``.
         reference: the definition of one direction, ``(rows, batch_sizes, *weights, reverse=...)``.
+        share: of the time for its targets that a whole run gives it. Below 1, these are all that is
+            measured: what else there is to say of the layers' common kernels, one of them says.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Layer:
     fast: Callable[[int, int], nn.RNNBase]
     function: Callable[..., tuple[PackedSequence, Any]]
     reference: Callable[..., tuple[Tensor, ...]]
+    share: float = 1.0
 
     @property
     def plain(self) -> Callable[[int, int], nn.RNNBase]:
@@ -319,8 +322,10 @@ def jobs(layer: Layer, settings: Settings) -> Iterator[Job]:
 
     few, many = (16, 32) if settings.quick else (256, 1024)
     on_cpu = settings.device == "cpu"
-    yield job(30, few, for_target=on_cpu)
-    yield job(100, many, for_target=on_cpu)
+    yield job(30 * layer.share, few, for_target=on_cpu)
+    yield job(100 * layer.share, many, for_target=on_cpu)
+    if layer.share < 1:
+        return
     yield job(12, few, phase="forward")
     yield job(22, many, phase="forward")
     yield job(25, settings.main_workload)

@@ -103,7 +103,7 @@ def test_the_whole_run_is_planned_within_its_time():
     }
     assert all(weight > 0 for weight in weights.values())
     # the weights are seconds on two cores; time to start, build batches and draw comes on top
-    assert sum(weights.values()) <= suite.BUDGET_S["cpu"] + 60 <= 13 * 60
+    assert sum(weights.values()) <= suite.BUDGET_S["cpu"] + 60 <= 14.5 * 60
     assert suite.BUDGET_S["cuda"] <= 9 * 60
 
 
@@ -323,7 +323,7 @@ def test_figures_of_a_run_are_drawn_and_bear_its_digest(quick_run):
         image = plot.image_path(quick_run, results.read(quick_run), name).read_bytes()
         assert image[:4] == b"\x89PNG"
         assert plot.digest(quick_run).encode() in image
-        assert len(image) < 200_000
+        assert len(image) < 250_000
 
 
 def test_the_readmes_tables_come_from_the_newest_run(quick_run, monkeypatch):

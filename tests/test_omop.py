@@ -186,7 +186,7 @@ def test_bad_requests_are_refused(database):
         read_omop(database, outcome_concept_id=OUTCOME, tables="drug")
     with pytest.raises(ValueError, match=r"tables: expected .* at least one of .*, got none"):
         read_omop(database, outcome_concept_id=OUTCOME, tables=iter(()))
-    with pytest.raises(TypeError, match="tables: expected a sequence .*, got None"):
+    with pytest.raises(TypeError, match=r"tables: expected a sequence .*, got None"):
         read_omop(database, outcome_concept_id=OUTCOME, tables=None)
     with pytest.raises(ValueError, match="outcome_concept_id 12345 never occurs"):
         read_omop(database, outcome_concept_id=12345)
