@@ -23,8 +23,6 @@ from .arguments import FLOATING, INTEGER, Call, Draw
 
 MODES = ("mean", "sum", "max")
 REDUCTIONS = ("none", "mean", "sum")
-# The CPU has no kernel of it: there, autograd scales the saved gradient.
-NOT_ON_CPU = ("survival_nll_scale",)
 
 _makers: dict[str, Callable[[Draw, Any], Call]] = {}
 
@@ -245,7 +243,6 @@ def _nll(draw: Draw, ops: Any, name: str) -> Call:
 
 @makes("survival_nll_scale")
 def _scale(draw: Draw, ops: Any, name: str) -> Call:
-    """On the CPU autograd does this; there is a kernel on a GPU alone."""
     patients, slots = draw.whole(1, 5), draw.whole(1, 6)
     dtype = draw.one_of(FLOATING)
     saved = torch.float32 if dtype == torch.float16 else dtype

@@ -18,10 +18,7 @@ from .arguments import FLOATING, Call, Draw, change
 # What bad arguments may raise. Whatever else comes out is a defect.
 ERRORS = (ValueError, TypeError, IndexError, RuntimeError, OverflowError, MemoryError)
 CUDA = "cuda/"
-TARGETS = (
-    *(name for name in operators.known_operators() if name not in operators.NOT_ON_CPU),
-    *batches.BUILDERS,
-)
+TARGETS = (*operators.known_operators(), *batches.BUILDERS)
 CUDA_TARGETS = tuple(CUDA + name for name in operators.ON_CUDA)
 
 
