@@ -86,6 +86,17 @@ def values_are_hidden(*tensors: Tensor | None) -> bool:
     return False
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The plain tensor under all transforms of ``torch.func``, with a dimension more for each
+    ``vmap`` over it: to ask something of all its values at once, :func:`outside_transforms`."""
+    if not torch._C._are_functorch_transforms_active():
+        return tensor
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
     """Inside, new tensors are plain ones, whichever transform of ``torch.func`` is active.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arrays import expect_tensor, kind_of, whole
+from .autograd import outside_transforms, unwrapped, values_are_hidden
 from .backend import validate_on_device
 from .checks import accumulator
 from .models.sequences import refuse_zero_lengths
@@ -52,7 +54,8 @@ class FixedHorizonProgressionLoss(nn.Module):
 
         Raises:
             ValueError: for shapes that differ, labels outside [0, 1] at valid visits, and a mask
-                that is not finite (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``).
+                that is not finite (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``; under ``vmap`` those
+                of all samples are looked at).
             TypeError: for anything but tensors of real numbers; of
                 :class:`~ehrseq_fast.PackedRows` pass ``to_padded()``.
         """
@@ -98,33 +101,47 @@ def _reads_values(tensor: Tensor) -> bool:
 def _check_finite(valid_mask: Tensor) -> None:
     if not valid_mask.is_floating_point() or not _reads_values(valid_mask):
         return
-    places = (~valid_mask.isfinite()).nonzero()
-    if len(places):
-        first = places[0].tolist()
+    found = _first_wrong(valid_mask, lambda mask: ~mask.isfinite())
+    if found:
         raise ValueError(
-            f"valid_mask: expected finite numbers, found {len(places)} others; the first is "
-            f"{valid_mask[tuple(first)].item():g} at [patient, visit] = {first}"
+            f"valid_mask: expected finite numbers, found {found[0]} others; the first is {found[1]}"
         )
 
 
 def _check_targets(targets: Tensor) -> None:
     if not _reads_values(targets):
         return
-    wrong = ~((targets >= 0) & (targets <= 1))
-    places = wrong.nonzero()
-    if len(places):
-        first = places[0].tolist()
+    found = _first_wrong(targets, lambda values: ~((values >= 0) & (values <= 1)))
+    if found:
         raise ValueError(
-            f"Found {len(places)} labels outside [0, 1] at valid visits. The first is "
-            f"{targets[tuple(first)].item():g} at [patient, visit] = {first}."
+            f"Found {found[0]} labels outside [0, 1] at valid visits. The first is {found[1]}."
         )
+
+
+def _first_wrong(values: Tensor, is_wrong: Callable[[Tensor], Tensor]) -> tuple[int, str] | None:
+    """How many values are wrong, and the first with its place. Under ``vmap`` those of all samples
+    are looked at, and the first is named without its place, as it has the samples' dimension."""
+    mapped, plain = values_are_hidden(values), unwrapped(values)
+    with outside_transforms():
+        places = is_wrong(plain).nonzero()
+        if not len(places):
+            return None
+        first = places[0].tolist()
+        where = "" if mapped else f" at [patient, visit] = {first}"
+        return len(places), f"{plain[tuple(first)].item():g}{where}"
+
+
+_NUMBERS = (int, float, np.integer, np.floating, Tensor)
 
 
 class MultiTaskSurvivalLoss(nn.Module):
     """Weighted sum of the losses of several tasks, ``Σ_k w_k · L_k``.
 
     Args:
-        task_weights: weight of each task, by name.
+        task_weights: weight of each task, by name: numbers, or tensors where they are learnt.
+
+    Raises:
+        TypeError: for weights that are no mapping, and a weight that is no number.
 
     Example:
         >>> import torch
@@ -134,12 +151,18 @@ class MultiTaskSurvivalLoss(nn.Module):
         tensor(4.)
     """
 
-    def __init__(self, task_weights: Mapping[str, float]) -> None:
+    def __init__(self, task_weights: Mapping[str, float | Tensor]) -> None:
         super().__init__()
         if not isinstance(task_weights, Mapping):
             raise TypeError(
                 f"task_weights: expected a mapping of names to weights, got {kind_of(task_weights)}"
             )
+        for name, weight in task_weights.items():
+            if not isinstance(weight, _NUMBERS) or isinstance(weight, bool):
+                raise TypeError(
+                    f"task_weights[{name!r}]: expected a number, got {weight!r:.50} of type "
+                    f"{type(weight).__name__}"
+                )
         self.task_weights = dict(task_weights)
 
     def extra_repr(self) -> str:
@@ -202,6 +225,7 @@ def compute_masked_loss(
         lengths: ``[B]``, real visits of each patient, from 1 to T.
 
     Raises:
+        RuntimeError: where ``vmap`` runs over ``lengths`` (it may run over the other two).
         ValueError: for shapes other than these three, and lengths outside [1, T].
         TypeError: for class indices that are not integers, and for
             :class:`~ehrseq_fast.PackedRows`, whose values are real visits already.
@@ -246,7 +270,18 @@ def compute_masked_loss(
 
 def _rows_of_real_visits(lengths: Tensor | Sequence[int], patients: int, visits: int) -> Tensor:
     """Positions of the real visits in the flattened ``[B * T]``, on the host."""
-    lengths = torch.from_numpy(whole("lengths", lengths))
+    if isinstance(lengths, Tensor):
+        if values_are_hidden(lengths):
+            raise RuntimeError(
+                "lengths: expected values that choose the rows, which torch.func.vmap hides: give "
+                "all patients in one call, or the same lengths to every sample, as a list"
+            )
+        lengths = unwrapped(lengths)
+    with outside_transforms():
+        return _rows_within(torch.from_numpy(whole("lengths", lengths)), patients, visits)
+
+
+def _rows_within(lengths: Tensor, patients: int, visits: int) -> Tensor:
     if lengths.shape != (patients,):
         raise ValueError(f"lengths: expected [B] = [{patients}], got shape {list(lengths.shape)}")
     refuse_zero_lengths(lengths)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import vmap
 
 from ehrseq_fast import (
     PackedRows,
@@ -268,3 +270,60 @@ def test_losses_show_their_settings():
     assert "'survival': 1.0" in repr(MultiTaskSurvivalLoss({"survival": 1.0}))
     assert FixedHorizonProgressionLoss().horizon_days is None
     assert MultiTaskSurvivalLoss({"a": 2.0}).task_weights == {"a": 2.0}
+
+
+@pytest.mark.parametrize("weight", ["2", None, True, [1.0], 1j])
+def test_multi_task_loss_refuses_weights_that_are_no_numbers(weight):
+    with pytest.raises(TypeError, match=r"task_weights\['a'\]: expected a number, got "):
+        MultiTaskSurvivalLoss({"b": 1.0, "a": weight})
+
+
+def test_multi_task_loss_takes_numbers_of_any_kind():
+    learnt = torch.tensor(2.0, requires_grad=True)
+    weights = {"a": 1, "b": np.float32(0.5), "c": learnt}
+    loss = MultiTaskSurvivalLoss(weights)({name: torch.tensor(4.0) for name in weights})
+    loss.backward()
+    assert (loss.item(), learnt.grad.item()) == (14.0, 4.0)
+
+
+@pytest.mark.parametrize("dims", [(0, 0, 0), (1, 2, 0), (0, None, None)])
+def test_horizon_loss_under_vmap(dims):
+    given = (torch.randn(3, 2, 4), torch.randint(0, 2, (3, 2, 4)), torch.ones(3, 2, 4))
+    given[2][1, 0, 2:] = 0.0
+    inputs = [x[0] if dim is None else x for x, dim in zip(given, dims, strict=True)]
+    mapped = [x if dim is None else x.movedim(0, dim) for x, dim in zip(inputs, dims, strict=True)]
+    loss = FixedHorizonProgressionLoss()
+    by_sample = [
+        loss(*(x if dim is None else x[i] for x, dim in zip(inputs, dims, strict=True)))
+        for i in range(3)
+    ]
+    torch.testing.assert_close(vmap(loss, dims)(*mapped), torch.stack(by_sample))
+
+
+def test_horizon_loss_under_vmap_refuses_what_one_sample_holds():
+    logits, labels, valid = torch.randn(3, 2, 4), torch.zeros(3, 2, 4), torch.ones(3, 2, 4)
+    labels[1, 1, 2], valid[1, 1, 3] = 7.0, 0.0
+    labels[1, 1, 3] = -1.0  # not valid
+    mapped = vmap(FixedHorizonProgressionLoss())
+    with pytest.raises(ValueError, match=r"Found 1 labels outside \[0, 1\] .*The first is 7\."):
+        mapped(logits, labels, valid)
+    valid[2, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"valid_mask: expected finite .*1 others.* is inf"):
+        mapped(logits, labels, valid)
+
+
+def test_masked_loss_under_vmap():
+    """Over predictions and labels; over lengths it says so."""
+    scores, labels = torch.randn(2, 3, 4), torch.ones(2, 3, 4)
+    criterion = torch.nn.BCEWithLogitsLoss()
+
+    def loss(scores, labels, lengths=(1, 2, 3)):
+        return compute_masked_loss(criterion, scores, labels, lengths)
+
+    by_sample = [loss(*one) for one in zip(scores, labels, strict=True)]
+    torch.testing.assert_close(vmap(loss)(scores, labels), torch.stack(by_sample))
+    same = torch.tensor([1, 2, 3])
+    found = vmap(loss, (0, 0, None))(scores, labels, same)
+    torch.testing.assert_close(found, torch.stack(by_sample))
+    with pytest.raises(RuntimeError, match=r"lengths: .*vmap hides: give all patients in one call"):
+        vmap(loss)(scores, labels, torch.tensor([[1, 2, 3], [1, 1, 1]]))
