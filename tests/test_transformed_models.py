@@ -125,6 +125,31 @@ def test_plain_paths_name_the_fused_one(path):
         assert_close(grad(function)(parameters), expected)
 
 
+@pytest.mark.parametrize("path", ["fused", "packed"])
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM, nn.RNN])
+def test_a_layer_of_pytorch_in_the_place_of_the_models_is_named(layer, path):
+    model = build("survival", path=path)
+    model.lstm = layer(model.lstm.input_size, model.lstm.hidden_size, batch_first=True)
+    weights = {key: p.detach() for key, p in model.named_parameters()}
+
+    packed = batch()
+
+    def total(weights):
+        return functional_call(model, weights, (packed,)).values.sum()
+
+    message = (
+        rf'of class {layer.__name__}, on path=.{path}. runs .* cell \(cell="lstm" or cell="gru"\) '
+        'on path="fused" is transformed'
+    )
+    with pytest.raises(RuntimeError, match=message):
+        grad(total)(weights)
+    with pytest.raises(RuntimeError, match=message):
+        jvp(total, (weights,), (weights,))
+    stacked = {key: torch.stack([p, p]) for key, p in weights.items()}
+    with pytest.raises(RuntimeError, match=message):
+        vmap(total)(stacked)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_batches_are_not_mapped_over(path):
     model = build("survival", path=path)

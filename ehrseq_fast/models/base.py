@@ -19,7 +19,7 @@ from ..rows import PackedRows, VisitState
 from .head import called, hazards_of, run_network
 from .pooling import plain_pool
 from .reading import is_plain_embedding
-from .recurrent import first_state, recurrent_layer, run, run_plain
+from .recurrent import first_state, recurrent_layer, run, run_plain, untransformed
 from .sequences import (
     check_padded_batch,
     check_sequence_mask,
@@ -157,11 +157,7 @@ class VisitSequenceModel(nn.Module):
         except RuntimeError as error:
             if not transformed(*self.parameters()):
                 raise
-            raise RuntimeError(
-                f"path={self.path!r} runs PyTorch's own recurrent layer, which torch.func and "
-                'forward-mode differentiation do not transform in this way; path="fused" is '
-                f"({error})"
-            ) from error
+            raise untransformed(self.lstm, self.path, error) from error
 
     def _run_batch(self, batch: PackedVisits) -> HiddenStates:
         if len(batch) == 0:
@@ -208,12 +204,23 @@ class VisitSequenceModel(nn.Module):
         to_output: Callable[[Tensor], Any],
     ) -> HiddenStates:
         sequence = batch.as_packed_sequence(self._lstm_input(vectors, visit_features))
-        states = run(self.lstm, sequence)[0].data
+        states = self._run_layer(sequence)
         ends = states.index_select(0, batch.last_rows)
         if recurrent_layer(self.lstm).bidirectional:
             first_rows = states.index_select(0, batch.unsorted_indices)
             ends = _of_both_directions(ends, first_rows)
         return HiddenStates(states, ends, to_output)
+
+    def _run_layer(self, sequence: PackedSequence) -> Tensor:
+        if torch.compiler.is_compiling():  # a graph may break in the layer, but not within a try
+            return run(self.lstm, sequence)[0].data
+        try:
+            return run(self.lstm, sequence)[0].data
+        except RuntimeError as error:
+            of_pytorch = type(recurrent_layer(self.lstm)) in (nn.LSTM, nn.GRU, nn.RNN)
+            if not of_pytorch or not transformed(sequence.data, *self.parameters()):
+                raise
+            raise untransformed(self.lstm, self.path, error) from error
 
     def _run_packed(
         self,

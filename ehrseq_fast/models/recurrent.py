@@ -142,6 +142,17 @@ def run_plain(module: nn.Module, input: Tensor | PackedSequence) -> tuple[Any, A
         return run(module, input)
 
 
+def untransformed(module: nn.Module, path: str, error: RuntimeError) -> RuntimeError:
+    """The error of a transform that PyTorch's recurrent layers do not have a rule for."""
+    layer = recurrent_layer(module)
+    return RuntimeError(
+        f"model.lstm, of class {type(layer).__name__}, on path={path!r} runs PyTorch's own "
+        "recurrent layer, which torch.func and forward-mode differentiation do not transform in "
+        'this way; the model\'s own cell (cell="lstm" or cell="gru") on path="fused" is '
+        f"transformed ({error})"
+    )
+
+
 def first_state(module: nn.Module, n_patients: int) -> tuple[Tensor, Tensor | None]:
     """The state before the first visit: ``h`` and, for an LSTM, ``c``.
 
