@@ -108,6 +108,14 @@ def test_records_that_do_not_belong_together_are_refused(what):
         replace(records(), **changed)
 
 
+def test_a_vocabulary_takes_names_from_any_iterable():
+    names = ["", "a", "b"]
+    assert Vocabulary(np.array([0, 40, 41]), iter(names)).names == ("", "a", "b")
+    vocabulary = Vocabulary(np.array([0, 40, 41]), names)
+    names.clear()
+    assert len(vocabulary) == 3
+
+
 def test_a_vocabulary_is_ascending():
     with pytest.raises(ValueError, match="ascending"):
         Vocabulary(np.array([0, 41, 40]), ("", "b", "a"))

@@ -27,6 +27,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concept_ids", longs("concept_ids", self.concept_ids))
+        object.__setattr__(self, "names", tuple(self.names))
         if self.concept_ids.ndim != 1:
             raise ValueError(
                 f"concept_ids: expected 1 dimension, got shape {list(self.concept_ids.shape)}"
@@ -55,7 +56,8 @@ class EventRecords:
 
     Flat arrays with offsets, nothing padded: visit ``v`` holds ``codes[visit_offsets[v]:
     visit_offsets[v + 1]]``, patient ``p`` the visits ``patient_offsets[p]`` up to
-    ``patient_offsets[p + 1]``, in order of time.
+    ``patient_offsets[p + 1]``, in order of time. Arrays of int32 or int64 are kept, not copied:
+    they may be memory-mapped, and must not be written to.
 
     Attributes:
         codes: int32 ``[n_codes]``, indices into ``vocabulary``, never 0, ascending and distinct
