@@ -1,4 +1,4 @@
-"""Results for people: aligned text."""
+"""Results as text with aligned columns."""
 
 from __future__ import annotations
 

@@ -1,11 +1,9 @@
 """EHR sequence models that cost what their real codes cost.
 
-Operations: :func:`visit_mean_pool`, :func:`masked_pool` and :func:`packed_visit_pool` (codes →
-visit vectors), :func:`packed_lstm` and :func:`packed_gru` (visit vectors → hidden states), and the
-survival losses (:func:`discrete_time_survival_nll`, :func:`competing_risks_nll` and their
-``packed_`` forms).
-Models are in :mod:`ehrseq_fast.models`, data in :mod:`ehrseq_fast.data`. :func:`warmup` compiles
-GPU kernels ahead of the first training step.
+The functions of this module are operations on tensors and packed batches: visit pooling (codes →
+visit vectors), recurrent layers (visit vectors → hidden states) and survival losses; ``__all__``
+lists them. Models are in :mod:`ehrseq_fast.models`, data in :mod:`ehrseq_fast.data`.
+:func:`warmup` compiles GPU kernels ahead of the first training step.
 """
 
 from typing import Any

@@ -108,7 +108,7 @@ def _look_into(name: str, values: list[Any] | tuple[Any, ...]) -> None:
 
 
 def _refuse_merged(name: str, values: list[Any] | tuple[Any, ...], dtype: np.dtype[Any]) -> None:
-    """Refuse integers that are not themselves any more beside floats, as 2**53 + 1 is not."""
+    """Refuse integers beside floats that floats do not represent, as 2**53 + 1."""
     if set(map(type, values)) <= {float, complex}:
         return
     for value in values:
@@ -199,7 +199,7 @@ def longs(name: str, values: ArrayLike) -> Array:
 
 
 def _typed(array: Array) -> Array:
-    """An empty list has dtype float, which nobody chose: take it as integers."""
+    """Take an empty list, which NumPy reads as floats, as integers."""
     return array.astype(np.int64) if array.size == 0 and array.dtype.kind == "f" else array
 
 

@@ -18,7 +18,7 @@ def once(
 
     Called in a backward pass. Under ``create_graph=True`` differentiating the results by anything
     that ``sources`` depend on raises ``RuntimeError``. (``once_differentiable`` does not connect
-    its error to the sources: ``torch.autograd.grad`` would pass it by, and leave out a term.)
+    its error to the sources: ``torch.autograd.grad`` would leave out a term, without an error.)
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tuple(gradients)

@@ -13,6 +13,7 @@ from torch.nn.functional import dropout as drop
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backend
+from .arrays import kind_of
 from .autograd import transformed
 from .openmp import refuse_restricted_openmp
 
@@ -208,31 +209,31 @@ def _check(
 ) -> None:
     name, rows = cell.name, cell.gates
     if not isinstance(sequence, PackedSequence):
-        raise TypeError(f"{name}: sequence must be a PackedSequence, got {type(sequence).__name__}")
+        raise TypeError(f"{name}: sequence: expected a PackedSequence, got {kind_of(sequence)}")
     data, batch_sizes = sequence.data, sequence.batch_sizes
     if data.dim() != 2:
         raise ValueError(
-            f"{name}: the data of the sequence must be [visits, inputs], got {list(data.shape)}"
+            f"{name}: sequence.data: expected [visits, inputs], got {list(data.shape)}"
         )
     if not weights or len(weights) % directions:
         raise ValueError(
-            f"{name}: weights must hold one entry per layer and direction, {directions} per "
+            f"{name}: weights: expected one entry per layer and direction, {directions} per "
             f"layer, got {len(weights)}"
         )
     if not 0 <= keep_gates <= 1:
-        raise ValueError(f"{name}: keep_gates must be a share of the visits, got {keep_gates}")
+        raise ValueError(f"{name}: keep_gates: expected a share in [0, 1], got {keep_gates}")
     if not 0 <= dropout <= 1:
-        raise ValueError(f"{name}: dropout must be a probability, got {dropout}")
+        raise ValueError(f"{name}: dropout: expected a probability in [0, 1], got {dropout}")
     for i, layer in enumerate(weights):
         if len(layer) not in (2, 4) or len(layer) != len(weights[0]):
             raise ValueError(
-                f"{name}: every entry of weights must hold weight_ih, weight_hh and either both "
-                f"biases or none, got {len(layer)} tensors in entry {i}"
+                f"{name}: weights[{i}]: expected weight_ih, weight_hh and either both biases in "
+                f"every entry or none, got {len(layer)} tensors"
             )
     hidden = weights[0][1].shape[-1] if weights[0][1].dim() else 0
     if hidden < 1:
         raise ValueError(
-            f"{name}: there must be at least one hidden unit, got weight_hh "
+            f"{name}: weight_hh of weights[0]: expected at least one hidden unit, got "
             f"{list(weights[0][1].shape)}"
         )
     for i, layer in enumerate(weights):
@@ -242,18 +243,17 @@ def _check(
         for what, tensor, shape in zip(names, layer, [*shapes, shapes[2]], strict=False):
             if list(tensor.shape) != shape:
                 raise ValueError(
-                    f"{name}: {what} of entry {i} of weights must be {shape}, got "
-                    f"{list(tensor.shape)}"
+                    f"{name}: {what} of weights[{i}]: expected {shape}, got {list(tensor.shape)}"
                 )
     named = [(f"weights[{i}]", tensor) for i, layer in enumerate(weights) for tensor in layer]
     if batch_sizes.numel() == 0:
-        raise ValueError(f"{name}: batch_sizes must hold one number per time, got none")
+        raise ValueError(f"{name}: batch_sizes: expected one number per time, got none")
     if hx is not None:
         named += _check_states(cell, hx, len(weights), hidden, batch_sizes)
     for what, tensor in named:
         if tensor.dtype != data.dtype:
             raise TypeError(
-                f"{name}: {what} must be {data.dtype} as the sequence, got {tensor.dtype}"
+                f"{name}: {what}: expected {data.dtype}, as of the sequence, got {tensor.dtype}"
             )
 
 
@@ -264,7 +264,7 @@ def _check_states(
     for what, state in named:
         if state.dim() != 3 or [state.shape[0], state.shape[2]] != [layers, hidden]:
             raise ValueError(
-                f"{cell.name}: {what} must be [layers * directions, patients, hidden] = "
+                f"{cell.name}: {what}: expected [layers * directions, patients, hidden] = "
                 f"[{layers}, patients, {hidden}], got {list(state.shape)}"
             )
     if torch.compiler.is_compiling():
@@ -272,7 +272,7 @@ def _check_states(
     for what, state in named:
         if state.shape[1] != batch_sizes[0]:
             raise ValueError(
-                f"{cell.name}: {what} must hold the {int(batch_sizes[0])} patients of the "
+                f"{cell.name}: {what}: expected the {int(batch_sizes[0])} patients of the "
                 f"sequence, got {state.shape[1]}"
             )
     return named
@@ -286,10 +286,10 @@ def _check_batch_sizes(cell: Cell, data: Tensor, batch_sizes: Tensor) -> None:
     falls = all(later <= earlier for earlier, later in pairwise(sizes))
     if not sizes or not falls or sizes[-1] < 1:
         raise ValueError(
-            f"{cell.name}: batch_sizes must be positive and must not rise, got {sizes}"
+            f"{cell.name}: batch_sizes: expected positive numbers that do not rise, got {sizes}"
         )
     if sum(sizes) != data.shape[0]:
         raise ValueError(
-            f"{cell.name}: batch_sizes must be the number of visits at each time, "
+            f"{cell.name}: batch_sizes: expected the number of visits at each time, "
             f"{data.shape[0]} in all, got {sum(sizes)}"
         )

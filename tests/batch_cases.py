@@ -111,7 +111,7 @@ def flat(patients, code_dtype=np.int64, offset_dtype=np.int64):
 
 
 def padded(patients, extra_visits=0, extra_codes=0, garbage=-77):
-    """The triple, with room to spare and garbage wherever nothing real stands."""
+    """Codes and both masks, with padding to spare, and garbage in all of it."""
     n_visits = max(map(len, patients), default=0) + extra_visits
     n_codes = max((len(codes) for p in patients for codes in p), default=0) + extra_codes
     visit_codes = torch.full((len(patients), n_visits, n_codes), garbage)

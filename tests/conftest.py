@@ -103,7 +103,7 @@ def kernels(request):
 
 @pytest.fixture(params=["compiled", "reference"])
 def builder(request):
-    """Run the test once with the compiled builder and once with its NumPy twin."""
+    """Run the test once with the compiled builder and once with its NumPy implementation."""
     if request.param == "compiled" and backends.compiled_batching.reason:
         pytest.skip(f"no compiled builder: {backends.compiled_batching.reason}")
     with backends.use_backend("reference" if request.param == "reference" else None):

@@ -1,4 +1,4 @@
-"""The models that are tested, their plain twins, and batches for both."""
+"""The models that are tested, the plain models, and batches for both."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Cell:
         shapes = [(rows, inputs), (rows, hidden), (rows,), (rows,)]
         return [(torch.randn(shape) * scale).to(dtype) for shape in shapes]
 
-    def twins(self, *args, dtype=torch.float64, **kwargs):
+    def layers(self, *args, dtype=torch.float64, **kwargs):
         """The same layer twice: PyTorch's and ours, from one state_dict."""
         plain = self.plain(*args, **kwargs).to(dtype)
         fast = self.fast(*args, **kwargs).to(dtype)
@@ -71,9 +71,9 @@ class Cell:
         )
 
     def realistic(self, patients, inputs, hidden, dtype=torch.float32, cap=200):
-        """Twins, and records of log-normal lengths."""
+        """Both layers, and records of log-normal lengths."""
         lengths = torch.exp(2.08 + 1.1 * torch.randn(patients)).round().clamp(1, cap).int().tolist()
-        return self.twins(inputs, hidden, dtype=dtype), records(lengths, inputs, dtype)
+        return self.layers(inputs, hidden, dtype=dtype), records(lengths, inputs, dtype)
 
 
 LSTM = Cell("packed_lstm", 4, 2, nn.LSTM, PackedLSTM, packed_lstm, packed_lstm_layer)

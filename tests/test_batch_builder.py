@@ -1,4 +1,4 @@
-"""The compiled builder and its twin: threads, memory, and which is in use."""
+"""The compiled builder and its NumPy implementation: threads, memory, and which is in use."""
 
 from __future__ import annotations
 

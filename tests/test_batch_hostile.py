@@ -218,7 +218,7 @@ def test_ten_threads_build_at_once(builder):
         assert len(list(pool.map(build, range(10)))) == 10
 
 
-# The compiled module and its twin, called directly ------------------------------------------------
+# The compiled module and its NumPy implementation, called directly --------------------------------
 
 INT = np.int64
 

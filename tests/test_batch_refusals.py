@@ -319,7 +319,7 @@ BAD = {
     "masks elsewhere": (
         lambda: from_padded(masks()[0], None, torch.ones(3, 3, device="meta")),
         ValueError,
-        "sequence_mask is on meta, but visit_codes is on cpu",
+        "sequence_mask: expected on cpu, where visit_codes is, got meta",
     ),
     "index past the end": (
         lambda: lists(THREE)[[0, 3, -4]],

@@ -51,7 +51,7 @@ def test_the_reset_gate_scales_the_product_with_the_state(unemulated, keep_gates
 
 def test_gradients_of_the_biases_differ(unemulated):
     """Only in the candidate: the reset gate scales one of its two."""
-    _, fast = GRU.twins(3, 5)
+    _, fast = GRU.layers(3, 5)
     fast(pack_sequence(records([4, 2], 3)))[0].data.sum().backward()
     of_inputs, of_hidden = fast.bias_ih_l0.grad, fast.bias_hh_l0.grad
     torch.testing.assert_close(of_inputs[:10], of_hidden[:10])
@@ -61,7 +61,7 @@ def test_gradients_of_the_biases_differ(unemulated):
 @pytest.mark.parametrize("hx", [(torch.zeros(1, 3, 5),) * 2, [torch.zeros(1, 3, 5)], 0.0])
 def test_states_that_are_no_tensor(unemulated, hx):
     sequence = PackedSequence(torch.randn(8, 3), sizes_of([4, 3, 1]))
-    with pytest.raises(TypeError, match="packed_gru: hx must be a tensor or None, got "):
+    with pytest.raises(TypeError, match="packed_gru: hx: expected a tensor or None, got "):
         packed_gru(sequence, [GRU.weights(3, 5, dtype=torch.float32)], hx)
 
 

@@ -66,6 +66,6 @@ def test_a_model_takes_any_nn_lstm(unemulated, path):
 
 
 def test_projections_go_to_nn_lstm(unemulated):
-    plain, fast = LSTM.twins(3, 4, proj_size=2)
+    plain, fast = LSTM.layers(3, 4, proj_size=2)
     packed = pack_sequence(records([3, 2], 3))
     assert torch.equal(fast(packed)[0].data, plain(packed)[0].data)

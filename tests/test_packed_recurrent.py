@@ -36,7 +36,7 @@ _one_thread = pytest.fixture(autouse=True)(one_thread)
 @pytest.mark.parametrize("given_states", [False, True])
 def test_equals_pytorch(cell, unemulated, lengths, layers, bidirectional, given_states):
     for dtype, bound in [(torch.float64, 1e-12), (torch.float32, 1e-5)]:
-        plain, fast = cell.twins(5, 17, layers, bidirectional=bidirectional, dtype=dtype)
+        plain, fast = cell.layers(5, 17, layers, bidirectional=bidirectional, dtype=dtype)
         visits = records(lengths, 5, dtype)
         hx = cell.states_for(plain, len(lengths), dtype) if given_states else None
         close(everything(fast, visits, hx), everything(plain, visits, hx), bound)
@@ -46,7 +46,7 @@ def test_equals_pytorch(cell, unemulated, lengths, layers, bidirectional, given_
 @pytest.mark.parametrize("inputs", [1, 3, 101])
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_width(cell, unemulated, hidden, inputs, bias):
-    plain, fast = cell.twins(inputs, hidden, bidirectional=True, bias=bias)
+    plain, fast = cell.layers(inputs, hidden, bidirectional=True, bias=bias)
     visits = records(LENGTHS["any order"], inputs)
     hx = cell.states_for(plain, 6)
     close(everything(fast, visits, hx), everything(plain, visits, hx), 1e-12)
@@ -66,7 +66,7 @@ def test_any_width(cell, unemulated, hidden, inputs, bias):
 def test_equals_pytorch_for_any_shape(
     cell, lengths, inputs, hidden, layers, bidirectional, bias, given_states, threads
 ):
-    plain, fast = cell.twins(inputs, hidden, layers, bias=bias, bidirectional=bidirectional)
+    plain, fast = cell.layers(inputs, hidden, layers, bias=bias, bidirectional=bidirectional)
     visits = records(lengths, inputs)
     hx = cell.states_for(plain, len(lengths)) if given_states else None
     before = torch.get_num_threads()
@@ -136,7 +136,7 @@ def test_16_bits_near_float32(cell, compiled, dtype, inputs):
 
 
 def test_saturated_gates_stay_finite(cell, compiled):
-    plain, fast = cell.twins(3, 20, dtype=torch.float32)
+    plain, fast = cell.layers(3, 20, dtype=torch.float32)
     packed = pack_sequence([torch.tensor([[1e4, -1e4, 1e4]]).repeat(5, 1), torch.zeros(2, 3)])
     expected = plain(packed)[0].data
     torch.testing.assert_close(fast(packed)[0].data, expected, rtol=1e-6, atol=1e-6)
@@ -165,7 +165,7 @@ def test_gradcheck(cell, compiled):
 
 
 def test_double_backward_is_refused(cell, compiled):
-    _, fast = cell.twins(3, 4)
+    _, fast = cell.layers(3, 4)
     visits = records([3, 2], 3)
     loss = fast(pack_sequence(visits))[0].data.sum()
     (grad,) = torch.autograd.grad(loss, visits[0], create_graph=True)
@@ -175,7 +175,7 @@ def test_double_backward_is_refused(cell, compiled):
 
 @pytest.mark.parametrize("used", ["output", "h_n", "last state"])
 def test_outputs_that_the_loss_leaves_out(cell, unemulated, used):
-    plain, fast = cell.twins(4, 6, bidirectional=True)
+    plain, fast = cell.layers(4, 6, bidirectional=True)
     visits = records([4, 1, 3], 4)
     hx = cell.states_for(plain, 3)
 
@@ -189,7 +189,7 @@ def test_outputs_that_the_loss_leaves_out(cell, unemulated, used):
 
 @pytest.mark.parametrize("frozen", ["input", "weights", "all but one bias", "all but h_0"])
 def test_gradients_of_some_only(cell, unemulated, frozen):
-    plain, fast = cell.twins(4, 6, 2)
+    plain, fast = cell.layers(4, 6, 2)
     x = torch.randn(8, 4, dtype=torch.float64, requires_grad=frozen not in ("input",))
     hx = cell.states_for(plain, 3)
     if frozen != "input":
@@ -213,7 +213,7 @@ def test_gradients_of_some_only(cell, unemulated, frozen):
 
 
 def test_incoming_gradients_of_any_stride(cell, unemulated):
-    plain, fast = cell.twins(4, 6)
+    plain, fast = cell.layers(4, 6)
     visits = records([4, 1, 3], 4)
 
     def gradients(layer, incoming):
@@ -245,7 +245,7 @@ def test_inputs_and_weights_of_any_stride(cell, unemulated):
 
 
 def test_dropout_between_layers(cell, unemulated):
-    plain, fast = cell.twins(4, 64, 3, dropout=0.4, dtype=torch.float32)
+    plain, fast = cell.layers(4, 64, 3, dropout=0.4, dtype=torch.float32)
     packed = pack_sequence(records([6, 5, 5, 2], 4, torch.float32, requires_grad=False))
     # From one seed both draw the same masks, over the same rows.
     torch.manual_seed(11)
@@ -274,14 +274,14 @@ def test_state_dict_goes_both_ways(cell):
 
 
 def test_what_is_not_packed_goes_to_pytorch(cell, unemulated):
-    plain, fast = cell.twins(3, 4, batch_first=True)
+    plain, fast = cell.layers(3, 4, batch_first=True)
     x = torch.randn(2, 5, 3, dtype=torch.float64)
     assert torch.equal(fast(x)[0], plain(x)[0])
     assert torch.equal(fast(x[0])[0], plain(x[0])[0])
 
 
 def test_batch_first_says_nothing_about_packed_input(cell, unemulated):
-    plain, fast = cell.twins(3, 4, batch_first=True)
+    plain, fast = cell.layers(3, 4, batch_first=True)
     packed = pack_padded_sequence(
         torch.randn(3, 5, 3, dtype=torch.float64), [2, 5, 3], batch_first=True, enforce_sorted=False
     )
@@ -289,7 +289,7 @@ def test_batch_first_says_nothing_about_packed_input(cell, unemulated):
 
 
 def test_result_is_packed_as_the_input_was(cell, unemulated):
-    _, fast = cell.twins(3, 4)
+    _, fast = cell.layers(3, 4)
     packed = pack_sequence(records([2, 5, 3], 3), enforce_sorted=False)
     output, _ = fast(packed)
     assert torch.equal(output.sorted_indices, packed.sorted_indices)
@@ -300,7 +300,7 @@ def test_result_is_packed_as_the_input_was(cell, unemulated):
 @pytest.mark.parametrize("patients", [1, 5, 300])  # by PyTorch's cell, and by the kernel
 @pytest.mark.parametrize("layers", [1, 2])
 def test_visit_by_visit_equals_the_whole(cell, unemulated, patients, layers):
-    _, fast = cell.twins(6, 20, layers, dtype=torch.float32)
+    _, fast = cell.layers(6, 20, layers, dtype=torch.float32)
     x = torch.randn(4, patients, 6)
     with torch.no_grad():
         whole, final = fast(pack_sequence(list(x.transpose(0, 1))))
@@ -314,14 +314,14 @@ def test_visit_by_visit_equals_the_whole(cell, unemulated, patients, layers):
 
 
 def test_one_step_has_gradients(cell, unemulated):
-    plain, fast = cell.twins(3, 4, 2)
+    plain, fast = cell.layers(3, 4, 2)
     visits = records([1, 1], 3)
     hx = cell.states_for(plain, 2)
     close(everything(fast, visits, hx), everything(plain, visits, hx), 1e-12)
 
 
 def test_autocast(cell, unemulated):
-    plain, fast = cell.twins(3, 4, 2, dtype=torch.float32)
+    plain, fast = cell.layers(3, 4, 2, dtype=torch.float32)
     packed = pack_sequence(records([3, 2], 3, torch.float32, requires_grad=False))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for data in (packed.data, packed.data.bfloat16()):

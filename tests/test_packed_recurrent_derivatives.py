@@ -75,7 +75,7 @@ def test_second_derivatives_by_transforms(unemulated, layer):
 
 @every_cell
 def test_gradients_per_sample(cell, unemulated):
-    plain, fast = cell.twins(3, 4, 2, bidirectional=True)
+    plain, fast = cell.layers(3, 4, 2, bidirectional=True)
     data = torch.randn(5, 8, 3, dtype=torch.float64)
 
     def loss(lstm):
@@ -97,7 +97,7 @@ def test_gradients_per_sample(cell, unemulated):
 @every_cell
 def test_many_gradients_at_once(cell, unemulated):
     """``is_grads_batched`` runs the backward pass under vmap."""
-    plain, fast = cell.twins(3, 4)
+    plain, fast = cell.layers(3, 4)
     data = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     incoming = torch.randn(6, 8, 4, dtype=torch.float64)
 
@@ -112,7 +112,7 @@ def test_many_gradients_at_once(cell, unemulated):
 @every_cell
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(cell, unemulated, use_reentrant):
-    _, fast = cell.twins(3, 4, 2)
+    _, fast = cell.layers(3, 4, 2)
     data = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
 
     def run(rows):
@@ -134,7 +134,7 @@ def test_checkpointing(cell, unemulated, use_reentrant):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("patients", [3, 1])
 def test_no_two_results_share_memory(cell, unemulated, layers, bidirectional, patients):
-    _, fast = cell.twins(3, 4, layers, bidirectional=bidirectional, dtype=torch.float32)
+    _, fast = cell.layers(3, 4, layers, bidirectional=bidirectional, dtype=torch.float32)
     lengths = LENGTHS[:patients]
     data = torch.randn(sum(lengths), 3, requires_grad=True)
     hx = cell.states_for(fast, patients, torch.float32)
@@ -167,7 +167,7 @@ def test_bias_gradients_are_two(cell, unemulated):
 
 @every_cell
 def test_parametrizations_are_honoured(cell, unemulated):
-    plain, fast = cell.twins(3, 4, dtype=torch.float32)
+    plain, fast = cell.layers(3, 4, dtype=torch.float32)
     for lstm in (plain, fast):
         nn.utils.parametrizations.weight_norm(lstm, "weight_hh_l0")
     packed = PackedSequence(torch.randn(8, 3), sizes_of(LENGTHS))

@@ -134,7 +134,7 @@ from tests.recurrent_layers import *
 dtypes = ((torch.float32, 2e-5), (torch.float64, 1e-11), (torch.bfloat16, 0.1))
 for cell, (dtype, bound) in product(CELLS.values(), dtypes):
     for hidden, patients, times in ((50, 300, 60), (200, 300, 12), (5, 9, 4)):
-        plain, fast = cell.twins(6, hidden, dtype=dtype, bidirectional=hidden == 5)
+        plain, fast = cell.layers(6, hidden, dtype=dtype, bidirectional=hidden == 5)
         fast.keep_gates = 0.3
         visits = records([1 + i * times // patients for i in range(patients)], 6, dtype)
         hx = cell.states_for(plain, patients, dtype) if hidden == 50 else None

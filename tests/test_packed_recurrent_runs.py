@@ -29,7 +29,7 @@ _one_thread = pytest.fixture(autouse=True)(one_thread)
 
 @every_cell
 def test_operands_are_not_written_to(cell, compiled):
-    _, fast = cell.twins(4, 6, 2, bidirectional=True)
+    _, fast = cell.layers(4, 6, 2, bidirectional=True)
     visits = records([4, 1, 3], 4)
     hx = cell.states_for(fast, 3)
     packed = pack_sequence(visits, enforce_sorted=False)
@@ -47,7 +47,7 @@ def test_operands_are_not_written_to(cell, compiled):
 @every_cell
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_every_time(cell, compiled, dtype):
-    _, fast = cell.twins(10, 20, bidirectional=True, dtype=dtype)
+    _, fast = cell.layers(10, 20, bidirectional=True, dtype=dtype)
     visits = records([7, 1, 3, 3, 12, 2], 10, dtype)
     hx = cell.states_for(fast, 6, dtype)
     first = everything(fast, visits, hx)
@@ -76,7 +76,7 @@ def test_same_bits_for_any_number_of_threads(cell, compiled, dtype):
 @every_cell
 def test_same_bits_within_any_batch(cell, compiled):
     """A record's outputs do not depend on the records beside it."""
-    _, fast = cell.twins(6, 18, dtype=torch.float32)
+    _, fast = cell.layers(6, 18, dtype=torch.float32)
     visits = records([9, 4, 4, 1], 6, torch.float32, requires_grad=False)
     with torch.no_grad():
         together = nn.utils.rnn.unpack_sequence(fast(pack_sequence(visits))[0])
@@ -88,7 +88,7 @@ def test_same_bits_within_any_batch(cell, compiled):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("hidden", [5, 18])
 def test_fresh_memory_is_written_before_it_is_read(cell, compiled, dtype, hidden):
-    _, fast = cell.twins(6, hidden, 2, bidirectional=True, dtype=dtype)
+    _, fast = cell.layers(6, hidden, 2, bidirectional=True, dtype=dtype)
     visits = records([7, 1, 3, 3], 6, dtype)
     expected = everything(fast, visits, None)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -179,7 +179,7 @@ def test_gates_that_are_not_kept_take_no_memory(cell, compiled):
 @pytest.mark.parametrize("given_states", [False, True])
 @pytest.mark.parametrize("as_module", [False, True])
 def test_compiles_whole_with_dynamic_shapes(cell, compiled, given_states, as_module):
-    _, fast = cell.twins(3, 5, 2, bidirectional=True, dtype=torch.float32)
+    _, fast = cell.layers(3, 5, 2, bidirectional=True, dtype=torch.float32)
     weights = fast.all_weights
 
     def step(data, sizes, hx):
@@ -277,7 +277,7 @@ def test_padded_input_is_refused_by_the_function(cell, unemulated):
 
 @every_cell
 def test_a_backend_that_cannot_run_is_an_error(cell, compiled):
-    _, fast = cell.twins(3, 4)
+    _, fast = cell.layers(3, 4)
     packed = pack_sequence(records([2, 1], 3))
     with use_backend("cpu"):
         fast(packed)
@@ -295,7 +295,7 @@ torch.manual_seed(0)
 for cell in CELLS.values():
     for dtype, bound in [(torch.float64, 1e-11), (torch.float32, 1e-5)]:
         for hidden in (1, 5, 16, 37):
-            plain, fast = cell.twins(11, hidden, 2, bidirectional=True, dtype=dtype)
+            plain, fast = cell.layers(11, hidden, 2, bidirectional=True, dtype=dtype)
             visits = records([9, 4, 4, 1] + [2] * 30, 11, dtype)
             hx = cell.states_for(plain, 34, dtype)
             close(everything(fast, visits, hx), everything(plain, visits, hx), bound)

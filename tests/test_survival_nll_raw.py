@@ -158,13 +158,35 @@ def test_scaling_checks_its_arguments(kernels):
         refused(operator, dict(enumerate(arguments)))
 
 
-def test_options_out_of_range_say_so(compiled):
-    with pytest.raises(ValueError, match=r"survival_nll: link: expected 0\.\.1, got 7"):
-        torch.ops.ehrseq_fast.survival_nll(*(PADDED | {"link": 7}).values())
-    with pytest.raises(ValueError, match=r"reduction: expected 0\.\.2, got 5"):
-        torch.ops.ehrseq_fast.survival_nll(*(PADDED | {"reduction": 5}).values())
-    with pytest.raises(ValueError, match=r"eps: expected \[0, 0\.5\), got 0\.75"):
-        torch.ops.ehrseq_fast.survival_nll(*(PADDED | {"eps": 0.75}).values())
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"link": 7}, r"survival_nll: link: expected 0\.\.1, got 7"),
+        ({"reduction": 5}, r"survival_nll: reduction: expected 0\.\.2, got 5"),
+        ({"eps": 0.75}, r"survival_nll: eps: expected \[0, 0\.5\), got 0\.75"),
+        ({"hazards": torch.ones(3)}, r"nll: hazards: expected shape \[B, V\], got \[3\]"),
+        ({"event_times": LONG}, r"nll: event_times: expected shape \[B\] = \[3\], got \[9\]"),
+        ({"sequence_mask": torch.ones(3, 5)}, r"mask: expected shape \[B, V\] .*, got \[3, 5\]"),
+    ],
+)
+def test_errors_say_what_was_expected_and_got(kernels, changed, message):
+    """Of compiled kernels and Triton's alike."""
+    arguments = {**PADDED, **changed}
+    device = torch.get_default_device()
+    moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments.values()]
+    with pytest.raises(ValueError, match=message):
+        namespace(kernels).survival_nll(*moved)
+
+
+def test_errors_of_scaling_say_what_was_expected_and_got(kernels):
+    scale = namespace(kernels).survival_nll_scale
+    grad, rows = torch.rand(3, 4), (None, None, None)
+    with pytest.raises(ValueError, match=r"grad_nll: expected .*\[B\] = \[3\], got \[2\]"):
+        scale(grad, torch.rand(2), *rows, torch.float32)
+    with pytest.raises(ValueError, match=r"grad_nll: expected .*float32, got .*float64"):
+        scale(grad, torch.rand(3).double(), *rows, torch.float32)
+    with pytest.raises(ValueError, match=r"row_starts, .*: expected all or none of them, got some"):
+        scale(grad, torch.rand(3), torch.arange(5), None, None, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

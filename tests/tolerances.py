@@ -1,4 +1,4 @@
-"""How far a backend may stand from the reference in float64, for each dtype.
+"""How much a backend may differ from the reference in float64, for each dtype.
 
 A result is rounded once to its own dtype after a sum in a wider one (float32 for 16 bits). The
 bound is the unit roundoff of the dtype times a few, plus the growth of the accumulator's error with

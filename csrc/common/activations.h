@@ -10,7 +10,7 @@ struct ExponentParts {
 
 EHRSEQ_INLINE ExponentParts split_exponent(Vector<float> x) {
   typedef uint32_t Bits __attribute__((vector_size(EHRSEQ_VECTOR_BYTES)));
-  // Adding this rounds to an integer, which then stands in the low bits of the sum.
+  // Adding this rounds to an integer, which is then in the low bits of the sum.
   const float round_by = 12582912.0f;
   const Vector<float> shifted = x * 1.44269504f + round_by;
   const Vector<float> n = shifted - round_by;

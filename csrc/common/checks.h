@@ -92,7 +92,7 @@ inline void expect_integer(const torch::stable::Tensor& tensor, const char* oper
       {ScalarType::Byte, ScalarType::Char, ScalarType::Short, ScalarType::Int, ScalarType::Long});
 }
 
-// An option that operators take as a number (schemas.py): one of first..last.
+// An option that operators take as a number (operators.py): one of first..last.
 inline void expect_option(int64_t value, const char* operation, const char* name, int64_t first,
                           int64_t last) {
   if (value < first || value > last) {

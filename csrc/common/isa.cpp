@@ -40,7 +40,7 @@ Isa chosen_isa() {
     if (asked == kNames[isa]) return std::min(static_cast<Isa>(isa), isa_of_this_cpu());
   }
   throw std::invalid_argument(
-      "EHRSEQ_FAST_CPU_CAPABILITY must be baseline, avx2, avx512 or avx512_bf16, got '" + asked +
+      "EHRSEQ_FAST_CPU_CAPABILITY: expected baseline, avx2, avx512 or avx512_bf16, got '" + asked +
       "'");
 }
 

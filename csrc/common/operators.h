@@ -1,13 +1,13 @@
-// Registering an operator through the stable ABI: missing tensors are refused by their names, and
-// what torch said is not lost.
+// Registering an operator through the stable ABI: an error for a missing tensor names the argument,
+// and errors keep torch's own message.
 //
-// The dispatcher hands None for a required tensor on as a tensor that is not defined. An operator
-// registered with EHRSEQ_BOX refuses it; the names of arguments are in the schemas, which are
-// defined in Python and told to this library when it is loaded.
+// For None in place of a required tensor, the dispatcher passes a tensor that is not defined. An
+// operator registered with EHRSEQ_BOX refuses it; the names of arguments are in the schemas, which
+// are defined in Python and passed to this library when it is loaded.
 //
-// A call into torch that fails there throws "... API call failed at ..." and leaves torch's own
-// message behind (torch 2.13 and later keep it for the calling thread). An operator registered with
-// EHRSEQ_BOX adds that message, or, under an older torch, says where to find it.
+// A call into torch that fails there throws "... API call failed at ..." without torch's own
+// message, which torch 2.13 and later keep for the calling thread. An operator registered with
+// EHRSEQ_BOX adds that message, or, with an older torch, says where to find it.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

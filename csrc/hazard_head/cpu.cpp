@@ -1,5 +1,5 @@
 // The hazard head on the CPU: a linear layer, ReLU, dropout, a second layer of one unit, a sigmoid;
-// see schemas.py.
+// the schemas are in operators.py. Its loops are those of linear/kernels.h.
 #include <tuple>
 
 #include "common/operators.h"

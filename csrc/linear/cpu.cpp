@@ -1,4 +1,5 @@
-// A linear layer with an activation on the CPU; see schemas.py.
+// A linear layer with an activation on the CPU; the schemas are in operators.py. Its loops are in
+// kernels.h, the products of a tile in common/tile.h.
 #include <tuple>
 
 #include "common/operators.h"

@@ -39,8 +39,8 @@ struct Head {
   const T* last_bias;    // [1]
 };
 
-// The backward pass processes the rows chunk by chunk, so that the gradients of its
-// units stay in the cache until everything is computed from them. Null: nobody needs it.
+// The backward pass processes the rows in chunks, so that the gradients of a chunk's units stay in
+// the cache until everything is computed from them. A null pointer is a result that is not needed.
 template <typename T>
 struct Backward {
   Shape shape;

@@ -24,7 +24,7 @@ inline int64_t threads_for(const Shape& shape) {
   return std::clamp<int64_t>(most, 1, num_threads());
 }
 
-// The operands that both passes of both operators have.
+// Checks the input and the weight of all operators of the layer and of the hazard head.
 inline Shape checked_shape(const char* name, const Tensor& input, const Tensor& weight) {
   expect_dim(input, name, "input", 2, "[rows, inputs]");
   expect_dtype(input, name, "input", {ScalarType::Float, ScalarType::Double});

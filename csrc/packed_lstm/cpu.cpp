@@ -1,4 +1,5 @@
-// The packed LSTM's operators on the CPU: one direction of one layer.
+// The packed LSTM's operators on the CPU: one direction of one layer. The loops over visits are in
+// common/recurrent/scan_forward.h and scan_backward.h, the gates in gates.h.
 
 #include <tuple>
 

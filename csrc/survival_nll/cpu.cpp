@@ -1,5 +1,5 @@
 // survival_nll and competing_risks_nll on the CPU: loss and gradient in one pass over the visits at
-// risk.
+// risk. The loops over rows are in row_kernels.h, the formula in likelihood.h.
 
 #include <algorithm>
 #include <atomic>

@@ -66,11 +66,11 @@ OutcomeColumns outcomes_of(bool competing, const Tensor& times, const Tensor& ty
 
 // --- the sum over patients -------------------------------------------------------------------
 
-// A ticket counts the blocks of a launch that are done. Launches on one stream run one after
-// another, so they can share a ticket, which each leaves as it found it: zero. A captured launch
-// may run on any stream, where its graph is replayed, and so has a ticket of its own, which the
-// graph clears (`cleared`). So have launches on cudaStreamPerThread, one handle for a stream per
-// host thread, and those on a stream beyond the last ticket.
+// A counter of the blocks of a launch that are done. Launches on one stream run one after another,
+// so they can share a counter: the last block of each resets it to zero. A captured launch may run
+// on any stream, where its graph is replayed, and so has a counter of its own, which the graph
+// clears (`cleared`). So do launches on cudaStreamPerThread, one handle for a stream per host
+// thread, and those on a stream that `stream_tickets` has no counter for.
 struct Ticket {
   int stream = 0;
   Tensor cleared;

@@ -301,8 +301,8 @@ __device__ accumulator_t<scalar_t> nll_of_classes(const Visits& visits,
 
 // --- all patients ----------------------------------------------------------------------------
 
-// One ticket for each stream (cuda.cu): a counter that each block of a launch increments when it is
-// done, and that the last of them resets to zero for the next launch on that stream.
+// One counter for each stream (cuda.cu). Each block of a launch increments it when it is done, and
+// the last of them resets it to zero for the next launch on that stream.
 constexpr int kTickets = 1024;
 __device__ unsigned stream_tickets[kTickets];
 
@@ -347,7 +347,7 @@ __device__ void finish_sum(const Result<nll_t>& result, double block_sum, double
   if (threadIdx.x == 0) {
     unsigned* ticket = result.ticket ? result.ticket : &stream_tickets[result.stream];
     result.partials[blockIdx.x] = block_sum;
-    __threadfence();  // the partial sum is seen before the ticket
+    __threadfence();  // the partial sum is seen before the counter
     is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
   }
   __syncthreads();
@@ -380,7 +380,7 @@ __device__ auto nll_of_patient(SoftmaxModel, const Arguments&... arguments) {
 //   shared  one sum per warp (static), where patients are summed
 //   reads   outcomes, the mask or row numbers, hazards at risk
 //   writes  result.nll: one number, or [patients]; hazards.grad: every value, zeros off risk;
-//           result.partials [blocks] and the ticket, where several blocks are summed
+//           result.partials [blocks] and the counter, where several blocks are summed
 template <typename Model, typename Layout, typename scalar_t, typename grad_t>
 __global__ void __launch_bounds__(kThreads, 1)
     nll_and_grad(const KernelSettings settings, const Layout layout, const OutcomeColumns outcomes,

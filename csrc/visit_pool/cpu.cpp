@@ -1,7 +1,7 @@
 // Visit pooling on the CPU: codes -> one vector per visit, gather, mask and mean in one pass, and
 // its gradient. Padded input ([..., C] with a mask) is reduced to its real codes, some visits
 // at a time (packed_cpu.cpp takes input that has that form already). row_kernels.h holds the
-// arithmetic, code_index.h the transpose, code_gradients.h the gradient from it.
+// inner loops, code_index.h the transpose, code_gradients.h the gradient from it.
 
 #include <algorithm>
 #include <cstring>

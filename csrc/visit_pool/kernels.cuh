@@ -1,8 +1,8 @@
 // The device code of visit pooling, free of torch headers:
 //   lanes.cuh               groups of lanes and their collectives
 //   rows.cuh                rows of the table, a lane's share at a time; sums and maxima of them
-//   sources.cuh             the codes of a visit: padded under a mask, packed, weighted by
-//   attention gather.cuh              forward, and the gradient of embeddings that already exist
+//   sources.cuh             the codes of a visit: padded and masked, packed, or with attention
+//   gather.cuh              forward, and the gradient of embeddings that already exist
 //   index.cuh               the transposed index of a padded batch
 //   entries.cuh             the entries of either index, for the backward pass
 //   gradient_rows.cuh       the rows that the backward pass reads and writes

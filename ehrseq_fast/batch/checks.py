@@ -136,7 +136,9 @@ def check_padded(codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor
         if mask.is_complex():
             raise TypeError(f"{name}: expected bool or numeric 0/1, got {mask.dtype}")
         if mask.device != codes.device:
-            raise ValueError(f"{name} is on {mask.device}, but visit_codes is on {codes.device}")
+            raise ValueError(
+                f"{name}: expected on {codes.device}, where visit_codes is, got {mask.device}"
+            )
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:

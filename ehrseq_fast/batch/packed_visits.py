@@ -34,12 +34,11 @@ class PackedVisits(Changes):
     ``.data``. One of ``visit_features`` or of a tensor in ``targets`` or ``visit_targets`` is not
     noticed, and changes every batch that holds the tensor. Whatever a batch is made from is copied:
     writing to it later changes no batch. :meth:`with_outcomes`, :meth:`with_codes` and
-    :meth:`with_features` make changed copies. Outcomes, features and targets
-    go along with ``copy.deepcopy``, ``pickle``, slices, :meth:`cat`, :meth:`pin_memory` and
-    :meth:`to`.
+    :meth:`with_features` make changed copies. ``copy.deepcopy``, ``pickle``, slices, :meth:`cat`,
+    :meth:`pin_memory` and :meth:`to` keep outcomes, features and targets.
 
     ``torch.export`` takes no batch as an input: the sizes of a batch are Python numbers, which a
-    graph would hold for good. Export a model with ``path="padded"`` and padded tensors.
+    graph would hold as constants. Export a model with ``path="padded"`` and padded tensors.
 
     Attributes:
         codes: int32 ``[n_codes]``, the codes of row 0, then of row 1, ...; within a visit in the

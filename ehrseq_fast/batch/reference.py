@@ -121,8 +121,8 @@ def pack_lists(
     codes: list[int] = []
     visit_offsets = [0]
     patient_offsets = [0]
-    people = _listed(patients, "a sequence of patients", "patients")
-    for p, patient in enumerate(people):
+    listed_patients = _listed(patients, "a sequence of patients", "patients")
+    for p, patient in enumerate(listed_patients):
         for v, visit in enumerate(_listed(patient, "a sequence of visits", f"patient {p}")):
             where = f"patient {p}, visit {v}"
             listed = _listed(visit, "a sequence of codes", where)
@@ -133,7 +133,7 @@ def pack_lists(
             visit_offsets.append(len(codes))
         patient_offsets.append(len(visit_offsets) - 1)
     longs, huge = _as_longs(codes)
-    outcomes = expect_outcomes(event_times, event_indicators, event_types, len(people))
+    outcomes = expect_outcomes(event_times, event_indicators, event_types, len(listed_patients))
     return _pack_flat(
         longs,
         np.array(visit_offsets),

@@ -226,8 +226,8 @@ class Storage:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The buffers travel, not the views into them: two tensors to another process, not sixteen.
-        # Nothing but plain types beside them, so that torch.load can read it with weights_only.
+        # The buffers, not the views into them: two tensors go to another process, not sixteen.
+        # All else is of plain types, so that torch.load can read it with weights_only.
         self.refuse_changes()
         return type(self), (
             tuple(self._layout),

@@ -1,8 +1,8 @@
 """The small networks of the models, run by the package's own kernels where that is the same.
 
 PyTorch's products on the CPU give other bits for other numbers of threads, and its private oneDNN
-operators swallow NaN and break where OpenMP grants fewer threads than torch asks for. A network
-that was changed, is watched, or is where the kernels do not serve, runs as it is.
+operators lose NaN and break where OpenMP grants fewer threads than torch asks for. A network that
+was changed or has hooks, and one that the kernels do not serve, is called as it is.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def hazards_of(head: nn.Module, states: Tensor) -> Tensor:
     """``head`` (Linear, ReLU, Dropout, Linear, Sigmoid) of states: ``[..., D]`` → ``[..., 1]``.
 
     As one function for rows ``[N, D]`` on the CPU, where the modules are what they were built as
-    and nothing watches them. Elsewhere, on the backend ``reference``, under ``torch.compile`` and
-    the transforms of ``torch.func``, as the modules are.
+    and have no hooks. Elsewhere, on the backend ``reference``, under ``torch.compile`` and the
+    transforms of ``torch.func``, by calling the modules.
     """
     if not _is_hazard_head(head):
         return called(head, states)
@@ -87,7 +87,7 @@ def run_network(network: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _is_plain_network(layers: object) -> bool:
-    """One Linear, or Linears each but the last followed by one activation, and nothing watched."""
+    """One Linear, or Linears each but the last followed by one activation, all plain."""
     if isinstance(layers, list):
         return is_plain(layers[0], nn.Linear)
     if not isinstance(layers, nn.Sequential) or len(layers) % 2 == 0:

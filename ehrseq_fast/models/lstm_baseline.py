@@ -232,7 +232,7 @@ class LSTMBaseline(VisitSequenceModel):
         self.fc = nn.Linear(2 * hidden_dim if bidirectional else hidden_dim, output_dim)
         self.activation = ACTIVATIONS[task]()
 
-    # Where something watches or replaces the visit encoder, it is called on padded visits.
+    # A visit encoder that has hooks or was replaced is called on padded visits.
 
     def _pool_rows(self, batch: PackedVisits) -> Tensor:
         if is_plain(self.visit_encoder, VisitEncoder):

@@ -1,7 +1,7 @@
 """Whether a module's weights may be read in place of calling the module.
 
 The fused path computes from the weights of modules (the embedding table, the hazard head) without
-calling their ``forward``. That is right only while calling them would do nothing else. Whoever
+calling their ``forward``. That is right only while calling them would do nothing else. Code that
 reads weights asks here first, and calls the module where the answer is no.
 """
 
@@ -44,7 +44,7 @@ def is_plain(module: object, kind: type[nn.Module]) -> bool:
     False for a subclass (parametrizations make one), for a wrapper, and where a hook is registered
     on the module or on all modules (pruning and weight normalisation of the old style are hooks),
     ``forward`` or the way to it was replaced, the module was compiled, a weight is of a tensor
-    subclass, or a ``TorchFunctionMode`` watches what is called.
+    subclass, or a ``TorchFunctionMode`` is active.
 
     Example:
         >>> from torch import nn
@@ -73,7 +73,7 @@ def is_plain(module: object, kind: type[nn.Module]) -> bool:
         )
         and own.get("_compiled_call_impl") is None
         and _holds_plain_tensors(own)
-        and not _all_modules_are_watched()
+        and not _all_modules_have_hooks()
     )
 
 
@@ -115,17 +115,17 @@ def _is_called_as_defined(kind: type[nn.Module]) -> bool:
     return kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL
 
 
-def _all_modules_are_watched() -> bool:
+def _all_modules_have_hooks() -> bool:
     return bool(
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
-        or _functions_are_watched()
+        or _a_function_mode_is_active()
     )
 
 
-def _functions_are_watched() -> bool:
+def _a_function_mode_is_active() -> bool:
     """Whether a mode other than that of ``torch.set_default_device`` sees functions called."""
     if torch.compiler.is_compiling() or not torch._C._is_torch_function_mode_enabled():
         return False

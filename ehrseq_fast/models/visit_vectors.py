@@ -1,6 +1,6 @@
 """Codes of visits → visit vectors, nothing padded: from the embedding's table, or by calling it.
 
-The kernels read the table. Where something watches or changes the embedding
+The kernels read the table. Where the embedding has hooks or was changed
 (:mod:`~ehrseq_fast.models.reading`) it is called instead, once, on the flat codes, and the rows
 that it returns are pooled by the same kernels.
 """

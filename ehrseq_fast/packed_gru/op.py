@@ -143,7 +143,7 @@ def packed_gru(
         True
     """
     if hx is not None and not isinstance(hx, Tensor):
-        raise TypeError(f"packed_gru: hx must be a tensor or None, got {kind_of(hx)}")
+        raise TypeError(f"packed_gru: hx: expected a tensor or None, got {kind_of(hx)}")
     states = None if hx is None else (hx,)
     output, finals = run(
         _GRU, sequence, weights, states, bidirectional, dropout, training, keep_gates

@@ -168,7 +168,7 @@ def packed_lstm(
     if hx is not None:
         if isinstance(hx, Tensor) or len(hx) != 2:
             raise ValueError(
-                "packed_lstm: hx must be the pair (h_0, c_0), got "
+                "packed_lstm: hx: expected the pair (h_0, c_0), got "
                 + ("one tensor" if isinstance(hx, Tensor) else f"{len(hx)} tensors")
             )
         hx = (hx[0], hx[1])

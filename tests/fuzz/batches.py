@@ -36,7 +36,7 @@ def contents(batch: PackedVisits) -> list[Any]:
 
 
 def in_both(build: Callable[..., PackedVisits], arguments: list[Any]) -> Call:
-    """Built by the compiled builder, and expected as NumPy's twin has it."""
+    """Built by the compiled builder, and expected as the NumPy implementation has it."""
 
     def run(*given: Any) -> list[Any]:
         return contents(build(*given))

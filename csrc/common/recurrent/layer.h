@@ -110,10 +110,10 @@ struct Order {
   const int64_t* patient;
 };
 
-// The backward pass goes through the visits a chunk of times after the other, so that the gradients
-// of the sums of one chunk stay in the cache until everything is computed from them, and those of
-// all visits are never in memory at once. Null pointers: a gradient that is zero, coming in, or
-// that nobody needs, going out.
+// The backward pass processes the visits in chunks of times, so that the gradients of the sums of
+// one chunk stay in the cache until everything is computed from them, and those of all visits are
+// never in memory at once. A null pointer is an incoming gradient of zero, or a result that is not
+// needed.
 template <typename S>
 struct Backward {
   Shape shape;
@@ -135,7 +135,7 @@ struct Backward {
   const S* zeros;  // padded_factors of them
 
   int64_t chunk_row;   // the first row of the chunk
-  int64_t chunk_size;  // rows that `grad_sums` has room for
+  int64_t chunk_size;  // the number of rows of `grad_sums`
   S* grad_sums;
   // What the scan hands from visit to visit: [patient][padded hidden]. That of the hidden state, as
   // far as it comes through the weights, only from chunk to chunk: within one it stays in

@@ -41,8 +41,8 @@ EHRSEQ_INLINE void add_column_products(const Backward<S>& layer, const Columns<S
   }
 }
 
-// One visit's gradients, for the units of one block, from `grad_hidden`, what the visit after it
-// hands back through h.
+// One visit's gradients, for the units of one block. `grad_hidden` is the gradient of its hidden
+// state that comes from the next visit.
 template <typename S>
 EHRSEQ_INLINE void finish_visit_back(const Backward<S>& layer, const Step& step, int64_t block,
                                      int64_t p, Vector<Sum<S>> grad_hidden) {

@@ -17,7 +17,7 @@ struct Plan {
 
 template <typename Cell, typename S>
 Plan plan_for(const Shape& shape, const std::vector<Step>& steps) {
-  // Below about this many multiplications waking a thread costs more than it brings.
+  // Below about this many multiplications waking a thread costs more than it saves.
   constexpr int64_t kWorthAThread = 1 << 20;
   const int64_t work = shape.visits * Cell::kGates * shape.hidden * (shape.hidden + shape.inputs);
   const int64_t most = std::max<int64_t>(1, work / kWorthAThread);
@@ -32,11 +32,11 @@ inline int64_t first_row_of(const Shape& shape, const std::vector<Step>& steps, 
   return time < static_cast<int64_t>(steps.size()) ? steps[time].first_row : shape.visits;
 }
 
-// A scan of some times, in its order: those before plan.shared_from with the patients apart, the
-// rest in step.
-template <typename Apart, typename InStep>
+// A scan of some times, in its order. Before plan.shared_from each thread scans some of the
+// patients; from then on all threads share every step.
+template <typename ByPatients, typename InStep>
 void scan(const std::vector<Step>& steps, Times times, const Plan& plan, int64_t blocks,
-          bool falling, const Apart& apart, const InStep& in_step) {
+          bool falling, const ByPatients& by_patients, const InStep& in_step) {
   const int64_t split = std::clamp(plan.shared_from, times.first, times.last);
   const auto head = [&] {
     if (times.first == split) return;
@@ -45,7 +45,7 @@ void scan(const std::vector<Step>& steps, Times times, const Plan& plan, int64_t
     const int64_t groups = static_cast<int64_t>(bounds.size()) - 1;
     share_out(groups, plan.threads, [&](int64_t first, int64_t last, int64_t) {
       for (int64_t group = first; group < last; ++group) {
-        apart(early, bounds[group], bounds[group + 1]);
+        by_patients(early, bounds[group], bounds[group + 1]);
       }
     });
   };

@@ -1,9 +1,9 @@
 // How the threads share a scan.
 //
-// While many patients have a visit, each thread takes some patients through all their visits, and
-// nobody waits. In the tail of few long records that would have every thread read all the weights
-// for a patient or two; there the threads share each step instead, by hidden units, and keep in
-// step.
+// While many patients have a visit, each thread computes all visits of some patients, and no thread
+// waits. At the last times, which only few long records reach, every thread would read all the
+// weights for a patient or two; there the threads divide the hidden units of each step instead, and
+// wait for one another after it.
 #pragma once
 
 #include <atomic>

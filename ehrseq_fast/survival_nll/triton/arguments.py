@@ -3,18 +3,25 @@ the words of the compiled ones (``csrc/survival_nll``)."""
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
 from ...checks import FLOATING, INTEGER, REAL, accumulator
 
 
+def _refuse(operation: str, name: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"{operation}: {name}: expected {expected}, got {got}")
+
+
 def check_hazards(operation: str, hazards: Tensor, dims: tuple[int, ...], shape: str) -> None:
     """Dimensions and dtype."""
     if hazards.dim() not in dims:
-        raise ValueError(f"hazards: expected shape {shape}")
+        _refuse(operation, "hazards", f"shape {shape}", list(hazards.shape))
     if hazards.dtype not in FLOATING:
-        raise ValueError(f"{operation}: expected float32, float64, bfloat16 or float16 hazards")
+        expected = "float32, float64, bfloat16 or float16"
+        _refuse(operation, "hazards", expected, hazards.dtype)
 
 
 def check_options(
@@ -23,14 +30,22 @@ def check_options(
     """The numbers that encode options."""
     for name, value, last in (("link", link, 2 if competing else 1), ("reduction", reduction, 2)):
         if not 0 <= value <= last:
-            raise ValueError(f"{operation}: {name} must be in 0..{last}, got {value}")
+            _refuse(operation, name, f"0..{last}", value)
     if not 0 <= eps < 0.5:
-        raise ValueError(f"{operation}: eps must be in [0, 0.5), got {eps}")
+        _refuse(operation, "eps", "[0, 0.5)", eps)
     if classes - (link == 2) < 1:
-        raise ValueError("hazards: expected at least one cause")
+        _refuse(operation, "hazards", "at least one cause", f"{classes} values per visit")
+
+
+def check_row_length(operation: str, slots: int, classes: int) -> None:
+    """Positions within a patient's row are 32 bits wide."""
+    if slots * classes >= 2**31:
+        expected = "at most 2^31 - 1 values per patient"
+        _refuse(operation, "hazards", expected, f"{slots} visits of {classes}")
 
 
 def check_patients(
+    operation: str,
     hazards: Tensor,
     patients: int,
     competing: bool,
@@ -50,37 +65,41 @@ def check_patients(
         if tensor is None:
             continue
         if tensor.shape != (patients,):
-            raise ValueError(f"{name}: expected shape [B] with B = {patients}")
+            _refuse(operation, name, f"shape [B] = [{patients}]", list(tensor.shape))
         if tensor.dtype not in dtypes:
             kind = {INTEGER: "an integer", REAL: "a bool, integer or float"}.get(
                 dtypes, "an integer or bool"
             )
-            raise ValueError(f"{name}: expected {kind} dtype")
-        _check_device(hazards, tensor)
+            _refuse(operation, name, f"{kind} dtype", tensor.dtype)
+        _check_device(operation, hazards, tensor)
 
 
-def check_mask(hazards: Tensor, sequence_mask: Tensor | None) -> None:
+def check_mask(operation: str, hazards: Tensor, sequence_mask: Tensor | None) -> None:
     """One value per slot."""
     if sequence_mask is None:
         return
     if sequence_mask.shape != hazards.shape[:2]:
-        raise ValueError(f"sequence_mask: expected shape [B, V] = {list(hazards.shape[:2])}")
+        expected = f"shape [B, V] = {list(hazards.shape[:2])}"
+        _refuse(operation, "sequence_mask", expected, list(sequence_mask.shape))
     if sequence_mask.dtype not in REAL:
-        raise ValueError("sequence_mask: expected a bool, integer or float dtype")
-    _check_device(hazards, sequence_mask)
+        _refuse(operation, "sequence_mask", "a bool, integer or float dtype", sequence_mask.dtype)
+    _check_device(operation, hazards, sequence_mask)
 
 
-def check_rows(hazards: Tensor, *rows: Tensor) -> None:
+def check_rows(operation: str, hazards: Tensor, *rows: Tensor) -> None:
     """row_starts, unsorted_indices and last_rows; the kernel itself leaves out rows outside."""
-    for tensor in rows:
-        if tensor.dim() != 1 or tensor.dtype != torch.int64:
-            raise ValueError(
-                "row_starts, unsorted_indices, last_rows: expected one-dimensional int64"
-            )
-        _check_device(hazards, tensor)
+    names = ("row_starts", "unsorted_indices", "last_rows")
+    for name, tensor, shape in zip(names, rows, ("[V + 1]", "[B]", "[B]"), strict=True):
+        if tensor.dim() != 1:
+            _refuse(operation, name, f"shape {shape}", list(tensor.shape))
+        if tensor.dtype != torch.int64:
+            _refuse(operation, name, "int64", tensor.dtype)
+        _check_device(operation, hazards, tensor)
     starts, ranks, last = rows
-    if len(starts) < 1 or len(ranks) != len(last):
-        raise ValueError("row_starts: expected a start for each time and the end")
+    if len(starts) < 1:
+        _refuse(operation, "row_starts", "shape [V + 1] with 0 <= V", list(starts.shape))
+    if len(ranks) != len(last):
+        _refuse(operation, "last_rows", f"shape [B] = {list(ranks.shape)}", list(last.shape))
 
 
 def check_scale(
@@ -89,21 +108,30 @@ def check_scale(
     """A saved gradient, and one number or one per patient to multiply it by."""
     name = "survival_nll_scale"
     saved = torch.float32 if dtype == torch.float16 else dtype
-    if grad.dtype != saved or dtype not in FLOATING or not 1 <= grad.dim() <= 3:
-        raise ValueError(f"{name}: not the saved gradient of hazards of this dtype")
-    if grad_nll.dtype != accumulator(grad.dtype) or grad_nll.dim() > 1:
-        raise ValueError(f"{name}: grad_nll is not that of this loss")
-    _check_device(grad, grad_nll)
+    if dtype not in FLOATING:
+        _refuse(name, "dtype", "float32, float64, bfloat16 or float16", dtype)
+    if grad.dtype != saved:
+        _refuse(name, "grad", f"{saved}, as saved of hazards in {dtype}", grad.dtype)
+    if not 1 <= grad.dim() <= 3:
+        _refuse(name, "grad", "the shape of hazards", list(grad.shape))
+    if grad_nll.dtype != accumulator(grad.dtype):
+        _refuse(name, "grad_nll", str(accumulator(grad.dtype)), grad_nll.dtype)
+    _check_device(name, grad, grad_nll)
     given = [tensor for tensor in rows if tensor is not None]
     if len(given) not in (0, 3):
-        raise ValueError(f"{name}: row_starts and unsorted_indices must be given together")
+        _refuse(name, "row_starts, unsorted_indices, last_rows", "all or none of them", "some")
     if given:
-        check_rows(grad, *given)
+        check_rows(name, grad, *given)
     patients = len(given[1]) if given else grad.shape[0]
-    if grad_nll.dim() == 1 and len(grad_nll) != patients:
-        raise ValueError(f"{name}: expected one gradient per patient")
+    if grad_nll.dim() and grad_nll.shape != (patients,):
+        _refuse(name, "grad_nll", f"shape [] or [B] = [{patients}]", list(grad_nll.shape))
 
 
-def _check_device(like: Tensor, tensor: Tensor) -> None:
+def _check_device(operation: str, like: Tensor, tensor: Tensor) -> None:
     if tensor.device != like.device:
-        raise ValueError("expected all tensors of a call on one device")
+        _refuse(
+            operation,
+            "tensors",
+            "all tensors of a call on one device",
+            f"{like.device} and {tensor.device}",
+        )

@@ -69,13 +69,13 @@ def _softmax_trials(
 
 @triton.jit
 def _add_up_when_last(loss, partials, ticket, nll, share):
-    """Leave this program's sum; the last program adds them all, in their order.
+    """Store this program's sum; the last program adds them all, in their order.
 
-    The ticket is an integer: who is last depends on the schedule, what is added does not. It
-    releases the sum that this program wrote and acquires those of the programs before; the
-    barriers extend both from the one thread that draws it to the others. The sums are read past
-    the first-level cache, which is not coherent. The last program leaves the ticket as it was
-    found, at zero, for the next launch on this stream.
+    ``ticket`` counts the programs that are done. It is an integer: who is last depends on the
+    schedule, what is added does not. Incrementing it releases the sum that this program wrote and
+    acquires those of the programs before; the barriers extend both from the one thread that does
+    so to the others. The sums are read past the first-level cache, which is not coherent. The last
+    program resets the counter to zero for the next launch on this stream.
     """
     programs = tl.num_programs(0)
     tl.store(partials + tl.program_id(0), loss)

@@ -37,6 +37,7 @@ Rows = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _launch_nll(
+    operation: str,
     hazards: Tensor,
     strides: tuple[int, ...],  # of patient, visit and class
     rows: Rows,
@@ -54,13 +55,10 @@ def _launch_nll(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     patients, slots, n_rows, classes = sizes
-    operation = "competing_risks_nll" if competing else "survival_nll"
     arguments.check_options(operation, competing, classes, link, eps, reduction)
-    arguments.check_patients(
-        hazards, patients, competing, event_times, event_types, entry_times, sample_weight
-    )
-    if slots * classes >= 2**31:  # positions within a row are int32
-        raise ValueError("hazards: a patient's row has more than 2^31 - 1 values")
+    outcomes = (event_times, event_types, entry_times, sample_weight)
+    arguments.check_patients(operation, hazards, patients, competing, *outcomes)
+    arguments.check_row_length(operation, slots, classes)
     device = hazards.device
     nll, grad = empty_nll_and_grad(hazards, (patients,), reduction, needs_grad)
     if patients == 0 and not reduction:
@@ -113,25 +111,27 @@ def _launch_nll(
 def survival_nll(
     hazards: Tensor, event_times: Tensor, event_types: Tensor, mask: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    arguments.check_hazards("survival_nll", hazards, (2,), "[B, V]")
-    arguments.check_mask(hazards, mask)
+    name = "survival_nll"
+    arguments.check_hazards(name, hazards, (2,), "[B, V]")
+    arguments.check_mask(name, hazards, mask)
     patients, slots = hazards.shape
     strides = (*hazards.stride(), 0)
     sizes = (patients, slots, patients * slots, 1)
     outcomes = (event_times, event_types, mask)
-    return _launch_nll(hazards, strides, (None,) * 3, sizes, False, *outcomes, *others)
+    return _launch_nll(name, hazards, strides, (None,) * 3, sizes, False, *outcomes, *others)
 
 
 @implemented_in_triton("competing_risks_nll")
 def competing_risks_nll(
     hazards: Tensor, event_times: Tensor, event_types: Tensor, mask: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    arguments.check_hazards("competing_risks_nll", hazards, (3,), "[B, V, K]")
-    arguments.check_mask(hazards, mask)
+    name = "competing_risks_nll"
+    arguments.check_hazards(name, hazards, (3,), "[B, V, K]")
+    arguments.check_mask(name, hazards, mask)
     patients, slots, classes = hazards.shape
     sizes = (patients, slots, patients * slots, classes)
     strides, outcomes = hazards.stride(), (event_times, event_types, mask)
-    return _launch_nll(hazards, strides, (None,) * 3, sizes, True, *outcomes, *others)
+    return _launch_nll(name, hazards, strides, (None,) * 3, sizes, True, *outcomes, *others)
 
 
 @implemented_in_triton("packed_survival_nll")
@@ -144,14 +144,13 @@ def packed_survival_nll(
     event_types: Tensor,
     *others: Any,
 ) -> tuple[Tensor, Tensor]:
-    shape = "[n_visits] or [n_visits, K]"
-    arguments.check_hazards("packed_survival_nll", hazards, (1, 2), shape)
-    arguments.check_rows(hazards, row_starts, unsorted_indices, last_rows)
+    name = "packed_survival_nll"
+    arguments.check_hazards(name, hazards, (1, 2), "[n_visits] or [n_visits, K]")
+    arguments.check_rows(name, hazards, row_starts, unsorted_indices, last_rows)
     competing = hazards.dim() == 2
     strides = (0, hazards.stride(0), hazards.stride(1) if competing else 0)
     classes = hazards.shape[1] if competing else 1
     rows = (row_starts.contiguous(), unsorted_indices.contiguous(), last_rows.contiguous())
     sizes = (len(unsorted_indices), len(row_starts) - 1, hazards.shape[0], classes)
-    return _launch_nll(
-        hazards, strides, rows, sizes, competing, event_times, event_types, None, *others
-    )
+    outcomes = (event_times, event_types, None)
+    return _launch_nll(name, hazards, strides, rows, sizes, competing, *outcomes, *others)

@@ -20,14 +20,14 @@ def _fresh_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for the programs' sums, and a ticket at zero.
+    """Memory for the programs' sums, and a counter that is zero.
 
-    Launches of one stream follow one another, so they can share both: each finds the ticket at
-    zero because the one before left it so, and no launch is spent on zeroing it. Launches of
-    different streams can overlap and must not.
+    Launches of one stream follow one another, so they can share both: each leaves the counter at
+    zero for the next, and no launch is spent on clearing it. Launches of different streams can
+    overlap and must not.
 
-    A captured CUDA graph is another matter. It may be replayed on any stream, beside launches that
-    use that stream's workspace, so its launches get one of their own, zeroed inside the graph.
+    A captured CUDA graph may be replayed on any stream, beside launches that use that stream's
+    workspace, so its launches get one of their own, cleared inside the graph.
     It is allocated in the graph's memory, which other graphs of that pool use again, so it must
     not be kept.
     """
@@ -41,7 +41,7 @@ def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
         workspace = _workspaces.get(key)
         if workspace is None:
             # torch.compile's warm-up before a capture sends this thread's allocations to the
-            # graph's pool and refuses those that stay. Another thread's go where they always do.
+            # graph's pool and refuses those that stay. Those of another thread are ordinary ones.
             with ThreadPoolExecutor(1) as elsewhere:
                 workspace = elsewhere.submit(_unset_workspace, device, stream).result()
             workspace[1].zero_()

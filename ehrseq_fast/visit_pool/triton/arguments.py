@@ -18,43 +18,43 @@ _MASKS = frozenset(
 _MOST = 2**31 - 1
 
 
-def expect(holds: bool, what: str, got: object) -> None:
+def expect(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
-        raise ValueError(f"{what}, got {got}")
+        raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def expect_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
-    expect(tensor.shape == torch.Size(shape), f"{name} must be {list(shape)}", list(tensor.shape))
+    expect(tensor.shape == torch.Size(shape), name, f"shape {list(shape)}", list(tensor.shape))
 
 
 def expect_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
     names = " or ".join(str(dtype) for dtype in dtypes)
-    expect(tensor.dtype in dtypes, f"{name} must be {names}", tensor.dtype)
+    expect(tensor.dtype in dtypes, name, names, tensor.dtype)
 
 
 def expect_together(*tensors: Tensor | None) -> None:
     devices = {tensor.device for tensor in tensors if tensor is not None}
-    expect(len(devices) == 1, "all tensors of a call must be on one device", devices)
+    expect(len(devices) == 1, "tensors", "all tensors of a call on one device", devices)
 
 
 def expect_mode(mode: int) -> None:
-    expect(MEAN <= mode <= MAX, f"mode must be in {MEAN}..{MAX}", mode)
+    expect(MEAN <= mode <= MAX, "mode", f"{MEAN}..{MAX}", mode)
 
 
 def expect_floating(name: str, tensor: Tensor) -> None:
-    expect(tensor.dtype in FLOATING, f"{name} must be floating", tensor.dtype)
+    expect(tensor.dtype in FLOATING, name, "float32, float64, bfloat16 or float16", tensor.dtype)
 
 
 def expect_table(weight: Tensor) -> None:
-    expect(weight.dim() == 2, "weight must be [K, E]", list(weight.shape))
+    expect(weight.dim() == 2, "weight", "shape [K, E]", list(weight.shape))
     expect_floating("weight", weight)
 
 
 def expect_padding(padding_idx: int, vocabulary: int) -> None:
-    expect(0 <= vocabulary <= _MOST, "vocabulary must be in 0..2^31-1", vocabulary)
+    expect(0 <= vocabulary <= _MOST, "vocabulary", "0..2^31-1", vocabulary)
     if not -1 <= padding_idx < vocabulary:
         raise IndexError(
-            f"padding_idx must be -1 (none) or one of {vocabulary} codes, got {padding_idx}"
+            f"padding_idx: expected -1 (none) or one of {vocabulary} codes, got {padding_idx}"
         )
 
 
@@ -65,7 +65,7 @@ def expect_mask(mask: Tensor | None, shape: Sequence[int]) -> None:
 
 
 def expect_padded_codes(codes: Tensor, mask: Tensor | None) -> None:
-    expect(codes.dim() >= 1, "codes must be [..., C]", list(codes.shape))
+    expect(codes.dim() >= 1, "codes", "shape [..., C]", list(codes.shape))
     expect_dtype("codes", codes, torch.int32, torch.int64)
     expect_mask(mask, codes.shape)
 
@@ -75,19 +75,20 @@ def expect_gradient(grad: Tensor, visits: Sequence[int], arg_max: Tensor | None,
     expect_floating("grad", grad)
     expect(
         grad.dim() >= 1 and grad.shape[:-1] == torch.Size(visits),
-        f"grad must be {list(visits)} and [E]",
+        "grad",
+        f"shape [{', '.join(map(str, (*visits, 'E')))}]",
         list(grad.shape),
     )
     if mode == MAX:
         if arg_max is None:
-            raise ValueError("arg_max must be given in mode max, got None")
+            raise ValueError("arg_max: expected a tensor in mode max, got None")
         expect_shape("arg_max", arg_max, grad.shape)
         expect_dtype("arg_max", arg_max, torch.int32)
 
 
 def expect_row(name: str, tensor: Tensor, size: int | None = None) -> None:
     expect_dtype(name, tensor, torch.int32)
-    expect(tensor.dim() == 1, f"{name} must have one dimension", list(tensor.shape))
+    expect(tensor.dim() == 1, name, "one dimension", list(tensor.shape))
     if size is not None:
         expect_shape(name, tensor, (size,))
 
@@ -95,7 +96,7 @@ def expect_row(name: str, tensor: Tensor, size: int | None = None) -> None:
 def expect_packed_codes(codes: Tensor, code_offsets: Tensor) -> None:
     expect_row("codes", codes)
     expect_row("code_offsets", code_offsets)
-    expect(len(code_offsets) > 0, "code_offsets must be one longer than the visits", [0])
+    expect(len(code_offsets) > 0, "code_offsets", "one more than there are visits", [0])
 
 
 def expect_index(codes: Tensor, offsets: Tensor, visits: Tensor) -> None:
@@ -129,7 +130,7 @@ def expect_packed_gradient(
 ) -> None:
     expect_together(grad, arg_max)
     expect_padding(padding_idx, vocabulary)
-    expect(grad.dim() == 2, "grad must be [n_visits, E]", list(grad.shape))
+    expect(grad.dim() == 2, "grad", "shape [n_visits, E]", list(grad.shape))
     expect_gradient(grad, grad.shape[:1], arg_max, mode)
 
 
@@ -139,7 +140,7 @@ def expect_attention_gradient(
     expect_together(grad, pooled, highest, inverse, weight, scores)
     expect_table(weight)
     expect_scores(scores, weight)
-    expect(grad.dim() == 2, "grad must be [n_visits, E]", list(grad.shape))
+    expect(grad.dim() == 2, "grad", "shape [n_visits, E]", list(grad.shape))
     expect_shape("grad", grad, (grad.shape[0], weight.shape[1]))
     expect_shape("pooled", pooled, grad.shape)
     expect_shape("highest", highest, grad.shape[:1])

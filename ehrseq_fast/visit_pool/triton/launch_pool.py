@@ -153,7 +153,7 @@ def packed_visit_pool(
 def masked_pool(embeddings: Tensor, mask: Tensor | None, mode: int) -> tuple[Tensor, Tensor]:
     """The operator ``masked_pool``: the table is the slots themselves."""
     expect_together(embeddings, mask)
-    expect(embeddings.dim() >= 2, "embeddings must be [..., C, E]", list(embeddings.shape))
+    expect(embeddings.dim() >= 2, "embeddings", "shape [..., C, E]", list(embeddings.shape))
     expect_floating("embeddings", embeddings)
     expect_mask(mask, embeddings.shape[:-1])
     expect_mode(mode)
@@ -175,7 +175,7 @@ def masked_pool_backward(
     """The operator ``masked_pool_backward``."""
     expect_together(grad, mask, arg_max)
     expect_gradient(grad, grad.shape[:-1], arg_max, mode)
-    expect(n_slots >= 0, "n_slots must not be negative", n_slots)
+    expect(n_slots >= 0, "n_slots", "0 or more", n_slots)
     expect_mask(mask, (*grad.shape[:-1], n_slots))
     grad = grad.contiguous()
     *leading, row_size = grad.shape
