@@ -1,5 +1,5 @@
 """Every public operation in every mode, dtype and layout, and with masks of every dtype, each
-against its definition in plain PyTorch: so that nothing is slow where nobody looks.
+against its definition in plain PyTorch, so that a slow one is seen.
 
 Small cases of one size: 50 patients, 40 visits, 20 codes for pooling; 4,096 patients of up to 200
 visits for the losses; 64 patients for recurrent layers. Each operation's module exports its own

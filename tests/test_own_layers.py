@@ -137,7 +137,7 @@ def test_recurrent_layers_in_both_directions(path, layer):
 def test_layers_that_are_not_recurrent_are_refused(path):
     model = build("survival", path=path)
     model.lstm = nn.Linear(6, 7)
-    with pytest.raises(TypeError, match=r"model.lstm: must be a recurrent layer .*got Linear"):
+    with pytest.raises(TypeError, match=r"model.lstm: expected a recurrent layer .*got Linear"):
         model(batch())
     model.lstm = Wrapped(nn.ModuleList([nn.LSTM(6, 7), nn.LSTM(6, 7)]))
     with pytest.raises(TypeError, match=r"must .* hold exactly one, got Wrapped, which holds 2"):

@@ -58,8 +58,8 @@ def recurrent_layer(module: nn.Module) -> Any:
     if len(inside) == 1:
         return inside[0]
     raise TypeError(
-        "model.lstm: must be a recurrent layer (nn.LSTM, nn.GRU, nn.RNN) or hold exactly one, got "
-        f"{type(module).__name__}, which holds {len(inside)}"
+        "model.lstm: expected a recurrent layer (nn.LSTM, nn.GRU, nn.RNN) or a module that holds "
+        f"exactly one, got {type(module).__name__}, which holds {len(inside)}"
     )
 
 
