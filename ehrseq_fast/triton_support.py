@@ -1,7 +1,7 @@
 """What the operations' Triton kernels share: how they are launched.
 
 Every kernel of the package is launched through :func:`launch`. That is one place to make the right
-device current, and one place to observe: :func:`watching_launches` lists what an operation launches,
+device current, and to observe launches: :func:`watching_launches` lists what an operation launches,
 in the interpreter as on a GPU, and can hold the launches back, so that their arguments say what a
 compiler ahead of time has to compile.
 """

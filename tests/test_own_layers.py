@@ -140,7 +140,7 @@ def test_layers_that_are_not_recurrent_are_refused(path):
     with pytest.raises(TypeError, match=r"model.lstm: expected a recurrent layer .*got Linear"):
         model(batch())
     model.lstm = Wrapped(nn.ModuleList([nn.LSTM(6, 7), nn.LSTM(6, 7)]))
-    with pytest.raises(TypeError, match=r"must .* hold exactly one, got Wrapped, which holds 2"):
+    with pytest.raises(TypeError, match=r"expected .* exactly one, got Wrapped, which holds 2"):
         model(batch())
 
     class OutputAlone(nn.LSTM):
