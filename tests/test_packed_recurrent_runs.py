@@ -239,7 +239,7 @@ REFUSED = {
         ValueError,
         r"weight_ih .* \[(20|15), 4\], got \[(20|15), 3\]",
     ),
-    "sizes rise": ({"sizes": always(torch.tensor([2, 3, 3]))}, ValueError, "must not rise"),
+    "sizes rise": ({"sizes": always(torch.tensor([2, 3, 3]))}, ValueError, "do not rise"),
     "a size of zero": ({"sizes": always(torch.tensor([3, 5, 0]))}, ValueError, "positive"),
     "sizes miscount": ({"sizes": always(torch.tensor([3, 3, 1]))}, ValueError, "8 in all, got 7"),
     "no sizes": (
@@ -247,7 +247,7 @@ REFUSED = {
         (ValueError, IndexError),
         "batch_sizes|index",
     ),
-    "flat states": ({"hx": states_of(3, 5)}, ValueError, "h_0 must be"),
+    "flat states": ({"hx": states_of(3, 5)}, ValueError, "h_0: expected"),
     "states of others": ({"hx": states_of(1, 2, 5)}, ValueError, "3 patients"),
     "mixed dtypes": (
         {"data": always(torch.zeros(8, 3, dtype=torch.float64))},
