@@ -191,6 +191,7 @@ def test_forked_workers_inherit_the_choice():
         assert list(loader) == [["reference"]]
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiled_functions_in_tasks_that_interleave(fullgraph):
     """A task is suspended inside its block; what another one compiled or asked for meanwhile is not

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from ehrseq_fast import PackedVisits
+from ehrseq_fast import PackedVisits, backend
 
 from . import environments as env
 
@@ -38,6 +38,9 @@ PROCESSES = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What every process computed, two at a time."""
+    reason = backend.why_not_loaded("cpu")
+    if reason is not None:
+        pytest.skip(f"no compiled kernels: {reason}")
     folder = tmp_path_factory.mktemp("environments")
     found, waiting, running = {}, list(PROCESSES.items()), []
     while waiting or running:

@@ -264,8 +264,10 @@ class Scales(TorchFunctionMode):
         return 1.5 * output if func in (F.linear, F.embedding) else output
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("name", MODELS)
 def test_function_modes(name):
+    """The package's operations are no functions of PyTorch; their definitions consist of some."""
     def change(model):
         stack = contextlib.ExitStack()
         stack.enter_context(Scales())
