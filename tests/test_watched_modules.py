@@ -268,6 +268,7 @@ class Scales(TorchFunctionMode):
 @pytest.mark.parametrize("name", MODELS)
 def test_function_modes(name):
     """The package's operations are no functions of PyTorch; their definitions consist of some."""
+
     def change(model):
         stack = contextlib.ExitStack()
         stack.enter_context(Scales())
