@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ehrseq_fast import PackedGRU, PackedLSTM
 from ehrseq_fast.models import LSTMBaseline, VisitEncoder
 from ehrseq_fast.models.base import PATHS
 
@@ -150,6 +151,18 @@ def test_layers_that_are_not_recurrent_are_refused(path):
     model.lstm = OutputAlone(6, 7, batch_first=True)
     with pytest.raises(TypeError, match=r"must return one and its final states.*OutputAlone"):
         model(batch())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, PackedLSTM, PackedGRU])
+def test_backward_hooks_of_the_layer_are_called_once(layer, path):
+    model, calls = build("survival", path=path), []
+    model.lstm = layer(model.lstm.input_size, 7, batch_first=True)
+    model.lstm.register_full_backward_hook(
+        lambda module, inputs, outputs: calls.append((len(inputs), len(outputs)))
+    )
+    model.loss(batch()).backward()
+    assert calls == [(1, 2)]
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -98,7 +98,8 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
         )
     outputs, final = result
     if hook is not None:
-        outputs = outputs._replace(data=hook.setup_output_hook((outputs.data, final))[0])
+        # not the final states as well: a GRU's are a tensor, which nn.Module has a hook for itself
+        outputs = outputs._replace(data=hook.setup_output_hook((outputs.data, None))[0])
     outputs = outputs.transpose(0, 1) if is_transposed else outputs
     if torch.is_autocast_enabled("cpu"):
         outputs = _in_dtype_of(input, outputs)
