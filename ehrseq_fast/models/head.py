@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hazard_head.op import hazard_head
@@ -18,6 +19,7 @@ from ..openmp import refuse_restricted_openmp
 from .reading import are_plain, is_plain
 
 _HEAD = (nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.Sigmoid)
+_LOGITS_HEAD = (nn.Linear, nn.ReLU, nn.Dropout, nn.Linear)
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
 
@@ -64,6 +66,24 @@ def _is_hazard_head(head: nn.Module) -> bool:
         return False
     hidden, last = (cast(nn.Linear, cast(nn.Sequential, head)[i]) for i in (0, 3))
     return hidden.bias is not None and last.bias is not None and last.out_features == 1
+
+
+def logits_of(head: nn.Module, states: Tensor) -> Tensor:
+    """``head`` (Linear, ReLU, Dropout, Linear) of states: ``[..., D]`` → ``[..., outputs]``."""
+    dtypes = dtypes_for(states, *head.parameters()) if are_plain(head, _LOGITS_HEAD) else None
+    if dtypes is None:
+        return called(head, states)
+    computed, result = dtypes
+    rows = states.to(computed)
+    modules = cast(nn.Sequential, head)
+    hidden, last = (cast(nn.Linear, modules[i]) for i in (0, 3))
+    dropout = cast(nn.Dropout, modules[2])
+    for layer, activation in ((hidden, "relu"), (last, "none")):
+        bias = None if layer.bias is None else layer.bias.to(computed)
+        rows = linear_layer(rows, layer.weight.to(computed), bias, activation)
+        if layer is hidden:
+            rows = F.dropout(rows, dropout.p, dropout.training)
+    return rows.to(result)
 
 
 def run_network(network: nn.Module, rows: Tensor) -> Tensor:
