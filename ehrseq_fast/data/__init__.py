@@ -7,12 +7,16 @@ from .packed import packed_batch
 from .padded import PaddedBatch, padded_batch
 from .records import EventRecords, Vocabulary, select
 from .split import split_by_person
+from .store import EventStore, PartWriter, SubjectChunk, write_store
 
 __all__ = [
     "Description",
     "EventRecords",
+    "EventStore",
     "PaddedBatch",
+    "PartWriter",
     "PatientDataset",
+    "SubjectChunk",
     "Vocabulary",
     "describe",
     "packed_batch",
@@ -20,4 +24,5 @@ __all__ = [
     "read_omop",
     "select",
     "split_by_person",
+    "write_store",
 ]
