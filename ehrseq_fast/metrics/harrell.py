@@ -1,4 +1,4 @@
-"""How well predicted risks order patients."""
+"""Harrell's C-index of summed hazards, as the reference package has it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import ArrayLike, as_array, got
-from .checks import expect_option
-from .rows import PackedRows
+from ..arrays import ArrayLike, as_array, got
+from ..checks import expect_option
+from ..rows import PackedRows
 
 
 def concordance_index(
@@ -19,7 +19,11 @@ def concordance_index(
     *,
     censored_visit: str = "excluded",
 ) -> float:
-    """Harrell's C-index of a patient's summed hazards, in [0, 1]; 0.5 is chance.
+    """Harrell's C-index of a patient's summed hazards, in [0, 1]; for parity with the reference.
+
+    **Its chance level is 0.5 only at equal record lengths.** Records end at their event, so sums of
+    hazards rank patients by length: on the OMOP records of the main job a constant hazard scores
+    0.009. :func:`~ehrseq_fast.metrics.concordance_td`, whose chance level is 0.5, is the headline.
 
     ``C = P(risk_i > risk_j | patient i has the event before j's time)``, over the pairs that can be
     compared; a tie in risk counts half. A pair can be compared where the earlier of the two times

@@ -1,0 +1,26 @@
+"""How good predicted risks are: ranking at each visit, landmarks, calibration, baselines.
+
+The headline of per-visit hazards is :func:`concordance_td`, whose chance level is 0.5. Each
+docstring says what a metric means, its chance level, its conventions about ties and censoring and
+what computes it. ``docs/evaluate.md`` is the guide.
+"""
+
+from .baselines import DayBaselines, VisitBaselines, day_baselines, visit_baselines
+from .calibration import Calibration, calibration
+from .dynamic import concordance_td
+from .harrell import concordance_index
+from .landmark import brier, integrated_brier, landmark_auc
+
+__all__ = [
+    "Calibration",
+    "DayBaselines",
+    "VisitBaselines",
+    "brier",
+    "calibration",
+    "concordance_index",
+    "concordance_td",
+    "day_baselines",
+    "integrated_brier",
+    "landmark_auc",
+    "visit_baselines",
+]
