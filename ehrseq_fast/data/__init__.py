@@ -2,6 +2,7 @@
 
 from .dataset import PatientDataset
 from .describe import Description, describe
+from .meds import read_meds, to_meds
 from .omop import read_omop
 from .packed import packed_batch
 from .padded import PaddedBatch, padded_batch
@@ -21,8 +22,10 @@ __all__ = [
     "describe",
     "packed_batch",
     "padded_batch",
+    "read_meds",
     "read_omop",
     "select",
     "split_by_person",
+    "to_meds",
     "write_store",
 ]

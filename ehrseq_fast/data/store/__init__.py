@@ -2,8 +2,8 @@
 
 from .chunk import SubjectChunk
 from .event_store import EventStore
+from .jobs import by_processes
 from .merge import new_store, write_store
-from .parallel import build_store
 from .parts import PartWriter
 from .splits import SplitRule, by_hash, by_subject
 from .visits import NO_VISIT, group_visits
@@ -14,8 +14,8 @@ __all__ = [
     "PartWriter",
     "SplitRule",
     "SubjectChunk",
-    "build_store",
     "by_hash",
+    "by_processes",
     "by_subject",
     "group_visits",
     "new_store",

@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 Job = Callable[[Path], None]  # writes its part into that folder; pickled for other processes
 Result = TypeVar("Result")
+
+LONGEST_WAIT = timedelta(days=7)  # of a rank, until the others have done their share
 
 
 class HasParts(Protocol):
@@ -167,7 +170,7 @@ def _ranks() -> Iterator[_Ranks | None]:
         if distributed.get_world_size() == 1:
             yield None
             return
-        group = distributed.new_group(backend="gloo")
+        group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
         try:
             yield _Ranks(distributed, group)
         finally:
@@ -178,7 +181,7 @@ def _ranks() -> Iterator[_Ranks | None]:
         return
     if not available:
         raise RuntimeError("WORLD_SIZE is set, but this torch is built without torch.distributed")
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
         yield _Ranks(distributed, None)
     finally:

@@ -83,8 +83,9 @@ def group_visits(
         [0, 0, 0]
     """
     if rule in BY_KEY:
-        if keys is None:
+        if keys is None and len(times):
             raise ValueError(f"visits={rule!r}: expected the visit of each event, got none")
+        keys = times if keys is None else keys  # of no event
         return _by_key(subject, times, keys, times if starts is None else starts)
     if rule == "day":
         new = changes(subject, times // DAY)

@@ -1,0 +1,132 @@
+"""The files of a MEDS dataset: its shards in order, and its metadata."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..store.format import read_json
+from .arrow import parquet_errors, pyarrow
+from .names import CODE, CODES, DATA, DATASET, SETTINGS, SPLITS, SUBJECT
+
+_DIGITS = re.compile(r"([0-9]+)")
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """Every ``data/**/*.parquet``, relative to the folder, by name; numbers in names count as
+    numbers, so that 10 comes after 2.
+
+    Raises:
+        FileNotFoundError: no such folder, or none in it.
+        NotADirectoryError: a file.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: expected a MEDS dataset, there is no such folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected the folder of a MEDS dataset, got a file")
+    data = folder / DATA
+    if not data.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a MEDS dataset, it has no folder {DATA!r}")
+    found = [
+        (Path(place) / name).relative_to(folder)
+        for place, _, names in os.walk(data, followlinks=True)
+        for name in names
+        if name.endswith(".parquet") and not name.startswith(".")
+    ]
+    if not found:
+        raise FileNotFoundError(f"{data}: expected .parquet files there or below, found none")
+    return sorted(found, key=_in_order)
+
+
+def _in_order(path: Path) -> tuple[Any, ...]:
+    parts = [
+        [
+            (0, int(piece), "") if _DIGITS.fullmatch(piece) else (1, 0, piece)
+            for piece in _DIGITS.split(part)
+        ]
+        for part in path.parts
+    ]
+    return parts, str(path)
+
+
+def dataset_metadata(folder: Path) -> dict[str, Any]:
+    """``dataset.json``; empty where there is none."""
+    path = folder / DATASET
+    if not path.is_file():
+        return {}
+    content = read_json(path, "the dataset's metadata")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def settings_of(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """How the store was written that this dataset was exported from; empty for any other."""
+    settings = metadata.get(SETTINGS, {})
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{folder / DATASET}, {SETTINGS}: expected an object, got {settings!r:.50}"
+        )
+    return settings
+
+
+def subject_splits(folder: Path) -> tuple[NDArray[np.int64], list[str]] | None:
+    """The subjects' splits; None where the dataset has none."""
+    path = folder / SPLITS
+    if not path.is_file():
+        return None
+    pa = pyarrow()
+    table = _table(path, {SUBJECT: pa.int64(), "split": pa.string()})
+    for name in (SUBJECT, "split"):
+        if table.column(name).null_count:
+            nulls = table.column(name).is_null().to_numpy()
+            raise ValueError(
+                f"{path}, column {name}, row {int(np.flatnonzero(nulls)[0])}: expected a value, "
+                "got null"
+            )
+    return table.column(SUBJECT).to_numpy(), table.column("split").to_pylist()
+
+
+def descriptions(folder: Path) -> dict[str, str]:
+    """Of the codes that have one."""
+    path = folder / CODES
+    if not path.is_file():
+        return {}
+    pa = pyarrow()
+    found: dict[str, str] = {}
+    with parquet_errors(str(path)):
+        names = pa.parquet.read_schema(path).names
+    if "description" not in names:
+        return {}
+    table = _table(path, {CODE: pa.string(), "description": pa.string()})
+    codes, texts = table.column(CODE).to_pylist(), table.column("description").to_pylist()
+    for code, text in zip(codes, texts, strict=True):
+        if code and text:
+            found.setdefault(code, text)
+    return found
+
+
+def _table(path: Path, columns: Mapping[str, Any]) -> Any:
+    pa = pyarrow()
+    with parquet_errors(str(path)):
+        names = pa.parquet.read_schema(path).names
+        missing = [name for name in columns if name not in names]
+        if missing:
+            raise ValueError(
+                f"{path}: expected the column {missing[0]!r}, it has: {', '.join(names) or 'none'}"
+            )
+        table = pa.parquet.read_table(path, columns=list(columns), partitioning=None)
+    for at, (name, kind) in enumerate(columns.items()):
+        try:
+            table = table.set_column(at, name, table.column(name).cast(kind))
+        except pa.ArrowException as error:
+            raise TypeError(
+                f"{path}, column {name}: expected {kind}, got {table.column(name).type}: {error}"
+            ) from error
+    return table

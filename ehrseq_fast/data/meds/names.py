@@ -1,0 +1,31 @@
+"""Names of MEDS: files, columns, and the codes that have a meaning of their own."""
+
+from __future__ import annotations
+
+DATA = "data"
+CODES = "metadata/codes.parquet"
+SPLITS = "metadata/subject_splits.parquet"
+DATASET = "metadata/dataset.json"
+SETTINGS = "ehrseq_fast"  # the entry of dataset.json that says how a store was exported
+
+SUBJECT, TIME, CODE, VALUE, VISIT = "subject_id", "time", "code", "numeric_value", "visit_id"
+
+BIRTH, DEATH = "MEDS_BIRTH", "MEDS_DEATH"
+PERIOD_START, PERIOD_END = "OBSERVATION_PERIOD_START", "OBSERVATION_PERIOD_END"
+NO_EVENTS = "EHRSEQ_FAST_NO_EVENTS"  # the only event of a subject of whom nothing is known
+
+RESERVED = {
+    BIRTH: "The subject's birth",
+    DEATH: "The subject's death",
+    PERIOD_START: "The start of an observation period",
+    PERIOD_END: "The first instant after an observation period",
+    NO_EVENTS: "The only event of a subject without any other",
+}
+
+
+def reserved(code: str) -> str | None:
+    """Which of the codes with a meaning of their own this is, whatever follows its ``//``."""
+    head = code.split("//", 1)[0]
+    if head in (BIRTH, DEATH):
+        return head
+    return code if code in RESERVED else None

@@ -1,0 +1,204 @@
+"""MEDS datasets into a store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...arrays import integer
+from ..store import (
+    EventStore,
+    SplitRule,
+    by_hash,
+    by_processes,
+    by_subject,
+    new_store,
+    write_store,
+)
+from ..store.atomic import NewFolder
+from ..store.parts import Part
+from ..store.visits import VisitRule, checked_rule
+from .arrow import parquet_errors, pyarrow
+from .files import dataset_metadata, descriptions, settings_of, shards_of, subject_splits
+from .names import CODE, SPLITS, SUBJECT, TIME, VALUE, VISIT
+from .shard import Shard, write_part
+
+NO_EVENTS_OF = f"subjects of {SPLITS} without a row in the data"
+
+
+def read_meds(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    visits: VisitRule | None = None,
+    visit_column: str = VISIT,
+    workers: int = 1,
+    min_count: int | None = None,
+    split: Mapping[str, float] | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> EventStore:
+    """Read a MEDS dataset (https://medical-event-data-standard.github.io, version 0.3 or 0.4) into
+    the store ``out``.
+
+    Every file is read in batches; memory is bounded by a batch, the largest subject, and what there
+    is one of per subject or distinct code. The files are parts: with ``workers`` above 1, or under
+    ``torchrun``, they are read by several processes, and the store's bytes are the same.
+
+    Events without a time are static. ``MEDS_BIRTH`` and ``MEDS_DEATH`` (``MEDS_DEATH//...``) are
+    the subject's birth and death, ``OBSERVATION_PERIOD_START`` and ``OBSERVATION_PERIOD_END`` an
+    observation period; they make no visit. Times are taken as UTC. Columns besides ``subject_id``,
+    ``time``, ``code`` and ``numeric_value`` are not read; the header lists them.
+
+    Args:
+        folder: with ``data/**/*.parquet`` and ``metadata``.
+        out: the store to make.
+        visits: which events make a visit: ``"day"`` (in UTC; the default), ``"time"``, a number of
+            hours after the visit's first event, or ``"visit_id"``: those of one ``visit_column``.
+            Of a dataset that :func:`to_meds` wrote the default is the exported store's own visits.
+        visit_column: an integer column; null: the event belongs to the visit of its day.
+        workers: processes to read with.
+        min_count: how often a code must occur in the training split to be in the vocabulary; 1 by
+            default.
+        split: fractions by name, for a split by a hash of the subject's identifier. By default the
+            dataset's ``subject_splits.parquet``, and where it has none 80 % train, 10 % tuning,
+            10 % held out.
+        seed: of the hash; 0 by default.
+        overwrite: replace a store that is there.
+
+    Raises:
+        FileNotFoundError: no dataset there.
+        FileExistsError: ``out`` exists.
+        ValueError: a file that cannot be read, a column that is missing, a subject whose rows are
+            not together, a time that falls, a value that does not fit; no event at all.
+        TypeError: a column of another type.
+        ImportError: PyArrow is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> import pyarrow as pa, pyarrow.parquet as pq
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "data").mkdir()
+        ...     pq.write_table(pa.table({
+        ...         "subject_id": [1, 1, 1],
+        ...         "time": pa.array([None, "2020-01-01", "2020-01-05"]).cast(pa.timestamp("us")),
+        ...         "code": ["SEX//F", "I10", "E11"]}), f"{folder}/data/0.parquet")
+        ...     store = read_meds(folder, f"{folder}/store")
+        ...     store.n_visits, store.codes_of, len(store.static_codes)
+        (2, ('E11', 'I10', 'SEX//F'), 1)
+    """
+    pa = pyarrow()
+    folder = Path(folder)
+    names = shards_of(folder)
+    metadata = dataset_metadata(folder)
+    settings = settings_of(folder, metadata)
+    kept_rule, column = _visit_rule(visits, visit_column, settings)
+    part_rule: VisitRule = "visit_id" if column is not None else kept_rule
+    rule, without_events = _split_rule(folder, settings, split, seed)
+    if min_count is None:
+        min_count = settings.get("min_count", 1)
+    shards = [Shard(folder / name, name.as_posix(), part_rule, column) for name in names]
+    source: dict[str, Any] = {
+        "kind": "meds",
+        "path": str(folder.resolve()),
+        "files": len(shards),
+        "columns_not_read": _other_columns(shards[0], column),
+        "versions": {
+            "pyarrow": pa.__version__,
+            **{k: metadata[k] for k in ("meds_version", "dataset_version") if k in metadata},
+        },
+    }
+    if settings:
+        source["exported"] = {k: settings[k] for k in ("source", "left_out") if k in settings}
+    merge = partial(
+        _merge,
+        visit_rule=kept_rule,
+        source=source,
+        min_count=min_count,
+        split=rule,
+        without_events=without_events,
+        folder=folder,
+    )
+    return by_processes(
+        partial(new_store, out, overwrite=overwrite),
+        lambda: [partial(write_part, shard=shard) for shard in shards],
+        merge,
+        partial(EventStore, out),
+        workers=integer("workers", workers, 1, 4096),
+    )
+
+
+def _merge(
+    new: NewFolder,
+    parts: list[Path],
+    *,
+    folder: Path,
+    split: SplitRule,
+    without_events: np.ndarray | None,
+    **options: Any,
+) -> EventStore:
+    ids = np.concatenate([Part(path).whole("subject_ids") for path in parts])
+    if not len(ids):
+        raise ValueError(f"{folder}: expected events, got no row in {len(parts)} files")
+    left_out = {}
+    if without_events is not None:
+        left_out[NO_EVENTS_OF] = int(np.count_nonzero(~np.isin(without_events, ids)))
+    return write_store(
+        new,
+        parts,
+        split=split,
+        descriptions=descriptions(folder),
+        left_out=left_out,
+        **options,
+    )
+
+
+def _visit_rule(
+    visits: VisitRule | None, visit_column: str, settings: Mapping[str, Any]
+) -> tuple[VisitRule, str | None]:
+    """The rule for the header, and the column that says which visit an event belongs to."""
+    if visits is None:
+        if "visit_rule" in settings:
+            return checked_rule(settings["visit_rule"]), VISIT
+        return "day", None
+    rule = checked_rule(visits)
+    if rule == "visit_occurrence":
+        raise ValueError(
+            "visits: expected 'day', 'time', 'visit_id' or a number of hours of a MEDS dataset, "
+            f"got {visits!r}"
+        )
+    return rule, visit_column if rule == "visit_id" else None
+
+
+def _split_rule(
+    folder: Path,
+    settings: Mapping[str, Any],
+    split: Mapping[str, float] | None,
+    seed: int | None,
+) -> tuple[SplitRule, np.ndarray | None]:
+    """The rule, and the subjects that the source has assigned."""
+    own = settings.get("split", {})
+    if split is not None or (seed is not None and own.get("rule") == "hash"):
+        return by_hash(split, seed=seed or 0), None
+    if own.get("rule") == "hash":
+        return by_hash(own["fractions"], seed=own["seed"]), None
+    assigned = subject_splits(folder)
+    if assigned is None:
+        return by_hash(seed=seed or 0), None
+    names = tuple(own["names"]) if own else None
+    try:
+        return by_subject(assigned, names=names), assigned[0]
+    except ValueError as error:
+        raise ValueError(f"{folder / SPLITS}: {error}") from error
+
+
+def _other_columns(shard: Shard, visit_column: str | None) -> list[str]:
+    pa = pyarrow()
+    with parquet_errors(str(shard.path)):
+        names = pa.parquet.read_schema(shard.path).names
+    return sorted(set(names) - {SUBJECT, TIME, CODE, VALUE, visit_column})
