@@ -1,0 +1,226 @@
+"""Small OMOP databases for tests, what a store holds as plain Python, and the same by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLUMNS: Mapping[str, Mapping[str, str]] = {
+    "condition_occurrence": {
+        "person_id": "BIGINT",
+        "condition_concept_id": "BIGINT",
+        "condition_start_date": "DATE",
+        "condition_start_datetime": "TIMESTAMP",
+        "visit_occurrence_id": "BIGINT",
+    },
+    "measurement": {
+        "person_id": "BIGINT",
+        "measurement_concept_id": "BIGINT",
+        "measurement_date": "DATE",
+        "measurement_datetime": "TIMESTAMP",
+        "visit_occurrence_id": "BIGINT",
+        "value_as_number": "DOUBLE",
+    },
+    "person": {
+        "person_id": "BIGINT",
+        "gender_concept_id": "BIGINT",
+        "race_concept_id": "BIGINT",
+        "ethnicity_concept_id": "BIGINT",
+        "year_of_birth": "INTEGER",
+        "month_of_birth": "INTEGER",
+        "day_of_birth": "INTEGER",
+        "birth_datetime": "TIMESTAMP",
+    },
+    "observation_period": {
+        "person_id": "BIGINT",
+        "observation_period_start_date": "DATE",
+        "observation_period_end_date": "DATE",
+    },
+    "death": {"person_id": "BIGINT", "death_date": "DATE", "death_datetime": "TIMESTAMP"},
+    "visit_occurrence": {
+        "person_id": "BIGINT",
+        "visit_occurrence_id": "BIGINT",
+        "visit_start_date": "DATE",
+        "visit_start_datetime": "TIMESTAMP",
+    },
+    "concept": {"concept_id": "BIGINT", "concept_name": "VARCHAR"},
+}
+READ = ("condition", "measurement")
+Tables = Mapping[str, Sequence[Sequence[Any]]]
+
+
+def fill(
+    connection: Any,
+    tables: Tables,
+    *,
+    types: Mapping[str, str] | None = None,
+    schema: str = "main",
+) -> Any:
+    """Create those tables. Rows may be shorter than the table; ``types`` by "table.column"."""
+    changed = dict(types or {})
+    for table, rows in tables.items():
+        columns = {
+            column: changed.pop(f"{table}.{column}", dtype)
+            for column, dtype in COLUMNS[table].items()
+        }
+        listed = ", ".join(f"{column} {dtype}" for column, dtype in columns.items())
+        connection.execute(f"CREATE TABLE {schema}.{table} ({listed})")
+        for row in rows:
+            values = [*row, *[None] * (len(columns) - len(row))]
+            marks = ", ".join("?" * len(values))
+            connection.execute(f"INSERT INTO {schema}.{table} VALUES ({marks})", values)
+    assert not changed, changed
+    return connection
+
+
+def database(path: Path, tables: Tables, **options: Any) -> Path:
+    """A database file with those tables."""
+    import duckdb
+
+    with duckdb.connect(str(path)) as connection:
+        fill(connection, tables, **options)
+    return path
+
+
+def contents(store: Any) -> dict[int, dict[str, Any]]:
+    """All that a store holds of each subject."""
+    found = {}
+    for p, subject in enumerate(store.subject_ids.tolist()):
+        visits = []
+        for v in range(store.patient_offsets[p], store.patient_offsets[p + 1]):
+            entries = range(store.visit_offsets[v], store.visit_offsets[v + 1])
+            codes = {
+                store.codes_of[store.codes[i]]: _value(store.values, i) for i in entries
+            }
+            visits.append((store.visit_times[v].item(), codes))
+        statics = range(store.static_offsets[p], store.static_offsets[p + 1])
+        periods = range(store.period_offsets[p], store.period_offsets[p + 1])
+        found[subject] = {
+            "visits": visits,
+            "static": sorted(store.codes_of[store.static_codes[i]] for i in statics),
+            "birth": store.birth_times[p].item(),
+            "death": store.death_times[p].item(),
+            "periods": [
+                (store.period_starts[i].item(), store.period_ends[i].item()) for i in periods
+            ],
+        }
+    return found
+
+
+def _value(values: Any, i: int) -> float | None:
+    return None if values is None or np.isnan(values[i]) else float(values[i])
+
+
+def by_hand(tables: Tables, visits: str | float, *, keep: bool = False) -> dict[int, Any]:
+    """What a store of those tables has to hold, in plain Python; columns as in ``COLUMNS``."""
+    rows = {
+        name: [dict(zip(COLUMNS[name], [*row, *[None] * 9], strict=False)) for row in given]
+        for name, given in tables.items()
+    }
+    events = []
+    for name in ("condition_occurrence", "measurement"):
+        kind = name.split("_", maxsplit=1)[0]
+        start = "_start" if kind == "condition" else ""
+        for row in rows.get(name, []):
+            at = _instant(row[f"{kind}{start}_date"], row[f"{kind}{start}_datetime"])
+            concept = row[f"{kind}_concept_id"]
+            if row["person_id"] is not None and concept and at is not None:
+                value = row.get("value_as_number")
+                visit = row["visit_occurrence_id"]
+                events.append((row["person_id"], at, concept, value, visit))
+    people = {row["person_id"]: row for row in rows.get("person", [])}
+    subjects = {person for person, *_ in events} | (people.keys() - {None})
+    periods = _periods(rows.get("observation_period", []))
+    starts: dict[tuple[int, int], datetime] = {}
+    for row in rows.get("visit_occurrence", []):
+        at = _instant(row["visit_start_date"], row["visit_start_datetime"])
+        if at is not None and row["visit_occurrence_id"] is not None:
+            starts[row["person_id"], row["visit_occurrence_id"]] = at
+    found = {}
+    for person in sorted(subjects):
+        mine = [event[1:] for event in events if event[0] == person]
+        if rows.get("observation_period") and not keep:
+            mine = [
+                event
+                for event in mine
+                if any(begin <= event[0] < end for begin, end in periods.get(person, []))
+            ]
+        row = people.get(person, dict.fromkeys(COLUMNS["person"]))
+        deaths = [
+            _instant(death["death_date"], death["death_datetime"])
+            for death in rows.get("death", [])
+            if death["person_id"] == person
+        ]
+        static = [row[f"{what}_concept_id"] for what in ("gender", "race", "ethnicity")]
+        one = {
+            "visits": _visits(person, mine, visits, starts),
+            "static": sorted({str(concept) for concept in static if concept}),
+            "birth": row["birth_datetime"],
+            "death": min((death for death in deaths if death is not None), default=None),
+            "periods": periods.get(person, []),
+        }
+        if any(one.values()):
+            found[person] = one
+    return found
+
+
+def _instant(day: date | None, moment: datetime | None) -> datetime | None:
+    if day is None:
+        return moment
+    if moment is not None and moment.date() == day:
+        return moment
+    return datetime(day.year, day.month, day.day)
+
+
+def _periods(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[tuple[datetime, datetime]]]:
+    days: dict[int, set[date]] = {}
+    for row in rows:
+        first, last = row["observation_period_start_date"], row["observation_period_end_date"]
+        if None not in (row["person_id"], first, last):
+            for i in range((last - first).days + 1):
+                days.setdefault(row["person_id"], set()).add(first + timedelta(i))
+    found: dict[int, list[tuple[datetime, datetime]]] = {}
+    for person, observed in days.items():
+        for day in sorted(observed):
+            at, mine = _instant(day, None), found.setdefault(person, [])
+            assert at is not None
+            if mine and mine[-1][1] == at:
+                mine[-1] = (mine[-1][0], at + timedelta(1))
+            else:
+                mine.append((at, at + timedelta(1)))
+    return found
+
+
+def _visits(
+    person: int, events: list[Any], rule: str | float, starts: Mapping[Any, datetime]
+) -> list[tuple[datetime, dict[str, float | None]]]:
+    groups: dict[Any, list[Any]] = {}
+    begin = None
+    for event in sorted(events, key=lambda e: (e[0], e[1], -np.inf if e[2] is None else e[2])):
+        at, visit = event[0], event[3]
+        if rule == "day":
+            key: Any = at.date()
+        elif rule == "time":
+            key = at
+        elif rule == "visit_occurrence":
+            key = ("visit", visit) if (person, visit) in starts else ("day", at.date())
+        else:
+            if begin is None or at - begin > timedelta(hours=float(rule)):
+                begin = at
+            key = begin
+        groups.setdefault(key, []).append(event)
+    found = []
+    for key, group in groups.items():
+        codes: dict[str, float | None] = {}
+        for _, concept, value, _ in group:
+            value = codes.get(str(concept)) if value is None else float(np.float32(value))
+            codes[str(concept)] = value
+        known = isinstance(key, tuple) and key[0] == "visit"
+        start = starts[person, key[1]] if known else group[0][0]
+        found.append(((start, not known, key), start, codes))
+    found.sort(key=lambda visit: visit[0])
+    return [(start, dict(sorted(codes.items()))) for _, start, codes in found]
