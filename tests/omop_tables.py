@@ -93,9 +93,7 @@ def contents(store: Any) -> dict[int, dict[str, Any]]:
         visits = []
         for v in range(store.patient_offsets[p], store.patient_offsets[p + 1]):
             entries = range(store.visit_offsets[v], store.visit_offsets[v + 1])
-            codes = {
-                store.codes_of[store.codes[i]]: _value(store.values, i) for i in entries
-            }
+            codes = {store.codes_of[store.codes[i]]: _value(store.values, i) for i in entries}
             visits.append((store.visit_times[v].item(), codes))
         statics = range(store.static_offsets[p], store.static_offsets[p + 1])
         periods = range(store.period_offsets[p], store.period_offsets[p + 1])
@@ -217,8 +215,8 @@ def _visits(
     for key, group in groups.items():
         codes: dict[str, float | None] = {}
         for _, concept, value, _ in group:
-            value = codes.get(str(concept)) if value is None else float(np.float32(value))
-            codes[str(concept)] = value
+            code = str(concept)
+            codes[code] = codes.get(code) if value is None else float(np.float32(value))
         known = isinstance(key, tuple) and key[0] == "visit"
         start = starts[person, key[1]] if known else group[0][0]
         found.append(((start, not known, key), start, codes))

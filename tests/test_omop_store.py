@@ -92,11 +92,13 @@ def test_a_store_holds_what_plain_python_finds(connection, tmp_path, visits, see
 def test_events_by_day_are_those_of_the_reader_in_memory(connection, tmp_path):
     fill(connection, {"condition_occurrence": random_tables(5)["condition_occurrence"]})
     connection.execute("DELETE FROM condition_occurrence WHERE condition_start_date IS NULL")
-    connection.execute("INSERT INTO condition_occurrence VALUES (9999, 99, '2020-03-01', NULL, 1)")
+    connection.execute(
+        f"INSERT INTO condition_occurrence VALUES ({2**50}, 99, '2020-03-01', NULL, 1)"
+    )
     store = read_omop(connection, tmp_path / "store", tables=("condition",))
     records = read_omop(connection, outcome_concept_id=99, tables=("condition",))
     n = records.n_patients
-    assert store.subject_ids.tolist() == [*records.person_ids.tolist(), 9999]
+    assert store.subject_ids.tolist() == [*records.person_ids.tolist(), 2**50]
     assert (store.patient_offsets[: n + 1] == records.patient_offsets).all()
     days = store.visit_times[: records.n_visits].astype("datetime64[D]")
     assert (days == records.visit_days).all()
@@ -156,7 +158,7 @@ def test_rows_and_persons_left_out_are_counted_once(connection, tmp_path):
         "rows without a known concept": 3,
         "rows without a date": 2,
         "rows outside every observation period of the person": 2,
-        "persons whose rows are all left out": 2,  # 2 and 4; of 3 there is nothing but its row
+        "persons whose rows are all left out": 3,
         "numeric values that float32 does not hold": 2,
         "numeric values superseded by a later one of the same visit": 1,
         "births that are no day": 1,
@@ -171,7 +173,7 @@ def test_rows_and_persons_left_out_are_counted_once(connection, tmp_path):
         "deaths without a date": 1,
         "deaths of persons with no other row": 1,
         "death rows without a person_id": 1,
-    } | {"persons whose rows are all left out": 3}
+    }
     assert noticed(store) == {
         "observation periods that overlap or touch another, merged": 1,
         "observation periods without a row": 1,
@@ -179,7 +181,7 @@ def test_rows_and_persons_left_out_are_counted_once(connection, tmp_path):
     assert contents(store) == {
         1: {
             "visits": [(DAY, {"40": None, "50": None, "51": 3.0})],
-            "static": ["8507"],
+            "static": ["8532"],
             "birth": None,
             "death": datetime(2030, 1, 1),
             "periods": [
@@ -353,20 +355,16 @@ def test_the_last_value_of_a_visit_does_not_depend_on_the_order_of_the_rows(tmp_
 def test_schemas_views_attached_catalogues_and_mixed_case(connection, tmp_path):
     path = database(tmp_path / "other.duckdb", {"concept": [(40, "cough"), (41, "fever")]})
     connection.execute(f"ATTACH '{path}' AS other")
-    connection.execute("CREATE SCHEMA other.\"CDM.5\"")
+    connection.execute('CREATE SCHEMA other."CDM.5"')
     connection.execute(
         'CREATE VIEW other."CDM.5"."Condition_Occurrence" AS SELECT 7 AS "Person_ID",'
         " 40 AS CONDITION_CONCEPT_ID, DATE '2020-01-01' AS \"Condition_Start_Date\""
     )
-    store = read_omop(
-        connection, tmp_path / "store", tables=("condition",), schema='other."CDM.5"'
-    )
+    store = read_omop(connection, tmp_path / "store", tables=("condition",), schema='other."CDM.5"')
     assert contents(store)[7]["visits"] == [(DAY, {"40": None})]
     assert store.descriptions == ("",)
-    connection.execute('CREATE VIEW other."CDM.5".concept AS SELECT * FROM other.concept')
-    store = read_omop(
-        connection, tmp_path / "named", tables=("condition",), schema='other."CDM.5"'
-    )
+    connection.execute('CREATE VIEW other."CDM.5".concept AS SELECT * FROM other.main.concept')
+    store = read_omop(connection, tmp_path / "named", tables=("condition",), schema='other."CDM.5"')
     assert store.descriptions == ("cough",)
     assert set(store.header["source"]["missing"]) == {
         "condition_occurrence.condition_start_datetime",

@@ -114,12 +114,13 @@ def find_sources(
     sources.person = _person(_optional(connection, places, "person", (), sources.missing), sources)
     dates = ("observation_period_start_date", "observation_period_end_date")
     found = _optional(connection, places, "observation_period", dates, sources.missing)
-    if found is not None and _is_empty(connection, found):
-        sources.missing["observation_period"] = "the table has no rows"
-    elif found is not None:
+    if found is not None:
         sources.period = source = Source.of("observation_period", found)
         source.day("start", dates[0])
         source.day("end", dates[1])
+        if _is_empty(connection, found):
+            sources.missing["observation_period"] = "the table has no rows"
+            sources.period = None
     found = _optional(connection, places, "death", ("death_date",), sources.missing)
     if found is not None:
         sources.death = source = Source.of("death", found)
