@@ -138,9 +138,12 @@ def by_hand(tables: Tables, visits: str | float, *, keep: bool = False) -> dict[
         at = _instant(row["visit_start_date"], row["visit_start_datetime"])
         if at is not None and row["visit_occurrence_id"] is not None:
             starts[row["person_id"], row["visit_occurrence_id"]] = at
+    of_person: dict[int, list[Any]] = {}
+    for person, *event in events:
+        of_person.setdefault(person, []).append(tuple(event))
     found = {}
     for person in sorted(subjects):
-        mine = [event[1:] for event in events if event[0] == person]
+        mine = of_person.get(person, [])
         if rows.get("observation_period") and not keep:
             mine = [
                 event
