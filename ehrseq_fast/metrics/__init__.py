@@ -5,21 +5,29 @@ docstring says what a metric means, its chance level, its conventions about ties
 what computes it. ``docs/evaluate.md`` is the guide.
 """
 
+from ..predictions import cumulative_incidence
 from .baselines import DayBaselines, VisitBaselines, day_baselines, visit_baselines
 from .calibration import Calibration, calibration
 from .dynamic import concordance_td
+from .evaluation import TrainingOutcomes, evaluate
 from .harrell import concordance_index
 from .landmark import brier, integrated_brier, landmark_auc
+from .report import Evaluation, Metric
 
 __all__ = [
     "Calibration",
     "DayBaselines",
+    "Evaluation",
+    "Metric",
+    "TrainingOutcomes",
     "VisitBaselines",
     "brier",
     "calibration",
     "concordance_index",
     "concordance_td",
+    "cumulative_incidence",
     "day_baselines",
+    "evaluate",
     "integrated_brier",
     "landmark_auc",
     "visit_baselines",

@@ -237,14 +237,26 @@ def select(
     else:
         visits = last_visits(values, visit_times, start)
     since = times.astype(np.float64) - start
-    at_risk = (since > 0) | (with_censored & ~seen & (since >= 0))
-    patients = np.flatnonzero(at_risk & (visits >= 0))
-    if not len(patients):
+    found = at_landmark(visits, since, seen, float(horizon), with_censored)
+    if not len(found.patients):
         raise ValueError(
             f"landmark: expected patients at risk after {landmark}, got none of {len(values)}"
         )
-    since, seen = since[patients], seen[patients]
-    return AtLandmark(patients, visits[patients], *_known(since, seen, horizon, with_censored))
+    return found
+
+
+def at_landmark(
+    visits: Ints, since: Floats, seen: Bools, horizon: float, with_censored: bool
+) -> AtLandmark:
+    """Of each patient's last visit at the landmark (−1 where there is none), and its time and
+    indicator, counted from there."""
+    at_risk = (since > 0) | (with_censored & ~seen & (since >= 0))
+    patients = np.flatnonzero(at_risk & (visits >= 0))
+    if not len(patients):
+        nobody = np.zeros(0, np.bool_)
+        return AtLandmark(patients, patients, nobody, nobody, np.zeros(0))
+    known = _known(since[patients], seen[patients], horizon, with_censored)
+    return AtLandmark(patients, visits[patients], *known)
 
 
 def last_visits(values: VisitValues, visit_times: Any, start: NDArray[Any]) -> Ints:

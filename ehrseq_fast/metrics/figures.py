@@ -1,0 +1,93 @@
+"""The figures of an evaluation: the model's, both baselines', and the bootstrap's intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from .calibration import Calibration
+from .report import Metric
+from .values import Ints
+
+# The metric's name, landmark and horizon.
+Key = tuple[str, float | None, float | None]
+# Of patients, who may be repeated, by one of WHOSE: each figure, or why it is not defined.
+Block = Callable[[Ints, str], Mapping[Key, float | str]]
+
+WHOSE = ("model", "constant", "by_visit")
+_MOST_FAILED = 0.1  # share of bootstrap samples in which a figure may be undefined
+
+
+class Figures:
+    """Metrics, and how they are computed again for a sample of patients.
+
+    Attributes:
+        patients: how many are evaluated.
+        metrics: with their figures, in the order of :meth:`add`.
+        calibrations: the curves, by landmark and horizon.
+    """
+
+    def __init__(self, patients: int) -> None:
+        self.patients = patients
+        self.metrics: list[Metric] = []
+        self.calibrations: dict[tuple[float, float], Calibration] = {}
+        self._blocks: list[Block] = []
+
+    def add(self, metrics: Sequence[Metric], block: Block, *, baselines: bool) -> None:
+        """Fill the figures of ``metrics`` in, of the model and, where there are, the baselines."""
+        everybody = np.arange(self.patients)
+        found = {whose: block(everybody, whose) for whose in (WHOSE if baselines else WHOSE[:1])}
+        for metric in metrics:
+            at = key_of(metric)
+            reason = found["model"].get(at)
+            self.metrics.append(
+                replace(
+                    metric,
+                    model=_number(reason),
+                    constant=_number(found.get("constant", {}).get(at)),
+                    by_visit=_number(found.get("by_visit", {}).get(at)),
+                    reason=reason if isinstance(reason, str) else None,
+                )
+            )
+        self._blocks.append(block)
+
+    def add_intervals(self, samples: int, level: float, seed: int, progress: bool) -> None:
+        """Percentile intervals of the model's figures, patients being resampled."""
+        rng = np.random.default_rng(seed)
+        defined = {key_of(m): k for k, m in enumerate(self.metrics) if m.model is not None}
+        found: dict[Key, list[float]] = {at: [] for at in defined}
+        for _ in _with_progress(samples, progress):
+            chosen = rng.integers(0, self.patients, self.patients)
+            for block in self._blocks:
+                for at, value in block(chosen, "model").items():
+                    number = _number(value)
+                    if number is not None and at in found:
+                        found[at].append(number)
+        edges = [(1 - level) / 2, (1 + level) / 2]
+        for at, values in found.items():
+            if len(values) >= (1 - _MOST_FAILED) * samples:
+                low, high = np.quantile(values, edges).tolist()
+                k = defined[at]
+                self.metrics[k] = replace(self.metrics[k], interval=(low, high))
+
+
+def key_of(metric: Metric) -> Key:
+    """What a block calls the metric's figure."""
+    return metric.name, metric.landmark_days, metric.horizon_days
+
+
+def _number(value: float | str | None) -> float | None:
+    return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _with_progress(samples: int, progress: bool) -> Iterable[int]:
+    if progress:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return range(samples)
+        return tqdm(range(samples), desc="bootstrap", unit="sample")
+    return range(samples)
