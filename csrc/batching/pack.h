@@ -176,10 +176,11 @@ inline int64_t* write_patients(const Sizes& sizes, const PatientOrder& order,
   return to;
 }
 
-// Visits of one time step are side by side, the longest patient's first.
+// Visits of one time step are side by side, the longest patient's first. Returns how many codes
+// were written.
 template <typename Records>
-void copy_codes(const Records& records, const PatientOrder& order, const Vocabulary& vocabulary,
-                int32_t* code_offsets, int32_t* codes) {
+int64_t copy_codes(const Records& records, const PatientOrder& order, const Vocabulary& vocabulary,
+                   int32_t* code_offsets, int32_t* codes) {
   bool all_inside = true;
   int32_t* to = codes;
   for (size_t t = 0; t < order.batch_sizes.size(); ++t) {
@@ -190,6 +191,7 @@ void copy_codes(const Records& records, const PatientOrder& order, const Vocabul
   }
   *code_offsets = static_cast<int32_t>(to - codes);
   if (!all_inside) records.refuse_codes_outside(vocabulary);
+  return to - codes;
 }
 
 template <typename Records>
@@ -227,8 +229,8 @@ Packed pack(const Records& records, const Vocabulary& vocabulary, const OutcomeA
 
   auto* const code_offsets = reinterpret_cast<int32_t*>(end_of_longs);
   int32_t* const codes = code_offsets + sizes.visits + 1;
+  sizes.codes = copy_codes(records, order, vocabulary, code_offsets, codes);
   int32_t* const index_visits = codes + sizes.codes;
-  copy_codes(records, order, vocabulary, code_offsets, codes);
   const CodeSegments index =
       transpose({codes, code_offsets, sizes.visits, sizes.codes}, index_visits);
   sizes.distinct_codes = static_cast<int64_t>(index.codes.size());

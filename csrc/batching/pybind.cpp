@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "batching/lists.h"
+#include "batching/mapped.h"
 #include "batching/pack.h"
 
 namespace ehrseq::batching {
@@ -18,6 +19,7 @@ namespace {
 
 using Longs = py::array_t<int64_t, py::array::c_style>;
 using OptionalLongs = std::optional<Longs>;
+using Ints = py::array_t<int32_t, py::array::c_style>;
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using OptionalBytes = std::optional<Bytes>;
 
@@ -125,6 +127,36 @@ py::tuple pack_flat(const py::array& codes, const py::array& visit_offsets,
   return as_tuple(std::move(packed));
 }
 
+py::tuple pack_mapped(const py::array& codes, const py::array& visit_offsets,
+                      const py::array& patient_offsets, const Longs& patients,
+                      const Longs& n_visits, const Ints& code_map, int64_t vocab_size,
+                      const OptionalLongs& event_times, const OptionalLongs& event_indicators,
+                      const OptionalLongs& event_types, bool with_source_rows) {
+  expect_integers("codes", codes, 1);
+  expect_offset("visit_offsets", visit_offsets);
+  expect_offset("patient_offsets", patient_offsets);
+  const int64_t n_chosen = patients.size();
+  expect_shape<Longs>("patients", patients, {n_chosen});
+  expect_shape<Longs>("n_visits", n_visits, {n_chosen});
+  expect_shape<Ints>("code_map", code_map, {code_map.size()});
+  const Vocabulary vocabulary = vocabulary_of(vocab_size);
+  const IntColumn flat_codes = column(codes);
+  const IntColumn visits = column(visit_offsets);
+  const IntColumn patient_column = column(patient_offsets);
+  const int64_t* const chosen = patients.data();
+  const int64_t* const first_visits = n_visits.data();
+  const CodeMap map{code_map.data(), code_map.size()};
+  const OutcomeArrays outcomes = outcomes_of(event_times, event_indicators, event_types, n_chosen);
+  Packed packed;
+  {
+    const py::gil_scoped_release released;
+    const MappedRecords records(
+        FlatRecords(flat_codes, visits, patient_column, chosen, n_chosen, {}, first_visits), map);
+    packed = pack(records, vocabulary, outcomes, with_source_rows);
+  }
+  return as_tuple(std::move(packed));
+}
+
 py::tuple pack_lists(const py::object& patients, int64_t vocab_size,
                      const OptionalLongs& event_times, const OptionalLongs& event_indicators,
                      const OptionalLongs& event_types, bool with_source_rows) {
@@ -190,6 +222,11 @@ PYBIND11_MODULE(_batching, module) {
   module.def("pack_flat", &pack_flat, arg("codes").noconvert(), arg("visit_offsets").noconvert(),
              arg("patient_offsets").noconvert(), arg("patients").noconvert(), arg("vocab_size"),
              arg("event_times").noconvert(), arg("event_indicators").noconvert(),
+             arg("event_types").noconvert(), arg("with_source_rows"));
+  module.def("pack_mapped", &pack_mapped, arg("codes").noconvert(),
+             arg("visit_offsets").noconvert(), arg("patient_offsets").noconvert(),
+             arg("patients").noconvert(), arg("n_visits").noconvert(), arg("code_map").noconvert(),
+             arg("vocab_size"), arg("event_times").noconvert(), arg("event_indicators").noconvert(),
              arg("event_types").noconvert(), arg("with_source_rows"));
   module.def("pack_lists", &pack_lists, arg("patients"), arg("vocab_size"),
              arg("event_times").noconvert(), arg("event_indicators").noconvert(),

@@ -4,7 +4,8 @@
 //   length(patient)                       how many visits
 //   count_codes(patient)                  how many codes in all of them
 //   source_row(patient, visit)            the visit's row in the caller's arrays
-//   copy_visit(patient, visit, to, all)   writes the visit's codes, returns where they end
+//   copy_visit(patient, visit, to, all)   writes the visit's codes, returns where they end; no more
+//                                         of them than count_codes counts
 //   name(patient)                         the patient's name in error messages
 // Everything but the codes is checked when the records are constructed. The codes are checked while
 // they are copied: `all` collects every bit that was seen outside the vocabulary.
@@ -78,13 +79,16 @@ struct HugeCode {
 // is copied first, and what is checked is the copy.
 class FlatRecords {
  public:
+  // `n_visits`, one for each chosen patient, takes that many of its first visits; null takes all.
   FlatRecords(IntColumn codes, const IntColumn& visit_offsets, const IntColumn& patient_offsets,
-              const int64_t* chosen, int64_t n_chosen, HugeCode huge = {})
+              const int64_t* chosen, int64_t n_chosen, HugeCode huge = {},
+              const int64_t* n_visits = nullptr)
       : codes_(codes), huge_(std::move(huge)), is_chosen_(chosen != nullptr) {
     if (chosen) chosen_.assign(chosen, chosen + n_chosen);
     const int64_t n_records = patient_offsets.size - 1;
     check_chosen(n_records);
     find_visits(chosen ? n_chosen : n_records, patient_offsets, visit_offsets.size - 1);
+    if (n_visits) take_first_visits(n_visits);
     copy_visit_offsets(visit_offsets);
     check_visit_offsets();
   }
@@ -131,12 +135,15 @@ class FlatRecords {
     refuse_codes(outside, first_code, vocabulary, name(outside.patient));
   }
 
- private:
+ protected:
+  int64_t code_at(int64_t at) const { return codes_[at]; }
+
   // One more than the patient has visits.
   const int64_t* offsets_of(int64_t patient) const {
     return visit_offsets_.data() + first_offset_[patient];
   }
 
+ private:
   void check_chosen(int64_t n_records) const {
     Offenders outside;
     for (size_t p = 0; p < chosen_.size(); ++p)
@@ -171,6 +178,24 @@ class FlatRecords {
                    name(falling.patient) + ": from " + text(first_begin) + " to " +
                    text(first_end) + ".");
     if (empty) refuse_empty_sequences(empty, name(empty.patient));
+  }
+
+  void take_first_visits(const int64_t* n_visits) {
+    Offenders outside;
+    int64_t first_wanted = 0;
+    for (int64_t p = 0; p < n_patients(); ++p) {
+      const int64_t wanted = n_visits[p];
+      if (wanted >= 1 && wanted <= length_[p]) {
+        length_[p] = wanted;
+        continue;
+      }
+      if (!outside) first_wanted = wanted;
+      outside.add(p);
+    }
+    if (outside)
+      refuse_value("n_visits: expected 1 to the patient's number of visits. Found " +
+                   text(outside.count) + " others. The first is " + text(first_wanted) + ": " +
+                   name(outside.patient) + ", with " + text(length_[outside.patient]) + " visits.");
   }
 
   // Reads the offsets of the chosen patients only, front to back.

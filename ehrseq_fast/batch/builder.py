@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import backend
-from ..arrays import ArrayLike, integers
+from ..arrays import Array, ArrayLike, as_array, integers
 from . import reference
 from .checks import (
     check_padded,
@@ -143,6 +145,41 @@ def from_flat(
         gather_all(targets, chosen, n_records, "patients"),
         gather_all(visit_targets, rows, n_rows),
     )
+
+
+def from_prefixes(
+    codes: Array,
+    visit_offsets: Array,
+    patient_offsets: Array,
+    patients: NDArray[np.int64],
+    n_visits: NDArray[np.int64],
+    code_map: NDArray[np.int32],
+    vocab_size: int,
+    event_times: NDArray[np.int64] | None,
+    event_indicators: NDArray[np.int64] | None,
+) -> tuple[Contents, Array]:
+    """The first ``n_visits`` visits of each of the patients of flat arrays, with their codes mapped
+    by ``code_map``, and the row of each packed visit in those arrays. Outcomes are the batch's.
+
+    What one visit holds after mapping comes out ascending and once each.
+    """
+    outcomes = (event_times, event_indicators, None)
+    sizes, host, fields, rows = batch_builder().pack_mapped(
+        as_array("codes", codes),
+        as_array("visit_offsets", visit_offsets),
+        as_array("patient_offsets", patient_offsets),
+        patients,
+        n_visits,
+        code_map,
+        vocab_size,
+        *outcomes,
+        True,
+    )
+    layout = layout_of(sizes, outcomes)
+    contents = Contents(
+        layout, torch.from_numpy(host), torch.from_numpy(fields), vocab_size, None, {}, {}
+    )
+    return contents, rows
 
 
 def from_padded(

@@ -19,6 +19,7 @@ from .patient_order import Longs, PatientOrder, offsets_of
 from .reference_checks import (
     Names,
     check_codes,
+    check_mapped,
     check_outcomes,
     check_sizes,
     check_visit_count,
@@ -29,6 +30,7 @@ from .reference_checks import (
     expect_outcomes,
     expect_shape,
     find_visits,
+    first_visits,
     padded_lengths,
     refuse_empty,
     refuse_fractional,
@@ -83,17 +85,9 @@ def _pack_flat(
     huge: dict[int, str],
 ) -> Packed:
     names = Names(patients)
-    first_visit, lengths = find_visits(patient_offsets, patients, len(visit_offsets) - 1, names)
-    check_visit_count(int(lengths.sum(dtype=np.float64)))
-    order = PatientOrder(lengths)
-    rows = first_visit[order.patient_of_row] + order.time_of_row
-    begins = np.take(visit_offsets, rows).astype(np.int64)
-    ends = np.take(visit_offsets, rows + 1).astype(np.int64)
-    check_visit_offsets(begins, ends, order, len(codes), names)
-    check_outcomes(lengths, outcomes, names)
-    counts = ends - begins
-    check_sizes(counts, len(rows))
-    positions = np.repeat(begins - _starts(counts), counts) + np.arange(counts.sum())
+    order, rows, counts, positions = _visits_of(
+        len(codes), visit_offsets, patient_offsets, patients, None, outcomes, names
+    )
     return _pack(
         order,
         counts,
@@ -105,6 +99,78 @@ def _pack_flat(
         huge={place: huge[at] for place, at in enumerate(positions.tolist()) if at in huge}
         if huge
         else {},
+    )
+
+
+def _visits_of(
+    n_codes: int,
+    visit_offsets: npt.NDArray[Any],
+    patient_offsets: npt.NDArray[Any],
+    patients: Longs | None,
+    n_visits: Longs | None,
+    outcomes: Outcomes,
+    names: Names,
+) -> tuple[PatientOrder, Longs, Longs, Longs]:
+    """The order of the patients, the source row of each packed one, how many codes it has, and
+    where each of them is."""
+    first_visit, lengths = find_visits(patient_offsets, patients, len(visit_offsets) - 1, names)
+    if n_visits is not None:
+        lengths = first_visits(n_visits, lengths, names)
+    check_visit_count(int(lengths.sum(dtype=np.float64)))
+    order = PatientOrder(lengths)
+    rows = first_visit[order.patient_of_row] + order.time_of_row
+    begins = np.take(visit_offsets, rows).astype(np.int64)
+    ends = np.take(visit_offsets, rows + 1).astype(np.int64)
+    check_visit_offsets(begins, ends, order, n_codes, names)
+    check_outcomes(lengths, outcomes, names)
+    counts = ends - begins
+    check_sizes(counts, len(rows))
+    positions = np.repeat(begins - _starts(counts), counts) + np.arange(counts.sum())
+    return order, rows, counts, positions
+
+
+def pack_mapped(
+    codes: npt.NDArray[Any],
+    visit_offsets: npt.NDArray[Any],
+    patient_offsets: npt.NDArray[Any],
+    patients: Longs,
+    n_visits: Longs,
+    code_map: npt.NDArray[np.int32],
+    vocab_size: int,
+    event_times: Longs | None,
+    event_indicators: Longs | None,
+    event_types: Longs | None,
+    with_source_rows: bool,
+) -> Packed:
+    """Pack the first ``n_visits`` visits of the chosen patients of flat records, with
+    ``code_map[code]`` in place of each code; a visit's codes come out ascending and distinct."""
+    expect_integers("codes", codes, 1)
+    expect_offsets("visit_offsets", visit_offsets)
+    expect_offsets("patient_offsets", patient_offsets)
+    expect_shape("patients", patients, (patients.size,))
+    expect_shape("n_visits", n_visits, (patients.size,))
+    expect_shape("code_map", code_map, (code_map.size,))
+    check_vocabulary(vocab_size)
+    patients, n_visits, code_map = patients.copy(), n_visits.copy(), code_map.copy()
+    outcomes = expect_outcomes(event_times, event_indicators, event_types, len(patients))
+    names = Names(patients)
+    order, rows, counts, positions = _visits_of(
+        len(codes), visit_offsets, patient_offsets, patients, n_visits, outcomes, names
+    )
+    taken = np.take(codes, positions).astype(np.int64)
+    row_of_code = np.repeat(np.arange(len(counts)), counts)
+    slots = np.arange(len(taken)) - np.repeat(_starts(counts), counts)
+    check_mapped(taken, code_map, vocab_size, order, row_of_code, slots, names)
+    kept = np.unique(row_of_code * vocab_size + code_map[taken])  # below 2**62
+    counts = np.bincount(kept // vocab_size, minlength=len(counts))
+    return _pack(
+        order,
+        counts,
+        kept % vocab_size,
+        vocab_size,
+        outcomes,
+        names,
+        rows if with_source_rows else None,
     )
 
 

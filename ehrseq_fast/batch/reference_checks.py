@@ -84,6 +84,17 @@ def find_visits(
     return begins, ends - begins
 
 
+def first_visits(wanted: Longs, lengths: Longs, names: Names) -> Longs:
+    outside = np.flatnonzero((wanted < 1) | (wanted > lengths))
+    if len(outside):
+        at = outside[0]
+        raise ValueError(
+            f"n_visits: expected 1 to the patient's number of visits. Found {len(outside)} others. "
+            f"The first is {wanted[at]}: {names[at]}, with {lengths[at]} visits."
+        )
+    return wanted
+
+
 def refuse_empty(lengths: Longs, names: Names) -> None:
     empty = np.flatnonzero(lengths == 0)
     if len(empty):
@@ -200,6 +211,39 @@ def check_codes(
         )
         where = f"{names[patient]}, visit {visit}, code {slot}"
         raise codes_outside(len(outside), vocab_size, huge.get(at, codes[at]), where)
+
+
+def check_mapped(
+    codes: Longs,
+    code_map: npt.NDArray[np.int32],
+    vocab_size: int,
+    order: PatientOrder,
+    row_of_code: Longs,
+    slots: Longs,
+    names: Names,
+) -> None:
+    def refuse(what: str, wrong: npt.NDArray[np.bool_]) -> None:
+        outside = np.flatnonzero(wrong)
+        if not len(outside):
+            return
+        rows = row_of_code[outside]
+        patient, visit, slot, at = _first(
+            order.patient_of_row[rows], order.time_of_row[rows], slots[outside], outside
+        )
+        raise IndexError(
+            f"Found {len(outside)} codes {what}. The first is {codes[at]}: {names[patient]}, "
+            f"visit {visit}, code {slot}."
+        )
+
+    n_codes = len(code_map)
+    refuse(
+        f"outside the dictionary: expected 0 <= code < {n_codes}", (codes < 0) | (codes >= n_codes)
+    )
+    mapped = code_map[codes]
+    refuse(
+        f"that code_map takes outside the vocabulary: expected 0 <= code_map[code] < {vocab_size}",
+        (mapped < 0) | (mapped >= vocab_size),
+    )
 
 
 def _first(*columns: npt.NDArray[Any]) -> tuple[int, ...]:

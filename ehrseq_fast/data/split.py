@@ -57,11 +57,12 @@ def split_by_person(
 
 def _uniform_hash(ids: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
     """A number in [0, 1) for each id: the splitmix64 mix (Steele, Lea and Flood, 2014)."""
-    mixed = _splitmix64(ids.astype(np.uint64) ^ _splitmix64(np.array([seed], np.uint64)))
+    mixed = splitmix64(ids.astype(np.uint64) ^ splitmix64(np.array([seed], np.uint64)))
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A hash of each number, which is a permutation of all 64-bit numbers."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

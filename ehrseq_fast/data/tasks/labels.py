@@ -1,0 +1,262 @@
+"""MEDS label files: a label for each person and prediction time, and times to event beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...checks import expect_option
+from .attrition import Funnel
+from .dates import places_of
+from .label_columns import VALUES, read_columns, write_columns
+from .outcomes import Outcomes
+from .search import DAY_US, NAT, as_times, days_of, first_not_below, microseconds
+
+if TYPE_CHECKING:
+    from ..store import EventStore
+
+Ints = NDArray[np.int64]
+ROWS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Label files as they were read; a task whose predictions are their rows.
+
+    :meth:`apply` gives :class:`Outcomes` with ``labels``. As the ``index`` of a
+    :class:`FirstEvent`, the prediction times alone are taken.
+
+    Attributes:
+        subject_ids: int64 ``[n]``.
+        prediction_times: datetime64[us] ``[n]``, in UTC.
+        values: by column, ``[n]`` each: ``boolean_value`` (0, 1), ``integer_value``,
+            ``float_value``, ``event_time_days``, ``event_indicator`` as float64, NaN where there is
+            none; ``categorical_value`` as objects, None where there is none.
+        value: which column :meth:`apply` takes as the label.
+        prediction_day: whether what was recorded at the prediction time is seen: ``"included"``, as
+            MEDS has it, or ``"excluded"``: only days before that of the prediction.
+        source: where they were read from.
+    """
+
+    subject_ids: Ints
+    prediction_times: NDArray[np.datetime64]
+    values: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    value: str | None = None
+    prediction_day: str = "included"
+    source: str = "labels"
+
+    def __post_init__(self) -> None:
+        expect_option("prediction_day", self.prediction_day, ("included", "excluded"))
+        if self.value is not None and self.value not in self.values:
+            raise ValueError(
+                f"value: expected a column of {self.source}, {', '.join(self.values) or 'none'}, "
+                f"got {self.value!r}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.subject_ids)
+
+    @property
+    def name(self) -> str:
+        """Where the labels come from."""
+        return self.source
+
+    def apply(self, store: EventStore, split: str | None = None) -> Outcomes:
+        """The predictions for patients of one split, or of the whole store, in the labels' order.
+
+        A row sees the visits up to its prediction time. ``labels`` are the values: of booleans 0
+        and 1, of categories their number in ``categories``. ``event_indicators`` and ``end_times``
+        are the columns ``event_indicator`` and ``event_time_days``; without the former, the
+        indicator is the boolean label, or 0.
+
+        Raises:
+            ValueError: no such split, labels without any value.
+        """
+        column = self._label_column()
+        labels, categories = _as_numbers(self.values[column])
+        patients = places_of(store.subject_ids, self.subject_ids)
+        chosen = np.zeros(store.n_patients, bool)
+        chosen[slice(None) if split is None else store.patients_of(split)] = True
+        rows = np.flatnonzero(patients >= 0)
+        n_unknown = len(self) - len(rows)
+        rows = rows[chosen[patients[rows]]]
+        seen = np.isfinite(labels) & (labels == 1) if column == "boolean_value" else labels > np.inf
+        funnel = Funnel()
+
+        def count(name: str) -> None:
+            persons = np.unique(patients[rows])
+            with_outcome = np.unique(patients[rows][seen[rows]])
+            funnel.add(name, len(persons), len(with_outcome), len(rows))
+
+        count("with a label" if split is None else f"with a label, in split {split!r}")
+        rows = rows[np.isfinite(labels[rows])]
+        count("with a value")
+        n_visits = self._seen_visits(store, patients[rows], rows)
+        rows, n_visits = rows[n_visits > 0], n_visits[n_visits > 0]
+        count("with a visit to predict from")
+        indicators = self._indicators(rows, seen)
+        left_out = {"labels of persons who are not in the store": n_unknown} if n_unknown else {}
+        return Outcomes(
+            patients=patients[rows],
+            n_visits=n_visits,
+            entry_times=n_visits - 1,
+            event_times=n_visits - 1,
+            event_indicators=indicators,
+            index_times=self.prediction_times[rows],
+            end_times=self._end_times(rows),
+            attrition=funnel.table(int(indicators.sum())),
+            each_visit=False,
+            left_out=left_out,
+            labels=labels[rows].astype(np.float32),
+            categories=categories,
+            store_sha256=store.header.get("content_sha256"),
+        )
+
+    def _label_column(self) -> str:
+        if self.value is not None:
+            return self.value
+        for name in VALUES:
+            if name in self.values and len(_known(self.values[name])):
+                return name
+        raise ValueError(
+            f"{self.source}: expected a value in one of the columns {', '.join(VALUES)}, got none"
+        )
+
+    def _seen_visits(self, store: EventStore, patients: Ints, rows: Ints) -> Ints:
+        times = microseconds(self.prediction_times)[rows]
+        before = times + 1 if self.prediction_day == "included" else days_of(times) * DAY_US
+        begins, ends = store.patient_offsets[patients], store.patient_offsets[patients + 1]
+        return first_not_below(microseconds(store.visit_times), begins, ends, before) - begins
+
+    def _indicators(self, rows: Ints, seen: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        if "event_indicator" not in self.values:
+            return seen[rows].astype(np.uint8)
+        return (self.values["event_indicator"][rows] == 1).astype(np.uint8)
+
+    def _end_times(self, rows: Ints) -> NDArray[np.datetime64]:
+        ends = np.full(len(rows), NAT)
+        if "event_time_days" in self.values:
+            days = self.values["event_time_days"][rows]
+            known = np.isfinite(days)
+            times = microseconds(self.prediction_times)[rows[known]]
+            ends[known] = times + np.rint(days[known] * DAY_US).astype(np.int64)
+        return as_times(ends)
+
+
+def labels(
+    path: str | os.PathLike[str], *, value: str | None = None, prediction_day: str = "included"
+) -> Labels:
+    """Read MEDS label files.
+
+    Args:
+        path: a Parquet file, or a folder with Parquet files, nested or not, read in the order of
+            their paths. Columns: ``subject_id`` (int64), ``prediction_time`` (timestamp, of a zone
+            in UTC), and any of ``boolean_value``, ``integer_value``, ``float_value``,
+            ``categorical_value``, ``event_time_days``, ``event_indicator``.
+        value: which column is the label; None: the first of the four that holds a value.
+        prediction_day: see :class:`Labels`.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without any.
+        ValueError: a missing column, a person or time that is null, no Parquet file.
+        TypeError: a column of another type.
+        ImportError: PyArrow is missing.
+
+    Example:
+        >>> labels("readmission/train")  # doctest: +SKIP
+    """
+    subject_ids, times, values = read_columns(Path(path))
+    return Labels(
+        subject_ids, times, values, value=value, prediction_day=prediction_day, source=str(path)
+    )
+
+
+def write_labels(
+    outcomes: Outcomes,
+    store: EventStore,
+    path: str | os.PathLike[str],
+    *,
+    horizon_days: float | None = None,
+) -> int:
+    """Write outcomes as a MEDS label file, and return how many rows it has.
+
+    A row for each prediction: of ``each_visit`` outcomes each visit from the entry on, at the
+    visit's time; else the index date. Columns: ``subject_id``, ``prediction_time``,
+    ``boolean_value``, and beside them ``event_time_days`` (float64, from the prediction to the
+    event or the end of observation, null where unknown) and ``event_indicator`` (boolean, whether
+    that end is the event).
+
+    Args:
+        outcomes: what a task gave.
+        store: the store that they were made of.
+        path: the file, which appears whole or not at all; one that is there is replaced.
+        horizon_days: the label is whether the event came within so many days: null where
+            observation ended before without it. None: whether it was seen at all.
+
+    Raises:
+        ImportError: PyArrow is missing.
+    """
+    return write_columns(Path(path), _label_rows(outcomes, store, horizon_days))
+
+
+def _label_rows(
+    outcomes: Outcomes, store: EventStore, horizon_days: float | None
+) -> Iterator[dict[str, NDArray[Any]]]:
+    n = len(outcomes)
+    visits_of = outcomes.n_visits - outcomes.entry_times if outcomes.each_visit else np.ones(n, int)
+    ends = np.cumsum(visits_of)
+    first = 0
+    while first < n:
+        before = int(ends[first - 1]) if first else 0
+        last = max(int(np.searchsorted(ends, before + ROWS_AT_ONCE, side="right")), first + 1)
+        rows = np.arange(first, last)
+        if outcomes.each_visit:
+            row = np.repeat(rows, visits_of[rows])
+            place = np.arange(len(row)) - np.repeat(
+                ends[rows] - visits_of[rows] - before, visits_of[rows]
+            )
+            visit = (
+                store.patient_offsets[outcomes.patients[row]] + outcomes.entry_times[row] + place
+            )
+            times = microseconds(store.visit_times[visit])
+        else:
+            row, times = rows, microseconds(outcomes.index_times)[rows]
+        end = microseconds(outcomes.end_times)[row]
+        days = np.where(end == NAT, np.nan, (end - times) / DAY_US)
+        indicator = outcomes.event_indicators[row] == 1
+        label = indicator.astype(np.float64)
+        if horizon_days is not None:
+            label = np.where(days > horizon_days, 0.0, np.where(indicator, 1.0, np.nan))
+            label[np.isnan(days)] = np.nan
+        elif outcomes.labels is not None and not outcomes.categories:
+            label = outcomes.labels[row].astype(np.float64)
+        yield {
+            "subject_id": store.subject_ids[outcomes.patients[row]],
+            "prediction_time": as_times(times),
+            "boolean_value": label,
+            "event_time_days": days,
+            "event_indicator": indicator,
+        }
+        first = last
+
+
+def _as_numbers(values: NDArray[Any]) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    if values.dtype.kind == "f":
+        return values, ()
+    known = _known(values)
+    categories = sorted({str(value) for value in values[known]})
+    numbers = np.full(len(values), np.nan)
+    numbers[known] = np.searchsorted(categories, [str(value) for value in values[known]])
+    return numbers, tuple(categories)
+
+
+def _known(values: NDArray[Any]) -> Ints:
+    if values.dtype.kind == "f":
+        return np.flatnonzero(np.isfinite(values))
+    return np.flatnonzero([value is not None for value in values])

@@ -1,0 +1,127 @@
+"""What a task makes of a store: whom, from when, until when, and what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays import ArrayLike, selection
+from ..records import spans
+from .attrition import Attrition
+from .search import DAY_US, NAT, microseconds
+
+if TYPE_CHECKING:
+    from ..store import EventStore
+
+Ints = NDArray[np.int64]
+_PER_ROW = (
+    "patients",
+    "n_visits",
+    "entry_times",
+    "event_times",
+    "event_indicators",
+    "index_times",
+    "end_times",
+)
+
+
+class SameDayWarning(UserWarning):
+    """Outcomes whose order against other events of their day is unknown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """The study population of a task, one row for each patient or each prediction.
+
+    With ``index="each_visit"`` a row is a patient who is followed from visit to visit, and the
+    hazard at visit t is that of the event at visit t + 1. With an index date (``each_visit`` false)
+    a row is one prediction from the visits up to that date: its only hazard is that of its last
+    visit, ``entry_times == event_times``.
+
+    Attributes:
+        patients: int64 ``[n]``, indices into the store.
+        n_visits: int64 ``[n]``, how many of the patient's visits are seen, from the first.
+        entry_times: int64 ``[n]``, 0-based index of the visit from which the patient is at risk.
+        event_times: int64 ``[n]``, of the visit whose hazard the outcome belongs to: the last that
+            is seen.
+        event_indicators: uint8 ``[n]``: 1 = the event follows, 0 = censored.
+        index_times: datetime64[us] ``[n]``, the index date.
+        end_times: datetime64[us] ``[n]``, the time of the event or the end of observation; NaT
+            where label files do not say.
+        attrition: how many persons each rule has left.
+        each_visit: whether every visit from ``entry_times`` on is a prediction.
+        warnings: what to know before trusting the numbers, with counts.
+        left_out: outcomes and index dates that were not used, by reason.
+        censored_by: what ended the observation of those without the event, with counts.
+        labels: float32 ``[n]``, values of label files, or None.
+        categories: the meaning of whole ``labels`` that stand for categories.
+        store_sha256: the content of the store that the rows point into, where known.
+    """
+
+    patients: Ints
+    n_visits: Ints
+    entry_times: Ints
+    event_times: Ints
+    event_indicators: NDArray[np.uint8]
+    index_times: NDArray[np.datetime64]
+    end_times: NDArray[np.datetime64]
+    attrition: Attrition
+    each_visit: bool = True
+    warnings: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    censored_by: Mapping[str, int] = field(default_factory=dict)
+    labels: NDArray[np.float32] | None = None
+    categories: tuple[str, ...] = ()
+    store_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.patients)
+        for name in _PER_ROW:
+            if getattr(self, name).shape != (n,):
+                raise ValueError(
+                    f"{name}: expected one per row, shape [{n}], got "
+                    f"{list(getattr(self, name).shape)}"
+                )
+        if self.labels is not None and self.labels.shape != (n,):
+            raise ValueError(f"labels: expected shape [{n}], got {list(self.labels.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.patients)
+
+    def __str__(self) -> str:
+        ends = ", ".join(f"{number:,} by {what}" for what, number in self.censored_by.items())
+        lines = [str(self.attrition), f"censored: {ends}" if ends else ""]
+        lines += [f"left out: {number:,} {what}" for what, number in self.left_out.items()]
+        lines += [f"note: {text}" for text in self.warnings]
+        return "\n".join(filter(None, lines))
+
+    def select(self, rows: ArrayLike) -> Outcomes:
+        """Some of the rows, by number or one boolean for each; the attrition table stays.
+
+        Raises:
+            ValueError, IndexError, TypeError: as for an index into the rows.
+        """
+        chosen = selection("rows", rows, len(self), "rows")
+        parts: dict[str, Any] = {name: getattr(self, name)[chosen] for name in _PER_ROW}
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, **parts, labels=labels)
+
+    def visits(self, store: EventStore) -> tuple[Ints, Ints]:
+        """The seen visits of all rows, one row after the other: int64 ``[sum(n_visits)]`` each, the
+        row of these outcomes, and the visit's index in the store."""
+        starts = store.patient_offsets[self.patients]
+        row, _, visit = spans(starts, self.n_visits)
+        return row, visit
+
+    def days_to_end(self, store: EventStore) -> NDArray[np.float64]:
+        """float64 ``[sum(n_visits)]``: days from each seen visit to the event or the end of
+        observation, never below 0; NaN where ``end_times`` is unknown."""
+        row, visit = self.visits(store)
+        ends = microseconds(self.end_times)
+        days = (ends[row] - microseconds(store.visit_times[visit])) / DAY_US
+        days[ends[row] == NAT] = np.nan
+        return days
