@@ -36,7 +36,7 @@ __all__ = [
     "read_omop",
     "select",
     "split_by_person",
-    "write_labels",
     "to_meds",
+    "write_labels",
     "write_store",
 ]
