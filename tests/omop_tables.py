@@ -86,6 +86,44 @@ def database(path: Path, tables: Tables, **options: Any) -> Path:
     return path
 
 
+def random_tables(seed: int, persons: int = 12, rows: int = 60) -> dict[str, list[Any]]:
+    """Tables with gaps of every kind, but no row that is refused or not simply read."""
+    rng = np.random.default_rng(seed)
+
+    def some(values, none=0.1):
+        return None if rng.random() < none else values[rng.integers(len(values))]
+
+    people = [*range(1, persons), 2**40]
+    days = [date(2020, 1, 1) + timedelta(int(i)) for i in range(0, 40, 3)]
+    visits = [
+        (some(people, 0), i, some(days), datetime(2020, 1, 3, i % 24)) for i in range(rows // 3)
+    ]
+
+    def event():
+        day = some(days)
+        moment = datetime(2020, 1, int(rng.integers(1, 28)), int(rng.integers(24)))
+        if day is not None and rng.random() < 0.7:
+            moment = datetime(day.year, day.month, day.day, moment.hour)
+        of_visit = some([visit[1] for visit in visits] + [999])
+        concept = some([0, 40, 41, 42, 2**33])
+        return (some(people), concept, day, some([moment], 0.3), of_visit)
+
+    births = [(int(p), some([8507, 0]), some([8527]), some([0]), None, None, None) for p in people]
+    tables = {
+        "condition_occurrence": [event() for _ in range(rows)],
+        "measurement": [(*event(), some([1.5, -2.25, 0.1, 7.0])) for _ in range(rows)],
+        "person": [(*row, some([datetime(1950, 3, 4, 5)])) for row in births[: persons * 2 // 3]],
+        "observation_period": [
+            (p, begin, begin + timedelta(int(rng.integers(20))))
+            for p in people
+            for begin in rng.choice(days, rng.integers(3)).tolist()
+        ],
+        "death": [(some(people, 0), some(days), None) for _ in range(3)],
+        "visit_occurrence": visits,
+    }
+    return {name: [row for row in given if row[0] is not None] for name, given in tables.items()}
+
+
 def contents(store: Any) -> dict[int, dict[str, Any]]:
     """All that a store holds of each subject."""
     found = {}
