@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -496,3 +500,33 @@ def test_nothing_to_open(tmp_path):
         EventStore(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no store\.json"):
         EventStore(tmp_path)
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    """Files may be no larger than 4,096 bytes: what cannot be written, and nothing is left."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import resource, signal, sys\n"
+        "import numpy as np\n"
+        "from ehrseq_fast.data import PartWriter, SubjectChunk, write_store\n"
+        "n = 3000\n"
+        "part = PartWriter(sys.argv[1] + '/part')\n"
+        "part.add(SubjectChunk(np.arange(n), np.arange(n), np.zeros(n, 'M8[us]'), ['A'] * n))\n"
+        "part.finish()\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        "    write_store(sys.argv[1] + '/store', [sys.argv[1] + '/part'], source={})\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, program, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert re.search(r"File too large: '.*/new/\w+\.npy'", done.stdout), done.stdout + done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "program.py"]

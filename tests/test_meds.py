@@ -108,6 +108,8 @@ def test_settings_and_metadata(tmp_path):
     assert store.visit_rule == "time"
     assert store.header["source"]["columns_not_read"] == ["text_value"]
     assert store.left_out["subjects of metadata/subject_splits.parquet without a row in the data"]
+    with pytest.warns(UserWarning, match="seed: not used, as .* assigns the subjects"):
+        assert read_meds(folder, tmp_path / "seeded", seed=1).splits.tolist() == [0, 1, -1]
     hashed = read_meds(
         folder, tmp_path / "hashed", split={"train": 0.5, "x": 0.5}, seed=4, min_count=2
     )
@@ -319,7 +321,31 @@ def test_files_that_are_no_dataset(tmp_path):
         pq.write_table(pa.table(content), splits)
         with pytest.raises(error, match=message):
             read_meds(empty, out)
+    splits.unlink()
+    (empty / "metadata" / "codes.parquet").write_text("code,description")
+    with pytest.raises(ValueError, match=r"codes.parquet: expected a Parquet file"):
+        read_meds(empty, out)
+    for settings, message in (
+        ([], r"ehrseq_fast: expected an object, got \[\]"),
+        ({"visit_rule": "day", "min_count": 1}, "expected the entry 'split'"),
+        ({"visit_rule": "day", "min_count": 1, "split": {"rule": "x"}}, "split: expected a rule"),
+    ):
+        (empty / "metadata" / "dataset.json").write_text(json.dumps({"ehrseq_fast": settings}))
+        with pytest.raises(ValueError, match=message):
+            read_meds(empty, out)
     assert not out.exists()
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    folder = dataset(tmp_path / "meds", table())
+    (tmp_path / "elsewhere").mkdir()
+    one = table(**{name: values[2:3] for name, values in ROWS.items()})
+    pq.write_table(
+        one.set_column(0, "subject_id", pa.array([77])), tmp_path / "elsewhere/1.parquet"
+    )
+    (folder / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "data" / "above").symlink_to(folder / "data")
+    assert read_meds(folder, tmp_path / "store").n_patients == 4
 
 
 def test_a_subject_in_two_files(tmp_path):

@@ -33,12 +33,19 @@ def shards_of(folder: Path) -> list[Path]:
     data = folder / DATA
     if not data.is_dir():
         raise FileNotFoundError(f"{folder}: expected a MEDS dataset, it has no folder {DATA!r}")
-    found = [
-        (Path(place) / name).relative_to(folder)
-        for place, _, names in os.walk(data, followlinks=True)
-        for name in names
-        if name.endswith(".parquet") and not name.startswith(".")
-    ]
+    found: list[Path] = []
+    walked: set[str] = set()
+    for place, folders, names in os.walk(data, followlinks=True):
+        real = os.path.realpath(place)
+        if real in walked:  # a link to a folder above
+            folders.clear()
+            continue
+        walked.add(real)
+        found += [
+            (Path(place) / name).relative_to(folder)
+            for name in names
+            if name.endswith(".parquet") and not name.startswith(".")
+        ]
     if not found:
         raise FileNotFoundError(f"{data}: expected .parquet files there or below, found none")
     return sorted(found, key=_in_order)
@@ -69,10 +76,19 @@ def dataset_metadata(folder: Path) -> dict[str, Any]:
 def settings_of(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """How the store was written that this dataset was exported from; empty for any other."""
     settings = metadata.get(SETTINGS, {})
+    where = f"{folder / DATASET}, {SETTINGS}"
     if not isinstance(settings, dict):
-        raise ValueError(
-            f"{folder / DATASET}, {SETTINGS}: expected an object, got {settings!r:.50}"
-        )
+        raise ValueError(f"{where}: expected an object, got {settings!r:.50}")
+    if not settings:
+        return settings
+    for name in ("visit_rule", "min_count", "split"):
+        if name not in settings:
+            raise ValueError(f"{where}: expected the entry {name!r}, it has none")
+    split = settings["split"]
+    needed = {"hash": {"names", "fractions", "seed"}, "subject_splits": {"names"}}
+    rule = split.get("rule") if isinstance(split, dict) else None
+    if rule not in needed or not needed[rule] <= split.keys():
+        raise ValueError(f"{where}, split: expected a rule with its settings, got {split!r:.100}")
     return settings
 
 

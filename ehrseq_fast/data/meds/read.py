@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,7 @@ def read_meds(
     rule, without_events = _split_rule(folder, settings, split, seed)
     if min_count is None:
         min_count = settings.get("min_count", 1)
+    workers = integer("workers", workers, 1, 4096)
     shards = [Shard(folder / name, name.as_posix(), part_rule, column) for name in names]
     source: dict[str, Any] = {
         "kind": "meds",
@@ -122,6 +124,7 @@ def read_meds(
         min_count=min_count,
         split=rule,
         without_events=without_events,
+        descriptions=descriptions(folder),
         folder=folder,
     )
     return by_processes(
@@ -129,7 +132,7 @@ def read_meds(
         lambda: [partial(write_part, shard=shard) for shard in shards],
         merge,
         partial(EventStore, out),
-        workers=integer("workers", workers, 1, 4096),
+        workers=workers,
     )
 
 
@@ -152,7 +155,6 @@ def _merge(
         new,
         parts,
         split=split,
-        descriptions=descriptions(folder),
         left_out=left_out,
         **options,
     )
@@ -183,13 +185,19 @@ def _split_rule(
 ) -> tuple[SplitRule, np.ndarray | None]:
     """The rule, and the subjects that the source has assigned."""
     own = settings.get("split", {})
-    if split is not None or (seed is not None and own.get("rule") == "hash"):
+    if split is not None:
         return by_hash(split, seed=seed or 0), None
     if own.get("rule") == "hash":
-        return by_hash(own["fractions"], seed=own["seed"]), None
+        return by_hash(own["fractions"], seed=own["seed"] if seed is None else seed), None
     assigned = subject_splits(folder)
     if assigned is None:
         return by_hash(seed=seed or 0), None
+    if seed is not None:
+        warnings.warn(
+            f"seed: not used, as {folder / SPLITS} assigns the subjects; pass split=... for a "
+            "split by hash",
+            stacklevel=3,
+        )
     names = tuple(own["names"]) if own else None
     try:
         return by_subject(assigned, names=names), assigned[0]

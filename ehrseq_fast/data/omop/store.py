@@ -18,6 +18,7 @@ import numpy as np
 
 from ...arrays import integer
 from ..store import EventStore, PartWriter, new_store, write_store
+from ..store.dictionary import united
 from ..store.jobs import by_processes
 from ..store.parts import Part
 from ..store.visits import VisitRule, checked_rule
@@ -245,7 +246,7 @@ class _Plan:
 
     def names(self, parts: Iterable[Path]) -> dict[str, str]:
         """The concepts' names by their codes."""
-        codes: set[str] = set().union(*(Part(part).codes for part in parts))
+        codes = united(Part(part).codes() for part in parts)
         concepts = np.array(sorted(map(int, codes)), np.int64)
         with self.reader.connection() as connection:
             places = find_places(connection, self.reader.schema)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import uuid
@@ -142,6 +141,8 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def _lock(path: Path, what: str, *, wait: bool) -> Iterator[None]:
+    import fcntl  # of POSIX systems: stores are read without it
+
     name = path.with_name(f".{path.name}.lock")
     while True:
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)

@@ -18,7 +18,10 @@ MOST_CODES = 2**31 - 1 - FIRST_CODE
 
 def united(parts: Iterable[Sequence[str]]) -> list[str]:
     """Every code of the parts once, in the order of their code points."""
-    codes = sorted(set().union(*parts))
+    found: set[str] = set()
+    for part in parts:
+        found.update(part)
+    codes = sorted(found)
     if len(codes) > MOST_CODES:
         raise ValueError(f"codes: expected at most {MOST_CODES} distinct ones, got {len(codes)}")
     return codes

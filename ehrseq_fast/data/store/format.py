@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ class ArrayWriter:
         self.written += len(data)
         raw = data.view(np.uint8).data
         self._sha256.update(raw)
-        self._file.write(raw)
+        with naming(Path(self._file.name)):
+            self._file.write(raw)
 
     def finish(self) -> dict[str, Any]:
         """Bring the file to the disk; its entry in the header."""
@@ -71,9 +73,10 @@ class ArrayWriter:
             raise RuntimeError(
                 f"{self.name}: expected {self.length} elements, {self.written} were written"
             )
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(Path(self._file.name)):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         return {
             "dtype": self._dtype.str,
             "shape": [self.length],
@@ -81,7 +84,20 @@ class ArrayWriter:
         }
 
     def close(self) -> None:
-        self._file.close()
+        """Give up a file that is not finished: what is still buffered need not reach it."""
+        with suppress(OSError):
+            self._file.close()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the file to an error of the system (no space left, file too large)."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def open_array(folder: Path, name: str, entry: Mapping[str, Any]) -> Array:
@@ -154,7 +170,7 @@ def write_json(path: Path, value: Any, *, indent: int | None = None) -> bytes:
     """Write and bring to the disk; the bytes written."""
     text = json.dumps(value, ensure_ascii=True, indent=indent, allow_nan=False)
     data = (text + "\n").encode()
-    with path.open("xb") as file:
+    with naming(path), path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

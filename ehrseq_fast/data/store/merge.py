@@ -113,12 +113,12 @@ def _merge_into(
     if len(rules) > 1:
         raise ValueError(f"parts: expected one visit rule, got {sorted(map(str, rules))}")
     kept_rule = checked_rule(visit_rule) if visit_rule is not None else next(iter(rules), "day")
-    codes = united(part.codes for part in parts)
+    codes = united(part.codes() for part in parts)
     with ExitStack() as stack:
         merge = _Merge(folder.new, parts, counts, len(codes), rule, stack)
         index = {code: i for i, code in enumerate(codes)}
         for part in parts:
-            merge.add(part, places(part.codes, index))
+            merge.add(part, places(part.codes(), index))
         del index
         split_counts = merge.split_counts()
         vocabulary = fitted_vocabulary(merge.occurrences, min_count)

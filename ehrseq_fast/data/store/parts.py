@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from ...arrays import Array
 from .chunk import SubjectChunk
-from .format import FLOAT32, INT32, INT64, NAT, TIME, read_json, write_json
+from .format import FLOAT32, INT32, INT64, NAT, TIME, naming, read_json, write_json
 from .visits import Entries, VisitRule, changes, checked_rule, distinct_entries, group_visits
 
 Ints = NDArray[np.int64]
 
-PART = "part.json"
+PART, PART_CODES = "part.json", "codes.json"
 STREAMS: Mapping[str, str] = {
     "subject_ids": INT64,
     "patient_visits": INT64,
@@ -120,8 +120,9 @@ class PartWriter:
 
     def finish(self, left_out: Mapping[str, int] | None = None) -> None:
         """Close the part; ``left_out`` counts what the reader has not taken up, by reason."""
-        for file in self._files.values():
-            file.close()
+        for stream, file in self._files.items():
+            with naming(self.folder / f"{stream}.bin"):
+                file.close()
         counted = Counter(left_out or {})
         for reason, n in self._left_out.items():
             counted[reason] += n
@@ -131,13 +132,14 @@ class PartWriter:
             "with_values": self.with_values,
             "counts": dict(self._counts),
             "left_out": {reason: int(n) for reason, n in counted.items()},
-            "codes": list(self._codes),
         }
+        write_json(self.folder / PART_CODES, list(self._codes))
         write_json(self.folder / PART, header)
 
     def _write(self, stream: str, array: Array) -> None:
         data = np.ascontiguousarray(array, STREAMS[stream])
-        self._files[stream].write(data.view(np.uint8).data)
+        with naming(self.folder / f"{stream}.bin"):
+            self._files[stream].write(data.view(np.uint8).data)
 
     def _part_codes(self, chunk: SubjectChunk) -> Ints:
         """The events' codes as numbers of this part, in which only codes that occur are listed."""
@@ -249,10 +251,10 @@ class Part:
         self.with_values: bool = header["with_values"]
         self.counts: Counter[str] = Counter(header["counts"])
         self.left_out: dict[str, int] = header["left_out"]
-        self.codes: list[str] = header["codes"]
 
-    def length(self, stream: str) -> int:
-        return os.path.getsize(self.folder / f"{stream}.bin") // np.dtype(STREAMS[stream]).itemsize
+    def codes(self) -> list[str]:
+        """The strings that the part's codes stand for; read anew, for there may be many parts."""
+        return read_json(self.folder / PART_CODES, "a part's codes")
 
     def whole(self, stream: str) -> Array:
         """All of a stream: for what there is one of per patient."""
