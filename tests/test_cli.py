@@ -1,4 +1,4 @@
-"""``python -m ehrseq_fast info``: what it says of the backends is what they do."""
+"""The command line: what ``info`` says of the backends is what they do, and how commands fail."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from ehrseq_fast import backend, cli, operations
+
+ROOT = Path(__file__).parent.parent
 
 
 def info(**environment: str) -> dict[str, str]:
@@ -86,3 +89,94 @@ def test_what_has_run_on_a_gpu_is_said_last():
     said = cli.describe_gpu_runs([run])
     assert "A GPU (commit 0123, 2026-01-02): cuda: visit pooling, survival NLL; triton: vis" in said
     assert "compiled ahead for sm_80, sm_90 and sm_100" in report[-1]
+
+
+# Errors and extras
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Make packages look as if they were not installed."""
+
+    def hide(*packages: str) -> None:
+        for package in packages:
+            for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
+                monkeypatch.delitem(sys.modules, name)
+            monkeypatch.setitem(sys.modules, package, None)
+
+    return hide
+
+
+OPTIONAL = ("jsonargparse", "safetensors", "yaml", "tqdm", "matplotlib", "pyarrow", "duckdb")
+
+
+def test_info_needs_no_optional_package(without, capsys):
+    without(*OPTIONAL)
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().out == cli.describe() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "S", "R"], "needs jsonargparse: pip install 'ehrseq_fast[train]'"),
+        (["evaluate", "R", "S"], "needs safetensors: pip install 'ehrseq_fast[train]'"),
+        (["predict", "R", "S", "o.parquet"], "needs safetensors: pip install 'ehrseq_fast[train]'"),
+        (["store", "omop", "D", "S"], "needs duckdb: pip install 'ehrseq_fast[omop]'"),
+        (["store", "meds", "D", "S"], "needs pyarrow: pip install 'ehrseq_fast[meds]'"),
+        (["store", "to-meds", "S", "D"], "needs pyarrow: pip install 'ehrseq_fast[meds]'"),
+    ],
+)
+def test_other_commands_say_which_extra_they_need(without, capsys, arguments, said):
+    without(*OPTIONAL)
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ehrseq-fast: error: ")
+    assert error.endswith(f"{said}\n")
+    assert error.count("\n") == 1
+
+
+def test_errors_end_in_one_line_and_show_their_traceback_when_asked(tmp_path, capsys):
+    arguments = ["store", "describe", str(tmp_path / "none")]
+    assert cli.main(arguments) == 1
+    said = f"ehrseq-fast: error: {tmp_path}/none: expected the folder of an EventStore"
+    error = capsys.readouterr().err
+    assert error.startswith(said)
+    assert error.count("\n") == 1
+    assert cli.main([*arguments, "--traceback"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.splitlines()[-1].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: command"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["store", "omop", "D"], "the following arguments are required: STORE"),
+        (["predict", "R", "S"], "the following arguments are required: OUT.parquet"),
+        (["train", "S"], "the following arguments are required: run"),
+        (["train", "S", "R", "--model.hidden_dim", "x"], "Expected a <class 'int'>. Got value: x"),
+        (["train", "S", "R", "--epoch", "3"], "--epoch"),
+    ],
+)
+def test_a_command_line_that_does_not_parse_exits_with_2(capsys, arguments, said):
+    if arguments[:1] == ["train"]:
+        pytest.importorskip("jsonargparse", reason="needs ehrseq_fast[train]")
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_console_script_is_this_main():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"ehrseq-fast": "ehrseq_fast.cli:main"}
+    extras = project["optional-dependencies"]
+    assert extras["all"] == ["ehrseq_fast[meds,omop,train,metrics,tensorboard,mlflow]"]
+    script = [sys.executable, "-c", "from ehrseq_fast.cli import main; raise SystemExit(main())"]
+    done = subprocess.run([*script, "store"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "ehrseq-fast store: error" in done.stderr.splitlines()[-1]

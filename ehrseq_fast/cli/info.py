@@ -1,4 +1,4 @@
-"""``python -m ehrseq_fast info``: what is installed, what loaded, and what would compute what."""
+"""``ehrseq-fast info``: what is installed, what loaded, and what would compute what."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
@@ -16,10 +15,10 @@ import torch
 
 import ehrseq_fast
 
-from . import backend, operations
+from .. import backend, operations
 
 # Written by `python -m benchmarks readme` from the results that are committed.
-GPU_RUNS = Path(__file__).parent / "gpu_runs.json"
+GPU_RUNS = Path(__file__).parent.parent / "gpu_runs.json"
 _PACKAGES = ("torch", "triton", "numpy", "lifelines", "duckdb")
 
 
@@ -119,15 +118,12 @@ def describe_gpu_runs(runs: Sequence[Mapping[str, Any]]) -> str:
     return f"Run on a GPU so far, with results equal to PyTorch's: {'. '.join(said)}."
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of ``python -m ehrseq_fast``."""
-    parser = argparse.ArgumentParser(prog="python -m ehrseq_fast", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, what loaded, what did not and why")
-    parser.parse_args(arguments)
+def add(commands: Any) -> None:
+    """Add the command to ``argparse``'s sub-parsers."""
+    parser = commands.add_parser("info", help="versions, what loaded, what did not and why")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     print(describe())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

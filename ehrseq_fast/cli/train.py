@@ -1,0 +1,96 @@
+"""``ehrseq-fast train STORE RUN``: its options are the fields of the configuration's classes."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..optional import need
+
+_DESCRIPTION = """Train a model on the patients of a store.
+
+Every field of the configuration is an option, or a line of the file that --config names. RUN must
+not exist, or be a run that --resume goes on with; then what is not given is that run's."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command.
+
+    Raises:
+        SystemExit: with 2 for a command line that does not parse, 0 after ``--help``.
+        ImportError: without the packages of the extra ``train``.
+    """
+    need("jsonargparse", "train", "ehrseq-fast train")
+    need("safetensors", "train", "ehrseq-fast train")
+    from ..training.config import RunConfig
+    from ..training.convert import read_yaml
+    from ..training.run import RunFolder
+
+    parser = _parser(RunConfig)
+    try:
+        options = parser.parse_args(list(arguments)).as_dict()
+        saved = RunFolder(Path(options["run"])).config
+        goes_on = options["resume"] and saved.exists()
+        base = RunConfig.load(saved) if goes_on else RunConfig()
+        if options["config"]:
+            base = RunConfig.from_dict({**base.to_dict(), **read_yaml(options["config"])})
+        parser = _parser(RunConfig, base)
+        options = parser.parse_args(list(arguments)).as_dict()
+    except ArgumentError as error:
+        print(f"ehrseq-fast train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+    task = _task(options.pop("task"), options.pop("outcome")) or base.task
+    resume = options.pop("resume")
+    options.pop("config")
+    config = RunConfig.from_dict({**options, "task": task})
+    from ..training import fit
+
+    fit(config, resume=resume)
+    return 0
+
+
+def _parser(config: type, base: Any = None) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="ehrseq-fast train",
+        description=_DESCRIPTION,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("store", metavar="STORE", help="folder of the store")
+    parser.add_argument("run", metavar="RUN", help="folder that is made for the run")
+    parser.add_argument("--task", metavar="FILE", help="YAML file of FirstEvent's fields")
+    parser.add_argument(
+        "--outcome",
+        metavar="CODE",
+        nargs="+",
+        help="codes of the outcome (or: death): FirstEvent with its defaults, in place of --task",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the configuration")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    parser.add_class_arguments(config, skip={"store", "run", "task"})
+    if base is not None:
+        own = ("store", "run", "task")
+        parser.set_defaults({name: value for name, value in base.flat() if name not in own})
+    return parser
+
+
+def _task(file: str | None, outcome: list[str] | None) -> dict[str, Any]:
+    from ..data.tasks import FirstEvent
+    from ..training.convert import read_yaml
+
+    if file is not None and outcome is not None:
+        raise ValueError("--task, --outcome: expected one of them, got both")
+    if outcome is not None:
+        codes: Any = "death" if outcome == ["death"] else outcome
+        return FirstEvent(codes).to_dict()
+    if file is None:
+        return {}
+    try:
+        return FirstEvent.from_dict(read_yaml(file)).to_dict()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{file}: {error}") from error

@@ -1,0 +1,156 @@
+"""From a store and a task to batches: the training and the tuning split of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from ..batch import PackedVisits
+from ..data import (
+    EventStore,
+    FirstEvent,
+    Outcomes,
+    PatientDataset,
+    TokenBudgetSampler,
+    loader,
+)
+from ..models.intervals import interval_hazards
+from .config import RunConfig
+from .distributed import Processes
+
+
+class TrainingData:
+    """Both splits of a run, as one process sees them.
+
+    Args:
+        config: of the run.
+        store: the records.
+        processes: who trains; each process's batches are its share of the global ones.
+
+    Raises:
+        ValueError: without a task, and where nobody in the training split has the outcome.
+    """
+
+    def __init__(self, config: RunConfig, store: EventStore, processes: Processes) -> None:
+        if not config.task:
+            raise ValueError("task: expected an outcome to predict (--outcome or --task), got none")
+        self.config = config
+        self.store = store
+        self.processes = processes
+        task = FirstEvent.from_dict(config.task)
+        names = config.data.train_split, config.data.tuning_split
+        self.outcomes, self.tuning_outcomes = (task.apply(store, split=name) for name in names)
+        if not len(self.outcomes):
+            raise ValueError(
+                f"task {task.name!r}: nobody of the split {names[0]!r} is left\n"
+                f"{self.outcomes.attrition}"
+            )
+        if not self.outcomes.event_indicators.any():
+            raise ValueError(
+                f"task {task.name!r}: expected someone with the outcome in the split {names[0]!r}, "
+                f"got {len(self.outcomes)} patients without"
+            )
+        self._training, self._sampler = self._batches(self.outcomes, shuffle=True)
+        self._tuning = None
+        if self.has_tuning:
+            self._tuning, _ = self._batches(self.tuning_outcomes, shuffle=False)
+
+    @property
+    def has_tuning(self) -> bool:
+        """Whether anybody is in the tuning split."""
+        return len(self.tuning_outcomes) > 0
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """How the loss treats the visit of a censoring; see :func:`censored_visit`."""
+        said = censored_visit(self.outcomes)
+        return {"censored_visit": said} if self.config.model.has_hazard else {}
+
+    def start_epoch(self, epoch: int, position: int) -> int:
+        """Let the next training batches be those of an epoch, from ``position`` on; how many the
+        whole epoch has."""
+        self._sampler.set_epoch(epoch)
+        self._sampler.set_position(position)
+        return self._sampler.n_batches
+
+    def patients_of_batch(self, position: int) -> int:
+        """How many patients the epoch's global batch has, in all processes."""
+        return self._sampler.patients_of_batch(position)
+
+    def training_batches(self) -> Iterator[PackedVisits]:
+        """This process's share of each batch, possibly without patients."""
+        return iter(self._training)
+
+    def tuning_batches(self) -> Iterator[PackedVisits]:
+        """This process's share of the tuning split."""
+        assert self._tuning is not None
+        return iter(self._tuning)
+
+    def observed_rates(self) -> tuple[float | None, NDArray[np.float64] | None]:
+        """Events per visit at risk in the training split, and the hazard of each interval of days;
+        None for what the model does not have."""
+        config = self.config.model
+        hazard = visit_hazard(self.outcomes) if config.has_hazard else None
+        if not config.has_horizons:
+            return hazard, None
+        return hazard, horizon_hazards(self.outcomes, self.store, config.horizons_days)
+
+    def _batches(
+        self, outcomes: Outcomes, *, shuffle: bool
+    ) -> tuple[DataLoader[Any], TokenBudgetSampler]:
+        config, processes = self.config, self.processes
+        dataset = PatientDataset(
+            self.store, outcomes, with_time_features=config.model.name == "hazard_with_time"
+        )
+        sampler = TokenBudgetSampler(
+            dataset,
+            visits_per_batch=config.data.visits_per_batch,
+            shuffle=shuffle,
+            seed=config.seed,
+            bucket=config.data.bucket,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        on_gpu = processes.device.type == "cuda"
+        workers = config.data.workers if shuffle else 0
+        batches = loader(dataset, sampler, workers=workers, pin_memory=on_gpu, start_method="spawn")
+        return batches, sampler
+
+
+def censored_visit(outcomes: Outcomes) -> str:
+    """What the hazard's loss takes the visit of a censoring for.
+
+    Where patients are followed from visit to visit the hazard at the last one is that of a visit
+    which was not seen: ``"excluded"``. One prediction for each row is a statement about the whole
+    time at risk, which a patient without the event has survived: ``"included"``.
+    """
+    return "excluded" if outcomes.each_visit else "included"
+
+
+def visit_hazard(outcomes: Outcomes) -> float:
+    """Events per visit at risk, half an event and one visit more, so that it lies in (0, 1)."""
+    seen = outcomes.event_indicators.astype(np.int64)
+    last = seen if censored_visit(outcomes) == "excluded" else np.ones_like(seen)
+    at_risk = int((outcomes.event_times - outcomes.entry_times + last).sum())
+    return (int(seen.sum()) + 0.5) / (at_risk + 1)
+
+
+def horizon_hazards(
+    outcomes: Outcomes, store: EventStore, horizons_days: tuple[int, ...], most: int = 1_000_000
+) -> NDArray[np.float64]:
+    """The observed hazard of each interval of days since a visit; of ``most`` evenly spaced rows,
+    where there are more."""
+    if len(outcomes) > most:
+        outcomes = outcomes.select(np.linspace(0, len(outcomes) - 1, most).astype(np.int64))
+    days = outcomes.days_to_end(store)
+    row = np.repeat(np.arange(len(outcomes)), outcomes.n_visits)
+    visit = np.arange(len(row)) - np.repeat(
+        np.cumsum(outcomes.n_visits) - outcomes.n_visits, outcomes.n_visits
+    )
+    counts = visit >= outcomes.entry_times[row]
+    events = outcomes.event_indicators[row[counts]]
+    return interval_hazards(days[counts], events, horizons_days)

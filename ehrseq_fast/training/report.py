@@ -1,0 +1,237 @@
+"""The report on held-out patients: ``report.md``, its plots and ``report.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..data import EventStore, FirstEvent, Outcomes
+from ..metrics import Evaluation, TrainingOutcomes
+from ..metrics import evaluate as evaluate_predictions
+from ..optional import need
+from .data import censored_visit
+from .distributed import device_of
+from .files import write_atomically, write_json
+from .plots import calibration_plot, hazard_plot, learning_curve
+from .run import Run
+from .scoring import Scores, code_map_of, score_outcomes
+
+LANDMARKS_DAYS = (0.0, 365.0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`evaluate` has written.
+
+    Attributes:
+        folder: where ``report.md``, ``report.json`` and the plots are.
+        evaluation: the figures.
+        outcomes: the patients whom they are of.
+    """
+
+    folder: Path
+    evaluation: Evaluation
+    outcomes: Outcomes
+
+    def summary(self) -> str:
+        """The figures as a table, and where the report is."""
+        return f"{self.evaluation.table()}\n\n{self.folder / 'report.md'}"
+
+
+def evaluate(
+    run: Run | str | Path,
+    store: EventStore | str | Path,
+    *,
+    split: str = "held_out",
+    out: str | Path | None = None,
+    device: str = "auto",
+    landmarks_days: tuple[float, ...] = LANDMARKS_DAYS,
+    n_bootstrap: int = 200,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Evaluate a run on a split of a store, and write a report.
+
+    Beside each figure stand those of a constant hazard and of a hazard that depends on the index of
+    the visit alone, fitted on the training split. What each figure means, its chance level and how
+    ties and censoring count is in :mod:`ehrseq_fast.metrics`, which computes them.
+
+    Args:
+        run: a run that has ended, or its folder.
+        store: the records, or their folder; not necessarily those of training.
+        split: whom to evaluate on.
+        out: the report's folder; ``RUN/report`` by default.
+        device: as in :class:`RunConfig`.
+        landmarks_days: days after the index at which risks are evaluated.
+        n_bootstrap: samples for the intervals; 0 for none.
+        seed: of these samples.
+        progress: show a progress bar, on a terminal.
+
+    Raises:
+        FileNotFoundError: no finished run, no store.
+        ValueError: no such split, nobody in it, a task that the store does not have.
+        ImportError: packages of the extras ``train`` and ``metrics`` are missing.
+    """
+    need("matplotlib", "train", "the plots of a report")
+    need("sklearn", "metrics", "evaluating risks")
+    run = run if isinstance(run, Run) else Run.open(run)
+    store = store if isinstance(store, EventStore) else EventStore(store)
+    task = FirstEvent.from_dict(run.config.task)
+    outcomes = task.apply(store, split=split)
+    if not len(outcomes):
+        raise ValueError(
+            f"nobody of the split {split!r} of {store.path} has this task's outcome "
+            f"or is at risk\n{outcomes.attrition}"
+        )
+    scores = score_outcomes(run, store, outcomes, device_of(device), progress=progress)
+    train, note = _training_outcomes(run, store, task)
+    horizons = run.config.model.horizons_days
+    has_days = bool(np.isfinite(scores.days_to_end).all())
+    evaluation = evaluate_predictions(
+        scores.hazards,
+        outcomes.event_times,
+        outcomes.event_indicators,
+        risks=scores.risks,
+        horizons_days=horizons if has_days else None,
+        days_to_end=scores.days_to_end if has_days else None,
+        landmarks_days=landmarks_days,
+        lengths=outcomes.n_visits,
+        entry_times=outcomes.entry_times,
+        train=train,
+        censored_visit=censored_visit(outcomes),
+        bootstrap=n_bootstrap,
+        seed=seed,
+        progress=progress,
+    )
+    folder = Path(out) if out is not None else run.folder.path / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = _draw(folder, run, outcomes, scores, evaluation, train)
+    notes = [*outcomes.warnings, *([note] if note else [])]
+    unknown = code_map_of(run, store)[1]
+    notes += [unknown] if unknown else []
+    text = _markdown(run, store, split, task, outcomes, evaluation, plots, notes)
+    write_atomically(folder / "report.md", text.encode())
+    about = {
+        "run": str(run.folder.path),
+        "store": str(store.path),
+        "store_sha256": store.header["content_sha256"],
+        "split": split,
+        "task": run.config.task,
+        "model": run.config.to_dict()["model"],
+        "training": {k: run.result[k] for k in ("epochs", "best_epoch", "best_loss", "seconds")},
+        "attrition": outcomes.attrition.to_dict(),
+        "censored_by": dict(outcomes.censored_by),
+        "notes": notes,
+    }
+    write_json(folder / "report.json", about | evaluation.to_dict())
+    return Report(folder, evaluation, outcomes)
+
+
+def _training_outcomes(
+    run: Run, store: EventStore, task: FirstEvent
+) -> tuple[TrainingOutcomes | None, str]:
+    """Of the run's training split, for the baselines; None and why, where its store is gone."""
+    expected = run.result["store_sha256"]
+    if store.header["content_sha256"] != expected:
+        try:
+            store = EventStore(run.result["store_path"])
+        except (OSError, ValueError):
+            store = None  # type: ignore[assignment]
+        if store is None or store.header["content_sha256"] != expected:
+            path = run.result["store_path"]
+            return None, f"no baselines: the store of training is no longer at {path}"
+    fitted = task.apply(store, split=run.config.data.train_split)
+    days = fitted.days_to_end(store)
+    known = bool(np.isfinite(days).all())
+    return (
+        TrainingOutcomes(
+            fitted.event_times,
+            fitted.event_indicators,
+            fitted.entry_times,
+            days_to_end=days if known else None,
+            lengths=fitted.n_visits if known else None,
+        ),
+        "",
+    )
+
+
+def _draw(
+    folder: Path,
+    run: Run,
+    outcomes: Outcomes,
+    scores: Scores,
+    evaluation: Evaluation,
+    train: TrainingOutcomes | None,
+) -> list[tuple[str, str]]:
+    """Files of plots and their captions."""
+    plots = [("learning_curve.png", "Loss per patient by epoch", learning_curve(run.history()))]
+    if scores.hazards is not None and outcomes.each_visit:
+        drawn = hazard_plot(outcomes, scores.hazards)
+        plots.append(("hazards.png", "Mean predicted hazard and share of events by visit", drawn))
+    if evaluation.calibrations:
+        drawn = calibration_plot(evaluation.calibrations)
+        plots.append(("calibration.png", "Predicted and observed risk by horizon", drawn))
+    for name, _, content in plots:
+        write_atomically(folder / name, content)
+    return [(name, caption) for name, caption, _ in plots]
+
+
+def _markdown(
+    run: Run,
+    store: EventStore,
+    split: str,
+    task: FirstEvent,
+    outcomes: Outcomes,
+    evaluation: Evaluation,
+    plots: list[tuple[str, str]],
+    notes: list[str],
+) -> str:
+    config, result = run.config, run.result
+    events = int(outcomes.event_indicators.sum())
+    ended = " (stopped early)" if result["stopped_early"] else ""
+    best = result["best_epoch"]
+    parts = [
+        f"# First event: {task.name}",
+        f"Model `{config.model.name}` ({config.model.cell}, width {config.model.hidden_dim}), "
+        f"trained on {result['patients']['train']:,} patients with "
+        f"{result['events']['train']:,} events for {result['epochs']} epochs{ended} in "
+        f"{result['seconds']:.0f} s"
+        + ("." if best is None else f"; weights of epoch {best}, of the lowest tuning loss."),
+        f"Evaluated on {len(outcomes):,} {'patients' if outcomes.each_visit else 'predictions'} "
+        f"with {events:,} events of the split `{split}` of `{store.path.name}`.",
+        "## Figures",
+        evaluation.table(),
+        _reading(outcomes.each_visit),
+        "## Study population",
+        outcomes.attrition.to_markdown(),
+    ]
+    if outcomes.censored_by:
+        ends = ", ".join(f"{number:,} by {what}" for what, number in outcomes.censored_by.items())
+        parts.append(f"Censored: {ends}.")
+    if notes:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
+    parts.append("## Plots")
+    parts += [f"![{caption}]({name})\n\n{caption}." for name, caption in plots]
+    versions = ", ".join(f"{name} {number}" for name, number in evaluation.versions.items())
+    parts += ["## Computed with", f"{versions}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _reading(each_visit: bool) -> str:
+    said = [
+        "Negative log-likelihood: of the hazard per visit, a mean over patients; lower is better, "
+        "and it must lie below both baselines.",
+        "C_td: at the visit before an event, how often the patient who has it had the higher "
+        "hazard than one who is still at risk; chance is 0.5, also for a hazard by visit alone.",
+        "AUC, Brier score, calibration at day s + w: of patients still at risk s days after the "
+        "index, the risk within the next w days, from their last visit by then; chance is 0.5 for "
+        "the AUC. Weights by the inverse probability of censoring make up for those whose outcome "
+        "is not known.",
+        "ICI: the mean distance between predicted and observed risk; observed / expected is 1 for "
+        "a model that is right on average.",
+    ]
+    if not each_visit:
+        said[0] += " There is one prediction for each row, and the hazard is its risk."
+    return "\n".join(f"- {line}" for line in said)

@@ -1,0 +1,232 @@
+"""Predictions and reports of a trained run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ehrseq_fast import PackedVisits, cli
+from ehrseq_fast.data import EventStore, FirstEvent, PartWriter, SubjectChunk, write_store
+from ehrseq_fast.training import OptimizerConfig, Run, evaluate, fit, predict, scoring
+from ehrseq_fast.training.checkpoint import CheckpointError
+from ehrseq_fast.training.model import predictions
+from tests.extras import needs
+from tests.known_hazards import EVENT, KnownHazards
+from tests.test_training import small
+
+pq = pytest.importorskip("pyarrow.parquet", reason="pip install 'ehrseq_fast[meds]'")
+pytestmark = needs("train", "metrics", "meds")
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return KnownHazards.draw(900, seed=2)
+
+
+@pytest.fixture(scope="module")
+def store(drawn, tmp_path_factory):
+    return drawn.store(tmp_path_factory.mktemp("known"))
+
+
+@pytest.fixture(scope="module")
+def run(store, tmp_path_factory):
+    fast = OptimizerConfig(learning_rate=0.03)
+    return fit(small(store, tmp_path_factory.mktemp("run") / "run", epochs=4, optimizer=fast))
+
+
+# Predictions
+
+
+def test_every_visit_is_scored_in_the_stores_order(store, run, tmp_path):
+    out = tmp_path / "new" / "out.parquet"
+    assert predict(run, store, out) == store.n_visits
+    table = pq.read_table(out)
+    assert [(field.name, str(field.type)) for field in table.schema] == [
+        ("subject_id", "int64"),
+        ("time", "timestamp[us]"),
+        ("hazard", "float"),
+        ("risk_30d", "float"),
+        ("risk_90d", "float"),
+    ]
+    lengths = np.diff(store.patient_offsets)
+    ids = table["subject_id"].to_numpy()
+    assert np.array_equal(ids, np.repeat(store.subject_ids, lengths))
+    assert np.array_equal(table["time"].to_numpy(), store.visit_times)
+    hazards = np.column_stack([table[name].to_numpy() for name in table.column_names[2:]])
+    assert ((hazards > 0) & (hazards < 1)).all()
+    assert (hazards[:, 1] < hazards[:, 2]).all()
+    model = run.model()
+    for patient in (0, 17, store.n_patients - 1):
+        visits = range(store.patient_offsets[patient], store.patient_offsets[patient + 1])
+        record = [
+            store.vocabulary[store.codes[store.visit_offsets[v] : store.visit_offsets[v + 1]]]
+            for v in visits
+        ]
+        hazard, risks = predictions(model, PackedVisits.from_lists([[v.tolist() for v in record]]))
+        expected = torch.cat([hazard[:, None], risks], 1).numpy()
+        np.testing.assert_allclose(hazards[list(visits)], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_chunks_change_nothing_but_row_groups(store, run, tmp_path, monkeypatch):
+    predict(run, store, tmp_path / "one.parquet")
+    monkeypatch.setattr(scoring, "VISITS_PER_CHUNK", 300)
+    predict(run, store, tmp_path / "many.parquet")
+    one, many = (pq.ParquetFile(tmp_path / f"{name}.parquet") for name in ("one", "many"))
+    assert one.num_row_groups == 1
+    assert many.num_row_groups > 10
+    for column in one.schema_arrow.names:
+        arrays = [file.read()[column].to_numpy() for file in (one, many)]
+        if arrays[0].dtype == np.float32:
+            np.testing.assert_allclose(*arrays, rtol=1e-4, atol=1e-7)
+        else:
+            assert np.array_equal(*arrays)
+
+
+def test_the_patients_of_a_split(store, run, tmp_path):
+    n = predict(run, store, tmp_path / "out.parquet", split="held_out")
+    patients = store.patients_of("held_out")
+    assert n == np.diff(store.patient_offsets)[patients].sum()
+    ids = pq.read_table(tmp_path / "out.parquet")["subject_id"].to_numpy()
+    assert np.array_equal(np.unique(ids), store.subject_ids[patients])
+
+
+def test_a_store_of_other_codes_is_scored_by_their_names(store, run, tmp_path, capsys):
+    """The second patient has the codes of the first under another number, and one that is new."""
+    part = PartWriter(tmp_path / "part")
+    times = np.array(["2020-01-01", "2020-02-01"] * 2, "M8[us]")
+    codes = ["C01", "C02", "C01", "NEW"]
+    part.add(
+        SubjectChunk(
+            subject_ids=np.array([1, 2, 3]),
+            event_subject=np.array([0, 0, 1, 1]),
+            event_times=times,
+            event_codes=codes,
+        )
+    )
+    part.finish()
+    other = write_store(tmp_path / "store", [tmp_path / "part"], source={})
+    assert predict(run, other, tmp_path / "out.parquet", progress=True) == 4
+    assert "1 of 3 codes" in capsys.readouterr().err
+    found = pq.read_table(tmp_path / "out.parquet")["hazard"].to_numpy()
+    row = {code: row for row, code in enumerate(run.codes)}
+    records = [[[row["C01"]], [row["C02"]]], [[row["C01"]], [1]]]
+    expected = [predictions(run.model(), PackedVisits.from_lists([r]))[0] for r in records]
+    np.testing.assert_allclose(found, torch.cat(expected).numpy(), rtol=1e-5)
+
+
+def test_a_file_that_exists_is_replaced_only_when_asked(store, run, tmp_path):
+    out = tmp_path / "out.parquet"
+    out.write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        predict(run, store, out)
+    assert out.read_text() == "mine"
+    predict(run, store, out, overwrite=True)
+    assert pq.read_metadata(out).num_rows == store.n_visits
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
+    with pytest.raises(IsADirectoryError):
+        predict(run, store, tmp_path)
+
+
+def test_a_run_that_is_not_whole_is_refused(store, run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
+        predict(tmp_path, store, tmp_path / "o.parquet")
+    weights = run.folder.weights
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(content[:-3])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            Run.open(run.folder.path).model()
+        weights.unlink()
+        with pytest.raises(FileNotFoundError, match="has not ended"):
+            predict(run.folder.path, store, tmp_path / "o.parquet")
+    finally:
+        weights.write_bytes(content)
+
+
+# Reports
+
+
+@pytest.fixture(scope="module")
+def report(store, run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    return evaluate(run, store, out=out, landmarks_days=(0.0, 60.0), n_bootstrap=5, progress=False)
+
+
+def test_a_report_has_figures_baselines_and_the_attrition_table(report, store, run):
+    text = (report.folder / "report.md").read_text()
+    assert text.startswith("# First event: EVENT")
+    for said in ("negative log-likelihood", "C_td", "AUC, day 60 + 30", "scikit-learn", "| rule |"):
+        assert said in text
+    figures = json.loads((report.folder / "report.json").read_text())
+    outcomes = FirstEvent(EVENT).apply(store, split="held_out")
+    assert figures["patients"] == len(outcomes)
+    assert figures["events"] == outcomes.event_indicators.sum()
+    assert figures["attrition"] == outcomes.attrition.to_dict()
+    nll, c_td = (next(m for m in figures["metrics"] if m["name"] == n) for n in ("nll", "c_td"))
+    assert nll["model"] < nll["constant"]
+    assert c_td["constant"] == c_td["by_visit"] == 0.5 < c_td["model"]
+    assert c_td["interval"][0] < c_td["model"] < c_td["interval"][1]
+
+
+def test_the_figures_are_those_of_the_models_own_loss(report, store, run):
+    """The evaluation's likelihood is computed from hazards; the model's from logits."""
+    from ehrseq_fast import packed_survival_nll
+    from ehrseq_fast.data import PatientDataset
+
+    outcomes = FirstEvent(EVENT).apply(store, split="held_out")
+    batch = PatientDataset(store, outcomes).batch(np.arange(len(outcomes)))
+    hazard, _ = predictions(run.model(), batch)
+    loss = packed_survival_nll(hazard, batch, entry_times=batch.targets["entry_times"])
+    assert report.evaluation["nll"].model == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_plots_are_images_with_something_on_them(report):
+    image = pytest.importorskip("matplotlib.image")
+    for name in ("learning_curve", "hazards", "calibration"):
+        assert f"]({name}.png)" in (report.folder / "report.md").read_text()
+        pixels = image.imread(report.folder / f"{name}.png")
+        assert min(pixels.shape[:2]) > 300
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
+
+
+def test_a_split_without_patients_is_refused(store, run):
+    with pytest.raises(ValueError, match="'train', 'tuning', 'held_out'"):
+        evaluate(run, store, split="test")
+
+
+# From records to a report, by commands
+
+
+def test_four_commands_from_records_to_predictions(drawn, store, tmp_path, capsys):
+    path = {name: str(tmp_path / name) for name in ("meds", "store", "run", "out.parquet", "task")}
+
+    def run(*arguments):
+        assert cli.main(arguments) == 0, capsys.readouterr().err
+        return capsys.readouterr()
+
+    run("store", "to-meds", str(store.path), path["meds"])
+    assert "900" in run("store", "meds", path["meds"], path["store"]).out
+    read = EventStore(path["store"])
+    assert read.header["content_sha256"] == store.header["content_sha256"]
+    assert run("store", "describe", path["store"], "--verify").out.startswith("store")
+    (tmp_path / "task").write_text("codes: [EVENT]\nwashout_days: 10\n")
+    options = ["--epochs", "2", "--model.hidden_dim", "16", "--model.horizons_days", "[30,90]"]
+    said = run("train", path["store"], path["run"], "--task", path["task"], *options).err
+    assert "epoch 2/2: training loss" in said
+    config = Run.open(path["run"]).config
+    assert (config.model.hidden_dim, config.epochs) == (16, 2)
+    assert config.task == {"codes": ["EVENT"], "washout_days": 10}
+    assert "has ended already" in run("train", path["store"], path["run"], "--resume").err
+    assert cli.main(["train", path["store"], path["run"], "--resume", "--seed", "4"]) == 1
+    assert "seed: 0, now 4" in capsys.readouterr().err
+    assert "C_td" in run("evaluate", path["run"], path["store"], "--bootstrap", "0").out
+    assert (tmp_path / "run" / "report" / "calibration.png").exists()
+    run("predict", path["run"], path["store"], path["out.parquet"])
+    assert pq.read_metadata(path["out.parquet"]).num_rows == store.n_visits
+    again = ["train", path["store"], path["run"] + "2", "--config", f"{path['run']}/config.yaml"]
+    run(*again, "--outcome", EVENT, "--seed", "1")
+    config = Run.open(path["run"] + "2").config
+    assert (config.seed, config.model.hidden_dim, config.task) == (1, 16, {"codes": ["EVENT"]})
