@@ -12,6 +12,7 @@ from benchmarks import (
     calls,
     cases,
     devices,
+    loading,
     packed_lstm,
     recurrent,
     step,
@@ -116,6 +117,11 @@ def test_buckets_and_chunks_hold_every_patient_once():
 
 def test_ways_to_build_a_batch_agree(cpu, eunomia):
     all_agree(batching.case(8), cpu)
+
+
+def test_ways_to_load_batches_agree(cpu, eunomia):
+    all_agree(loading.case(64), cpu)
+    all_agree(loading.epoch_case(1), cpu)
 
 
 @pytest.mark.parametrize("phase", step.PHASES)

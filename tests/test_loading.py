@@ -10,6 +10,8 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from ehrseq_fast import backend
 from ehrseq_fast.batch import PackedVisits, reference
@@ -23,6 +25,7 @@ from ehrseq_fast.data import (
     loader,
 )
 from ehrseq_fast.data.tasks import SameDayWarning
+from ehrseq_fast.models import DiscreteTimeSurvivalLSTM, ModelWithLoss
 
 from .batch_cases import assert_same, not_compiled
 from .task_cases import random_people, store_of
@@ -317,6 +320,52 @@ def test_a_share_without_patients_passes_through_a_loader(store, outcomes):
     data = PatientDataset(store, outcomes.select([0]))
     sampler = TokenBudgetSampler(data, visits_per_batch=60, world_size=2, rank=1)
     assert [batch.n_patients for batch in loader(data, sampler)] == [0]
+
+
+def gradients_of_shares(rank, store_path, rendezvous, results):
+    """One of two processes: the gradient of each batch of an epoch, by its share."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SameDayWarning)
+        data = PatientDataset(EventStore(store_path), FirstEvent("X"))
+    sampler = TokenBudgetSampler(data, visits_per_batch=4, rank=rank, world_size=2)
+    model = survival_model(data.records)
+    ddp = DistributedDataParallel(ModelWithLoss(model, across_processes=True))
+    found, nobody = [], 0
+    for batch in loader(data, sampler):
+        ddp.zero_grad()
+        ddp(batch).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+        nobody += batch.n_patients == 0
+    torch.save((found, nobody), f"{results}/{rank}")
+    dist.destroy_process_group()
+
+
+def survival_model(store):
+    torch.manual_seed(0)
+    return DiscreteTimeSurvivalLSTM(store.vocab_size, embedding_dim=4, hidden_dim=4, dropout=0.0)
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    store = store_of(tmp_path, random_people(np.random.default_rng(9), 40))
+    arguments = (str(store.path), str(tmp_path / "rendezvous"), str(tmp_path))
+    torch.multiprocessing.spawn(gradients_of_shares, arguments, nprocs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SameDayWarning)
+        data = PatientDataset(store, FirstEvent("X"))
+    model = survival_model(store)
+    expected = []
+    for batch in loader(data, TokenBudgetSampler(data, visits_per_batch=4)):
+        model.zero_grad()
+        model.loss(batch).backward()
+        expected.append([parameter.grad.clone() for parameter in model.parameters()])
+    shares = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    assert shares[0][1] + shares[1][1] > 0, "every process had somebody in every batch"
+    for found, _ in shares:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def anonymous_memory():

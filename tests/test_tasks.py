@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import doctest
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ehrseq_fast.data import FirstEvent
+from ehrseq_fast.data import FirstEvent, read_omop
 from ehrseq_fast.data.tasks import Attrition, SameDayWarning, chunks
 
 from .task_cases import DAY, random_people, slow_rows, store_of, us
@@ -346,3 +348,37 @@ def test_an_outcome_that_never_occurs(tmp_path):
         FirstEvent("MI//acute", end_of_observation="period").apply(store)
     with pytest.raises(ValueError, match="split: expected one of"):
         FirstEvent("MI//acute").apply(store, "test")
+
+
+def test_the_numbers_of_the_omop_readers_own_outcome(tmp_path):
+    duckdb = pytest.importorskip("duckdb", reason="pip install 'ehrseq_fast[omop]'")
+    rng = np.random.default_rng(6)
+    people = {
+        subject: {"events": [(us(int(d)), str(c)) for d, c in rng.integers(1, 15, (n, 2))]}
+        for subject, n in enumerate(rng.integers(1, 12, 300).tolist())
+    }
+    connection = duckdb.connect()
+    connection.execute(
+        "CREATE TABLE condition_occurrence "
+        "(person_id BIGINT, condition_concept_id BIGINT, condition_start_date DATE)"
+    )
+    rows = [
+        (subject, int(code), np.datetime64(time, "us").astype("M8[D]").item())
+        for subject, person in people.items()
+        for time, code in person["events"]
+    ]
+    connection.executemany("INSERT INTO condition_occurrence VALUES (?, ?, ?)", rows)
+    records = read_omop(connection, outcome_concept_id=7, tables=["condition"])
+    store = store_of(tmp_path, people)
+    outcomes = applied(FirstEvent(7, end_of_observation="last_event"), store)
+    assert store.subject_ids[outcomes.patients].tolist() == records.person_ids.tolist()
+    assert outcomes.event_times.tolist() == records.event_times.tolist()
+    assert outcomes.event_indicators.tolist() == records.event_indicators.tolist()
+    assert outcomes.n_visits.tolist() == records.visits_per_patient.tolist()
+    removed = records.left_out["persons with the event in their first visit"]
+    assert store.n_patients - len(outcomes) == removed > 0
+
+
+def test_the_documentation_runs():
+    tasks = Path(__file__).parent.parent / "docs" / "tasks.md"
+    assert doctest.testfile(str(tasks), module_relative=False) == (0, 12)

@@ -120,12 +120,16 @@ class StoreBatches:
         """Ask the system to read the files ahead, where half of its free memory holds them; whether
         it was asked."""
         arrays = [getattr(self.store, name) for name in READ]
-        free = available_memory()
-        if free is None or sum(array.nbytes for array in arrays) > MOST_OF_AVAILABLE * free:
+        free, ahead = available_memory(), getattr(mmap, "MADV_WILLNEED", None)
+        if (
+            ahead is None
+            or free is None
+            or sum(array.nbytes for array in arrays) > MOST_OF_AVAILABLE * free
+        ):
             return False
         maps = [found for array in arrays if (found := _map_of(array)) is not None]
         for found in maps:
-            found.madvise(mmap.MADV_WILLNEED)
+            found.madvise(ahead)
         return bool(maps)
 
 
