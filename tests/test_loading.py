@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ehrseq_fast import backend
-from ehrseq_fast.batch import PackedVisits, reference
+from ehrseq_fast.batch import PackedVisits
 from ehrseq_fast.data import (
     EventRecords,
     EventStore,
@@ -27,7 +26,7 @@ from ehrseq_fast.data import (
 from ehrseq_fast.data.tasks import SameDayWarning
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM, ModelWithLoss
 
-from .batch_cases import assert_same, not_compiled
+from .batch_cases import assert_same
 from .task_cases import random_people, store_of
 
 warnings.filterwarnings("ignore", category=SameDayWarning)
@@ -84,87 +83,6 @@ def test_a_batch_holds_what_the_store_does(builder, store, outcomes):
     assert_same(batch.with_features(None), expected.with_features(None))
     assert data.collate(batch) is batch
     assert_same(data.collate([data[int(row)] for row in rows]), batch)
-
-
-def test_the_compiled_builder_and_numpys_agree_on_any_map(store):
-    if not_compiled() is not None:
-        pytest.skip(f"no compiled builder: {not_compiled()}")
-    rng = np.random.default_rng(1)
-    lengths = np.diff(store.patient_offsets)
-    for size in (2, 5, 1000, 2**31 - 2):
-        patients = rng.choice(np.flatnonzero(lengths), 30)
-        n_visits = rng.integers(1, lengths[patients] + 1)
-        code_map = rng.integers(0, size, store.n_codes).astype(np.int32)
-        arguments = (store.codes, store.visit_offsets, store.patient_offsets, patients, n_visits)
-        packed = [
-            module.pack_mapped(*arguments, code_map, size, n_visits - 1, None, None, True)
-            for module in (backend.batching, reference)
-        ]
-        assert packed[0][0] == packed[1][0]
-        for one, other in zip(packed[0][1:], packed[1][1:], strict=True):
-            np.testing.assert_array_equal(one, other)
-
-
-def mapped(**changed):
-    return {
-        "codes": np.array([0, 2, 1, 2], np.int32),
-        "visit_offsets": np.array([0, 2, 3, 4]),
-        "patient_offsets": np.array([0, 2, 3]),
-        "patients": np.array([1, 0]),
-        "n_visits": np.array([1, 2]),
-        "code_map": np.array([3, 1, 1], np.int32),
-        "vocab_size": 4,
-        "event_times": None,
-        "event_indicators": None,
-        "event_types": None,
-        "with_source_rows": True,
-        **changed,
-    }
-
-
-HOSTILE = {
-    "a code beyond the dictionary": (
-        {"codes": np.array([0, 2, 3, -1], np.int32)},
-        IndexError,
-        r"Found 2 codes outside the dictionary: expected 0 <= code < 3. The first is -1: "
-        r"patient 0 \(record 1\), visit 0, code 0",
-    ),
-    "a map beyond the vocabulary": (
-        {"code_map": np.array([4, 1, 1], np.int32)},
-        IndexError,
-        r"Found 1 codes that code_map takes outside the vocabulary: expected 0 <= code_map\[code\] "
-        r"< 4. The first is 0: patient 1 \(record 0\), visit 0, code 0",
-    ),
-    "no dictionary": ({"code_map": np.zeros(0, np.int32)}, IndexError, "expected 0 <= code < 0"),
-    "too many visits": (
-        {"n_visits": np.array([2, 2])},
-        ValueError,
-        r"n_visits: expected 1 to the patient's number of visits. Found 1 others. The first is 2: "
-        r"patient 0 \(record 1\), with 1 visits",
-    ),
-    "no visits": ({"n_visits": np.array([1, 0])}, ValueError, "The first is 0: patient 1"),
-    "a patient outside": ({"patients": np.array([1, 5])}, IndexError, "The first is 5"),
-    "another length": ({"n_visits": np.array([1])}, ValueError, "n_visits: expected shape"),
-    "offsets that fall": (
-        {"visit_offsets": np.array([0, 2, 1, 4])},
-        ValueError,
-        r"visit_offsets must rise within \[0, 4\]",
-    ),
-    "an event after the visits": (
-        {"event_times": np.array([1, 0])},
-        ValueError,
-        "with 1 visits",
-    ),
-}
-
-
-@pytest.mark.parametrize("module", ["compiled", "reference"])
-@pytest.mark.parametrize(("changed", "error", "message"), HOSTILE.values(), ids=list(HOSTILE))
-def test_the_builders_refuse(module, changed, error, message):
-    if module == "compiled" and not_compiled() is not None:
-        pytest.skip(f"no compiled builder: {not_compiled()}")
-    with pytest.raises(error, match=message):
-        (backend.batching if module == "compiled" else reference).pack_mapped(**mapped(**changed))
 
 
 def test_a_batch_without_patients(builder, store, outcomes):
