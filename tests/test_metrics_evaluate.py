@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from ehrseq_fast import PackedRows, PackedVisits, discrete_time_survival_nll
 from ehrseq_fast.metrics import (
@@ -23,7 +24,7 @@ from ehrseq_fast.metrics import (
     visit_baselines,
 )
 
-from .metric_cases import CONVENTIONS
+from .metric_cases import CONVENTIONS, observed_chance
 
 HORIZONS = (90.0, 365.0)
 
@@ -185,6 +186,7 @@ def test_hazards_alone():
     found = evaluate(
         **{name: r[name] for name in (*names, "days_to_end")},
         horizons_days=HORIZONS,
+        landmarks_days=(0, 365),
         train=train_of(records(300, seed=1)),
     )
     assert [m.name for m in found.metrics] == ["nll", "c_td", "auc", "auc", "auc", "auc"]
@@ -251,7 +253,7 @@ def test_bootstrap_intervals():
         ({"days_to_end": None}, TypeError, "days_to_end: expected with risks or landmarks"),
         ({"horizons_days": (90,)}, ValueError, "expected one for each of 2 risks, got 1"),
         ({"horizons_days": (365, 90)}, ValueError, "expected positive and ascending days"),
-        ({"landmarks_days": (-1,)}, ValueError, "landmarks_days: expected numbers from 0, got -1"),
+        ({"landmarks_days": (-1,)}, ValueError, "landmarks_days: expected numbers from 0 or"),
         ({"bootstrap": -1}, ValueError, "bootstrap: expected 0 to"),
         ({"level": 1.0}, ValueError, r"level: expected a number in \(0, 1\), got 1.0"),
         ({"censored_visit": "no"}, ValueError, "censored_visit: expected one of"),
@@ -285,3 +287,92 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     exec(snippet, {})
     assert "C_td" in capsys.readouterr().out
     assert (tmp_path / "calibration.png").stat().st_size > 1000
+
+
+def every_visit_by_loops(r, horizon, censored_visit):
+    """AUC and Brier score of each visit as a landmark, pair by pair."""
+    starts = np.cumsum(r["lengths"]) - r["lengths"]
+    total, seen = r["days_to_end"][starts], r["event_indicators"] == 1
+    rows = []
+    for i, (start, length) in enumerate(zip(starts, r["lengths"], strict=True)):
+        for t in range(length):
+            since = r["days_to_end"][start + t]
+            s = total[i] - since
+            free = since >= 0 if censored_visit == "included" and not seen[i] else since > 0
+            at_horizon = observed_chance(total, seen, s + horizon, censored_visit)
+            if not free or s + horizon > total.max() or at_horizon <= 0:
+                continue
+            case = seen[i] and since <= horizon
+            control = since > horizon
+            if censored_visit == "included":
+                control = control or (not seen[i] and since == horizon)
+            after = observed_chance(total, seen, total[i], censored_visit) if case else at_horizon
+            weight = observed_chance(total, seen, s, censored_visit) / after
+            rows.append((r["risks"][start + t, 0], case, control, weight * (case or control)))
+    risk, case, control, weight = (np.array(x, float) for x in zip(*rows, strict=True))
+    i, j = np.flatnonzero(case), np.flatnonzero(control)
+    above = (risk[i][:, None] > risk[j]) + 0.5 * (risk[i][:, None] == risk[j])
+    pairs = weight[i][:, None] * weight[j]
+    return (above * pairs).sum() / pairs.sum(), (weight * (case - risk) ** 2).mean(), len(rows)
+
+
+@pytest.mark.parametrize("censored_visit", CONVENTIONS)
+def test_every_visit_as_a_landmark(censored_visit):
+    r = records(30)
+    # whole numbers, so that times tie
+    r["days_to_end"] = np.ceil(r["days_to_end"] / 30)
+    r["risks"] = r["risks"].round(1)
+    auc, error, n = every_visit_by_loops(r, 4, censored_visit)
+    found = evaluate(
+        **{name: r[name] for name in NAMES if name != "risks"},
+        risks=r["risks"][:, :1],
+        horizons_days=(4,),
+        landmarks_days=("every visit",),
+        censored_visit=censored_visit,
+    )
+    assert found["auc", "every visit", 4].model == pytest.approx(auc, abs=1e-12)
+    assert found["brier", "every visit", 4].model == pytest.approx(error, abs=1e-12)
+    assert found["brier", "every visit", 4].n == n
+    assert "AUC, every visit + 4" in found.table()
+
+
+def test_the_truth_of_every_visit():
+    """Late visits have higher risks and less time left: one Ĝ of the times since each visit would
+    be wrong."""
+    rng = np.random.default_rng(3)
+    n, gap, w = 20_000, 100.0, 365.0
+    index = np.arange(12)
+    # the rate rises from visit to visit
+    rates = 0.0001 * np.exp(rng.normal(0, 0.7, (n, 1))) * 1.3**index
+    edges = np.concatenate([np.zeros((n, 1)), (rates * gap).cumsum(1)], 1)
+    wanted = rng.exponential(size=(n, 1))
+    step = (edges <= wanted).sum(1) - 1
+    last = np.minimum(step, 11)
+    event = gap * last + (wanted[:, 0] - edges[np.arange(n), last]) / rates[np.arange(n), last]
+    end = rng.uniform(0, 2500, n)
+    total, seen = np.minimum(event, end), event <= end
+    lengths = np.minimum(total // gap, 8).astype(int) + 1  # visits at 0, 100, ..., 800
+    of = np.repeat(np.arange(n), lengths)
+    visit = np.arange(len(of)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    ahead = np.arange(1, 4) + visit[:, None]
+    cumulative = rates[of, visit] * gap + (rates[of[:, None], ahead][:, :2] * gap).sum(1)
+    cumulative += rates[of, ahead[:, 2]] * (w - 3 * gap)
+    risk = -np.expm1(-cumulative)
+    found = evaluate(
+        event_times=lengths - 1,
+        event_indicators=seen,
+        lengths=lengths,
+        risks=risk[:, None],
+        days_to_end=total[of] - gap * visit,
+        horizons_days=(w,),
+        landmarks_days=("every visit",),
+    )
+    case = event[of] <= gap * visit + w  # were nobody censored
+    auc, error = roc_auc_score(case, risk), ((case - risk) ** 2).mean()
+    assert found["auc", "every visit", w].model == pytest.approx(auc, abs=0.01)
+    assert found["brier", "every visit", w].model == pytest.approx(error, abs=0.004)
+    assert found["observed/expected", "every visit", w].model == pytest.approx(1, abs=0.05)
+    assert found["ici", "every visit", w].model < 0.01
+    # and it would be seen if it were wrong
+    naive = brier(risk, total[of] - gap * visit, seen[of], landmark=0, horizon=w)
+    assert abs(naive - error) > abs(found["brier", "every visit", w].model - error)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .baselines import DayBaselines
-from .calibration import calibrated
-from .figures import Figures, Key
+from .calibration import Calibration, calibrated
+from .every_visit import EveryVisit
+from .figures import Computed, Figures
 from .landmark import AtLandmark, at_landmark, column_of, squared_error, weighted_auc
 from .report import OWN, SKLEARN, Metric
 from .values import Bools, Floats, Ints, VisitValues
@@ -41,19 +42,19 @@ class Landmark:
     seen: Bools
     with_censored: bool
 
-    def select(self, chosen: Ints, horizon: float) -> AtLandmark:
-        """Who of the chosen patients, by their place among them, is at risk.
+    def of(self, chosen: Ints) -> Landmark:
+        """Of some patients, who are then called by their place among them."""
+        return replace(
+            self, visits=self.visits[chosen], since=self.since[chosen], seen=self.seen[chosen]
+        )
+
+    def select(self, horizon: float) -> AtLandmark:
+        """Who is at risk.
 
         Raises:
             ValueError: where nobody is, or the horizon is not observed.
         """
-        found = at_landmark(
-            self.visits[chosen],
-            self.since[chosen],
-            self.seen[chosen],
-            horizon,
-            self.with_censored,
-        )
+        found = at_landmark(self.visits, self.since, self.seen, horizon, self.with_censored)
         if not len(found.patients):
             raise ValueError(f"nobody is at risk after day {self.days:g}")
         return found
@@ -61,7 +62,7 @@ class Landmark:
 
 def add_landmark(
     figures: Figures,
-    at: Landmark,
+    at: Landmark | EveryVisit,
     horizons: tuple[float, ...],
     model: VisitValues,
     fitted: DayBaselines | None,
@@ -70,85 +71,104 @@ def add_landmark(
     scores, of which there is the AUC alone."""
     is_risk = model.values.ndim == 2
     kinds = _OF_RISKS if is_risk else _OF_RISKS[:1]
-    everybody = np.arange(figures.patients)
+    # everybody's, as what takes longest
+    selected = _select(at, figures.everybody, horizons)
     metrics = []
-    for j, horizon in enumerate(horizons):
-        try:
-            found = at.select(everybody, horizon)
-        except ValueError:
-            n = 0
-        else:
-            n = len(found.patients)
-            if is_risk:
-                curve = calibrated(found, found.risks(column_of(model, j)), horizon)
-                figures.calibrations[at.days, horizon] = curve
+    for horizon, found in selected.items():
+        n = 0 if isinstance(found, str) else len(found.patients)
         metrics += [
             Metric(name, None, None, None, best, library, at.days, horizon, n=n)
             for name, best, library in kinds
         ]
     if is_risk and len(horizons) > 1:
-        brier = next(metric for metric in metrics[::-1] if metric.name == "brier")
-        name, last = "integrated_brier", horizons[-1]
-        metrics.append(Metric(name, None, None, None, "lower", OWN, at.days, last, n=brier.n))
+        n, last = metrics[-1].n, horizons[-1]
+        metrics.append(
+            Metric("integrated_brier", None, None, None, "lower", OWN, at.days, last, n=n)
+        )
 
-    def block(chosen: Ints, whose: str) -> Mapping[Key, float | str]:
-        figures: dict[Key, float | str] = {}
+    def block(chosen: Ints, whose: Sequence[str]) -> Computed:
+        all_of_them = chosen is figures.everybody
+        of = model.take(chosen)
+        chosen_at = selected if all_of_them else _select(at, chosen, horizons)
+        computed: Computed = {by: {} for by in whose}
         for j, horizon in enumerate(horizons):
-            for name, value in _scores(at, chosen, horizon, j, whose, model, fitted).items():
-                figures[name, at.days, horizon] = value
+            found = chosen_at[horizon]
+            for by, values in computed.items():
+                if isinstance(found, str):
+                    values |= {(name, at.days, horizon): found for name, _, _ in kinds}
+                    continue
+                risks = _predicted(found, by, of, fitted, j)
+                ordered, risks = _in_order(found, risks)  # once for all that sort them
+                curve = calibrated(ordered, risks, horizon) if is_risk else None
+                for name, _, _ in kinds:
+                    values[name, at.days, horizon] = _score(name, ordered, risks, curve)
+                if all_of_them and by == "model" and curve is not None:
+                    figures.calibrations[at.days, horizon] = curve
         if is_risk and len(horizons) > 1:
-            scores = [figures["brier", at.days, horizon] for horizon in horizons]
-            figures["integrated_brier", at.days, horizons[-1]] = _integral(scores, horizons)
-        return figures
+            for values in computed.values():
+                scores = [values["brier", at.days, horizon] for horizon in horizons]
+                values["integrated_brier", at.days, horizons[-1]] = _integral(scores, horizons)
+        return computed
 
     figures.add(metrics, block, baselines=fitted is not None)
 
 
-def _scores(
-    at: Landmark,
-    chosen: Ints,
-    horizon: float,
-    j: int,
-    whose: str,
-    model: VisitValues,
-    fitted: DayBaselines | None,
-) -> dict[str, float | str]:
-    """Each figure at one horizon, or why it is not defined."""
-    is_risk = model.values.ndim == 2
-    names = [name for name, _, _ in (_OF_RISKS if is_risk else _OF_RISKS[:1])]
-    try:
-        found = at.select(chosen, horizon)
-    except ValueError as error:
-        return dict.fromkeys(names, str(error))
-    if whose == "model":
-        of = model.take(chosen)
-        risks = found.risks(column_of(of, j)) if is_risk else of.at(found.patients, found.visits)
-    else:
-        assert fitted is not None
-        risks = np.full(len(found.patients), fitted.constant[j])
-        if whose == "by_visit":
-            risks = fitted.risks(found.visits)[:, j]
-    score: dict[str, Callable[[], float]] = {
-        "auc": lambda: weighted_auc(found, risks),
-        "brier": lambda: squared_error(found, risks),
-        "ici": lambda: calibrated(found, risks, horizon).ici,
-        "observed/expected": lambda: _observed_over_expected(found, risks),
-    }
-    values: dict[str, float | str] = {}
-    for name in names:
+def _select(
+    at: Landmark | EveryVisit, chosen: Ints, horizons: tuple[float, ...]
+) -> dict[float, AtLandmark | str]:
+    """Who is at risk, or why there is nobody."""
+    of = at.of(chosen)
+    found: dict[float, AtLandmark | str] = {}
+    for horizon in horizons:
         try:
-            values[name] = score[name]()
-        except ValueError as error:  # no cases, no controls
-            values[name] = str(error)
-    return values
+            found[horizon] = of.select(horizon)
+        except ValueError as error:
+            found[horizon] = str(error)
+    return found
 
 
-def _observed_over_expected(found: AtLandmark, risks: Floats) -> float:
-    observed = float((found.weight * found.case).sum() / found.weight.sum())
-    expected = float(risks.mean())
-    if expected == 0:
-        raise ValueError("every predicted risk is 0")
-    return observed / expected
+def _in_order(found: AtLandmark, risks: Floats) -> tuple[AtLandmark, Floats]:
+    if risks.min() == risks.max():
+        return found, risks
+    order = np.argsort(risks, kind="stable")
+    ordered = AtLandmark(
+        found.patients[order],
+        found.visits[order],
+        found.case[order],
+        found.control[order],
+        found.weight[order],
+    )
+    return ordered, risks[order]
+
+
+def _predicted(
+    found: AtLandmark, by: str, model: VisitValues, fitted: DayBaselines | None, j: int
+) -> Floats:
+    """What the model or a baseline says of those at risk."""
+    if by == "model":
+        if model.values.ndim == 2:
+            return found.risks(column_of(model, j))
+        return model.at(found.patients, found.visits)
+    assert fitted is not None
+    if by == "constant":
+        return np.full(len(found.patients), fitted.constant[j])
+    return fitted.risks(found.visits)[:, j]
+
+
+def _score(name: str, found: AtLandmark, risks: Floats, curve: Calibration | None) -> float | str:
+    try:
+        if name == "auc":
+            return weighted_auc(found, risks)
+        if name == "brier":
+            return squared_error(found, risks)
+        assert curve is not None
+        if name == "ici":
+            return curve.ici
+        if curve.mean_predicted == 0:
+            return "every predicted risk is 0"
+        return curve.mean_observed / curve.mean_predicted
+    except ValueError as error:  # no cases, no controls
+        return str(error)
 
 
 def _integral(scores: list[float | str], horizons: tuple[float, ...]) -> float | str:

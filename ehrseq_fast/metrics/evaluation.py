@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,7 +15,8 @@ from ..models.intervals import boundaries
 from .at_landmarks import Landmark, add_landmark
 from .baselines import DayBaselines, VisitBaselines, day_baselines, visit_baselines
 from .dynamic import concordance
-from .figures import Figures, Key
+from .every_visit import EVERY_VISIT, EveryVisit
+from .figures import Computed, Figures
 from .landmark import last_visits
 from .report import OWN, Evaluation, Metric
 from .values import (
@@ -72,7 +73,7 @@ def evaluate(
     risks: Any = None,
     horizons_days: Iterable[float] | None = None,
     days_to_end: Any = None,
-    landmarks_days: Sequence[float] = (0.0, 365.0),
+    landmarks_days: Sequence[float | str] = (EVERY_VISIT, 0.0, 365.0),
     lengths: ArrayLike | None = None,
     entry_times: ArrayLike | None = None,
     train: TrainingOutcomes | None = None,
@@ -99,7 +100,8 @@ def evaluate(
         horizons_days: J horizons; needed with ``risks`` or ``days_to_end``.
         days_to_end: at each visit, the days to the event or the end of observation, in the layout
             of ``hazards``; without it there are no figures at landmarks.
-        landmarks_days: s of the landmarks.
+        landmarks_days: s of the landmarks; ``"every visit"`` for each visit as a landmark of its
+            own, pooled (:mod:`ehrseq_fast.metrics.every_visit`).
         lengths: ``[B]``, visits of each patient.
         entry_times: ``[B]``, the first visit at risk.
         train: the training patients' outcomes, for the baselines; without them they are missing.
@@ -188,15 +190,17 @@ def _add_visit_metrics(
         whose: VisitValues("hazards", values, starts, sizes) for whose, values in flat.items()
     }
 
-    def block(chosen: Ints, whose: str) -> Mapping[Key, float | str]:
-        c_td = concordance(
-            ranked[whose].take(chosen),
-            held.visits[chosen],
-            held.seen[chosen],
-            held.entry[chosen],
-            held.with_censored,
-        )
-        return {("nll", None, None): float(nlls[whose][chosen].mean()), ("c_td", None, None): c_td}
+    def block(chosen: Ints, whose: Sequence[str]) -> Computed:
+        outcomes = held.visits[chosen], held.seen[chosen], held.entry[chosen]
+        return {
+            by: {
+                ("nll", None, None): float(nlls[by][chosen].mean()),
+                ("c_td", None, None): concordance(
+                    ranked[by].take(chosen), *outcomes, held.with_censored
+                ),
+            }
+            for by in whose
+        }
 
     metrics = [
         Metric(name, None, None, None, best, OWN, n=len(held))
@@ -222,7 +226,7 @@ def _add_landmarks(
     held: _Held,
     days: VisitValues,
     horizons: tuple[float, ...],
-    landmarks: Sequence[float],
+    landmarks: Sequence[float | str],
     train: TrainingOutcomes | None,
 ) -> None:
     model = read.get("risks", read.get("hazards"))
@@ -237,8 +241,14 @@ def _add_landmarks(
     since = np.repeat(total, days.lengths) - days.values
     since_entry = VisitValues("days_to_end", since, days.starts, days.lengths)
     for landmark in landmarks:
-        if not 0 <= landmark < math.inf:
-            raise ValueError(f"landmarks_days: expected numbers from 0, got {landmark}")
+        if landmark == EVERY_VISIT:
+            every = EveryVisit(days, held.entry, held.visits, held.seen, held.with_censored)
+            add_landmark(figures, every, horizons, model, fitted)
+            continue
+        if isinstance(landmark, str) or not 0 <= landmark < math.inf:
+            raise ValueError(
+                f"landmarks_days: expected numbers from 0 or {EVERY_VISIT!r}, got {landmark!r}"
+            )
         visits = last_visits(days, since_entry, np.full(len(held), float(landmark)))
         at = Landmark(float(landmark), visits, total - landmark, held.seen, held.with_censored)
         add_landmark(figures, at, horizons, model, fitted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +13,10 @@ from .report import Metric
 from .values import Ints
 
 # The metric's name, landmark and horizon.
-Key = tuple[str, float | None, float | None]
-# Of patients, who may be repeated, by one of WHOSE: each figure, or why it is not defined.
-Block = Callable[[Ints, str], Mapping[Key, float | str]]
+Key = tuple[str, float | str | None, float | None]
+# Of patients, who may be repeated, by each of some of WHOSE: each figure, or why there is none.
+Computed = dict[str, dict[Key, float | str]]
+Block = Callable[[Ints, Sequence[str]], Computed]
 
 WHOSE = ("model", "constant", "by_visit")
 _MOST_FAILED = 0.1  # share of bootstrap samples in which a figure may be undefined
@@ -32,14 +33,14 @@ class Figures:
 
     def __init__(self, patients: int) -> None:
         self.patients = patients
+        self.everybody = np.arange(patients)
         self.metrics: list[Metric] = []
-        self.calibrations: dict[tuple[float, float], Calibration] = {}
+        self.calibrations: dict[tuple[float | str, float], Calibration] = {}
         self._blocks: list[Block] = []
 
     def add(self, metrics: Sequence[Metric], block: Block, *, baselines: bool) -> None:
         """Fill the figures of ``metrics`` in, of the model and, where there are, the baselines."""
-        everybody = np.arange(self.patients)
-        found = {whose: block(everybody, whose) for whose in (WHOSE if baselines else WHOSE[:1])}
+        found = block(self.everybody, WHOSE if baselines else WHOSE[:1])
         for metric in metrics:
             at = key_of(metric)
             reason = found["model"].get(at)
@@ -62,7 +63,7 @@ class Figures:
         for _ in _with_progress(samples, progress):
             chosen = rng.integers(0, self.patients, self.patients)
             for block in self._blocks:
-                for at, value in block(chosen, "model").items():
+                for at, value in block(chosen, WHOSE[:1])["model"].items():
                     number = _number(value)
                     if number is not None and at in found:
                         found[at].append(number)

@@ -25,7 +25,7 @@ class Metric:
             None where there is none.
         best: ``"higher"``, ``"lower"`` or ``"1"``.
         library: what computed it.
-        landmark_days, horizon_days: s and w, or None.
+        landmark_days, horizon_days: s (or ``"every visit"``) and w, or None.
         interval: of the bootstrap, or None.
         n: patients that it is about.
     """
@@ -36,7 +36,7 @@ class Metric:
     by_visit: float | None
     best: str
     library: str
-    landmark_days: float | None = None
+    landmark_days: float | str | None = None
     horizon_days: float | None = None
     interval: tuple[float, float] | None = None
     n: int = 0
@@ -48,6 +48,8 @@ class Metric:
         title = _TITLES[self.name]
         if self.horizon_days is None:
             return title
+        if isinstance(self.landmark_days, str):
+            return f"{title}, {self.landmark_days} + {self.horizon_days:g}"
         return f"{title}, day {self.landmark_days:g} + {self.horizon_days:g}"
 
 
@@ -80,18 +82,14 @@ class Evaluation:
     events: int
     censored_visit: str
     metrics: tuple[Metric, ...]
-    calibrations: Mapping[tuple[float, float], Calibration] = field(default_factory=dict)
+    calibrations: Mapping[tuple[float | str, float], Calibration] = field(default_factory=dict)
     bootstrap: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    def __getitem__(self, key: str | tuple[str, float, float]) -> Metric:
-        name, landmark, horizon = (key, None, None) if isinstance(key, str) else key
+    def __getitem__(self, key: str | tuple[str, float | str, float]) -> Metric:
+        wanted = (key, None, None) if isinstance(key, str) else key
         for metric in self.metrics:
-            if (metric.name, metric.landmark_days, metric.horizon_days) == (
-                name,
-                landmark,
-                horizon,
-            ):
+            if (metric.name, metric.landmark_days, metric.horizon_days) == wanted:
                 return metric
         raise KeyError(key)
 
