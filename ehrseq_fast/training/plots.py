@@ -66,9 +66,9 @@ def hazard_plot(outcomes: Outcomes, hazards: NDArray[np.floating[Any]]) -> bytes
     return _png(figure)
 
 
-def calibration_plot(calibrations: Mapping[tuple[float, float], Calibration]) -> bytes:
+def calibration_plot(calibrations: Mapping[tuple[float | str, float], Calibration]) -> bytes:
     """A panel for each horizon, a row of them for each landmark."""
-    landmarks = sorted({landmark for landmark, _ in calibrations})
+    landmarks = list(dict.fromkeys(landmark for landmark, _ in calibrations))
     horizons = sorted({horizon for _, horizon in calibrations})
     figure, axes = _figure(len(landmarks), len(horizons))
     for i, landmark in enumerate(landmarks):
@@ -79,7 +79,8 @@ def calibration_plot(calibrations: Mapping[tuple[float, float], Calibration]) ->
                 panel.set_axis_off()
                 continue
             found.plot(panel)
-            title = f"day {landmark:g} + {horizon:g}: ICI {found.ici:.3f}, n {found.n:,}"
+            place = landmark if isinstance(landmark, str) else f"day {landmark:g}"
+            title = f"{place} + {horizon:g}: ICI {found.ici:.3f}, n {found.n:,}"
             panel.set_title(title, fontsize=9)
     return _png(figure)
 

@@ -10,6 +10,7 @@ import numpy as np
 from ..data import EventStore, FirstEvent, Outcomes
 from ..metrics import Evaluation, TrainingOutcomes
 from ..metrics import evaluate as evaluate_predictions
+from ..metrics.every_visit import EVERY_VISIT
 from ..optional import need
 from .data import censored_visit
 from .distributed import device_of
@@ -18,7 +19,7 @@ from .plots import calibration_plot, hazard_plot, learning_curve
 from .run import Run
 from .scoring import Scores, code_map_of, score_outcomes
 
-LANDMARKS_DAYS = (0.0, 365.0)
+LANDMARKS_DAYS = (EVERY_VISIT, 0.0, 365.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def evaluate(
     split: str = "held_out",
     out: str | Path | None = None,
     device: str = "auto",
-    landmarks_days: tuple[float, ...] = LANDMARKS_DAYS,
+    landmarks_days: tuple[float | str, ...] = LANDMARKS_DAYS,
     n_bootstrap: int = 200,
     seed: int = 0,
     progress: bool = True,
@@ -64,7 +65,8 @@ def evaluate(
         split: whom to evaluate on.
         out: the report's folder; ``RUN/report`` by default.
         device: as in :class:`RunConfig`.
-        landmarks_days: days after the index at which risks are evaluated.
+        landmarks_days: days after the index at which risks are evaluated; ``"every visit"`` for
+            each visit, pooled.
         n_bootstrap: samples for the intervals; 0 for none.
         seed: of these samples.
         progress: show a progress bar, on a terminal.
@@ -226,9 +228,9 @@ def _reading(each_visit: bool) -> str:
         "C_td: at the visit before an event, how often the patient who has it had the higher "
         "hazard than one who is still at risk; chance is 0.5, also for a hazard by visit alone.",
         "AUC, Brier score, calibration at day s + w: of patients still at risk s days after the "
-        "index, the risk within the next w days, from their last visit by then; chance is 0.5 for "
-        "the AUC. Weights by the inverse probability of censoring make up for those whose outcome "
-        "is not known.",
+        "index, the risk within the next w days, from their last visit by then; at every visit + "
+        "w: from each visit, pooled. Chance is 0.5 for the AUC. Weights by the inverse probability "
+        "of censoring make up for those whose outcome is not known.",
         "ICI: the mean distance between predicted and observed risk; observed / expected is 1 for "
         "a model that is right on average.",
     ]
