@@ -265,7 +265,10 @@ def test_visits_of_another_person_or_without_a_start_are_none(connection, tmp_pa
 def test_zones_text_and_enums_are_read_as_instants_in_utc(connection, tmp_path):
     connection.execute("SET TimeZone = 'America/New_York'")
     zoned = {"condition_occurrence.condition_start_datetime": "TIMESTAMPTZ"}
-    rows = [(1, 40, "2020-01-02", "2020-01-02 01:00:00+02"), (1, 41, None, "2020-01-02 23:00-05")]
+    rows = [
+        (1, 40, "2020-01-02", "2020-01-02 01:00:00+02"),
+        (1, 41, None, "2020-01-02 23:00:00-05"),
+    ]
     fill(connection, {"condition_occurrence": rows}, types=zoned)
     store = read_omop(connection, tmp_path / "zoned", tables=("condition",))
     assert [at for at, _ in contents(store)[1]["visits"]] == [
@@ -299,18 +302,21 @@ def test_numeric_values_of_every_type(connection, tmp_path, dtype):
     assert contents(store)[1]["visits"] == [(DAY, {"50": 3.0, "51": None, "52": -2.0})]
 
 
-def test_the_last_value_of_a_visit_does_not_depend_on_the_order_of_the_rows(tmp_path):
+@pytest.mark.parametrize("other", [2, 2**63 - 1])
+def test_the_last_value_of_a_visit_does_not_depend_on_the_order_of_the_rows(tmp_path, other):
     moments = [datetime(2020, 1, 1, hour) for hour in (3, 9, 9, 9, 1)]
     rows = [
         (1, 50, DAY, at, None, value)
         for at, value in zip(moments, (8.0, 4.0, 6.0, None, 9.0), strict=True)
     ]
+    rows += [(other, 50, DAY, None, None, value) for value in (3.0, 2.0, 1.0)]
     found = set()
     for i, order in enumerate((rows, rows[::-1], rows[2:] + rows[:2])):
         path = database(tmp_path / f"{i}.duckdb", {"measurement": order})
         store = read_omop(path, tmp_path / f"{i}", tables=("measurement",))
         found.add(store.header["content_sha256"])
         assert contents(store)[1]["visits"] == [(moments[0].replace(hour=1), {"50": 6.0})]
+        assert contents(store)[other]["visits"] == [(DAY, {"50": 3.0})]
     assert len(found) == 1
 
 

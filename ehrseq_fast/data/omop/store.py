@@ -29,7 +29,8 @@ from .ranges import person_ranges
 from .sources import Sources, Survey, find_sources, survey
 from .tables import EventTable, concept_names, event_tables
 
-MEMORY_LIMIT = "512MB"
+MEMORY_LIMIT = "128MB"  # DuckDB keeps what it has read up to that; little of it is needed
+MOST_THREADS = 4  # of DuckDB, each with buffers of its own
 NOTICED = "noticed.json"
 OUTSIDE_PERIODS = ("leave_out", "keep")
 _SIZE = re.compile(r"\s*\d+(\.\d+)?\s*([KMGT]i?B|B)\s*", re.IGNORECASE)
@@ -120,7 +121,7 @@ def _settings(database: Any, workers: int, memory_limit: str | None) -> dict[str
             )
         return {}
     of_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    threads = max(1, len(os.sched_getaffinity(0)) // (workers * of_node))
+    threads = min(max(1, len(os.sched_getaffinity(0)) // (workers * of_node)), MOST_THREADS)
     return {"memory_limit": memory_limit or MEMORY_LIMIT, "threads": threads}
 
 
