@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...arrays import integer
 from ..store import EventStore, PartWriter, new_store, write_store
@@ -22,7 +23,7 @@ from ..store.dictionary import united
 from ..store.jobs import by_processes
 from ..store.parts import Part
 from ..store.visits import VisitRule, checked_rule
-from .connection import is_path, opened
+from .connection import is_path, opened, reading
 from .duckdb_tables import find_places
 from .extract import Options, extract
 from .ranges import person_ranges
@@ -121,7 +122,9 @@ def _settings(database: Any, workers: int, memory_limit: str | None) -> dict[str
             )
         return {}
     of_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    threads = min(max(1, len(os.sched_getaffinity(0)) // (workers * of_node)), MOST_THREADS)
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    threads = min(max(1, cores // (workers * of_node)), MOST_THREADS)
     return {"memory_limit": memory_limit or MEMORY_LIMIT, "threads": threads}
 
 
@@ -144,7 +147,8 @@ class Reader:
 
     def sources(self, connection: Any) -> Sources:
         by_visit = self.rule == "visit_occurrence"
-        return find_sources(connection, self.tables, self.schema, by_visit=by_visit)
+        with reading("list of tables"):
+            return find_sources(connection, self.tables, self.schema, by_visit=by_visit)
 
 
 class _Session:
@@ -212,6 +216,7 @@ class _Plan:
         with self.reader.connection() as connection:
             sources = self.reader.sources(connection)
             self.missing = sources.missing
+            self._names(connection, np.empty(0, np.int64))  # where they cannot be read, say so now
             found = {source.name: survey(connection, source) for source in sources.all()}
             self._count_persons(sources, found)
             low = min(one.least for one in found.values() if one.least is not None)
@@ -250,6 +255,10 @@ class _Plan:
         codes = united(Part(part).codes() for part in parts)
         concepts = np.array(sorted(map(int, codes)), np.int64)
         with self.reader.connection() as connection:
-            places = find_places(connection, self.reader.schema)
+            return self._names(connection, concepts)
+
+    def _names(self, connection: Any, concepts: NDArray[np.int64]) -> dict[str, str]:
+        places = find_places(connection, self.reader.schema)
+        with reading("table concept"):
             found = concept_names(connection, places, concepts)
         return {str(concept): name for concept, name in found.items()}

@@ -368,4 +368,7 @@ def describe_store(store: EventStore) -> str:
         first, last = store.visit_times.min(), store.visit_times.max()
         lines.append(f"from, to            {str(first)[:10]}, {str(last)[:10]}")
     lines += [f"left out            {n:,} {what}" for what, n in store.left_out.items() if n]
+    noticed, missing = source.get("noticed", {}), source.get("missing", {})
+    lines += [f"noticed             {n:,} {what}" for what, n in noticed.items() if n]
+    lines += [f"missing             {what}: {why}" for what, why in missing.items()]
     return "\n".join(lines)
