@@ -23,6 +23,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -201,11 +202,16 @@ def kernels(backend: str) -> Kernels:
 def emulating(backend: str, emulated: Kernels) -> Iterator[None]:
     """Use ``emulated`` as a backend's kernels inside the ``with`` block. For tests."""
     before = _kernels[backend]
-    _kernels[backend] = replace(emulated, emulated=True)
+    _set_kernels(backend, replace(emulated, emulated=True))
     try:
         yield
     finally:
-        _kernels[backend] = before
+        _set_kernels(backend, before)
+
+
+def _set_kernels(backend: str, kernels: Kernels) -> None:
+    _kernels[backend] = kernels
+    _choose.cache_clear()
 
 
 def load_triton_kernels() -> None:
@@ -220,7 +226,7 @@ def load_triton_kernels() -> None:
             importlib.import_module(name)
         except Exception as error:  # whatever another version of Triton raises
             reason = f"{name} did not load: {type(error).__name__}: {error}"
-            _kernels["triton"] = replace(_kernels["triton"], reason=reason)
+            _set_kernels("triton", replace(_kernels["triton"], reason=reason))
             return
     operations.implement_in_triton(_kernels["triton"].device)
 
@@ -264,6 +270,14 @@ def choose(operation: str, device: str, dtype: torch.dtype) -> str:
         RuntimeError: if a backend was asked for and cannot run this call, with the reason.
     """
     asked = requested()
+    # torch.compile warns of cached functions, and traces what they wrap
+    find = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
+    return find(asked, operation, device, dtype)
+
+
+@cache
+def _choose(asked: str | None, operation: str, device: str, dtype: torch.dtype) -> str:
+    """:func:`choose`; kept until :func:`_set_kernels` is called."""
     if asked is not None and _has_kernels(operation, asked):
         reason = why_not(operation, asked, device, dtype)
         if reason is not None:

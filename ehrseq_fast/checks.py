@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def expect_option(name: str, value: object, options: Iterable[str]) -> None:
+def expect_option(name: str, value: object, options: Collection[str]) -> None:
     """``ValueError`` for anything but one of the options."""
-    names = tuple(options)
-    if value not in names:
-        expected = ", ".join(map(repr, names))
+    if not isinstance(value, str) or value not in options:
+        expected = ", ".join(map(repr, options))
         raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
 
 

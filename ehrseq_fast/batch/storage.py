@@ -119,7 +119,8 @@ class Storage:
         """
         if torch.compiler.is_compiling():
             return
-        if self._versions != (self._host._version, self._fields._version):
+        host, fields = self._versions
+        if host != self._host._version or fields != self._fields._version:
             raise RuntimeError(
                 "the tensors of this PackedVisits were changed in place, and its other fields do "
                 "not follow: make a changed copy with with_outcomes(...) or with_codes(...)"

@@ -57,7 +57,7 @@ def dtypes_for(input: Tensor, *weights: Tensor) -> tuple[torch.dtype, torch.dtyp
     served = (
         input.dim() == 2
         and given <= FLOATING
-        and all(x.device.type == "cpu" for x in operands)
+        and all(x.is_cpu for x in operands)
         and not torch.compiler.is_compiling()
         and backend.choose("linear", "cpu", input.dtype) == "cpu"
         and not transformed(*operands)

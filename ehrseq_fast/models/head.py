@@ -7,7 +7,7 @@ was changed or has hooks, and one that the kernels do not serve, is called as it
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,31 +41,34 @@ def hazards_of(head: nn.Module, states: Tensor) -> Tensor:
     and have no hooks. Elsewhere, on the backend ``reference``, under ``torch.compile`` and the
     transforms of ``torch.func``, by calling the modules.
     """
-    if not _is_hazard_head(head):
+    layers = _layers_of(head)
+    if layers is None:
         return called(head, states)
-    dtypes = dtypes_for(states, *head.parameters())
+    hidden, dropout, last = layers
+    weights = (hidden.weight, hidden.bias, last.weight, last.bias)
+    dtypes = dtypes_for(states, *weights)
     if dtypes is None:
         return called(head, states)
     computed, result = dtypes
-    assert isinstance(head, nn.Sequential)
-    hidden, last = cast(nn.Linear, head[0]), cast(nn.Linear, head[3])
-    dropout = cast(nn.Dropout, head[2])
     kept, scale = None, 1.0
     if dropout.training and dropout.p > 0:
         kept = states.new_empty(len(states), hidden.out_features, dtype=torch.bool)
         kept.bernoulli_(1 - dropout.p)
         scale = 1 / (1 - dropout.p) if dropout.p < 1 else 0.0
-    weights = (hidden.weight, hidden.bias, last.weight, last.bias)
-    weight, bias, last_weight, last_bias = (x.to(computed) for x in weights)
-    hazards = hazard_head(states.to(computed), weight, bias, last_weight, last_bias, kept, scale)
-    return hazards.to(result).unsqueeze(1)
+    rows, weight, bias, last_weight, last_bias = (
+        x if x.dtype == computed else x.to(computed) for x in (states, *weights)
+    )
+    hazards = hazard_head(rows, weight, bias, last_weight, last_bias, kept, scale)
+    return (hazards if result == computed else hazards.to(result)).unsqueeze(1)
 
 
-def _is_hazard_head(head: nn.Module) -> bool:
+def _layers_of(head: nn.Module) -> tuple[nn.Linear, nn.Dropout, nn.Linear] | None:
+    """The layers of a hazard head that hold something; None where it is not a plain one."""
     if not are_plain(head, _HEAD):
-        return False
-    hidden, last = (cast(nn.Linear, cast(nn.Sequential, head)[i]) for i in (0, 3))
-    return hidden.bias is not None and last.bias is not None and last.out_features == 1
+        return None
+    hidden, _, dropout, last, _ = cast(Any, head)
+    is_head = hidden.bias is not None and last.bias is not None and last.out_features == 1
+    return (hidden, dropout, last) if is_head else None
 
 
 def logits_of(head: nn.Module, states: Tensor) -> Tensor:

@@ -56,34 +56,19 @@ def is_plain(module: object, kind: type[nn.Module]) -> bool:
         >>> is_plain(layer, nn.Linear)
         False
     """
-    if type(module) is not kind:
-        return False
-    assert isinstance(module, nn.Module)
-    own = module.__dict__
-    return (
-        "forward" not in own
-        and "_call_impl" not in own
-        and kind.forward is _FORWARDS[kind]
-        and _is_called_as_defined(kind)
-        and not (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-        )
-        and own.get("_compiled_call_impl") is None
-        and _holds_plain_tensors(own)
-        and not _all_modules_have_hooks()
-    )
+    compiling = torch.compiler.is_compiling()
+    return _is_unchanged(module, kind, compiling) and not _all_modules_have_hooks(compiling)
 
 
 def are_plain(modules: Any, kinds: Sequence[type[nn.Module]]) -> bool:
     """Whether ``modules`` is an ``nn.Sequential`` of exactly these ``kinds``, each plain."""
-    return (
-        is_plain(modules, nn.Sequential)
-        and len(modules) == len(kinds)
-        and all(map(is_plain, modules, kinds))
-    )
+    compiling = torch.compiler.is_compiling()
+    if not _is_unchanged(modules, nn.Sequential, compiling) or len(modules) != len(kinds):
+        return False
+    for module, kind in zip(modules, kinds, strict=True):
+        if not _is_unchanged(module, kind, compiling):
+            return False
+    return not _all_modules_have_hooks(compiling)
 
 
 def is_plain_embedding(embedding: object) -> TypeGuard[nn.Embedding]:
@@ -99,6 +84,28 @@ def is_plain_embedding(embedding: object) -> TypeGuard[nn.Embedding]:
     )
 
 
+def _is_unchanged(module: object, kind: type[nn.Module], compiling: bool) -> bool:
+    """:func:`is_plain`, apart from what holds of all modules."""
+    if type(module) is not kind:
+        return False
+    own = module.__dict__
+    return (
+        "forward" not in own
+        and "_call_impl" not in own
+        and kind.forward is _FORWARDS[kind]
+        # the tracer puts its own in the place of both
+        and (compiling or (kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL))
+        and not (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        )
+        and own.get("_compiled_call_impl") is None
+        and _holds_plain_tensors(own)
+    )
+
+
 def _holds_plain_tensors(own: dict[str, Any]) -> bool:
     for tensor in own["_parameters"].values():
         if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
@@ -109,25 +116,19 @@ def _holds_plain_tensors(own: dict[str, Any]) -> bool:
     return True
 
 
-def _is_called_as_defined(kind: type[nn.Module]) -> bool:
-    if torch.compiler.is_compiling():  # the tracer puts its own in the place of both
-        return True
-    return kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL
-
-
-def _all_modules_have_hooks() -> bool:
+def _all_modules_have_hooks(compiling: bool) -> bool:
     return bool(
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
-        or _a_function_mode_is_active()
+        or (not compiling and _a_function_mode_is_active())
     )
 
 
 def _a_function_mode_is_active() -> bool:
     """Whether a mode other than that of ``torch.set_default_device`` sees functions called."""
-    if torch.compiler.is_compiling() or not torch._C._is_torch_function_mode_enabled():
+    if not torch._C._is_torch_function_mode_enabled():
         return False
     modes = _get_current_function_mode_stack()
     return any(type(mode) is not DeviceContext for mode in modes)

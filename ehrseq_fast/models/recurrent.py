@@ -18,6 +18,7 @@ from ..packed_gru import PackedGRU
 from ..packed_lstm import PackedLSTM
 
 CELLS: dict[str, type[PackedLSTM] | type[PackedGRU]] = {"lstm": PackedLSTM, "gru": PackedGRU}
+_OURS = tuple(CELLS.values())
 
 # Share of the visits whose gates the models' layer keeps for the backward pass. Three tenths are
 # what keeps the peak of a training step on real records below 1/20 of the padded step's (all:
@@ -64,7 +65,7 @@ def recurrent_layer(module: nn.Module) -> Any:
 
 
 def _has_traits(module: nn.Module) -> bool:
-    return all(hasattr(module, trait) for trait in _TRAITS)
+    return isinstance(module, nn.RNNBase) or all(hasattr(module, trait) for trait in _TRAITS)
 
 
 def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) -> tuple[Any, Any]:
@@ -80,7 +81,7 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
             (:func:`~ehrseq_fast.openmp.refuse_restricted_openmp`).
     """
     layer = recurrent_layer(module)
-    if not isinstance(layer, tuple(CELLS.values())):  # which see to this themselves
+    if not isinstance(layer, _OURS):  # which see to this themselves
         data = input if isinstance(input, Tensor) else input.data
         is_lstm = getattr(layer, "mode", "LSTM") == "LSTM"
         refuse_restricted_openmp(data, type(layer).__name__, is_lstm=is_lstm)

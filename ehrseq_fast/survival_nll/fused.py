@@ -23,9 +23,10 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | No
 
 
 def nll(chosen: str, rows: Rows, inputs: Inputs, options: Options) -> Tensor:
-    """The loss of checked arguments, by the backend ``chosen``."""
+    """The loss of checked arguments, by the backend ``chosen``: ``reference`` where a transform of
+    ``torch.func`` or forward mode is active (:func:`~ehrseq_fast.autograd.transformed`)."""
     hazards = inputs[0]
-    if chosen == "reference" or transformed(hazards, inputs[5]):
+    if chosen == "reference":
         return reference_nll(rows, inputs, options)
     if hazards.requires_grad and torch.is_grad_enabled():
         return _Nll.apply(chosen, options, *rows, *inputs)

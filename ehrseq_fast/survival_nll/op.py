@@ -208,10 +208,11 @@ def competing_risks_nll(
 def _nll(inputs: Inputs, options: Options, validate: bool) -> Tensor:
     """Either loss: [B, V] hazards are one risk, [B, V, K] competing ones."""
     hazards = inputs[0]
+    device = hazards.device.type
     options.check()
-    chosen = backend.choose("survival_nll", hazards.device.type, hazards.dtype)
+    chosen = backend.choose("survival_nll", device, hazards.dtype)
     if transformed(hazards, inputs[5]):
         chosen = "reference"
-    if must_check_values(chosen, hazards.device.type, validate):
+    if must_check_values(chosen, device, validate):
         check_outcomes(inputs, options.link)
     return nll(chosen, PADDED, inputs, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..checks import expect_option
 from .operators import LINKS, REDUCTIONS
@@ -10,8 +10,7 @@ from .operators import LINKS, REDUCTIONS
 CENSORED_VISITS = ("excluded", "included")
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a loss computes; a new option is a field here, and an argument of the public functions.
 
     Attributes:

@@ -134,7 +134,7 @@ def _rows_and_batch(
     if not isinstance(hazards, PackedRows):
         if batch is None:
             raise TypeError("batch: expected a PackedVisits, got None (only PackedRows hold one)")
-        if not hasattr(batch, "row_starts"):
+        if not (hasattr(type(batch), "row_starts") or hasattr(batch, "row_starts")):
             raise TypeError(f"batch: expected a PackedVisits, got {kind_of(batch)}")
         return hazards, batch
     if batch is None or batch is hazards.batch:
@@ -173,11 +173,12 @@ def _check_tensors(
 
 def _packed_nll(batch: PackedVisits, inputs: Inputs, options: Options, validate: bool) -> Tensor:
     hazards = inputs[0]
+    device = hazards.device.type
     options.check()
-    chosen = backend.choose("packed_survival_nll", hazards.device.type, hazards.dtype)
+    chosen = backend.choose("packed_survival_nll", device, hazards.dtype)
     if transformed(hazards, inputs[5]):
         chosen = "reference"
     rows: Rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
-    if must_check_values(chosen, hazards.device.type, validate):
+    if must_check_values(chosen, device, validate):
         check_outcomes(as_padded(rows, inputs), options.link)
     return nll(chosen, rows, inputs, options)

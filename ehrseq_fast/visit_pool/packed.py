@@ -219,7 +219,7 @@ def _check_arguments(
     sparse_grad: bool,
 ) -> int:
     expect_option("mode", mode, PACKED_MODES)
-    if not hasattr(batch, "index_visits"):
+    if not (hasattr(type(batch), "index_visits") or hasattr(batch, "index_visits")):
         raise TypeError(f"batch: expected a PackedVisits, got {kind_of(batch)}")
     expect_floating("weight", weight)
     if weight.dim() != 2:
