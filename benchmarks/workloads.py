@@ -174,6 +174,25 @@ def eunomia_records() -> EventRecords:
     return read_omop(eunomia_database(), outcome_concept_id=GASTROINTESTINAL_HAEMORRHAGE)
 
 
+def eunomia_end_days(records: EventRecords) -> NDArray[np.datetime64]:
+    """``[n_patients]``: the day of each patient's event, or of the last visit, where observation
+    ends. Of these records or some of their patients; records hold no day of the event."""
+    import duckdb
+
+    query = (
+        "SELECT person_id AS person, min(condition_start_date)::DATE - DATE '1970-01-01' AS day"
+        " FROM condition_occurrence WHERE condition_concept_id = ?"
+        " GROUP BY person_id ORDER BY person_id"
+    )
+    with duckdb.connect(str(eunomia_database()), read_only=True) as connection:
+        found = connection.execute(query, [GASTROINTESTINAL_HAEMORRHAGE]).fetchnumpy()
+    ends = records.visit_days[records.patient_offsets[1:] - 1].astype("datetime64[D]")
+    seen = records.event_indicators == 1
+    at = np.searchsorted(found["person"], records.person_ids[seen])
+    ends[seen] = found["day"][at].astype("datetime64[D]")
+    return ends
+
+
 # The workloads ------------------------------------------------------------------------------------
 
 

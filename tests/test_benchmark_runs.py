@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -377,21 +378,34 @@ def test_drawing_without_matplotlib_says_what_to_install(monkeypatch, quick_run)
         list(draw_all(results.read(quick_run), quick_run))
 
 
-def test_constant_hazard_loss_is_that_of_the_loss_with_one_hazard(eunomia):
-    from benchmarks.training import constant_hazard_loss
-    from ehrseq_fast.data import padded_batch, split_by_person
-    from ehrseq_fast.survival_nll import DiscreteTimeSurvivalLoss
+@pytest.mark.usefixtures("eunomia")
+def test_training_starts_at_the_event_rate_and_figures_are_those_of_metrics():
+    from benchmarks.training import Split, held_out, start_at_event_rate
+    from benchmarks.workloads import eunomia_end_days, eunomia_records
+    from ehrseq_fast.data import packed_batch
+    from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 
-    parts = split_by_person(eunomia.person_ids)
-    train, held_out = parts["train"], parts["held_out"]
-    events = eunomia.event_indicators[train].sum()
-    rate = events / (eunomia.event_times[train].sum() + events)
-    batch = padded_batch(eunomia, held_out)
-    hazards = torch.full(batch.sequence_mask.shape, float(rate), dtype=torch.float64)
-    loss = DiscreteTimeSurvivalLoss()(
-        hazards, batch.event_times, batch.event_indicators, batch.sequence_mask
-    )
-    assert constant_hazard_loss(eunomia, train, held_out) == pytest.approx(float(loss), rel=1e-9)
+    records = eunomia_records()
+    ends = eunomia_end_days(records)
+    last = records.visit_days[records.patient_offsets[1:] - 1]
+    seen = records.event_indicators == 1
+    assert (ends[seen] > last[seen]).all()
+    assert (ends[~seen] == last[~seen]).all()
+    first, others = np.arange(400), np.arange(400, 600)
+    here, away = (Split(records, ends, patients) for patients in (first, others))
+    model = DiscreteTimeSurvivalLSTM(len(records.vocabulary), 4, 8, path="fused")
+    with torch.no_grad():
+        model.hazard_head[3].weight.zero_()
+    start_at_event_rate(model, here.outcomes)
+    found = held_out(model, here, away)
+    # a model that says the rate is the constant baseline
+    assert found["nll"].model == pytest.approx(found["nll"].constant, rel=1e-6)
+    assert found["c_td"].model == found["c_td"].constant == found["c_td"].by_visit == 0.5
+    auc = found["auc", "every visit", 365.0]
+    assert auc.model == auc.constant == 0.5
+    assert auc.by_visit > 0.5
+    batch = packed_batch(records, others)
+    assert found["nll"].model == pytest.approx(model.eval().loss(batch).item(), rel=1e-6)
 
 
 @pytest.mark.usefixtures("eunomia")
@@ -399,7 +413,7 @@ def test_main_job_end_to_end_on_a_few_records(tmp_path, capsys):
     out = tmp_path / "results.json"
     assert main(["--quick", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    for word in ("padded", "packed", "fused", "peak MiB", "held-out C-index", str(out)):
+    for word in ("padded", "packed", "fused", "peak MiB", "C_td", "hazard by visit", str(out)):
         assert word in printed.out
     assert "step/s" in printed.err
     found = results.read(out)
@@ -412,7 +426,9 @@ def test_main_job_end_to_end_on_a_few_records(tmp_path, capsys):
         weighed = found.of(operation=step.PEAK_MEMORY, patients=patients)
         assert weighed["fused"].peak_bytes < weighed["padded"].peak_bytes
         assert found.findings["difference_in_float64"][str(patients)] < step.EXACT_TOLERANCE
-    assert 0 <= found.findings["training"]["epochs"][0]["held_out_c_index"] <= 1
+    training = found.findings["training"]
+    assert 0 <= training["epochs"][0]["held_out"]["c_td"] <= 1
+    assert training["constant"]["c_td"] == training["by_visit"]["c_td"] == 0.5
     assert main(["compare", str(out), str(out)]) == 0
     assert "8 rows are in both" in capsys.readouterr().out
 
