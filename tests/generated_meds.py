@@ -6,7 +6,8 @@ hazards beside it (``FOLDER/true_hazards.npz``), and prints the loss that they h
 At every visit a patient has a hazard, from the codes up to that visit: codes of chronic conditions
 raise or lower its logit from then on, an acute one raises it at that visit alone. The record ends
 there with probability ``CENSORED``; else the next visit is the event's with the probability of the
-hazard. All other codes say nothing.
+hazard. All other codes say nothing. An LSTM of 64 to 128 units, trained for six epochs on 16,000
+patients, has a held-out loss 1.1 to 1.4 % above that of the true hazards; a constant one, 26 %.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 OUTCOME = "OUTCOME//MI"
-BASELINE = -3.5  # a logit
+BASELINE = -4.0  # a logit
 CHRONIC = {"DX//CHRONIC_A": 2.0, "DX//CHRONIC_B": 1.2, "RX//PROTECTIVE": -1.5}
 ACUTE = {"DX//ACUTE": 2.0}
-OCCURS = 0.08  # each of these, at a visit
-CENSORED = 0.08
-MOST_VISITS = 60
-NOISE = 200  # other codes
+OCCURS = 0.06  # each of these, at a visit
+RECODED = 0.8  # a chronic one again, at each later visit
+CENSORED = 0.04
+MOST_VISITS = 100
+NOISE = 40  # other codes
+NOISE_MEAN = 1.0  # of them at a visit, besides one
 SPLITS = {"train": 0.8, "tuning": 0.1, "held_out": 0.1}
 
 
@@ -107,11 +110,12 @@ def _draw_visits(rng: np.random.Generator, n: int) -> tuple[np.ndarray, ...]:
     active, events = np.arange(n), np.zeros(n, np.uint8)
     who, when, what, at_risk, hazards = [], [], [], [], []
     for visit in range(MOST_VISITS):
-        now = rng.random((len(active), len(effects))) < OCCURS
-        seen[active] = (seen[active] & chronic) | now
+        known = seen[active] & chronic
+        now = rng.random(known.shape) < np.where(known, RECODED, OCCURS)
+        seen[active] = known | now
         hazard = 1 / (1 + np.exp(-(BASELINE + seen[active] @ effects)))
         row, effect = np.nonzero(now)
-        noise = 1 + rng.poisson(2, len(active))
+        noise = 1 + rng.poisson(NOISE_MEAN, len(active))
         who += [active[row], np.repeat(active, noise)]
         what += [NOISE + effect, (NOISE * rng.random(noise.sum()) ** 2).astype(np.int64)]
         when.append(np.full(len(row) + noise.sum(), visit))
