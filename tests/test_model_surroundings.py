@@ -14,6 +14,7 @@ from ehrseq_fast.models.base import PATHS
 from .test_packed_models import batch, build
 
 MODELS = ["survival", "with time", "competing risks", "baseline, max", "baseline, attention"]
+MODELS += ["horizons"]
 
 
 def everything(model, packed, train=True):
@@ -28,6 +29,9 @@ def everything(model, packed, train=True):
     if hasattr(model, "predict_survival"):
         model.predict_survival(packed)
         model.predict_survival(codes, visit_mask, sequence_mask)
+    if hasattr(model, "predict_risk"):
+        model.predict_risk(packed)
+        model.predict_risk(codes, visit_mask, sequence_mask)
     if hasattr(model, "predict"):
         model.predict(packed)
         model(packed, return_hidden=True)
@@ -141,6 +145,7 @@ def test_a_batch_of_one_patient_without_codes():
             event_indicators=[1],
             event_types=[1],
             targets={"labels": torch.ones(1)},
+            visit_targets={"days_to_end": torch.ones(1)},
         )
         everything(model, packed)
         everything(watched(model), packed)

@@ -15,7 +15,7 @@ from .batches import from_lists
 from .test_packed_models import VOCABULARY, build
 
 MODELS = ["survival, two layers", "with time", "competing risks", "baseline, sum", "baseline, max"]
-MODELS += ["baseline, attention", "survival, GRU"]
+MODELS += ["baseline, attention", "survival, GRU", "horizons"]
 RECORDS = [
     [[1, 2], [3, 4], [5, 4]],
     [[6], [2]],
@@ -35,6 +35,7 @@ def batch():
         event_indicators=[1, 0, 1],
         event_types=[2, 0, 1],
         targets={"labels": torch.tensor([1, 0, 1])},
+        visit_targets={"days_to_end": [torch.arange(len(v), 0.0, -1) * 45 for v in RECORDS]},
     )
 
 

@@ -16,6 +16,7 @@ from ehrseq_fast.models import (
     CompetingRisksSurvivalLSTM,
     DiscreteTimeSurvivalLSTM,
     DiscreteTimeSurvivalLSTMWithTime,
+    HorizonSurvivalLSTM,
     LSTMBaseline,
 )
 
@@ -33,6 +34,7 @@ def batch(**fields):
         "event_indicators": torch.tensor([1, 0, 1, 0]),
         "event_types": torch.tensor([2, 0, 1, 0]),
         "targets": {"labels": torch.tensor([1, 0, 0, 1])},
+        "visit_targets": {"days_to_end": [torch.arange(len(v), 0.0, -1) * 50 for v in RECORDS]},
     }
     return from_lists(
         RECORDS, vocab_size=VOCABULARY, visit_features=features, **{**outcomes, **fields}
@@ -60,9 +62,15 @@ MODELS = {
 }
 
 
+# with a loss of their own (test_horizon_model.py)
+OF_DAYS = {
+    "horizons": lambda **k: HorizonSurvivalLSTM(VOCABULARY, (30, 120), 6, 7, dropout=0.0, **k)
+}
+
+
 def build(name, **options):
     torch.manual_seed(3)
-    return MODELS[name](**options).eval()
+    return (MODELS | OF_DAYS)[name](**options).eval()
 
 
 def padded_loss(name, model, packed):

@@ -17,7 +17,7 @@ from ehrseq_fast.models.base import PATHS
 from .test_packed_models import batch, build
 
 MODELS = ["survival, two layers", "with time", "competing risks", "baseline, sum"]
-MODELS += ["baseline, max", "baseline, attention"]
+MODELS += ["baseline, max", "baseline, attention", "horizons"]
 
 
 def gradients(model, loss):
