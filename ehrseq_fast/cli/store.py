@@ -36,7 +36,15 @@ def _add_omop(commands: Any) -> None:
         "--tables", nargs="+", metavar="TABLE", help="condition, drug, procedure, measurement, ..."
     )
     parser.add_argument(
-        "--visits", type=_visit_rule, default="day", help=_VISITS.format("day, visit_occurrence")
+        "--visits",
+        type=_visit_rule,
+        default="day",
+        help=_VISITS.format("day, time, visit_occurrence"),
+    )
+    parser.add_argument(
+        "--outside-periods",
+        choices=("leave_out", "keep"),
+        help="events outside a person's observation periods (leave_out)",
     )
     parser.add_argument("--memory-limit", metavar="SIZE", help="of DuckDB, such as 300MB")
     _add_common(parser)
@@ -81,9 +89,8 @@ def _omop(arguments: argparse.Namespace) -> int:
     need("duckdb", "omop", "ehrseq-fast store omop")
     from ..data import read_omop
 
-    options = _given(
-        arguments, "schema", "tables", "visits", "memory_limit", "workers", "min_count", "seed"
-    )
+    options = _given(arguments, "schema", "tables", "visits", "outside_periods", "memory_limit")
+    options |= _given(arguments, "workers", "min_count", "seed")
     store = read_omop(arguments.database, arguments.store, overwrite=arguments.overwrite, **options)
     print(store.describe())
     return 0
