@@ -147,7 +147,9 @@ def with_workers(folder: Path) -> int:
     write_generated_meds(folder / "meds", 300, shards=2)
     out = folder / "store"
     reader = psutil.Process(in_child(lambda: read_meds(folder / "meds", out, workers=2) and None))
+    deadline = time.monotonic() + 60
     while len(started := reader.children(recursive=True)) < 2:
+        assert time.monotonic() < deadline, "no process was started"
         time.sleep(0.02)
     time.sleep(1)
     started = reader.children(recursive=True) or started

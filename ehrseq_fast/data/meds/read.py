@@ -100,7 +100,7 @@ def read_meds(
     settings = settings_of(folder, metadata)
     kept_rule, column = _visit_rule(visits, visit_column, settings)
     part_rule: VisitRule = "visit_id" if column is not None else kept_rule
-    rule, without_events = _split_rule(folder, settings, split, seed)
+    rule, without_events = _split_rule(folder, names, settings, split, seed)
     if min_count is None:
         min_count = settings.get("min_count", 1)
     workers = integer("workers", workers, 1, 4096)
@@ -179,6 +179,7 @@ def _visit_rule(
 
 def _split_rule(
     folder: Path,
+    shards: list[Path],
     settings: Mapping[str, Any],
     split: Mapping[str, float] | None,
     seed: int | None,
@@ -191,6 +192,12 @@ def _split_rule(
         return by_hash(own["fractions"], seed=own["seed"] if seed is None else seed), None
     assigned = subject_splits(folder)
     if assigned is None:
+        if {"train", "held_out"} & {name.parts[1] for name in shards}:
+            warnings.warn(
+                f"{folder}: has no {SPLITS}; the subjects are split by hash, not by the names of "
+                "the folders",
+                stacklevel=3,
+            )
         return by_hash(seed=seed or 0), None
     if seed is not None:
         warnings.warn(

@@ -103,10 +103,28 @@ class EventStore:
     vocabulary: NDArray[np.int32]
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = False) -> None:
-        self.path = Path(os.path.abspath(path))
-        folder = recovered(self.path)
-        self.path = folder
-        self.header: dict[str, Any] = _read_header(folder)
+        self.path = recovered(Path(os.path.abspath(path)))
+        self.header: dict[str, Any] = {}
+        self._open()
+        if verify:
+            self._verify()
+
+    def _open(self) -> None:
+        """Open all files, of one store: another may take its place meanwhile."""
+        for _ in range(100):
+            self.header = _read_header(self.path)
+            try:
+                self._open_arrays()
+            except (OSError, ValueError):
+                if self.header == _read_header(self.path):
+                    raise
+            else:
+                if self.header == _read_header(self.path):
+                    return
+        raise RuntimeError(f"{self.path}: the store was replaced whenever it was opened")
+
+    def _open_arrays(self) -> None:
+        folder = self.path
         entries: Mapping[str, Mapping[str, Any]] = self.header["arrays"]
         for name in ARRAYS:
             if name in entries:
@@ -116,8 +134,6 @@ class EventStore:
             else:
                 raise ValueError(f"{folder / HEADER}: expected the array {name!r}, it lists none")
         self._check_lengths()
-        if verify:
-            self._verify()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> EventStore:
@@ -166,6 +182,12 @@ class EventStore:
 
     @cached_property
     def _dictionary(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        path, expected = self.path / DICTIONARY, self.header[DICTIONARY]["sha256"]
+        if sha256_of(path, skip_npy_header=False) != expected:
+            raise ValueError(
+                f"{path}: expected SHA-256 {expected}: the file was changed, or the store replaced "
+                "after it was opened"
+            )
         return read_dictionary(self.path, self.n_codes)
 
     @property
