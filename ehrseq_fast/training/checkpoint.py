@@ -106,16 +106,22 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 # Model and optimizer <-> tensors
 
 
-def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, optimizer: Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
     """Parameters, buffers and optimizer state, whole, on the host.
 
-    Of a model whose parameters are divided between processes (``DTensor``) all processes must call.
+    Of a model whose parameters are divided between processes (``DTensor``) all processes must call;
+    with ``keep=False`` a process takes part, but holds no more than one whole tensor at a time.
     """
-    tensors = {f"model/{name}": whole(tensor) for name, tensor in model.state_dict().items()}
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            tensors[f"optimizer/{name}/{key}"] = whole(value)
-    return tensors
+            tensors[f"optimizer/{name}/{key}"] = value
+    found = {}
+    for name, tensor in tensors.items():
+        all_of_it = whole(tensor)
+        if keep:
+            found[name] = all_of_it
+    return found
 
 
 def restore(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -79,15 +79,15 @@ class DataConfig:
             sorting saves a recurrent layer steps, but no work, as nothing is padded.
         workers: data-loader processes of each training process; 0 loads in the process itself.
         train_split, tuning_split: names of the store's splits. Early stopping and the choice of
-            the best epoch go by the loss on ``tuning_split``; without patients there, the last
-            epoch is the result.
+            the best epoch go by the loss on ``tuning_split``; where that is None, or nobody is
+            left there, all epochs are trained and the last one is the result.
     """
 
     visits_per_batch: int = 4096
     bucket: int = 1
     workers: int = 0
     train_split: str = "train"
-    tuning_split: str = "tuning"
+    tuning_split: str | None = "tuning"
 
     def __post_init__(self) -> None:
         _expect(

@@ -42,16 +42,19 @@ class TrainingData:
         self.store = store
         self.processes = processes
         task = FirstEvent.from_dict(config.task)
-        names = config.data.train_split, config.data.tuning_split
-        self.outcomes, self.tuning_outcomes = (task.apply(store, split=name) for name in names)
+        split, tuning = config.data.train_split, config.data.tuning_split
+        self.outcomes = task.apply(store, split=split)
+        self.tuning_outcomes = self.outcomes.select([])
+        if tuning is not None:
+            self.tuning_outcomes = task.apply(store, split=tuning)
         if not len(self.outcomes):
             raise ValueError(
-                f"task {task.name!r}: nobody of the split {names[0]!r} is left\n"
+                f"task {task.name!r}: nobody of the split {split!r} is left\n"
                 f"{self.outcomes.attrition}"
             )
         if not self.outcomes.event_indicators.any():
             raise ValueError(
-                f"task {task.name!r}: expected someone with the outcome in the split {names[0]!r}, "
+                f"task {task.name!r}: expected someone with the outcome in the split {split!r}, "
                 f"got {len(self.outcomes)} patients without"
             )
         self._training, self._sampler = self._batches(self.outcomes, shuffle=True)

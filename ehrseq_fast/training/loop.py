@@ -322,8 +322,11 @@ class Trainer:
     def _save(self) -> None:
         self._lap()
         totals = self._over_all_processes()
-        tensors = tensors_of(self.model, self.optimizer)
-        if not self.processes.is_main:
+        is_main = self.processes.is_main
+        if not is_main and self.processes.strategy != "fsdp":
+            return
+        tensors = tensors_of(self.model, self.optimizer, keep=is_main)
+        if not is_main:
             return
         state = self.state
         state.log_bytes = self.csv.length() if self.csv is not None else 0

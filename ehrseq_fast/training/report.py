@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from .plots import calibration_plot, hazard_plot, learning_curve
 from .run import Run
 from .scoring import Scores, code_map_of, score_outcomes
 
-LANDMARKS_DAYS = (EVERY_VISIT, 0.0, 365.0)
+# Of the events of the training split: as many must follow a landmark within the longest horizon.
+_FEWEST_EVENTS = 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def evaluate(
     split: str = "held_out",
     out: str | Path | None = None,
     device: str = "auto",
-    landmarks_days: tuple[float | str, ...] = LANDMARKS_DAYS,
+    landmarks_days: Sequence[float | str] | None = None,
     n_bootstrap: int = 200,
     seed: int = 0,
     progress: bool = True,
@@ -65,8 +68,10 @@ def evaluate(
         split: whom to evaluate on.
         out: the report's folder; ``RUN/report`` by default.
         device: as in :class:`RunConfig`.
-        landmarks_days: days after the index at which risks are evaluated; ``"every visit"`` for
-            each visit, pooled.
+        landmarks_days: days after the index at which risks are evaluated, or ``"every visit"`` for
+            each visit, pooled; None: that, the index itself, and the first quartile and median of
+            the times of events in training, as far as events follow them there
+            (:func:`landmarks`).
         n_bootstrap: samples for the intervals; 0 for none.
         seed: of these samples.
         progress: show a progress bar, on a terminal.
@@ -87,9 +92,12 @@ def evaluate(
             f"nobody of the split {split!r} of {store.path} has this task's outcome "
             f"or is at risk\n{outcomes.attrition}"
         )
+    progress = progress and sys.stderr.isatty()
     scores = score_outcomes(run, store, outcomes, device_of(device), progress=progress)
     train, note = _training_outcomes(run, store, task)
     horizons = run.config.model.horizons_days
+    if landmarks_days is None:
+        landmarks_days = (EVERY_VISIT, *landmarks(train, max(horizons)))
     has_days = bool(np.isfinite(scores.days_to_end).all())
     evaluation = evaluate_predictions(
         scores.hazards,
@@ -129,6 +137,36 @@ def evaluate(
     }
     write_json(folder / "report.json", about | evaluation.to_dict())
     return Report(folder, evaluation, outcomes)
+
+
+def landmarks(train: TrainingOutcomes | None, longest: float) -> tuple[float, ...]:
+    """Days after the index from which risks are worth evaluating, by the training split alone: 0,
+    and the first quartile and the median of the times of its events, in whole years (months, below
+    a year), where ``_FEWEST_EVENTS`` follow within the longest horizon; 0 where there are none.
+
+    Example:
+        >>> import numpy as np
+        >>> from ehrseq_fast.metrics import TrainingOutcomes
+        >>> late = TrainingOutcomes(np.zeros(50), np.ones(50), days_to_end=np.arange(50) + 3000.0,
+        ...                         lengths=np.ones(50, np.int64))
+        >>> landmarks(late, 365)
+        (2920.0,)
+    """
+    if train is None or train.days_to_end is None:
+        return (0.0,)
+    lengths = np.asarray(train.lengths)
+    first = np.cumsum(lengths) - lengths
+    if train.entry_times is not None:
+        first = first + np.asarray(train.entry_times)
+    times = np.asarray(train.days_to_end)[first[np.asarray(train.event_indicators) != 0]]
+    found = []
+    for time in (0.0, *np.quantile(times, [0.25, 0.5]).tolist()):
+        unit = 365.0 if time >= 365 else 30.0
+        landmark = time // unit * unit
+        follow = ((times > landmark) & (times <= landmark + longest)).sum()
+        if follow >= _FEWEST_EVENTS and landmark not in found:
+            found.append(landmark)
+    return tuple(found) or (0.0,)
 
 
 def _training_outcomes(
@@ -195,7 +233,7 @@ def _markdown(
     ended = " (stopped early)" if result["stopped_early"] else ""
     best = result["best_epoch"]
     parts = [
-        f"# First event: {task.name}",
+        f"# First event: {task.name}{_described(task, store)}",
         f"Model `{config.model.name}` ({config.model.cell}, width {config.model.hidden_dim}), "
         f"trained on {result['patients']['train']:,} patients with "
         f"{result['events']['train']:,} events for {result['epochs']} epochs{ended} in "
@@ -221,16 +259,26 @@ def _markdown(
     return "\n\n".join(parts) + "\n"
 
 
+def _described(task: FirstEvent, store: EventStore) -> str:
+    """In brackets what the outcome is, where it is one code of which the store knows that."""
+    if task.is_death or task.prefix or not isinstance(task.codes, tuple) or len(task.codes) > 1:
+        return ""
+    at = store.code_index.get(str(task.codes[0]))
+    description = "" if at is None else store.descriptions[at]
+    return f" ({description})" if description else ""
+
+
 def _reading(each_visit: bool) -> str:
     said = [
         "Negative log-likelihood: of the hazard per visit, a mean over patients; lower is better, "
         "and it must lie below both baselines.",
         "C_td: at the visit before an event, how often the patient who has it had the higher "
         "hazard than one who is still at risk; chance is 0.5, also for a hazard by visit alone.",
-        "AUC, Brier score, calibration at day s + w: of patients still at risk s days after the "
+        "AUC, Brier score, calibration, day s + w: of patients still at risk s days after the "
         "index, the risk within the next w days, from their last visit by then; at every visit + "
         "w: from each visit, pooled. Chance is 0.5 for the AUC. Weights by the inverse probability "
-        "of censoring make up for those whose outcome is not known.",
+        "of censoring make up for those whose outcome is not known. The s were chosen by the times "
+        "of events in training.",
         "ICI: the mean distance between predicted and observed risk; observed / expected is 1 for "
         "a model that is right on average.",
     ]
