@@ -10,9 +10,11 @@ import torch
 
 from ehrseq_fast import PackedVisits, cli
 from ehrseq_fast.data import EventStore, FirstEvent, PartWriter, SubjectChunk, write_store
-from ehrseq_fast.training import OptimizerConfig, Run, evaluate, fit, predict, scoring
+from ehrseq_fast.metrics import TrainingOutcomes
+from ehrseq_fast.training import ModelConfig, OptimizerConfig, Run, evaluate, fit, predict, scoring
 from ehrseq_fast.training.checkpoint import CheckpointError
 from ehrseq_fast.training.model import predictions
+from ehrseq_fast.training.report import landmarks
 from tests.extras import needs
 from tests.known_hazards import EVENT, KnownHazards
 from tests.test_training import small
@@ -190,6 +192,41 @@ def test_the_plots_are_images_with_something_on_them(report):
         pixels = image.imread(report.folder / f"{name}.png")
         assert min(pixels.shape[:2]) > 300
         assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
+
+
+@pytest.mark.parametrize("name", ["hazard", "hazard_with_time", "horizons"])
+def test_every_model_can_be_evaluated_and_scored(store, tmp_path, name):
+    """On the predictions of one date each."""
+    model = ModelConfig(name, embedding_dim=8, hidden_dim=8, horizons_days=(30, 90))
+    task = FirstEvent(EVENT, index="first_visit", time_at_risk_days=200)
+    run = fit(small(store, tmp_path / "run", model=model, task=task, epochs=1))
+    report = evaluate(run, store, n_bootstrap=0, progress=False)
+    assert report.folder == tmp_path / "run" / "report"
+    assert "predictions with" in (report.folder / "report.md").read_text()
+    names = {metric.name for metric in report.evaluation.metrics if metric.model is not None}
+    assert {"auc"} < names
+    assert ("nll" in names) == (name != "horizons")
+    predict(run, store, tmp_path / "out.parquet", split="held_out")
+    columns = pq.read_schema(tmp_path / "out.parquet").names[2:]
+    assert columns == (["risk_30d", "risk_90d"] if name == "horizons" else ["hazard"])
+
+
+def test_landmarks_are_where_events_are():
+    def training(days, events):
+        n = len(days)
+        return TrainingOutcomes(
+            np.zeros(n, np.int64),
+            np.array(events),
+            np.zeros(n, np.int64),
+            days_to_end=np.array(days, float),
+            lengths=np.ones(n, np.int64),
+        )
+
+    early = np.linspace(1, 200, 100)
+    assert landmarks(training(early, np.ones(100, int)), 90) == (0.0, 30.0, 90.0)
+    assert landmarks(training(early, np.zeros(100, int) + (early < 3)), 90) == (0.0,)
+    assert landmarks(training(early + 9000, np.ones(100, int)), 365) == (8760.0,)
+    assert landmarks(None, 90) == (0.0,)
 
 
 def test_a_split_without_patients_is_refused(store, run):

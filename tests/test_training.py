@@ -337,6 +337,20 @@ def test_the_best_epoch_is_the_result(store, tmp_path):
         assert torch.equal(tensor, best[name])
 
 
+@pytest.mark.parametrize("tuning_split", [None, "tuning"])
+def test_without_a_tuning_split_the_last_epoch_is_the_result(drawn, store, tmp_path, tuning_split):
+    """Where it is not asked for, and where nobody is in it."""
+    if tuning_split is not None:
+        store = drawn.store(tmp_path, split={"train": 0.9, "tuning": 0.0, "held_out": 0.1})
+    data = DataConfig(visits_per_batch=512, tuning_split=tuning_split)
+    run = fit(small(store, tmp_path / "run", data=data, stopping=StoppingConfig(patience=1)))
+    assert (run.result["epochs"], run.result["best_epoch"]) == (2, None)
+    assert {row["split"] for row in run.history()} == {"train"}
+    last = load_tensors(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]).tensors
+    for name, tensor in run.model().state_dict().items():
+        assert torch.equal(tensor, last[f"model/{name}"])
+
+
 def test_training_leaves_torchs_generator_alone(store, tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(3)

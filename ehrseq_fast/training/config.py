@@ -39,7 +39,7 @@ class ModelConfig:
 
     name: str = "hazard_and_horizons"
     embedding_dim: int = 128
-    hidden_dim: int = 256
+    hidden_dim: int = 128
     num_layers: int = 1
     dropout: float = 0.1
     cell: str = "lstm"
@@ -107,7 +107,7 @@ class OptimizerConfig:
         clip_norm: gradients of a larger norm are scaled down to it; None leaves them.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -16,7 +16,7 @@ What a step costs, on paper
 ---------------------------
 
 Let V be the vocabulary, E the width of embeddings, H that of the recurrent layer, J the horizons,
-and N the processes. With the defaults (E 128, H 256, J 5) the model has
+and N the processes. With E 128, H 256 and J 5 the default model has
 
     V·E                      embedding           V = 20,000:  2.56 M      V = 1,000,000: 128 M
     4H·(E + H) + 8H          LSTM                             0.40 M
@@ -31,7 +31,7 @@ parameters (float32), and gradients of the same size. A ring all-reduce sends an
     64 GPUs, V = 1,000,000: 1.01 GB a step. NVLink: 3.4 ms; 200 Gb/s network: 41 ms
 
 The work that it is to be hidden behind: a process with b visits of c codes does about
-6·b·(4H·(E + H) + H·H·2) operations, 3.1 M a visit with the defaults. At b = 65,536 visits that is
+6·b·(4H·(E + H) + H·H·2) operations, 3.1 M a visit. At b = 65,536 visits that is
 0.21 TFLOP, or 2 ms at 100 TFLOP/s. So with the small vocabulary the gradients (bucketed by
 DistributedDataParallel behind the backward pass) are hidden over NVLink and cost up to half a step
 over a network; with the large one they are what a step costs.

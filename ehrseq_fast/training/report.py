@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -242,7 +242,7 @@ def _markdown(
         f"Evaluated on {len(outcomes):,} {'patients' if outcomes.each_visit else 'predictions'} "
         f"with {events:,} events of the split `{split}` of `{store.path.name}`.",
         "## Figures",
-        evaluation.table(),
+        *_tables(evaluation),
         _reading(outcomes.each_visit),
         "## Study population",
         outcomes.attrition.to_markdown(),
@@ -257,6 +257,18 @@ def _markdown(
     versions = ", ".join(f"{name} {number}" for name, number in evaluation.versions.items())
     parts += ["## Computed with", f"{versions}."]
     return "\n\n".join(parts) + "\n"
+
+
+def _tables(evaluation: Evaluation) -> list[str]:
+    """A table of what concerns all visits, and one for each landmark."""
+    parts = []
+    for landmark in dict.fromkeys(metric.landmark_days for metric in evaluation.metrics):
+        if landmark is not None:
+            place = landmark if isinstance(landmark, str) else f"{landmark:g} days after the index"
+            parts.append(f"### Risks from {place}")
+        of_it = tuple(m for m in evaluation.metrics if m.landmark_days == landmark)
+        parts.append(replace(evaluation, metrics=of_it).table())
+    return parts
 
 
 def _described(task: FirstEvent, store: EventStore) -> str:

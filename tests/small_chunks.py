@@ -1,0 +1,14 @@
+"""``python -m ehrseq_fast`` with predictions in small row groups, of which a small store has
+several."""
+
+from __future__ import annotations
+
+import sys
+
+from ehrseq_fast.cli import main
+from ehrseq_fast.training import scoring
+
+scoring.VISITS_PER_CHUNK = 300
+
+if __name__ == "__main__":
+    sys.exit(main())
