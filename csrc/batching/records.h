@@ -55,12 +55,12 @@ struct IntColumn {
 #ifdef __GNUC__
   [[gnu::always_inline]]
 #endif
-  void prefetch([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t n) const {
+  void prefetch([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t end) const {
 #ifdef __GNUC__
     constexpr int64_t kMost = 4096, kLine = 64;
-    if (first < 0 || n <= 0 || first > size - n) return;
+    if (first < 0 || end > size || first >= end) return;
     const char* const begin = data + first * stride;
-    const int64_t bytes = std::min(n * stride, kMost);
+    const int64_t bytes = std::min((end - first) * stride, kMost);
     for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
 #endif
   }
@@ -223,8 +223,8 @@ class FlatRecords {
     first_offset_.reserve(length_.size());
     visit_offsets_.reserve(n_visits + n_patients());
     for (int64_t patient = 0; patient < n_patients(); ++patient) {
-      if (patient + kAhead < n_patients())
-        visit_offsets.prefetch(first_visit_[patient + kAhead], length_[patient + kAhead]);
+      if (const int64_t next = patient + kAhead; next < n_patients())
+        visit_offsets.prefetch(first_visit_[next], first_visit_[next] + length_[next]);
       first_offset_.push_back(static_cast<int64_t>(visit_offsets_.size()));
       for (int64_t visit = 0; visit <= length(patient); ++visit)
         visit_offsets_.push_back(visit_offsets[first_visit_[patient] + visit]);
@@ -239,7 +239,7 @@ class FlatRecords {
         const int64_t begin = offsets[visit], end = offsets[visit + 1];
         if (begin < 0 || end < begin || end > codes_.size) falling.add(patient, visit);
       }
-      codes_.prefetch(offsets[0], offsets[length(patient)] - offsets[0]);
+      codes_.prefetch(offsets[0], offsets[length(patient)]);
     }
     if (falling) {
       const int64_t* const offsets = offsets_of(falling.patient) + falling.visit;
