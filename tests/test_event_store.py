@@ -321,3 +321,15 @@ def test_subjects_without_a_split_are_in_none(tmp_path):
     store = store_of(tmp_path, chunk(), subject_splits={7: "train", 1: "tuning"})
     assert store.splits.tolist() == [-1, -1, 0]
     assert store.header["split"]["patients"] == {"train": 1, "tuning": 0, "none": 2}
+
+
+def test_identifiers_whose_differences_overflow(tmp_path):
+    """0 again after steps that are all positive in int64, wrapped around."""
+    ids = np.array([0, 3 * 2**61, -(2**62), 0])
+    fields = {"event_subject": [], "event_times": days(), "event_codes": []}
+    with pytest.raises(ValueError, match="got subject 0 2 times"):
+        SubjectChunk(ids, **fields)
+    chunks = [SubjectChunk(ids[:2], **fields), SubjectChunk(ids[2:], **fields)]
+    path = part(tmp_path / "part", *chunks, with_values=False)
+    with pytest.raises(ValueError, match="subject 0: expected all its events in one place"):
+        write_store(tmp_path / "store", [path], source={})

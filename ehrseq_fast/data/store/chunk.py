@@ -165,7 +165,7 @@ def _length(name: str, array: Array, length: int) -> None:
 
 
 def _refuse_twice(subject_ids: Ints) -> None:
-    if len(subject_ids) > 1 and not (np.diff(subject_ids) > 0).all():
+    if not (subject_ids[1:] > subject_ids[:-1]).all():
         ids, counts = np.unique(subject_ids, return_counts=True)
         if len(ids) < len(subject_ids):
             raise ValueError(

@@ -93,7 +93,9 @@ class PartWriter:
         assert chunk.death_times is not None
         times = chunk.event_times.view(np.int64)
         subject = chunk.event_subject
-        rising = (np.diff(subject) > 0) | ((np.diff(subject) == 0) & (np.diff(times) >= 0))
+        rising = (subject[1:] > subject[:-1]) | (
+            (subject[1:] == subject[:-1]) & (times[1:] >= times[:-1])  # a difference can overflow
+        )
         order = None if rising.all() else np.lexsort((times, subject))
         codes = self._part_codes(chunk)
         values = chunk.event_values if self.with_values else None
