@@ -364,6 +364,9 @@ def test_damaged_files(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"0.parquet: "):
             read_meds(folder, tmp_path / "store")
+    path.write_bytes(whole.replace(b"numeric_value", b"numeric_\xffalue"))
+    with pytest.raises(ValueError, match=r"0.parquet: .*cannot be read: 'utf-8' codec"):
+        read_meds(folder, tmp_path / "store")
     rng = np.random.default_rng(0)
     for at in rng.integers(4, len(whole) - 8, 40):
         damaged = bytearray(whole)

@@ -25,5 +25,5 @@ def parquet_errors(where: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{where}: expected a Parquet file, it cannot be read: {error}") from error
