@@ -256,6 +256,30 @@ def test_who_has_the_event_needs_no_least_observation(tmp_path):
     assert len(whole) == 1
 
 
+def test_dates_of_persons_in_any_order(tmp_path):
+    rng = np.random.default_rng(3)
+    ids = (rng.permutation(60) * 7 - 100).tolist()
+    store = store_of(tmp_path, random_people(rng, 60, ids=ids))
+    assert store.subject_ids.tolist() == ids
+    dates = {subject: np.datetime64(us(15), "us") for subject in sorted(ids)}
+    slow = {patient: [(us(15), False)] for patient in range(60)}
+    task = FirstEvent("X", index=dates, end_of_observation="last_event")
+    check(applied(task, store), slow_rows(task, store, dates=slow), store)
+
+
+def test_nobody_with_the_outcome_is_told(tmp_path):
+    _, whole = of_one(tmp_path, person((0, "A"), (9, "A")), person((0, "X")))
+    assert "nobody who is left has the outcome in the time at risk" in whole.warnings
+
+
+def test_a_split_without_anybody(tmp_path):
+    store = store_of(tmp_path, {1: person((0, "A"), (9, "X"))})
+    name = next(name for name in store.split_names if not len(store.patients_of(name)))
+    outcomes = applied(FirstEvent("X"), store, name)
+    assert len(outcomes) == 0
+    assert {rule.persons for rule in outcomes.attrition.rules} == {0}
+
+
 def test_ties_are_counted_and_warned_of(tmp_path):
     people = {
         1: {"events": [(us(0, 8), "A"), (us(3, 8), "B"), (us(3, 9), "X")]},

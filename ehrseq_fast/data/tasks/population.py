@@ -89,6 +89,8 @@ class Population:
         patients, n_visits, entries, indicators, index_times, end_times, ends = columns
         censored = np.bincount(ends[indicators == 0], minlength=len(ENDS)).tolist()
         notes = self._notes()
+        if len(patients) and not indicators.any():
+            notes.append("nobody who is left has the outcome in the time at risk")
         ties = [text for text in notes if text.startswith("same day")]
         if ties:
             warnings.warn("; ".join(ties), SameDayWarning, stacklevel=4)
