@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays import integer
-from ..store import EventStore, PartWriter, new_store, write_store
+from ..store import EventStore, PartWriter, by_hash, new_store, write_store
 from ..store.dictionary import united
 from ..store.jobs import by_processes
 from ..store.parts import Part
@@ -56,6 +56,8 @@ def read_store(
     """What :func:`read_omop` gives with ``out``."""
     workers = integer("workers", workers, 1, 4096)
     rows_per_part = integer("rows_per_part", rows_per_part, 1, 2**40)
+    min_count = integer("min_count", min_count, 1, 2**62)
+    split_rule = by_hash(split, seed=seed)
     rule = checked_rule(visits)
     if rule == "visit_id":
         raise ValueError(
@@ -83,8 +85,7 @@ def read_store(
             visit_rule=rule,
             source=plan.source(parts, outside_periods),
             min_count=min_count,
-            split=split,
-            seed=seed,
+            split=split_rule,
             descriptions=plan.names(parts),
             left_out=plan.left_out,
         )
@@ -158,7 +159,11 @@ class _Session:
         self.reader = reader
         self._context = reader.connection()
         self.connection = self._context.__enter__()
-        self.sources = reader.sources(self.connection)
+        try:
+            self.sources = reader.sources(self.connection)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._context.__exit__(None, None, None)
@@ -231,8 +236,9 @@ class _Plan:
             rows = ", ".join(f"{name} ({one.rows} rows)" for name, one in events.items())
             raise ValueError(f"tables: expected rows that have a person_id, got none in {rows}")
         self.left_out["rows without a person"] = sum(one.no_person for one in events.values())
-        for name in found.keys() - events.keys():
-            self.left_out[f"{name} rows without a person_id"] = found[name].no_person
+        for name, one in found.items():
+            if name not in events:
+                self.left_out[f"{name} rows without a person_id"] = one.no_person
 
     def source(self, parts: Iterable[Path], outside_periods: str) -> dict[str, Any]:
         noticed: Counter[str] = Counter()

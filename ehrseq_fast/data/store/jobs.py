@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -138,7 +138,10 @@ class _Ranks:
         except BaseException as error:
             if not self._all_know:
                 box = [f"{type(error).__name__}: {error}", None]
-                self._distributed.broadcast_object_list(box, src=0, group=self._group)
+                with suppress(
+                    RuntimeError
+                ):  # where a rank is lost, the others notice by themselves
+                    self._distributed.broadcast_object_list(box, src=0, group=self._group)
             raise
 
     @contextmanager
