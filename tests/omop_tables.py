@@ -69,10 +69,15 @@ def fill(
         }
         listed = ", ".join(f"{column} {dtype}" for column, dtype in columns.items())
         connection.execute(f"CREATE TABLE {schema}.{table} ({listed})")
-        for row in rows:
-            values = [*row, *[None] * (len(columns) - len(row))]
-            marks = ", ".join("?" * len(values))
-            connection.execute(f"INSERT INTO {schema}.{table} VALUES ({marks})", values)
+        whole = [[*row, *[None] * (len(columns) - len(row))] for row in rows]
+        marks = f"({', '.join('?' * len(columns))})"
+        at_once = 200 if len(whole) > 20 else 1  # few rows may be of several types
+        for first in range(0, len(whole), at_once):
+            some = whole[first : first + at_once]
+            connection.execute(
+                f"INSERT INTO {schema}.{table} VALUES {', '.join([marks] * len(some))}",
+                [value for row in some for value in row],
+            )
     assert not changed, changed
     return connection
 

@@ -32,7 +32,7 @@ def there_and_back(store: EventStore, folder, **options) -> EventStore:
 
 
 @pytest.mark.parametrize("visits", RULES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_tables(tmp_path, visits, seed):
     with duckdb.connect() as connection:
         fill(connection, random_tables(seed, persons=30, rows=400))

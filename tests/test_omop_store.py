@@ -31,7 +31,7 @@ def noticed(store):
 
 
 @pytest.mark.parametrize("visits", ["day", "time", "visit_occurrence", 30, 100.5])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_store_holds_what_plain_python_finds(connection, tmp_path, visits, seed):
     tables = random_tables(seed)
     fill(connection, tables)
