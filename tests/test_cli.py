@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,19 @@ def test_the_console_script_is_this_main():
     done = subprocess.run([*script, "store"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "ehrseq-fast store: error" in done.stderr.splitlines()[-1]
+
+
+def test_warnings_are_lines_and_do_not_flood(monkeypatch, capsys):
+    def describe(*_):
+        for number in range(5):
+            warnings.warn(f"same\nplace {number}", stacklevel=1)
+        warnings.warn("another place", stacklevel=1)
+        raise ValueError("and an error")
+
+    monkeypatch.setattr(cli.store, "_describe", describe)
+    shown = warnings.showwarning
+    assert cli.main(["store", "describe", "S"]) == 1
+    said = ["warning: same place 0", "warning: same place 1", "warning: another place"]
+    lines = [f"ehrseq-fast: {line}" for line in (*said, "error: and an error")]
+    assert capsys.readouterr().err.splitlines() == lines
+    assert warnings.showwarning is shown

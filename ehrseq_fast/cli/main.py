@@ -7,9 +7,12 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from . import evaluate, info, predict, store, train
+
+_MOST_WARNINGS = 2
 
 _DESCRIPTION = """\
 EHR sequence models: records to a store, training, evaluation, predictions.
@@ -54,17 +57,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str]) -> int:
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = _warning_printer()
         if given[:1] == ["train"]:  # has a parser of its own, made from the configuration's classes
             return train.main(given[1:])
         parsed = _parser().parse_args(given)
         return parsed.run(parsed)
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """In one line, of one of several processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"ehrseq-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)
+def _warning_printer() -> Callable[..., None]:
+    """Prints warnings in one line each, of one of several processes, and of one place in a program
+    two at most: a library may warn at each of many fits."""
+    told: Counter[tuple[str, int]] = Counter()
+
+    def show(message: Warning | str, _: object, file: str, line: int, *more: object) -> None:
+        told[file, line] += 1
+        if told[file, line] <= _MOST_WARNINGS and os.environ.get("RANK", "0") == "0":
+            text = " ".join(str(message).split())
+            print(f"ehrseq-fast: warning: {text}", file=sys.stderr)
+
+    return show
 
 
 def _parser() -> argparse.ArgumentParser:
