@@ -112,6 +112,25 @@ def test_whole_numbers_of_any_type_are_taken(database, person):
     assert left_out(records) == {"rows without a person": 1}
 
 
+def test_enums_are_their_text(database):
+    database.execute("CREATE TYPE ids AS ENUM ('7', '0', '40', '41', '42', '99', 'P7')")
+    database.execute("CREATE TYPE days AS ENUM ('2020-01-01', '2020-02-01T10:00', '2020-03-05')")
+    rows = [(7, 40, "2020-01-01"), (7, 99, "2020-02-01T10:00"), (0, 41, "2020-03-05")]
+    conditions(database, [tuple(map(str, row)) for row in rows], "ids", "ids", "days")
+    records = read(database)
+    assert visits_of(records, 7) == [(date(2020, 1, 1), [40])]
+    assert visits_of(records, 0) == [(date(2020, 3, 5), [41])]
+    database.execute("INSERT INTO condition_occurrence VALUES ('P7', '40', '2020-01-01')")
+    with pytest.raises(ValueError, match=r"person_id: expected whole numbers .*, got 'P7'"):
+        read(database)
+
+
+def test_the_last_nanosecond_of_a_day_is_in_it(database):
+    rows = [(7, 40, "2020-01-01 23:59:59.999999999"), (7, 41, "1960-01-01 23:59:59.9999999")]
+    conditions(database, [*rows, (7, OUTCOME, "2020-03-01")], day="TIMESTAMP_NS")
+    assert visits_of(read(database), 7) == [(date(1960, 1, 1), [41]), (date(2020, 1, 1), [40])]
+
+
 def test_nan_is_a_missing_number(database):
     rows = [*ROWS, (float("nan"), 40, "2020-01-01"), (7, float("nan"), "2020-01-01")]
     conditions(database, rows, person="DOUBLE", concept="DOUBLE")

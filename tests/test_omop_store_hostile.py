@@ -222,7 +222,10 @@ def test_files_that_are_no_database(tmp_path, path):
     for content in (b"", b"person_id,condition_concept_id\n1,40\n" * 400, b"\0" * 50_000):
         wrong = tmp_path / "wrong.duckdb"
         wrong.write_bytes(content)
-        refused(wrong, out, ValueError, f"expected a DuckDB file .*got {re.escape(str(wrong))}")
+        message = f"expected a DuckDB file .*got {re.escape(str(wrong))}"
+        refused(wrong, out, ValueError, message)
+        with pytest.raises(ValueError, match=message):
+            read_omop(wrong, outcome_concept_id=40)
 
 
 def test_files_that_are_cut_off_or_damaged(tmp_path):

@@ -16,6 +16,9 @@ import psutil
 import pytest
 
 from ehrseq_fast.data import EventStore, read_omop
+from ehrseq_fast.data.omop.ranges import person_ranges
+from ehrseq_fast.data.omop.sources import find_sources
+from ehrseq_fast.data.omop.tables import event_tables
 
 from .omop_tables import READ, fill
 
@@ -117,6 +120,24 @@ def test_a_connection_gives_what_a_path_gives(generated, tmp_path):
         given = read_omop(connection, tmp_path / "given", tables=READ)
         assert connection.execute("SELECT 1").fetchone() == (1,)
     assert given.header["content_sha256"] == path.header["content_sha256"]
+
+
+def test_ranges_hold_every_row_and_no_more_than_they_may(tmp_path):
+    few = [-(2**63) + 5, -7, *range(1000), 2**40, 2**40 + 1, 2**63 - 1]
+    rows = [(person, 40, "2020-01-01") for person in few for _ in range(3)]
+    rows += [(500, 41, "2020-01-02")] * 80
+    with duckdb.connect() as connection:
+        fill(connection, {"condition_occurrence": rows, "measurement": []})
+        sources = find_sources(connection, event_tables(READ), None, by_visit=False).all()
+        found = person_ranges(connection, sources, min(few), max(few), 50)
+    persons = np.sort(np.array([row[0] for row in rows]))
+    ends = np.array([[one.low, one.high] for one in found])
+    assert (ends[1:, 0] > ends[:-1, 1]).all()
+    inside = np.searchsorted(persons, ends[:, 1], "right") - np.searchsorted(persons, ends[:, 0])
+    assert inside.tolist() == [one.rows for one in found]
+    assert inside.sum() == len(rows)
+    assert [one for one in found if one.rows > 50] == [(500, 500, 83)]
+    assert len(found) < 2.5 * len(rows) / 50
 
 
 def ranks(database: Path, out: Path, n: int, **options):

@@ -137,7 +137,8 @@ def read_omop(
             tuning, 10 % held_out.
         seed: of the split.
         overwrite: replace a store that is at ``out``.
-        memory_limit: DuckDB's, for each process; by default ``"128MB"``. Not with a connection.
+        memory_limit: DuckDB's, for each process: up to that it keeps what it has read of the file,
+            and works in it. By default ``"128MB"``. Not with a connection.
         rows_per_part: how many rows of all tables together are in memory at a time, unless one
             person has more.
 
