@@ -71,6 +71,24 @@ def test_a_row_sees_the_visits_up_to_its_time(tmp_path):
     assert batch.visit_targets["days_to_end"].isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("rule", "hour", "told"), [("day", 9, 1), ("time", 9, 0), (2, 9, 1), (2, 10.5, 0)]
+)
+def test_codes_later_than_the_prediction_are_told(tmp_path, rule, hour, told):
+    person = {"events": [(us(2, 8), "A"), (us(3, 8), "A"), (us(3, 9.5), "B"), (us(9), "X")]}
+    store = store_of(tmp_path / "s", {4: person}, visit_rule=rule)
+    path = write(tmp_path / "l.parquet", [(4, stamp(3, hour))], boolean_value=pa.array([True]))
+    for task in (labels(path), FirstEvent("X", index=labels(path))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            outcomes = task.apply(store)
+        texts = [text for text in outcomes.warnings if text.startswith("same day")]
+        assert len(texts) == len(caught) == told
+        assert all(f"{told} predictions see a visit" in str(warning.message) for warning in caught)
+    excluded = labels(path, prediction_day="excluded")
+    assert applied(excluded, store).warnings == ()
+
+
 def test_labels_of_a_split_in_the_files_order(store, tmp_path):
     rng = np.random.default_rng(0)
     ids = rng.choice(store.subject_ids, 100).tolist()
@@ -80,7 +98,7 @@ def test_labels_of_a_split_in_the_files_order(store, tmp_path):
     write(tmp_path / "l/train/c.parquet", rows[60:], float_value=floats[60:])
     read = labels(tmp_path / "l")
     assert read.subject_ids.tolist() == ids
-    outcomes = read.apply(store, "train")
+    outcomes = applied(read, store, "train")
     in_split = set(store.subject_ids[store.patients_of("train")].tolist())
     first = {
         int(subject): times.view(np.int64)
@@ -106,7 +124,7 @@ def test_categories(store, tmp_path):
     subject = int(store.subject_ids[np.argmax(np.diff(store.patient_offsets))])
     rows = [(subject, stamp(100))] * 4
     values = pa.array(["low", None, "high", "low"]).dictionary_encode()
-    outcomes = labels(write(tmp_path / "c.parquet", rows, categorical_value=values)).apply(store)
+    outcomes = applied(labels(write(tmp_path / "c.parquet", rows, categorical_value=values)), store)
     assert outcomes.categories == ("high", "low")
     assert outcomes.labels.tolist() == [1, 0, 1]
     batch = PatientDataset(store, outcomes).batch([0, 1, 2])
@@ -165,7 +183,7 @@ def test_what_is_written_is_read(store, tmp_path, index, horizon):
             for day, event in zip(days.tolist(), seen.tolist(), strict=True)
         ]
     read = labels(path, value="event_indicator")
-    again = read.apply(store)
+    again = applied(read, store)
     assert len(again) == n_rows
     row, visit = outcomes.visits(store)
     place = visit - store.patient_offsets[outcomes.patients[row]]

@@ -132,6 +132,16 @@ def _visits_with(
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
 
+def may_hold_later_codes(rule: Any, visit_times: Ints, times: Ints) -> NDArray[np.bool_]:
+    """Which visits that began before a time may hold codes recorded after it. How long a visit of
+    the source lasted is not known: of those, which are of the time's own day."""
+    if rule == "time":
+        return np.zeros(len(times), bool)
+    if span := _longest_visit(rule):
+        return visit_times + span > times
+    return days_of(visit_times) == days_of(times)
+
+
 def _longest_visit(rule: Any) -> int:
     """Microseconds from a visit's start to the last event that it may hold, beyond its own day."""
     return round(float(rule) * HOUR_US) if isinstance(rule, (int, float)) else 0

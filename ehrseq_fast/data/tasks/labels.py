@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 
 from ...checks import expect_option
 from .attrition import Funnel
+from .chunks import may_hold_later_codes
 from .dates import places_of
 from .label_columns import VALUES, read_columns, write_columns
-from .outcomes import Outcomes
+from .outcomes import Outcomes, SameDayWarning, later_codes
 from .search import DAY_US, NAT, as_times, days_of, first_not_below, microseconds
 
 if TYPE_CHECKING:
@@ -73,35 +75,45 @@ class Labels:
         A row sees the visits up to its prediction time. ``labels`` are the values: of booleans 0
         and 1, of categories their number in ``categories``. ``event_indicators`` and ``end_times``
         are the columns ``event_indicator`` and ``event_time_days``; without the former, the
-        indicator is the boolean label, or 0.
+        indicator is the boolean label, or 0. Tells by :class:`SameDayWarning` how many rows see a
+        visit that may hold codes recorded after their time.
 
         Raises:
             ValueError: no such split, labels without any value.
         """
         column = self._label_column()
-        labels, categories = _as_numbers(self.values[column])
+        label, categories = _as_numbers(self.values[column])
         patients = places_of(store.subject_ids, self.subject_ids)
         chosen = np.zeros(store.n_patients, bool)
         chosen[slice(None) if split is None else store.patients_of(split)] = True
         rows = np.flatnonzero(patients >= 0)
         n_unknown = len(self) - len(rows)
         rows = rows[chosen[patients[rows]]]
-        seen = np.isfinite(labels) & (labels == 1) if column == "boolean_value" else labels > np.inf
+        positive = label == 1 if column == "boolean_value" else np.zeros(len(self), bool)
         funnel = Funnel()
 
         def count(name: str) -> None:
             persons = np.unique(patients[rows])
-            with_outcome = np.unique(patients[rows][seen[rows]])
+            with_outcome = np.unique(patients[rows][positive[rows]])
             funnel.add(name, len(persons), len(with_outcome), len(rows))
 
         count("with a label" if split is None else f"with a label, in split {split!r}")
-        rows = rows[np.isfinite(labels[rows])]
+        rows = rows[np.isfinite(label[rows])]
         count("with a value")
         n_visits = self._seen_visits(store, patients[rows], rows)
         rows, n_visits = rows[n_visits > 0], n_visits[n_visits > 0]
         count("with a visit to predict from")
-        indicators = self._indicators(rows, seen)
+        indicators = self._indicators(rows, positive)
         left_out = {"labels of persons who are not in the store": n_unknown} if n_unknown else {}
+        last_visit = store.patient_offsets[patients[rows]] + n_visits - 1
+        later = may_hold_later_codes(
+            store.header.get("visit_rule"),
+            microseconds(store.visit_times)[last_visit],
+            microseconds(self.prediction_times)[rows],
+        )
+        notes = [later_codes(int(np.count_nonzero(later)))] if later.any() else []
+        if notes:
+            warnings.warn(notes[0], SameDayWarning, stacklevel=2)
         return Outcomes(
             patients=patients[rows],
             n_visits=n_visits,
@@ -112,8 +124,9 @@ class Labels:
             end_times=self._end_times(rows),
             attrition=funnel.table(int(indicators.sum())),
             each_visit=False,
+            warnings=tuple(notes),
             left_out=left_out,
-            labels=labels[rows].astype(np.float32),
+            labels=label[rows].astype(np.float32),
             categories=categories,
             store_sha256=store.header.get("content_sha256"),
         )
@@ -134,9 +147,9 @@ class Labels:
         begins, ends = store.patient_offsets[patients], store.patient_offsets[patients + 1]
         return first_not_below(microseconds(store.visit_times), begins, ends, before) - begins
 
-    def _indicators(self, rows: Ints, seen: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    def _indicators(self, rows: Ints, positive: NDArray[np.bool_]) -> NDArray[np.uint8]:
         if "event_indicator" not in self.values:
-            return seen[rows].astype(np.uint8)
+            return positive[rows].astype(np.uint8)
         return (self.values["event_indicator"][rows] == 1).astype(np.uint8)
 
     def _end_times(self, rows: Ints) -> NDArray[np.datetime64]:

@@ -125,3 +125,11 @@ class Outcomes:
         days = (ends[row] - microseconds(store.visit_times[visit])) / DAY_US
         days[ends[row] == NAT] = np.nan
         return days
+
+
+def later_codes(n: int) -> str:
+    """What to know of predictions within a visit."""
+    return (
+        f"same day: {n:,} predictions see a visit that may hold codes recorded after the time of "
+        "the prediction; prediction_day='excluded' leaves the day out"
+    )

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .attrition import Funnel
-from .chunks import DAY_US, NEVER, Chunk, chunks
+from .chunks import DAY_US, NEVER, Chunk, chunks, may_hold_later_codes
 from .dates import IndexDates
 from .index import Rows, first_visits, from_last_possible_day, on_dates, with_seen_visits
-from .outcomes import Outcomes, SameDayWarning
+from .outcomes import Outcomes, SameDayWarning, later_codes
 from .search import as_times, at_or, first_not_below
 from .settings import Settings
 
@@ -230,8 +230,11 @@ class Population:
             tied = is_event & (next_day - end > own_visits)
             self.counts["tied with a visit"] += int(np.count_nonzero(tied))
         elif self.dates is not None:
-            same_day = chunk.visit_days[rows.index_visit] == rows.index_time // DAY_US
-            self.counts["seen on the day of the prediction"] += int(np.count_nonzero(same_day))
+            rule = self.store.header.get("visit_rule")
+            times = chunk.visit_times[rows.index_visit]
+            later = may_hold_later_codes(rule, times, rows.index_time)
+            later &= ~self.dates.whole_days[rows.number]
+            self.counts["seen later codes"] += int(np.count_nonzero(later))
         end_time, ended_by = self._censoring(chunk, rows, limit)
         end_time = np.where(is_event, at_or(chunk.event_times, event, is_event, 0), end_time)
         end_time = np.maximum(end_time, np.maximum(chunk.visit_times[end - 1], rows.index_time))
@@ -271,12 +274,8 @@ class Population:
             notes.append(
                 f"same day: {tied:,} outcomes share their day with other visits, which are not seen"
             )
-        seen = counts["seen on the day of the prediction"]
-        if seen and rule != "time":
-            notes.append(
-                f"{seen:,} predictions see a visit of their own day, of which codes may be later "
-                "than the prediction: prediction_day='excluded' leaves that day out"
-            )
+        if seen := counts["seen later codes"]:
+            notes.append(later_codes(seen))
         if rule in ("visit_occurrence", "visit_id"):
             notes.append(
                 "visits of the source are placed at their start: codes that were recorded later in "
