@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ehrseq_fast import discrete_time_survival_nll
-from ehrseq_fast.metrics import day_baselines, visit_baselines
+from ehrseq_fast.metrics import TrainingOutcomes, day_baselines, evaluate, visit_baselines
 
 from .metric_cases import CONVENTIONS
 
@@ -84,6 +84,39 @@ def test_risks_in_days_are_the_truth():
     truth = -np.expm1(-rates[1] * np.array([100, 365]))
     np.testing.assert_allclose(only.constant, truth, atol=0.01)
     np.testing.assert_allclose(only.by_visit[0], truth, atol=0.01)
+
+
+def test_visits_before_the_entry_are_not_at_risk():
+    """One rate for all; who is in the study had no event before the entry visit."""
+    rng = np.random.default_rng(3)
+    n, rate, gap, horizons = 30_000, 0.001, 100, (30, 90, 365)
+    entry = rng.integers(2, 6, n)
+    event = entry * gap + rng.exponential(1 / rate, n)
+    end = entry * gap + rng.uniform(1, 1500, n)
+    stop, seen = np.minimum(event, end), event <= end
+    lengths = entry + 1
+    patient = np.repeat(np.arange(n), lengths)
+    visit = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+    days = stop[patient] - visit * gap
+    truth = -np.expm1(-rate * np.array(horizons))
+    fitted = day_baselines(days, seen, lengths, horizons, entry)
+    np.testing.assert_allclose(fitted.constant, truth, rtol=0.1)
+    np.testing.assert_allclose(fitted.risks(np.array([2, 5])), [truth] * 2, rtol=0.2)
+    assert (fitted.risks(np.array([0])) == fitted.constant).all()  # nobody is at risk there
+    train = TrainingOutcomes(entry, seen, entry, days, lengths)
+    found = evaluate(
+        risks=np.tile(truth, (len(days), 1)),
+        event_times=entry,
+        event_indicators=seen,
+        horizons_days=horizons,
+        days_to_end=days,
+        lengths=lengths,
+        entry_times=entry,
+        landmarks_days=(0.0,),
+        train=train,
+    )
+    brier = next(m for m in found.metrics if m.name == "brier" and m.horizon_days == 365)
+    assert abs(brier.constant - brier.model) < 1e-4
 
 
 def test_few_visits_share_one_risk():

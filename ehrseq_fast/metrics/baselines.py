@@ -141,9 +141,11 @@ def day_baselines(
     event_indicators: ArrayLike,
     lengths: ArrayLike,
     horizons_days: Iterable[float],
+    entry_times: ArrayLike | None = None,
 ) -> DayBaselines:
     """Fit both risks in days on training patients, by the likelihood of
-    :class:`~ehrseq_fast.models.HorizonSurvivalLSTM`.
+    :class:`~ehrseq_fast.models.HorizonSurvivalLSTM`. A visit index of few training patients has
+    the constant's risks.
 
     Args:
         days_to_end: ``[n_visits]`` patient by patient, the days from each visit to the event or the
@@ -151,9 +153,12 @@ def day_baselines(
         event_indicators: ``[B]``.
         lengths: ``[B]``, visits of each patient.
         horizons_days: J ascending horizons.
+        entry_times: ``[B]``, the first visit at risk. Those before it are not counted: whoever is
+            at risk later cannot have had the event soon after them.
 
     Raises:
-        ValueError: for shapes that do not fit, and days that are negative or NaN.
+        ValueError: for shapes that do not fit, days that are negative or NaN, entry times outside a
+            patient's visits.
 
     Example:
         >>> from ehrseq_fast.metrics import day_baselines
@@ -164,16 +169,23 @@ def day_baselines(
     values = read_values("days_to_end", days_to_end, lengths)
     bounds = boundaries(horizons_days)
     _, seen = read_outcomes(values, np.zeros(len(values)), event_indicators)
+    entry = read_entry_times(values, entry_times, values.lengths - 1)
     days = np.asarray(values.values, np.float64)
     of = np.repeat(np.arange(len(values)), values.lengths)
     index = np.arange(len(days)) - values.starts[of]
-    rows = np.bincount(index)
-    size = max(int((rows >= _FEWEST_VISITS).sum()), 1)
+    if entry is not None:
+        counted = index >= entry[of]
+        days, of, index = days[counted], of[counted], index[counted]
+    constant = _risks(days, seen[of], bounds)
+    size = int(np.flatnonzero(np.bincount(index, minlength=1) >= _FEWEST_VISITS).max(initial=0)) + 1
     index = np.minimum(index, size - 1)
     order = np.argsort(index, kind="stable")
     parts = np.split(order, np.bincount(index, minlength=size).cumsum()[:-1])
-    by_visit = [_risks(days[part], seen[of[part]], bounds) for part in parts]
-    return DayBaselines(bounds, _risks(days, seen[of], bounds), np.stack(by_visit))
+    by_visit = [
+        _risks(days[part], seen[of[part]], bounds) if len(part) >= _FEWEST_VISITS else constant
+        for part in parts
+    ]
+    return DayBaselines(bounds, constant, np.stack(by_visit))
 
 
 def _risks(days: Floats, seen: ArrayLike, bounds: tuple[float, ...]) -> Floats:

@@ -303,7 +303,9 @@ def _fit_days(train: TrainingOutcomes | None, horizons: tuple[float, ...]) -> Da
         return None
     if train.lengths is None:
         raise TypeError("train.lengths: expected with days_to_end, got None")
-    return day_baselines(train.days_to_end, train.event_indicators, train.lengths, horizons)
+    return day_baselines(
+        train.days_to_end, train.event_indicators, train.lengths, horizons, train.entry_times
+    )
 
 
 def _versions(*packages: str) -> dict[str, str]:
