@@ -42,7 +42,7 @@ from .jobs import Benchmark, Job, Settings, of_case
 from .workloads import eunomia_records
 
 OPERATION, EPOCH = "loading batches", "loading an epoch"
-COPIES, BATCH_SIZE = 40, 256
+COPIES, PATIENTS, BATCH_SIZE = 20, 512, 256
 OURS, PLAIN = "packed, from the store", "padded, patient by patient"
 COLD, CACHED = "from disk, nothing in memory", "from the page cache"
 
@@ -153,17 +153,17 @@ def as_padded(batches: Sequence[Any]) -> list[Tensor]:
     return tensors
 
 
-def case(batch_size: int = BATCH_SIZE) -> Case:
-    """Everybody once, in batches of so many patients: packed, and padded patient by patient."""
+def case(n_patients: int = PATIENTS, batch_size: int = BATCH_SIZE) -> Case:
+    """So many patients, in batches: packed, and padded patient by patient."""
     store = EventStore(store_folder(1))
     outcomes = outcomes_of(store)
-    order = np.random.default_rng(0).permutation(len(outcomes))
+    order = np.random.default_rng(0).permutation(len(outcomes))[:n_patients]
     items = [part.tolist() for part in np.array_split(order, -(-len(order) // batch_size))]
     dataset, plain = PatientDataset(store, outcomes), PatientByPatient(store, outcomes)
     return Case(
         OPERATION,
         "D",
-        len(outcomes),
+        len(order),
         "on the host",
         "int32",
         {
@@ -248,8 +248,8 @@ def jobs(settings: Settings) -> Iterator[Job]:
     if "D" not in settings.workloads or settings.device != "cpu":
         return
     quick = settings.quick
-    yield of_case(OPERATION, 6, lambda session: case(32 if quick else BATCH_SIZE))
-    yield of_case(EPOCH, 12, lambda session: epoch_case(2 if quick else COPIES))
+    yield of_case(OPERATION, 1.2, lambda session: case(32 if quick else PATIENTS))
+    yield of_case(EPOCH, 1.6, lambda session: epoch_case(2 if quick else COPIES))
 
 
 BENCHMARK = Benchmark(jobs={"ops": jobs}, page={OPERATION: None, EPOCH: None})
