@@ -225,6 +225,7 @@ def test_workers_give_the_same_batches_and_resume(store, outcomes, workers, star
     expected.append([data.batch(items) for items in sampler])
     batches = loader(data, sampler, workers=workers, start_method=start_method)
     assert batches.persistent_workers == (workers > 0)
+    state = torch.get_rng_state()
     for epoch, position in ((0, 0), (1, 0), (1, 3), (0, 5)):
         sampler.set_epoch(epoch)
         sampler.set_position(position)
@@ -232,6 +233,7 @@ def test_workers_give_the_same_batches_and_resume(store, outcomes, workers, star
         assert len(found) == len(batches) == len(expected[epoch]) - position
         for mine, other in zip(found, expected[epoch][position:], strict=True):
             assert_same(mine, other)
+    assert torch.equal(torch.get_rng_state(), state), "a run's dropout would differ with resuming"
 
 
 def test_a_share_without_patients_passes_through_a_loader(store, outcomes):

@@ -25,7 +25,8 @@ def loader(
     """Batches of packed patients in the order of a batch sampler.
 
     Workers stay alive between epochs, and the sampler is asked in this process alone: its
-    ``set_epoch`` and ``set_position`` act on the next iteration with any number of workers.
+    ``set_epoch`` and ``set_position`` act on the next iteration with any number of workers. Nothing
+    is drawn from torch's generator.
 
     Args:
         dataset: of an :class:`EventStore` or of :class:`EventRecords`.
@@ -70,4 +71,5 @@ def loader(
         persistent_workers=workers > 0,
         prefetch_factor=ahead if workers else None,
         multiprocessing_context=start_method if workers else None,
+        generator=torch.Generator(),  # or each iteration would draw from torch's own
     )
