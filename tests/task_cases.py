@@ -179,7 +179,7 @@ def slow_row(task, person, time, whole, span, leave):  # noqa: PLR0911
         at = visits.index(time)
     else:
         if task.prediction_day == "excluded":
-            seen = [v for v in range(len(visits)) if days[v] < index_day]
+            seen = [v for v in range(len(visits)) if person.last_possible_day(v) < index_day]
         elif whole:
             seen = [v for v in range(len(visits)) if days[v] <= index_day]
         else:

@@ -72,7 +72,7 @@ def test_a_row_sees_the_visits_up_to_its_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rule", "hour", "told"), [("day", 9, 1), ("time", 9, 0), (2, 9, 1), (2, 10.5, 0)]
+    ("rule", "hour", "told"), [("day", 9, 1), ("time", 9, 0), (2, 9, 1), (2, 10.5, 0), (20, 9, 1)]
 )
 def test_codes_later_than_the_prediction_are_told(tmp_path, rule, hour, told):
     person = {"events": [(us(2, 8), "A"), (us(3, 8), "A"), (us(3, 9.5), "B"), (us(9), "X")]}
@@ -86,7 +86,10 @@ def test_codes_later_than_the_prediction_are_told(tmp_path, rule, hour, told):
         assert len(texts) == len(caught) == told
         assert all(f"{told} predictions see a visit" in str(warning.message) for warning in caught)
     excluded = labels(path, prediction_day="excluded")
-    assert applied(excluded, store).warnings == ()
+    outcomes = applied(excluded, store)
+    assert outcomes.warnings == ()
+    # of 20 hours from 8 o'clock the first visit, too, may last until the day of the prediction
+    assert outcomes.n_visits.tolist() == ([] if rule == 20 else [1])
 
 
 def test_labels_of_a_split_in_the_files_order(store, tmp_path):

@@ -10,8 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ehrseq_fast.data import FirstEvent, read_omop
+from ehrseq_fast.data import (
+    FirstEvent,
+    PartWriter,
+    PatientDataset,
+    SubjectChunk,
+    read_omop,
+    write_store,
+)
 from ehrseq_fast.data.tasks import Attrition, SameDayWarning, chunks
+from ehrseq_fast.training.data import horizon_hazards
 
 from .task_cases import DAY, random_people, slow_rows, store_of, us
 
@@ -232,6 +240,67 @@ def test_a_death_after_the_observation_period_is_not_seen(tmp_path):
     one, _ = of_one(tmp_path, one, other, codes="death")
     assert values(one) == [[2], [0], [1], [0]]
     assert one.end_times.view(np.int64).tolist() == [us(10)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rtol"),
+    [
+        ({}, 0.1),
+        ({"gap_days": 90}, 0.1),
+        ({"washout_days": 365}, 0.1),
+        ({"index": "first_visit"}, 0.25),
+        ({"index": "first_visit", "gap_days": 90}, 0.25),
+        ({"index": np.datetime64("2001-12-01")}, 0.25),
+        ({"index": np.datetime64("2001-12-01"), "gap_days": 30}, 0.25),
+    ],
+    ids=str,
+)
+def test_days_to_the_end_hold_no_time_without_risk(constant_hazard, settings, rtol):
+    """With one hazard at all times the risks must be its own, whatever the index and the gap."""
+    store, rate = constant_hazard
+    if isinstance(settings.get("index"), np.datetime64):
+        settings = {**settings, "index": np.full(store.n_patients, settings["index"])}
+    outcomes = applied(FirstEvent("X", **settings), store)
+    horizons = np.array([30, 90, 365])
+    risks = -np.expm1(np.log1p(-horizon_hazards(outcomes, store, (30, 90, 365))).cumsum())
+    np.testing.assert_allclose(risks, -np.expm1(-rate * horizons), rtol=rtol)
+    batch = PatientDataset(store, outcomes).batch(np.arange(50))
+    expected = outcomes.select(np.arange(50)).days_to_end(store)
+    padded = batch.pad(batch.visit_targets["days_to_end"], fill=-1).numpy()
+    np.testing.assert_allclose(padded[padded >= 0], expected, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def constant_hazard(tmp_path_factory):
+    """5,000 persons with visits at random, and X at a rate of 0.001 a day from the first visit."""
+    rng = np.random.default_rng(8)
+    n, rate = 5_000, 0.001
+    start = np.datetime64("2000-01-01", "us")
+    event, end = rng.exponential(1 / rate, n), rng.uniform(1000, 3000, n)
+    gaps = rng.exponential(120, (n, 100))
+    at = np.concatenate([np.zeros((n, 1)), gaps.cumsum(1)], 1)
+    person, visit = np.nonzero(at < end[:, None])
+    with_event = np.flatnonzero(event < end)
+    days = np.concatenate([at[person, visit], event[with_event]])
+    whose = np.concatenate([person, with_event])
+
+    def time(days):
+        return start + (days * DAY).astype("m8[us]")
+
+    chunk = SubjectChunk(
+        subject_ids=np.arange(n),
+        event_subject=whose,
+        event_times=time(days),
+        event_codes=np.repeat(["V", "X"], [len(person), len(with_event)]).tolist(),
+        period_subject=np.arange(n),
+        period_starts=time(np.zeros(n)),
+        period_ends=time(end),
+    )
+    folder = tmp_path_factory.mktemp("constant")
+    part = PartWriter(folder / "part", visit_rule="time")
+    part.add(chunk)
+    part.finish()
+    return write_store(folder / "store", [folder / "part"], source={}), rate
 
 
 def test_a_gap_delays_the_entry_to_the_visit_whose_interval_holds_it(tmp_path):

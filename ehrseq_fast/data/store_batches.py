@@ -15,7 +15,7 @@ from ..batch import PackedVisits
 from ..batch.builder import from_prefixes
 from .store import EventStore
 from .tasks.outcomes import Outcomes
-from .tasks.search import DAY_US, NAT, microseconds
+from .tasks.search import DAY_US, microseconds
 
 Ints = NDArray[np.int64]
 MOST_OF_AVAILABLE = 0.5
@@ -101,8 +101,8 @@ class StoreBatches:
             of_row = _patient_of_row(contents.layout, contents.host, contents.fields)
             visit_us = microseconds(store.visit_times)[visits]
             if outcomes is not None:
-                ends = microseconds(outcomes.end_times)[rows]
-                by_visit["days_to_end"] = _days(ends[of_row], visit_us)
+                days = outcomes.days_from(visit_us, rows[of_row])
+                by_visit["days_to_end"] = days.astype(np.float32)
             if self.with_time_features:
                 first = store.patient_offsets[patients][of_row]
                 features = torch.from_numpy(_time_features(store, visits, visit_us, first))
@@ -139,12 +139,6 @@ def _patient_of_row(layout: Any, host: torch.Tensor, fields: torch.Tensor) -> In
     ranks = np.arange(layout.n_visits)
     ranks -= np.repeat(np.cumsum(batch_sizes) - batch_sizes, batch_sizes)
     return fields.numpy()[: layout.n_patients][ranks]
-
-
-def _days(ends: Ints, times: Ints) -> NDArray[np.float32]:
-    days = ((ends - times) / DAY_US).astype(np.float32)
-    days[ends == NAT] = np.nan
-    return days
 
 
 def _time_features(

@@ -63,7 +63,7 @@ def chunks(store: EventStore, outcome: NDArray[np.bool_] | None) -> Iterator[Chu
     Raises:
         IndexError: a code outside the dictionary.
     """
-    span = _longest_visit(store.header.get("visit_rule"))
+    span = longest_visit(store.header.get("visit_rule"))
     offsets, n_patients = store.patient_offsets, store.n_patients
     first = 0
     while first < n_patients:
@@ -137,12 +137,12 @@ def may_hold_later_codes(rule: Any, visit_times: Ints, times: Ints) -> NDArray[n
     the source lasted is not known: of those, which are of the time's own day."""
     if rule == "time":
         return np.zeros(len(times), bool)
-    if span := _longest_visit(rule):
+    if span := longest_visit(rule):
         return visit_times + span > times
     return days_of(visit_times) == days_of(times)
 
 
-def _longest_visit(rule: Any) -> int:
+def longest_visit(rule: Any) -> int:
     """Microseconds from a visit's start to the last event that it may hold, beyond its own day."""
     return round(float(rule) * HOUR_US) if isinstance(rule, (int, float)) else 0
 

@@ -108,13 +108,12 @@ class IndexDates:
         order = known[np.lexsort((times[known], patients[known]))]
         return patients[order], times[order], order, len(times) - len(known)
 
-    def seen_before(self, number: Ints, include_day: bool) -> Ints:
-        """int64 microseconds: of dates by their number, the time that what is seen is before."""
+    def seen_before(self, number: Ints) -> Ints:
+        """int64 microseconds: of dates by their number, the time that what is seen is before where
+        the day is included."""
         times = microseconds(self.times)[number]
-        start_of_day = days_of(times) * DAY_US
-        if not include_day:
-            return start_of_day
-        return np.where(self.whole_days[number], start_of_day + DAY_US, times + 1)
+        next_day = (days_of(times) + 1) * DAY_US
+        return np.where(self.whole_days[number], next_day, times + 1)
 
 
 def places_of(subject_ids: Array, wanted: Array) -> Ints:

@@ -59,7 +59,7 @@ class FirstEvent(Settings):
             has observation periods, else ``"last_event"``, which ``Outcomes.warnings`` tells.
         prediction_day: whether what was recorded on the day of an index date is seen.
             ``"included"``: up to and including the very time (as MEDS has it), of a date without a
-            time all of the day; ``"excluded"``: only days before.
+            time all of the day; ``"excluded"``: only visits that end on days before.
 
     Death, where it is not the outcome, ends observation; events recorded on later days are not
     used. Death as the outcome needs no visit: the last visit before its day is ``event_times``.

@@ -94,12 +94,12 @@ def on_dates(chunk: Chunk, patient: Ints, times: Ints, numbers: Ints, by_period:
 
 def with_seen_visits(chunk: Chunk, rows: Rows, dates: IndexDates | None, include_day: bool) -> Rows:
     """Single predictions with the last visit that each sees; those that see one."""
-    if dates is not None:
-        before = dates.seen_before(rows.number, include_day)
-    else:
-        before = rows.index_time + 1 if include_day else rows.index_day * DAY_US
     begins, ends = chunk.visits[rows.patient], chunk.visits[rows.patient + 1]
-    end = first_not_below(chunk.visit_times, begins, ends, before)
+    if include_day:
+        before = rows.index_time + 1 if dates is None else dates.seen_before(rows.number)
+        end = first_not_below(chunk.visit_times, begins, ends, before)
+    else:
+        end = first_not_below(chunk.last_days, begins, ends, rows.index_day)
     return replace(rows, index_visit=end - 1).keep(end > begins)
 
 

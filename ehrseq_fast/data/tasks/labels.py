@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...checks import expect_option
 from .attrition import Funnel
-from .chunks import may_hold_later_codes
+from .chunks import longest_visit, may_hold_later_codes
 from .dates import places_of
 from .label_columns import VALUES, read_columns, write_columns
 from .outcomes import Outcomes, SameDayWarning, later_codes
@@ -121,6 +121,7 @@ class Labels:
             event_times=n_visits - 1,
             event_indicators=indicators,
             index_times=self.prediction_times[rows],
+            risk_starts=self.prediction_times[rows],
             end_times=self._end_times(rows),
             attrition=funnel.table(int(indicators.sum())),
             each_visit=False,
@@ -143,7 +144,9 @@ class Labels:
 
     def _seen_visits(self, store: EventStore, patients: Ints, rows: Ints) -> Ints:
         times = microseconds(self.prediction_times)[rows]
-        before = times + 1 if self.prediction_day == "included" else days_of(times) * DAY_US
+        before = times + 1
+        if self.prediction_day == "excluded":
+            before = days_of(times) * DAY_US - longest_visit(store.header.get("visit_rule"))
         begins, ends = store.patient_offsets[patients], store.patient_offsets[patients + 1]
         return first_not_below(microseconds(store.visit_times), begins, ends, before) - begins
 

@@ -25,6 +25,7 @@ _PER_ROW = (
     "event_times",
     "event_indicators",
     "index_times",
+    "risk_starts",
     "end_times",
 )
 
@@ -50,6 +51,8 @@ class Outcomes:
             is seen.
         event_indicators: uint8 ``[n]``: 1 = the event follows, 0 = censored.
         index_times: datetime64[us] ``[n]``, the index date.
+        risk_starts: datetime64[us] ``[n]``, the start of the risk window: ``gap_days`` after the
+            index. Days to the event count from there, where that is later than the visit.
         end_times: datetime64[us] ``[n]``, the time of the event or the end of observation; NaT
             where label files do not say.
         attrition: how many persons each rule has left.
@@ -68,6 +71,7 @@ class Outcomes:
     event_times: Ints
     event_indicators: NDArray[np.uint8]
     index_times: NDArray[np.datetime64]
+    risk_starts: NDArray[np.datetime64]
     end_times: NDArray[np.datetime64]
     attrition: Attrition
     each_visit: bool = True
@@ -118,12 +122,23 @@ class Outcomes:
         return row, visit
 
     def days_to_end(self, store: EventStore) -> NDArray[np.float64]:
-        """float64 ``[sum(n_visits)]``: days from each seen visit to the event or the end of
-        observation, never below 0; NaN where ``end_times`` is unknown."""
+        """float64 ``[sum(n_visits)]``: days from each seen visit, or from the start of the risk
+        window where that is later, to the event or the end of observation, never below 0; NaN where
+        ``end_times`` is unknown.
+
+        Nobody in the study population has the event before the risk window starts. Days that
+        counted from a visit before it (the last one before an index date, the one before a gap)
+        would hold a time in which the event was impossible, and risks would come out too low.
+        """
         row, visit = self.visits(store)
-        ends = microseconds(self.end_times)
-        days = (ends[row] - microseconds(store.visit_times[visit])) / DAY_US
-        days[ends[row] == NAT] = np.nan
+        return self.days_from(microseconds(store.visit_times[visit]), row)
+
+    def days_from(self, visit_us: Ints, row: Ints) -> NDArray[np.float64]:
+        """:meth:`days_to_end` of visits at these times (int64 microseconds) of these rows."""
+        starts = np.maximum(visit_us, microseconds(self.risk_starts)[row])
+        ends = microseconds(self.end_times)[row]
+        days = np.maximum(ends - starts, 0) / DAY_US
+        days[ends == NAT] = np.nan
         return days
 
 

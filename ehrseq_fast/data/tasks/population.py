@@ -106,6 +106,7 @@ class Population:
             event_times=n_visits - 1,
             event_indicators=indicators.astype(np.uint8),
             index_times=as_times(index_times),
+            risk_starts=as_times(index_times + task.gap_days * DAY_US),
             end_times=as_times(end_times),
             attrition=self.funnel.table(int(indicators.sum())),
             each_visit=self.each_visit,
