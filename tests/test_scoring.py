@@ -191,7 +191,7 @@ def test_the_plots_are_images_with_something_on_them(report):
         assert f"]({name}.png)" in (report.folder / "report.md").read_text()
         pixels = image.imread(report.folder / f"{name}.png")
         assert min(pixels.shape[:2]) > 300
-        assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
+        assert len(np.unique(pixels[..., :3].sum(-1))) > 20
 
 
 @pytest.mark.parametrize("name", ["hazard", "hazard_with_time", "horizons"])

@@ -14,6 +14,7 @@ from ..metrics import Calibration
 from ..optional import need
 
 _FEWEST = 10  # patients at risk at a visit that is drawn
+_FEWEST_EVENTS = 5  # that a calibration curve is drawn of
 _SIZE = 3.6  # inches of one panel
 
 
@@ -78,7 +79,11 @@ def calibration_plot(calibrations: Mapping[tuple[float | str, float], Calibratio
             if found is None:
                 panel.set_axis_off()
                 continue
-            found.plot(panel)
+            if found.mean_observed * found.n < _FEWEST_EVENTS:
+                panel.text(0.5, 0.5, f"fewer than {_FEWEST_EVENTS} events", ha="center")
+                panel.set(xticks=[], yticks=[])
+            else:
+                found.plot(panel)
             place = landmark if isinstance(landmark, str) else f"day {landmark:g}"
             title = f"{place} + {horizon:g}: ICI {found.ici:.3f}, n {found.n:,}"
             panel.set_title(title, fontsize=9)
