@@ -261,7 +261,7 @@ CAUSES = 3
 
 def modes() -> Iterator[Mode]:
     for dtype in DTYPES:
-        for link in ("probabilities", "sigmoid", "softmax"):
+        for link in ("probabilities", "sigmoid", "softmax", "cloglog"):
             if link != "softmax":
                 yield _padded_mode("discrete_time_survival_nll", link, dtype)
                 yield _packed_mode("packed_survival_nll", link, dtype)
@@ -297,8 +297,8 @@ def _of_mode(mode: Mode, size: Size, device: str) -> Ways:
     if mode.mode == "probabilities":
         drawn = drawn.sigmoid().clamp(0.01, 0.99)
     options: dict[str, Any] = {"from_logits": mode.mode != "probabilities"}
-    if competing:
-        options["link"] = "softmax" if mode.mode == "softmax" else "sigmoid"
+    if mode.mode != "probabilities":
+        options["link"] = mode.mode
     definition = (
         reference.competing_risks_nll if competing else reference.discrete_time_survival_nll
     )

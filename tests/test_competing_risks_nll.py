@@ -404,7 +404,8 @@ BAD_INPUTS = {
     "no cause": ({"hazards": torch.rand(3, 4, 0)}, ValueError, "at least 1 values per visit"),
     "no event class alone": (
         {"hazards": torch.rand(3, 4, 1), **SOFTMAX}, ValueError, "at least 2 values per visit"),
-    "link": ({"link": "probit"}, ValueError, "link: expected one of 'sigmoid', 'softmax'"),
+    "link": (
+        {"link": "probit"}, ValueError, "link: expected one of 'sigmoid', 'softmax', 'cloglog'"),
     "softmax of probabilities": (
         {"link": "softmax"}, ValueError, "from_logits: expected True"),
     "types float": ({"event_types": torch.ones(3)}, TypeError, "event_types: expected an integer"),

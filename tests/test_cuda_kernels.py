@@ -124,7 +124,7 @@ def test_a_captured_loss_has_a_ticket_of_its_own(shim):
     assert torch.equal(discrete_time_survival_nll(*args), expected)
 
 
-OPTIONS = [(link, included) for link in range(3) for included in (False, True)]
+OPTIONS = [(link, included) for link in range(4) for included in (False, True)]
 
 
 @pytest.mark.parametrize(("link", "included"), OPTIONS)
@@ -151,8 +151,8 @@ def test_impossible_outcomes_stay_within_memory_and_the_formula(shim, link, incl
     operator = ops().competing_risks_nll if competing else ops().survival_nll
     nll, grad = operator(hazards, times, types, mask, entries, None, link, included, 1e-7, 0, True)
     x = hazards.clone().requires_grad_()
-    if competing:
-        options["link"] = "softmax" if link == 2 else "sigmoid"
+    if link:
+        options["link"] = ("probabilities", "sigmoid", "softmax", "cloglog")[link]
     expected = definition(x, times, types, mask, **options)
     (expected_grad,) = torch.autograd.grad(expected.sum(), x)
     torch.testing.assert_close(nll, expected.detach())

@@ -37,7 +37,7 @@ OF_PATIENTS = {
     ],
     "entry_times": [LONG, LONG[:2], LONG[0], LONG[:3, None], torch.zeros(3), torch.ones(3).bool()],
     "sample_weight": [LONG, LONG[0], torch.ones(3, 4), torch.ones(3, dtype=torch.cfloat)],
-    "link": [-1, 3, 7, 2**40],
+    "link": [-1, 4, 7, 2**40],
     "reduction": [-1, 3, 7],
     "eps": [-1e-9, 0.5, math.nan, math.inf],
 }  # fmt: skip
@@ -161,7 +161,7 @@ def test_scaling_checks_its_arguments(kernels):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"link": 7}, r"survival_nll: link: expected 0\.\.1, got 7"),
+        ({"link": 7}, r"survival_nll: link: expected 0, 1 or 3, got 7"),
         ({"reduction": 5}, r"survival_nll: reduction: expected 0\.\.2, got 5"),
         ({"eps": 0.75}, r"survival_nll: eps: expected \[0, 0\.5\), got 0\.75"),
         ({"hazards": torch.ones(3)}, r"nll: hazards: expected shape \[B, V\], got \[3\]"),

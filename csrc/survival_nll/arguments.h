@@ -18,8 +18,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline void expect_options(const char* operation, bool competing, int64_t link, double eps,
                            int64_t reduction) {
-  const Link last = competing ? Link::kSoftmax : Link::kSigmoid;
-  expect_option(link, operation, "link", 0, static_cast<int64_t>(last));
+  const bool is_softmax = link == static_cast<int64_t>(Link::kSoftmax);  // of several classes
+  if (link < 0 || link > static_cast<int64_t>(Link::kCloglog) || (is_softmax && !competing)) {
+    refuse(operation, "link", competing ? "0..3" : "0, 1 or 3", std::to_string(link));
+  }
   expect_option(reduction, operation, "reduction", 0, static_cast<int64_t>(Reduction::kSum));
   if (!(eps >= 0 && eps < 0.5)) refuse(operation, "eps", "[0, 0.5)", std::to_string(eps));
 }

@@ -163,6 +163,10 @@ std::tuple<Tensor, Tensor> nll_and_gradient(const char* operation, KernelSetting
         both = launch_nll<BernoulliModel<FromLogits>, Layout, scalar_t>(
             operation, settings, layout, outcomes, hazards, needs_grad);
         return;
+      case Link::kCloglog:
+        both = launch_nll<BernoulliModel<FromCloglog>, Layout, scalar_t>(
+            operation, settings, layout, outcomes, hazards, needs_grad);
+        return;
       case Link::kSoftmax:
         both = launch_nll<SoftmaxModel, Layout, scalar_t>(operation, settings, layout, outcomes,
                                                           hazards, needs_grad);

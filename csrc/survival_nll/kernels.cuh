@@ -167,6 +167,29 @@ struct FromLogits {
   static __device__ T scaled(T slope, T scale) { return signed_zero(slope * scale); }
 };
 
+// With h = 1 - exp(-m), m = e^x.
+template <typename T>
+struct FromCloglog {
+  __device__ explicit FromCloglog(const KernelSettings&) {}
+
+  __device__ Term<T> survived(T x) const {
+    const T m = exp(x);
+    return {m, m};
+  }
+  // -log(1 - e^-m), without a loss of digits where m is tiny or large; e^-e^7 is 0.
+  __device__ Term<T> event(T x) const {
+    const T m = exp(x > T(7) ? T(7) : x);
+    const T decay = exp(-m);
+    if (x > T(0)) {
+      const T excess = decay / (T(1) - decay);
+      return {log1p(excess), -m * excess};
+    }
+    const T ratio = m == T(0) ? T(1) : -expm1(-m) / m;
+    return {-x - log(ratio), -decay / ratio};
+  }
+  static __device__ T scaled(T slope, T scale) { return signed_zero(slope * scale); }
+};
+
 // --- one patient -----------------------------------------------------------------------------
 
 template <typename scalar_t, typename grad_t>

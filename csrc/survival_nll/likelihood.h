@@ -192,6 +192,90 @@ class FromLogits {
   Total sum_;
 };
 
+// With h = 1 - exp(-m), m = e^x: -log(1 - h) = m, and -log h is
+//   -x + log(m / (1 - e^-m))  for x <= 0, where the logarithm's argument is 1 and a series in m,
+//   log(1 + 1 / (e^m - 1))    for x > 0,
+// so that no digit is lost where m is tiny or large. Both are linear + log(1 + excess).
+template <typename T, typename Total = SumOfSoftplus<T>>
+class FromCloglog {
+ public:
+  static constexpr bool kEventAlone = false;
+
+  explicit FromCloglog(double /*eps*/) {}
+
+  EHRSEQ_INLINE int64_t flush_interval() const { return Total::kMostBits; }  // 1 + excess <= 2
+
+  template <typename Scale>
+  EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& x, const Scale& scale) {
+    const Lanes<T> m = power(x);
+    sum_.add(widen(m), Wide<T>{});
+    return with_sign(scale * m);
+  }
+
+  template <typename Scale>
+  EHRSEQ_INLINE Lanes<T> survived_where(const Mask<T>& counts, const Lanes<T>& values,
+                                        const Scale& scale) {
+    const Lanes<T> m = only_where<T>(counts, power(counts ? values : Lanes<T>{}));
+    sum_.add(widen(m), Wide<T>{});
+    return only_where<T>(counts, with_sign(scale * m));
+  }
+
+  template <typename Scale>
+  EHRSEQ_INLINE Lanes<T> mixed(const Lanes<T>& values, const Scale& scale, const Mask<T>& event,
+                               const Mask<T>& counts) {
+    constexpr T kMost = 7;  // e^-e^7 is 0 in double precision
+    const Lanes<T> x = counts ? values : Lanes<T>{};
+    const Lanes<T> m = power(event & (x > kMost) ? broadcast(kMost) : x);
+    const Lanes<T> decay = exp_nonpositive<T>(-m);
+    const Lanes<T> excess = x > T(0) ? decay / (T(1) - decay) : ratio_above_one(m);
+    const Lanes<T> linear = event ? (x > T(0) ? Lanes<T>{} : -x) : m;
+    sum_.add(widen(only_where<T>(counts, linear)), widen(only_where<T>(counts & event, excess)));
+    const Lanes<T> scales = event ? scale_of_event<T>(scale) : scale - Lanes<T>{};
+    const Lanes<T> slope = x > T(0) ? m * excess : decay * (T(1) + excess);
+    return only_where<T>(counts, with_sign(scales * (event ? slope : m)));
+  }
+
+  EHRSEQ_INLINE void flush() { sum_.flush(); }
+  EHRSEQ_INLINE auto unfinished() const { return sum_.unfinished(); }
+
+  static EHRSEQ_INLINE Doubles finish(const Doubles& argument, const Doubles& rest) {
+    return rest + log1p_nonnegative(argument);
+  }
+
+ private:
+  // e^x. By its root: 1 / e^-x would be infinite where e^-x is not normal, before e^x is.
+  static EHRSEQ_INLINE Lanes<T> power(const Lanes<T>& x) {
+    const Lanes<T> root = exp_nonpositive<T>((x > T(0) ? -x : x) * T(0.5));
+    const Lanes<T> raised = x > T(0) ? T(1) / root : root;
+    return raised * raised;
+  }
+
+  // m / (1 - e^-m) - 1 for m in [0, 1]: m / 2 + Σ B_2n m^2n / (2n)!, of Bernoulli's numbers.
+  static EHRSEQ_INLINE Lanes<T> ratio_above_one(const Lanes<T>& m) {
+    constexpr double kTerms[] = {1.0 / 12,
+                                 -1.0 / 720,
+                                 1.0 / 30240,
+                                 -1.0 / 1209600,
+                                 1.0 / 47900160,
+                                 -691.0 / 1307674368000,
+                                 1.0 / 74724249600,
+                                 -3617.0 / 10670622842880000,
+                                 43867.0 / 5109094217170944000,
+                                 -174611.0 / 802857662698291200000.0};
+    constexpr int kCount = sizeof(kTerms) / sizeof(double);
+    const Lanes<T> square = m * m;
+    Lanes<T> series = broadcast(static_cast<T>(kTerms[kCount - 1]));
+    for (int i = kCount - 2; i >= 0; --i) series = series * square + static_cast<T>(kTerms[i]);
+    return m * T(0.5) + square * series;
+  }
+
+  static EHRSEQ_INLINE Lanes<T> with_sign(const Lanes<T>& slope) {
+    return slope == T(0) ? broadcast(T(-0.0)) : slope;
+  }
+
+  Total sum_;
+};
+
 // One vector from `at` on; what is past the end of the row is read as 0 and never written.
 template <typename T, typename scalar_t>
 EHRSEQ_INLINE Lanes<T> load_within(const scalar_t* row, int64_t at, int64_t row_length) {

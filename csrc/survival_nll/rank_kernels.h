@@ -155,6 +155,8 @@ void ranks_nll(const LossSettings& settings, const RankRows<scalar_t>& rows, dou
   using T = accumulator_t<scalar_t>;
   if (settings.link == Link::kProbabilities) {
     nll_of_ranks<FromProbabilities<T, ProductOfLane<T>>, T>(settings, rows, nll);
+  } else if (settings.link == Link::kCloglog) {
+    nll_of_ranks<FromCloglog<T, SumOfSoftplusOfLane<T>>, T>(settings, rows, nll);
   } else {
     nll_of_ranks<FromLogits<T, SumOfSoftplusOfLane<T>>, T>(settings, rows, nll);
   }

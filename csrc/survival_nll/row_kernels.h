@@ -77,6 +77,8 @@ void rows_nll(const LossSettings& settings, const Rows<scalar_t>& rows, double* 
       return bernoulli_rows<FromLogits<T>>(settings, rows, nll);
     case Link::kSoftmax:
       return softmax_rows(settings, rows, nll);
+    case Link::kCloglog:
+      return bernoulli_rows<FromCloglog<T>>(settings, rows, nll);
   }
 }
 

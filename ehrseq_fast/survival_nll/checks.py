@@ -34,15 +34,25 @@ def refuse_mask(sequence_mask: Tensor | None) -> None:
 
 def check_link(hazards: Tensor, link: str, from_logits: bool) -> None:
     """Refuse an unknown link, and hazards whose last dimension does not fit it."""
-    expect_option("link", link, ("sigmoid", "softmax"))
-    if link == "softmax" and not from_logits:
-        raise ValueError("from_logits: expected True with link='softmax', got False")
+    expect_option("link", link, ("sigmoid", "softmax", "cloglog"))
+    _expect_logits(link, from_logits)
     fewest = 2 if link == "softmax" else 1
     if hazards.shape[-1] < fewest:
         raise ValueError(
             f"hazards: expected at least {fewest} values per visit with link={link!r}, "
             f"got shape {list(hazards.shape)}"
         )
+
+
+def check_single_link(link: str, from_logits: bool) -> None:
+    """Refuse an unknown link of one hazard per visit."""
+    expect_option("link", link, ("sigmoid", "cloglog"))
+    _expect_logits(link, from_logits)
+
+
+def _expect_logits(link: str, from_logits: bool) -> None:
+    if link != "sigmoid" and not from_logits:
+        raise ValueError(f"from_logits: expected True with link={link!r}, got False")
 
 
 def check_tensors(

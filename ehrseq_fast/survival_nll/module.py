@@ -16,7 +16,7 @@ class DiscreteTimeSurvivalLoss(nn.Module):
 
     Args:
         eps: hazards are clamped to ``[eps, 1 - eps]``.
-        from_logits, censored_visit, reduction, validate: as for the function.
+        from_logits, link, censored_visit, reduction, validate: as for the function.
 
     Example:
         >>> import torch
@@ -32,6 +32,7 @@ class DiscreteTimeSurvivalLoss(nn.Module):
         eps: float = 1e-7,
         *,
         from_logits: bool = False,
+        link: str = "sigmoid",
         censored_visit: str = "excluded",
         reduction: str = "mean",
         validate: bool = False,
@@ -39,6 +40,7 @@ class DiscreteTimeSurvivalLoss(nn.Module):
         super().__init__()
         self.eps = eps
         self.from_logits = from_logits
+        self.link = link
         self.censored_visit = censored_visit
         self.reduction = reduction
         self.validate = validate
@@ -61,6 +63,7 @@ class DiscreteTimeSurvivalLoss(nn.Module):
             event_indicators,
             sequence_mask,
             from_logits=self.from_logits,
+            link=self.link,
             censored_visit=self.censored_visit,
             entry_times=entry_times,
             sample_weight=sample_weight,
@@ -71,7 +74,7 @@ class DiscreteTimeSurvivalLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"eps={self.eps}, from_logits={self.from_logits}, "
+            f"eps={self.eps}, from_logits={self.from_logits}, link={self.link!r}, "
             f"censored_visit={self.censored_visit!r}, reduction={self.reduction!r}"
         )
 

@@ -13,6 +13,7 @@ from ..rows import PackedRows
 from .checks import (
     check_link,
     check_outcomes,
+    check_single_link,
     check_tensors,
     refuse_mask,
     require_outcomes,
@@ -29,6 +30,7 @@ def discrete_time_survival_nll(
     sequence_mask: Tensor | None = None,
     *,
     from_logits: bool = False,
+    link: str = "sigmoid",
     censored_visit: str = "excluded",
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -54,6 +56,10 @@ def discrete_time_survival_nll(
             ``[eps, 1 - eps]``, or logits with ``from_logits=True`` (never clamped). Or
             :class:`~ehrseq_fast.PackedRows`, as the models give them for a packed batch: then as
             :func:`packed_survival_nll`, whose outcomes may be left out, and without a mask.
+        link: of logits: ``"sigmoid"``, or ``"cloglog"``: h = 1 - exp(-e^x), whose coefficients are
+            those of proportional hazards in continuous time grouped into visits (Prentice and
+            Gloeckler, Biometrics 34, 1978). There the loss of a survived visit is e^x, which
+            overflows where x is above 88 (709 in float64).
         event_times: ``[B]`` integer: the visit of event or censoring, counted from 0.
         event_indicators: ``[B]`` bool or number: 1 event seen, 0 censored.
         sequence_mask: ``[B, V]`` bool or number: 1 on a patient's visits, 0 on the padding after
@@ -95,6 +101,7 @@ def discrete_time_survival_nll(
             event_times=event_times,
             event_indicators=event_indicators,
             from_logits=from_logits,
+            link=link,
             censored_visit=censored_visit,
             entry_times=entry_times,
             sample_weight=sample_weight,
@@ -114,10 +121,10 @@ def discrete_time_survival_nll(
         entry_times,
         sample_weight,
     )
-    link = "sigmoid" if from_logits else "probabilities"
+    check_single_link(link, from_logits)
     return _nll(
         (hazards, event_times, event_indicators, sequence_mask, entry_times, sample_weight),
-        Options(link, censored_visit, eps, reduction),
+        Options(link if from_logits else "probabilities", censored_visit, eps, reduction),
         validate,
     )
 
@@ -159,7 +166,8 @@ def competing_risks_nll(
             :class:`~ehrseq_fast.PackedRows` of them.
         event_times: ``[B]`` integer: the visit of event or censoring, counted from 0.
         event_types: ``[B]`` integer: 0 censored, 1..K the cause of the event.
-        link: ``"sigmoid"`` or ``"softmax"``.
+        link: ``"sigmoid"``, ``"softmax"``, or ``"cloglog"``: as sigmoid, with
+            h = 1 - exp(-e^x).
 
     All else, the dtypes, what is returned and what is refused are as for
     :func:`discrete_time_survival_nll`. Event types outside 0..K, and ``link="softmax"`` without

@@ -13,7 +13,7 @@ for _name in ("survival_nll", "packed_survival_nll"):
     register(_name, "cpu", "cuda", "triton", package=__package__)
 
 # as the operators take them
-LINKS = {"probabilities": 0, "sigmoid": 1, "softmax": 2}
+LINKS = {"probabilities": 0, "sigmoid": 1, "softmax": 2, "cloglog": 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 

@@ -14,7 +14,8 @@ class Options(NamedTuple):
     """What a loss computes; a new option is a field here, and an argument of the public functions.
 
     Attributes:
-        link: what hazards are: ``"probabilities"``, or logits of ``"sigmoid"`` or ``"softmax"``.
+        link: what hazards are: ``"probabilities"``, or logits of ``"sigmoid"``, ``"softmax"`` or
+            ``"cloglog"``.
         censored_visit: whether the visit of censoring counts as survived: ``"excluded"`` or
             ``"included"``.
         eps: probabilities are clamped to ``[eps, 1 - eps]``.

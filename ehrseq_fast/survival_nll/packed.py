@@ -18,6 +18,7 @@ from .checks import (
     check_hazards,
     check_link,
     check_outcomes,
+    check_single_link,
 )
 from .fused import Inputs, Rows, as_padded, nll
 from .options import Options
@@ -33,6 +34,7 @@ def packed_survival_nll(
     event_times: Tensor | None = None,
     event_indicators: Tensor | None = None,
     from_logits: bool = False,
+    link: str = "sigmoid",
     censored_visit: str = "excluded",
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -74,8 +76,9 @@ def packed_survival_nll(
         )
     types = ("event_indicators", seen, REAL)
     _check_tensors(hazards, batch, (), times, types, entry_times, sample_weight)
-    link = "sigmoid" if from_logits else "probabilities"
+    check_single_link(link, from_logits)
     inputs = (hazards, times, seen, None, entry_times, sample_weight)
+    link = link if from_logits else "probabilities"
     options = Options(link, censored_visit, eps, reduction)
     return _packed_nll(batch, inputs, options, validate)
 

@@ -92,6 +92,10 @@ def _bernoulli_nll(hazards: Tensor, event: Tensor, survived: Tensor, options: Op
     from_logits, eps = options.link != "probabilities", options.eps
     wide = hazards.to(accumulator(hazards.dtype))
     h = torch.where(event | survived, wide, 0.0 if from_logits else 0.5)
+    if options.link == "cloglog":
+        lasting = torch.where(survived & ~event, h, 0.0).exp()
+        nll = torch.where(survived & ~event, lasting, 0.0)
+        return torch.where(event, _cloglog_event(torch.where(event, h, 0.0)), nll)
     if from_logits:
         return torch.where(event | survived, -logsigmoid(torch.where(event, h, -h)), 0.0)
     clamped = h.clamp(eps, 1 - eps)
@@ -110,6 +114,20 @@ def _bernoulli_nll(hazards: Tensor, event: Tensor, survived: Tensor, options: Op
         impossible = torch.where(event, h <= 0, h >= 1)
         nll = torch.where(impossible, -math.log(eps), torch.where(passed, eps, nll))
     return nll
+
+
+def _cloglog_event(x: Tensor) -> Tensor:
+    """-log(1 - exp(-m)) with m = e^x; each form sees its own values alone, as above."""
+    positive = x > 0
+    m = torch.where(positive, x.clamp(max=7), 1.0).exp()  # e^-e^7 is 0
+    of_positive = -torch.log1p(-(-m).exp())
+    low = torch.where(positive, -1.0, x)
+    m = low.exp()
+    tiny = m < 0.01  # where 1 - e^-m loses digits: a series of the logarithm of (1 - e^-m) / m
+    large = torch.where(tiny, 1.0, m)
+    ratio = (-torch.expm1(-large) / large).log()
+    ratio = torch.where(tiny, m * (-0.5 + m * (1 / 24 - m * m / 2880)), ratio)
+    return torch.where(positive, of_positive, -low - ratio)
 
 
 def rounds_to_one(value: float, dtype: torch.dtype) -> bool:

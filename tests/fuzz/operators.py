@@ -192,7 +192,7 @@ def _packed(draw: Draw, ops: Any, name: str) -> Call:
 def _nll(draw: Draw, ops: Any, name: str) -> Call:
     patients, slots, causes = draw.whole(1, 6), draw.whole(1, 7), draw.whole(1, 3)
     competing = name == "competing_risks_nll" or (name[0] == "p" and draw.chance(0.5))
-    link = draw.whole(0, 2 if competing else 1)
+    link = draw.one_of((0, 1, 2, 3) if competing else (0, 1, 3))
     lengths = draw.integers(1, slots + 1, (patients,))
     lengths[0] = slots
     times = (torch.from_numpy(draw.random.random(patients)) * lengths).long()
@@ -211,8 +211,8 @@ def _nll(draw: Draw, ops: Any, name: str) -> Call:
         "sample_weight": None if weights is None else weights.double(),
         "reduction": REDUCTIONS[reduction],
     }
-    if competing:
-        options["link"] = "softmax" if link == 2 else "sigmoid"
+    if link:
+        options["link"] = ("probabilities", "sigmoid", "softmax", "cloglog")[link]
     last = [link, included, 1e-7, reduction, True]
 
     def forward(padded: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ def check_options(
     operation: str, competing: bool, classes: int, link: int, eps: float, reduction: int
 ) -> None:
     """The numbers that encode options."""
-    for name, value, last in (("link", link, 2 if competing else 1), ("reduction", reduction, 2)):
-        if not 0 <= value <= last:
-            _refuse(operation, name, f"0..{last}", value)
+    if not 0 <= link <= 3 or (link == 2 and not competing):
+        _refuse(operation, "link", "0..3" if competing else "0, 1 or 3", link)
+    if not 0 <= reduction <= 2:
+        _refuse(operation, "reduction", "0..2", reduction)
     if not 0 <= eps < 0.5:
         _refuse(operation, "eps", "[0, 0.5)", eps)
     if classes - (link == 2) < 1:

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 
 from .rows import rows_of
-from .terms import nll_of_logits, nll_of_probabilities, nll_of_softmax
+from .terms import nll_of_cloglog, nll_of_logits, nll_of_probabilities, nll_of_softmax
 
 # as the operators take them (operators.py)
 PROBABILITIES: tl.constexpr = tl.constexpr(0)
 SOFTMAX: tl.constexpr = tl.constexpr(2)
+CLOGLOG: tl.constexpr = tl.constexpr(3)
 
 # So that the last program adds all the others' sums in one load.
 MOST_PROGRAMS: tl.constexpr = tl.constexpr(1024)
@@ -208,6 +209,8 @@ def survival_nll_kernel(
                 if LINK == PROBABILITIES:
                     hazard = tl.where(trial, hazard, 0.5)
                     terms, slopes = nll_of_probabilities(hazard, event, scale, EPS, NLL_OF_EPS)
+                elif LINK == CLOGLOG:
+                    terms, slopes = nll_of_cloglog(hazard, event, scale)
                 else:
                     terms, slopes = nll_of_logits(hazard, event, scale)
             terms_of_visits += tl.sum(tl.where(trial, terms, 0.0), axis=2)

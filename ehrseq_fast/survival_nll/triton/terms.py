@@ -87,6 +87,33 @@ def nll_of_logits(x, event, scale):
 
 
 @triton.jit
+def nll_of_cloglog(x, event, scale):
+    """With m = e^x: -log(1 - e^-m) at an event, m elsewhere, and its slope. See ``csrc``."""
+    capped = tl.where(event & (x > 7.0), 7.0, x)  # e^-e^7 is 0
+    root = exp_nonpositive(tl.where(capped > 0.0, -capped, capped) * 0.5)
+    raised = tl.where(capped > 0.0, 1.0 / root, root)
+    m = raised * raised
+    small = tl.where(m > 1.0, 1.0, m)  # m / (1 - e^-m) - 1, by Bernoulli's numbers
+    square = small * small
+    series = square * -2.1748686985580619e-16 + 8.5860620562778446e-15
+    series = series * square - 3.3896802963225829e-13
+    series = series * square + 1.3382536530684679e-11
+    series = series * square - 5.2841901386874931e-10
+    series = series * square + 2.0876756987868099e-08
+    series = series * square - 8.2671957671957672e-07
+    series = series * square + 3.3068783068783069e-05
+    series = series * square - 0.0013888888888888889
+    series = series * square + 0.083333333333333333
+    decay = exp_nonpositive(-m)
+    large = tl.where(x > 0.0, decay, 0.0)
+    excess = tl.where(x > 0.0, large / (1.0 - large), small * 0.5 + square * series)
+    of_event = tl.where(x > 0.0, 0.0, -x) + log1p(excess)
+    slope = tl.where(x > 0.0, m * excess, decay * (1.0 + excess))
+    slopes = tl.where(event, -scale, scale) * tl.where(event, slope, m)
+    return tl.where(event, of_event, m), signed_zero(slopes)
+
+
+@triton.jit
 def nll_of_softmax(x, class_of, target, scale, CLASSES: tl.constexpr):
     """-log of the softmax at ``target``, placed at class 0, and its slope by every class."""
     x = tl.where(class_of < CLASSES, x, -float("inf"))
