@@ -48,7 +48,7 @@ __all__ = [
 operations.import_all()  # those too that only models call
 backend.load_triton_kernels()
 
-_SUBMODULES = ("data", "losses", "metrics", "models")
+_SUBMODULES = ("data", "losses", "metrics", "models", "predictions")
 
 
 def __getattr__(name: str) -> Any:

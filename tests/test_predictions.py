@@ -1,4 +1,4 @@
-"""Cumulative incidences against Aalen–Johansen, loops and what they must sum to."""
+"""Predictions from hazards against loops, Aalen–Johansen and what they must sum to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import torch
 
 from ehrseq_fast import PackedRows, PackedVisits
 from ehrseq_fast.metrics import cumulative_incidence
+from ehrseq_fast.predictions import (
+    cumulative_hazard,
+    median_time,
+    restricted_mean,
+    risk_within,
+    survival,
+    survival_frame,
+)
 
 
 def hazards(seed=0, shape=(4, 6, 3)):
@@ -93,3 +101,119 @@ def test_refuses_masks_and_types():
         cumulative_incidence(PackedRows(torch.zeros(1, 2), batch), torch.ones(1, 1))
     with pytest.raises(ValueError, match=r"expected PackedRows \[n_visits, K\], got \[1\]"):
         cumulative_incidence(PackedRows(torch.zeros(1), batch))
+
+
+def single(seed=0, shape=(5, 7)):
+    torch.manual_seed(seed)
+    return torch.rand(*shape, dtype=torch.float64) * 0.5
+
+
+def test_survival_and_cumulative_hazard():
+    h = single()
+    curve = survival(h)
+    for b in range(5):
+        left = 1.0
+        for t in range(7):
+            left *= 1 - float(h[b, t])
+            assert float(curve[b, t]) == pytest.approx(left, rel=1e-12)
+    torch.testing.assert_close((-cumulative_hazard(h)).exp(), curve)
+    certain = torch.tensor([[0.5, 1.0, 0.3]])
+    assert survival(certain).tolist() == [[0.5, 0.0, 0.0]]
+    assert cumulative_hazard(certain)[0, 1:].tolist() == [torch.inf, torch.inf]
+    small = torch.full((1, 3), 1e-9)
+    torch.testing.assert_close(cumulative_hazard(small)[0], torch.tensor([1e-9, 2e-9, 3e-9]))
+    kept = torch.tensor([[0.5, torch.nan, 0.5]])
+    assert survival(kept).isnan().tolist() == [[False, True, True]]
+    assert torch.autograd.gradcheck(survival, h.requires_grad_())
+
+
+def test_layouts():
+    lengths = torch.tensor([2, 6, 1, 4])
+    mask = torch.arange(6) < lengths[:, None]
+    h = single(shape=(4, 6)) * mask
+    batch = PackedVisits.from_lists([[[1]] * int(n) for n in lengths])
+    rows, broken = PackedRows(batch.pack(h), batch), torch.where(mask, h, torch.nan)
+    for function in (survival, cumulative_hazard):
+        expected = function(h)
+        torch.testing.assert_close(function(broken, mask), expected)
+        torch.testing.assert_close(function(rows).values, batch.pack(expected))
+        assert function(h.bfloat16()).dtype == torch.float32
+    for function in (restricted_mean, median_time, lambda *a: risk_within(a[0], [1, 3], *a[1:])):
+        torch.testing.assert_close(function(broken, mask), function(h))
+        torch.testing.assert_close(function(rows), function(h))
+
+
+def test_risk_within():
+    h = single()
+    found = risk_within(h, [1, 3, 100], start=2)
+    torch.testing.assert_close(found[:, 0], h[:, 2])
+    torch.testing.assert_close(found[:, 1], 1 - (1 - h[:, 2:5]).prod(1))
+    torch.testing.assert_close(found[:, 2], 1 - (1 - h[:, 2:]).prod(1))
+    tiny = risk_within(torch.full((1, 4), 1e-18, dtype=torch.float64), [4])
+    assert float(tiny) == pytest.approx(4e-18, rel=1e-9)
+    assert risk_within(torch.tensor([[1.0, 0.5]]), [1, 2]).tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("horizon", [None, 0.0, 2.5, 6.0])
+def test_restricted_mean(horizon):
+    """Against simulated events, and the area under the curve in small steps."""
+    h = single()
+    curve, end = survival(h), 6.0 if horizon is None else horizon
+    found = restricted_mean(h, horizon=horizon)
+    fine = np.linspace(0, end, 600, endpoint=False) + end / 1200
+    steps = curve[:, np.floor(fine).astype(int)].mean(1) * end
+    torch.testing.assert_close(found, steps, atol=2e-3, rtol=1e-2)
+    if horizon is None:
+        torch.testing.assert_close(found, curve[:, :-1].sum(1))
+    linear = restricted_mean(h, horizon=horizon, interpolate=True)
+    for b in range(5):
+        line = np.interp(fine, np.arange(7), curve[b].numpy())
+        assert float(linear[b]) == pytest.approx(line.mean() * end, abs=1e-3)
+    times = torch.tensor([30.0, 90, 180, 365, 400, 500, 730])
+    in_days = restricted_mean(h, times=times, horizon=365.0)
+    before = torch.cat([torch.ones(5, 1, dtype=torch.float64), curve], 1)
+    expected = before[:, 0] * 30 + before[:, 1] * 60 + before[:, 2] * 90 + before[:, 3] * 185
+    torch.testing.assert_close(in_days, expected)
+
+
+def test_median_time():
+    h = torch.tensor([[0.5, 0.0, 0.0], [0.2, 0.2, 0.3], [0.1, 0.1, 0.1]])
+    assert median_time(h).tolist() == [0.0, 2.0, torch.inf]
+    times = torch.tensor([10.0, 20, 40])
+    assert median_time(h, times=times).tolist() == [10.0, 40.0, torch.inf]
+    # 0.64 at 20 and 0.448 at 40
+    found = median_time(h, times=times, interpolate=True)
+    assert found.tolist() == pytest.approx([10.0, 20 + 20 * 0.14 / 0.192, torch.inf])
+
+
+def test_a_frame_of_survival():
+    pandas = pytest.importorskip("pandas", reason="a data frame needs pandas")
+    h = single(shape=(3, 4))
+    found = survival_frame(h, times=torch.tensor([1.0, 2, 4, 8]))
+    assert isinstance(found, pandas.DataFrame)
+    assert found.index.tolist() == [1, 2, 4, 8]
+    np.testing.assert_allclose(found.to_numpy(), survival(h).T)
+    finer = survival_frame(h, times=torch.tensor([1.0, 2, 4, 8]), interpolate=4)
+    assert len(finer) == 13
+    np.testing.assert_allclose(finer.loc[found.index].to_numpy(), found.to_numpy())
+    middle = (found.loc[4] + found.loc[8]) / 2
+    np.testing.assert_allclose(finer.loc[6.0], middle)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: survival(torch.rand(3)), r"hazards: expected \[B, V\], got shape \[3\]"),
+        (lambda: survival(torch.tensor([[0.1], [2.0]])), r"got 2.0 \(patient 1, visit 0; 1 visits"),
+        (lambda: risk_within(single(), [0]), "horizons: expected 1 to"),
+        (lambda: risk_within(single(), [1], start=7), "start: expected 0 to 6, got 7"),
+        (lambda: restricted_mean(single(), horizon=9), "horizon: expected 0 to 6, the last time"),
+        (lambda: restricted_mean(single(), times=[1.0]), r"times: expected \[V\] = \[7\]"),
+        (lambda: median_time(single(), times=[1.0] * 7), "times: expected ascending from 0"),
+        (lambda: median_time(torch.zeros(2, 0)), "expected at least one time, got none"),
+        (lambda: survival_frame(single(), interpolate=0), "interpolate: expected 1 to"),
+    ],
+)
+def test_refuses_of_one_risk(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
