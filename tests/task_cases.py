@@ -196,6 +196,8 @@ def slow_row(task, person, time, whole, span, leave):  # noqa: PLR0911
     risk = index_day + task.gap_days
     if task.prior_outcome == "exclude" and any(o // DAY <= risk for o in person.outcomes):
         return None
+    if task.is_death and death_day is not None and death_day <= risk:
+        return None
     leave("prior")
     last, ends = last_day, [until]
     if death_day is not None:

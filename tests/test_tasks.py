@@ -46,6 +46,14 @@ TASKS = {
         "min_observation_days": 3,
     },
     "death": {"codes": "death"},
+    "death, allowed before": {"codes": "death", "prior_outcome": "allow", "gap_days": 9},
+    "death, allowed before, observed": {
+        "codes": "death",
+        "prior_outcome": "allow",
+        "index": "first_visit",
+        "gap_days": 5,
+        "min_observation_days": 3,
+    },
     "death, windows": {"codes": "death", "gap_days": 2, "time_at_risk_days": 20},
     "death, to the last event": {"codes": "death", "end_of_observation": "last_event"},
     "first visit": {"index": "first_visit", "washout_days": 2},
@@ -84,6 +92,7 @@ def stores(tmp_path_factory):
 def applied(task, store, split=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SameDayWarning)
+        warnings.filterwarnings("ignore", "nobody is left after the rule", UserWarning)
         return task.apply(store, split)
 
 
@@ -301,6 +310,12 @@ def constant_hazard(tmp_path_factory):
     part.add(chunk)
     part.finish()
     return write_store(folder / "store", [folder / "part"], source={}), rate
+
+
+def test_a_rule_that_removes_everybody_is_told(stores):
+    with pytest.warns(UserWarning, match="nobody is left after the rule '999 days observed"):
+        outcomes = FirstEvent("X", index="first_visit", washout_days=999).apply(stores["day", True])
+    assert len(outcomes) == 0
 
 
 def test_a_gap_delays_the_entry_to_the_visit_whose_interval_holds_it(tmp_path):

@@ -47,7 +47,7 @@ class FirstEvent(Settings):
         washout_days: least observation before the index, in the same observation period.
         prior_outcome: ``"exclude"`` removes persons with an outcome at any time before the risk
             window, on the index day and in the gap too; ``"allow"`` keeps them, and predicts the
-            first outcome in the window.
+            first outcome in the window (but not of death: the dead are at risk of nothing).
         gap_days: the risk window begins so many days later.
         time_at_risk_days: its length, after which a person is censored; None: to the end of
             observation.

@@ -89,7 +89,12 @@ class Population:
         patients, n_visits, entries, indicators, index_times, end_times, ends = columns
         censored = np.bincount(ends[indicators == 0], minlength=len(ENDS)).tolist()
         notes = self._notes()
-        if len(patients) and not indicators.any():
+        attrition = self.funnel.table(int(indicators.sum()))
+        if not len(patients) and attrition.rules[0].persons:
+            last = next(rule.name for rule in attrition.rules if not rule.persons)
+            notes.append(f"nobody is left after the rule {last!r}")
+            warnings.warn(notes[-1], UserWarning, stacklevel=4)
+        elif len(patients) and not indicators.any():
             notes.append("nobody who is left has the outcome in the time at risk")
         ties = [text for text in notes if text.startswith("same day")]
         if ties:
@@ -108,7 +113,7 @@ class Population:
             index_times=as_times(index_times),
             risk_starts=as_times(index_times + task.gap_days * DAY_US),
             end_times=as_times(end_times),
-            attrition=self.funnel.table(int(indicators.sum())),
+            attrition=attrition,
             each_visit=self.each_visit,
             warnings=tuple(notes),
             left_out={what: number for what, number in left_out.items() if number},
@@ -187,6 +192,10 @@ class Population:
         if exclude and (gap := self.task.gap_days):
             in_gap = outcome_between(1, gap)
             rows = self._rule(chunk, f"no outcome in the gap of {gap} days", rows, ~in_gap)
+        if self.task.is_death and not exclude:  # the dead are at risk of nothing
+            begins = rows.index_day + self.task.gap_days
+            alive = chunk.death_days[rows.patient] > begins
+            rows = self._rule(chunk, "alive when the risk window begins", rows, alive)
         return rows
 
     def _at_risk(self, chunk: Chunk, rows: Rows) -> tuple[Ints, Ints]:
