@@ -2,7 +2,8 @@
 
 The functions of this module are operations on tensors and packed batches: visit pooling (codes →
 visit vectors), recurrent layers (visit vectors → hidden states) and survival losses; ``__all__``
-lists them. Models are in :mod:`ehrseq_fast.models`, data in :mod:`ehrseq_fast.data`.
+lists them. Models are in :mod:`ehrseq_fast.models`, data in :mod:`ehrseq_fast.data`, what hazards
+predict in :mod:`ehrseq_fast.predictions`, and its evaluation in :mod:`ehrseq_fast.metrics`.
 :func:`warmup` compiles GPU kernels ahead of the first training step.
 """
 
@@ -13,6 +14,7 @@ from .backend import use_backend
 from .batch import PackedVisits
 from .packed_gru import PackedGRU, packed_gru
 from .packed_lstm import PackedLSTM, packed_lstm
+from .predictions import cumulative_incidence
 from .rows import PackedRows
 from .survival_nll import (
     CompetingRisksSurvivalLoss,
@@ -33,6 +35,7 @@ __all__ = [
     "PackedRows",
     "PackedVisits",
     "competing_risks_nll",
+    "cumulative_incidence",
     "discrete_time_survival_nll",
     "masked_pool",
     "packed_competing_risks_nll",

@@ -406,6 +406,10 @@ def test_refuses():
         model.loss(packed, entry_times=torch.tensor([0, 0, 2, 0]))
     with pytest.raises(ValueError, match=r"entry_times: expected \[B\] = \[4\], got \[3\]"):
         model.loss(packed, entry_times=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"weights from 0, got -1 \(patient 2; 1 in all\)"):
+        model.loss(packed, sample_weight=torch.tensor([1.0, 1, -1, 1]))
+    with pytest.raises(ValueError, match=r"sample_weight: expected \[B\] = \[4\], got \[1\]"):
+        model.loss(packed, sample_weight=torch.ones(1))
     with pytest.raises(ValueError, match="censored_visit: expected None without visit_hazard"):
         model.loss(packed, censored_visit="included")
     with pytest.raises(ValueError, match="reduction: expected one of"):

@@ -224,7 +224,8 @@ class HorizonSurvivalLSTM(VisitSequenceModel):
 
         Raises:
             ValueError: a batch without these outcomes; days that are NaN or negative on a visit
-                that counts; entry times outside a patient's visits; an unknown option.
+                that counts; entry times outside a patient's visits; negative weights; an unknown
+                option.
             TypeError: for anything but a packed batch.
         """
         expect_batch(batch)
@@ -238,8 +239,12 @@ class HorizonSurvivalLSTM(VisitSequenceModel):
             entry_times = batch.targets.get("entry_times")
         days, event = self._outcomes(batch)
         counts = _visits_that_count(batch, entry_times)
+        if sample_weight is not None and sample_weight.shape != (len(batch),):
+            raise ValueError(
+                f"sample_weight: expected [B] = [{len(batch)}], got {list(sample_weight.shape)}"
+            )
         if _reads_values(days, validate):
-            _check(batch, days, counts, entry_times)
+            _check(batch, days, counts, entry_times, sample_weight)
         found = self(batch, output="logits")
         rows = found["horizons"] if isinstance(found, dict) else found
         bounds = self._bounds.double() / MICROSECONDS
@@ -353,7 +358,13 @@ def _reads_values(days: Tensor, validate: bool) -> bool:
     return days.device.type == "cpu" or validate or validate_on_device()
 
 
-def _check(batch: PackedVisits, days: Tensor, counts: Tensor, entry_times: Tensor | None) -> None:
+def _check(
+    batch: PackedVisits,
+    days: Tensor,
+    counts: Tensor,
+    entry_times: Tensor | None,
+    sample_weight: Tensor | None,
+) -> None:
     wrong = counts & ~((days >= 0) & (days < math.inf))
     if bool(wrong.any()):
         row = int(wrong.int().argmax())
@@ -362,6 +373,14 @@ def _check(batch: PackedVisits, days: Tensor, counts: Tensor, entry_times: Tenso
             f"(patient {int(batch.patient_of_row[row])}, visit {int(batch.time_of_row[row])}; "
             f"{int(wrong.sum())} in all)"
         )
+    if sample_weight is not None:
+        wrong = ~(sample_weight >= 0)
+        if bool(wrong.any()):
+            patient = int(wrong.int().argmax())
+            raise ValueError(
+                f"sample_weight: expected weights from 0, got {float(sample_weight[patient]):g} "
+                f"(patient {patient}; {int(wrong.sum())} in all)"
+            )
     if entry_times is not None:
         last = batch.lengths.to(batch.device) - 1
         if batch.event_times is not None:
