@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
 import shutil
 import sys
 
@@ -161,8 +160,12 @@ def test_a_folder_that_exists_is_refused(store, uninterrupted, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="exists"):
         fit(config(store, tmp_path / "file"))
-    (tmp_path / "empty").mkdir()
-    assert not os.listdir(tmp_path / "empty")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"exists|'thesis\.tex'"):
+            fit(config(store, tmp_path / "mine"), resume=resume)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
 def test_a_finished_run_is_told_of_and_left_alone(store, uninterrupted, capsys):

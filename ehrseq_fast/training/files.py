@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,8 @@ def read_json(path: Path) -> Any:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's names, are on disk."""
+    if sys.platform == "win32" and path.is_dir():  # which cannot be opened there
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -85,6 +85,8 @@ class RunFolder:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RuntimeError(f"{self.path}: another process is training in it") from None
+            except OSError:  # a file system without locks
+                pass
             yield
         finally:
             os.close(descriptor)
@@ -100,7 +102,16 @@ def refuse_existing(folder: RunFolder) -> None:
 
 
 def begin(folder: RunFolder, config: RunConfig, identity: dict[str, Any], codes: list[str]) -> None:
-    """Write what identifies a run, before its first step; ``run.json`` comes last."""
+    """Write what identifies a run, before its first step; ``run.json`` comes last.
+
+    Raises:
+        FileExistsError: for a folder with anything else in it than a crash here leaves.
+    """
+    own = (".lock", folder.vocabulary.name, folder.config.name, folder.state.name, "checkpoints")
+    others = sorted(p.name for p in folder.path.iterdir() if not p.name.startswith(own))
+    if others:
+        raise FileExistsError(f"{folder.path}: expected a run or nothing, got {others[0]!r} in it")
+    remove_temporaries(folder.path)
     folder.checkpoints.mkdir(exist_ok=True)
     write_json(folder.vocabulary, codes)
     config.save(folder.config)
