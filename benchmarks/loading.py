@@ -95,6 +95,7 @@ def outcomes_of(store: EventStore) -> Outcomes:
         event_times=lengths - 1,
         event_indicators=(np.arange(n) % 3 == 0).astype(np.uint8),
         index_times=store.visit_times[store.patient_offsets[:-1]],
+        risk_starts=store.visit_times[store.patient_offsets[:-1]],
         end_times=ends + np.timedelta64(1, "D"),
         attrition=Attrition((), n // 3),
     )

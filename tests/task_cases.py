@@ -80,6 +80,7 @@ class Row:
     entry: int
     event: int
     index_time: int
+    risk_start: int
     end_time: int
 
 
@@ -224,4 +225,6 @@ def slow_row(task, person, time, whole, span, leave):  # noqa: PLR0911
     else:
         entry, n = at, at + 1
     end = events[0] if events else min(ends)
-    return Row(person.p, n, entry, bool(events), time, max(end, visits[n - 1], time))
+    risk_start = time + (risk - time // DAY) * DAY
+    end = max(end, visits[n - 1], time)
+    return Row(person.p, n, entry, bool(events), time, risk_start, end)

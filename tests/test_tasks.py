@@ -104,6 +104,7 @@ def check(outcomes, expected, store):
     assert outcomes.n_visits.tolist() == [row.n_visits for row in rows]
     assert outcomes.entry_times.tolist() == [row.entry for row in rows]
     assert outcomes.event_times.tolist() == [row.n_visits - 1 for row in rows]
+    assert outcomes.risk_starts.view(np.int64).tolist() == [row.risk_start for row in rows]
     assert outcomes.end_times.view(np.int64).tolist() == [row.end_time for row in rows]
     assert (outcomes.entry_times <= outcomes.event_times).all()
     persons = [rule.persons for rule in outcomes.attrition.rules]

@@ -14,7 +14,7 @@ from ..arrays import Array, ArrayLike, longs
 from ..batch import PackedVisits
 from ..batch.builder import from_prefixes
 from .store import EventStore
-from .tasks.outcomes import Outcomes
+from .tasks.outcomes import Outcomes, days_at_risk
 from .tasks.search import DAY_US, microseconds
 
 Ints = NDArray[np.int64]
@@ -101,7 +101,9 @@ class StoreBatches:
             of_row = _patient_of_row(contents.layout, contents.host, contents.fields)
             visit_us = microseconds(store.visit_times)[visits]
             if outcomes is not None:
-                days = outcomes.days_from(visit_us, rows[of_row])
+                starts = microseconds(outcomes.risk_starts)[rows]
+                ends = microseconds(outcomes.end_times)[rows]
+                days = days_at_risk(visit_us, starts[of_row], ends[of_row])
                 by_visit["days_to_end"] = days.astype(np.float32)
             if self.with_time_features:
                 first = store.patient_offsets[patients][of_row]

@@ -52,7 +52,8 @@ class Outcomes:
         event_indicators: uint8 ``[n]``: 1 = the event follows, 0 = censored.
         index_times: datetime64[us] ``[n]``, the index date.
         risk_starts: datetime64[us] ``[n]``, the start of the risk window: ``gap_days`` after the
-            index. Days to the event count from there, where that is later than the visit.
+            index, or after the last possible day of what is seen there. Days to the event count
+            from it, where that is later than the visit.
         end_times: datetime64[us] ``[n]``, the time of the event or the end of observation; NaT
             where label files do not say.
         attrition: how many persons each rule has left.
@@ -131,15 +132,15 @@ class Outcomes:
         would hold a time in which the event was impossible, and risks would come out too low.
         """
         row, visit = self.visits(store)
-        return self.days_from(microseconds(store.visit_times[visit]), row)
+        starts, ends = microseconds(self.risk_starts)[row], microseconds(self.end_times)[row]
+        return days_at_risk(microseconds(store.visit_times[visit]), starts, ends)
 
-    def days_from(self, visit_us: Ints, row: Ints) -> NDArray[np.float64]:
-        """:meth:`days_to_end` of visits at these times (int64 microseconds) of these rows."""
-        starts = np.maximum(visit_us, microseconds(self.risk_starts)[row])
-        ends = microseconds(self.end_times)[row]
-        days = np.maximum(ends - starts, 0) / DAY_US
-        days[ends == NAT] = np.nan
-        return days
+
+def days_at_risk(visits: Ints, risk_starts: Ints, ends: Ints) -> NDArray[np.float64]:
+    """See :meth:`Outcomes.days_to_end`: of visits at these times, all in microseconds."""
+    days = np.maximum(ends - np.maximum(visits, risk_starts), 0) / DAY_US
+    days[ends == NAT] = np.nan
+    return days
 
 
 def later_codes(n: int) -> str:

@@ -86,7 +86,7 @@ class Population:
         if not self.events_in_store:
             raise ValueError(_never(task, self.store, self.outcome))
         columns = [np.concatenate(column) for column in zip(*self.parts, strict=True)]
-        patients, n_visits, entries, indicators, index_times, end_times, ends = columns
+        patients, n_visits, entries, indicators, index_times, risk_starts, end_times, ends = columns
         censored = np.bincount(ends[indicators == 0], minlength=len(ENDS)).tolist()
         notes = self._notes()
         attrition = self.funnel.table(int(indicators.sum()))
@@ -111,7 +111,7 @@ class Population:
             event_times=n_visits - 1,
             event_indicators=indicators.astype(np.uint8),
             index_times=as_times(index_times),
-            risk_starts=as_times(index_times + task.gap_days * DAY_US),
+            risk_starts=as_times(risk_starts),
             end_times=as_times(end_times),
             attrition=attrition,
             each_visit=self.each_visit,
@@ -228,9 +228,9 @@ class Population:
         is_event = event >= 0
         event_day = at_or(chunk.event_days, event, is_event, NEVER)
         entry, end = rows.index_visit, rows.index_visit + 1
+        risk = rows.index_day + self.task.gap_days
         if self.each_visit:
             last = chunk.visits[rows.patient + 1]
-            risk = rows.index_day + self.task.gap_days
             entry = first_not_below(chunk.last_days, rows.index_visit, last, risk + 1) - 1
             before_event = first_not_below(chunk.last_days, entry, last, event_day)
             observed = first_not_below(chunk.visit_days, entry, last, limit + 1)
@@ -255,6 +255,7 @@ class Population:
                 entry - first,
                 is_event.astype(np.int64),
                 rows.index_time,
+                rows.index_time + (risk - rows.index_time // DAY_US) * DAY_US,
                 end_time,
                 ended_by,
             )
