@@ -14,6 +14,8 @@ from ehrseq_fast import PackedRows, PackedVisits, packed_survival_nll
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM, HorizonSurvivalLSTM, ModelWithLoss
 from ehrseq_fast.models.intervals import boundaries, interval_hazards, piecewise_nll, place
 
+from . import pycox_files
+
 VOCABULARY = 13
 HORIZONS = (30, 90, 365)
 RECORDS = [[[1, 2], [3], [], [4, 4, 5]], [[6]], [[7, 8, 9], [1, 10]], [[2], [], [12]]]
@@ -164,6 +166,20 @@ def test_derivatives_to_second_order():
     function = lambda z: piecewise_nll(z, interval, fraction, event)  # noqa: E731
     assert torch.autograd.gradcheck(function, z)
     assert torch.autograd.gradgradcheck(function, z)
+
+
+def test_pycox_has_the_same_likelihood(monkeypatch):
+    """Its ``nll_pc_hazard_loss``."""
+    loss = pycox_files.load(monkeypatch, "models.loss").nll_pc_hazard_loss
+    torch.manual_seed(2)
+    z = (3 * torch.randn(200, 5, dtype=torch.float64)).requires_grad_()
+    interval, fraction = torch.randint(0, 5, (200,)), torch.rand(200, dtype=torch.float64)
+    event = torch.rand(200) < 0.5
+    expected = loss(z, interval, event.double(), fraction, reduction="none")
+    found = piecewise_nll(z, interval, fraction, event)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    ours, theirs = (torch.autograd.grad(x.sum(), z)[0] for x in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
 def test_what_is_not_seen_is_not_read():
