@@ -11,7 +11,6 @@ epoch and goes through all of its batches in this process.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -51,8 +50,9 @@ COLD, CACHED = "from disk, nothing in memory", "from the page cache"
 def store_folder(copies: int) -> Path:
     """A store of the real records so many times over; removed when Python ends."""
     records = eunomia_records()
-    folder = Path(tempfile.mkdtemp(prefix="ehrseq_fast_loading_"))
-    _REMOVED_AT_EXIT.append(_Folder(folder))
+    temporary = tempfile.TemporaryDirectory(prefix="ehrseq_fast_loading_")
+    _REMOVED_AT_EXIT.append(temporary)
+    folder = Path(temporary.name)
     names = [f"{concept}" for concept in records.vocabulary.concept_ids.tolist()]
     subject = np.repeat(np.arange(records.n_patients), records.visits_per_patient)
     per_visit = records.codes_per_visit
@@ -72,15 +72,7 @@ def store_folder(copies: int) -> Path:
     return folder / "store"
 
 
-class _Folder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __del__(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
-
-_REMOVED_AT_EXIT: list[_Folder] = []
+_REMOVED_AT_EXIT: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def outcomes_of(store: EventStore) -> Outcomes:
