@@ -160,6 +160,9 @@ BackwardResult backward(const Arguments& given, const std::vector<int64_t>& batc
   for (const Times& chunk : chunks) {
     chunk_size = std::max(chunk_size, rows_before(chunk.last) - rows_before(chunk.first));
   }
+  // An odd number of lines from one sum to the next: a power of two would put a visit's gradients,
+  // which the scan writes together, into the same few sets of each cache.
+  chunk_size |= 1;
 
   const auto wanted = [&](bool is_needed, const std::vector<int64_t>& sizes) {
     return scratch<S>(input, is_needed ? sizes : std::vector<int64_t>{0});

@@ -23,10 +23,12 @@ Columns<S> columns_of_hidden(const Backward<S>& layer) {
   return {layer.hidden_panels, kOfHidden};
 }
 
-// Adds (gradients of the sums of R rows) x (V blocks of columns of a weight).
-template <typename S, int R, int V>
+// Adds (gradients of the sums of R rows) x (V blocks of columns of a weight). `fetch` is called
+// with 0, 1, ... on the way, to fetch a few lines each time of what follows the products.
+template <typename S, int R, int V, typename Fetch>
 EHRSEQ_INLINE void add_column_products(const Backward<S>& layer, const Columns<S>& weight,
-                                       int64_t block, int64_t row, Tile<Sum<S>, R, V>& tile) {
+                                       int64_t block, int64_t row, Tile<Sum<S>, R, V>& tile,
+                                       const Fetch& fetch) {
   constexpr int64_t L = kLanes<S>;
   constexpr int64_t P = kPack<S>;
   const int64_t panel = column_panel_size<S>(layer.shape);
@@ -35,6 +37,7 @@ EHRSEQ_INLINE void add_column_products(const Backward<S>& layer, const Columns<S
     const S* ahead = sum_gradient(layer, weight.sum_of(gate + 2), row);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * L);
+    fetch(gate);
     add_products(tile, Left<S>{sum_gradient(layer, weight.sum_of(gate), row), L, P},
                  Right<S>{columns, panel, L * P}, L / P);
     columns += L * L;
@@ -80,6 +83,34 @@ EHRSEQ_INLINE void finish_visit_back(const Backward<S>& layer, const Step& step,
   }
 }
 
+// Fetches what finish_visit_back reads and writes of one visit and one block.
+template <typename S>
+EHRSEQ_INLINE void fetch_visit(const Backward<S>& layer, const Step& step, int64_t block,
+                               int64_t p) {
+  constexpr int64_t L = kLanes<S>;
+  constexpr int kSecondLevel = 2;  // the products' factors stream through the first
+  const int64_t hidden = layer.shape.hidden;
+  const int64_t padded = layer.shape.padded_hidden();
+  const int64_t row = step.first_row + p;
+  const int64_t before = p < step.continuing ? step.row_before + p : row;
+  const int64_t unit = block * L;
+  const Sum<S>* gates = layer.gates + (row - layer.gates_row) * kSums * padded + block * kSums * L;
+  for (int64_t sum = 0; sum < kSums; ++sum) {
+    __builtin_prefetch(gates + sum * L, 0, kSecondLevel);
+    __builtin_prefetch(sum_gradient(layer, block * kSums + sum, row), 1, kSecondLevel);
+  }
+  if (layer.grad_output) {
+    __builtin_prefetch(layer.grad_output + row * hidden + unit, 0, kSecondLevel);
+  }
+  __builtin_prefetch(layer.grad_carried + p * padded + unit, 1, kSecondLevel);
+  if constexpr (Cell::kHasCellState) {
+    __builtin_prefetch(layer.carried + row * padded + unit, 0, kSecondLevel);
+    __builtin_prefetch(layer.carried + before * padded + unit, 0, kSecondLevel);
+  } else {
+    __builtin_prefetch(layer.output + before * hidden + unit, 0, kSecondLevel);
+  }
+}
+
 // Where the gradient of a tile's hidden states comes from, apart from the outputs.
 enum class FromAfter { nothing, sums_after, handed_back };
 
@@ -89,7 +120,11 @@ void scan_tile_back(const Backward<S>& layer, const Step& step, int64_t block, i
   Tile<Sum<S>, R, V> tile;
   clear(tile);
   if (after == FromAfter::sums_after) {
-    add_column_products(layer, columns_of_hidden(layer), block, step.row_after + p, tile);
+    // inlined by force: GCC drops calls of functions that do nothing but fetch
+    const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
+      if (i < R * V) fetch_visit(layer, step, block + i % V, p + i / V);
+    };
+    add_column_products(layer, columns_of_hidden(layer), block, step.row_after + p, tile, fetch);
   } else if (after == FromAfter::handed_back) {
     const int64_t padded = layer.shape.padded_hidden();
     for (int r = 0; r < R; ++r) {
@@ -145,7 +180,7 @@ void column_product_tile(const Backward<S>& layer, const Columns<S>& weight, int
                          int64_t block, int64_t row, Out* out, int64_t out_stride) {
   Tile<Sum<S>, R, V> tile;
   clear(tile);
-  add_column_products(layer, weight, block, row, tile);
+  add_column_products(layer, weight, block, row, tile, [](int64_t) {});
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
