@@ -44,7 +44,7 @@ ONE, BOTH = "one direction", "both directions"
 PACKED_ROWS_NOTE = (
     "PyTorch's layer is given rows packed beforehand, its best case; packing and padding included "
     "it takes several times longer. The layer computes at 84-87% of a core's multiply-add peak "
-    "(99-103 of 118 GFLOP/s on an AMD Zen 4, whose 512-bit multiply-adds take two halves): where the "
+    "(99-103 of 118 GFLOP/s on an AMD Zen 4, which halves 512-bit multiply-adds): where the "
     "bound is more than 1.15 times the ratio measured, it is beyond that CPU's peak"
 )
 
