@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ehrseq_fast import backend, cli, operations
+from tests.extras import needs
 
 ROOT = Path(__file__).parent.parent
 
@@ -181,6 +182,18 @@ def test_the_console_script_is_this_main():
     done = subprocess.run([*script, "store"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "ehrseq-fast store: error" in done.stderr.splitlines()[-1]
+
+
+@needs("train")
+def test_the_files_of_a_command_are_named(tmp_path, capsys):
+    files = {"none.yaml": None, "no.yaml": "[", "other.yaml": "code: 5"}
+    expected = ["no such file or directory", "expected YAML, got", "task: expected settings of"]
+    for (name, text), said in zip(files.items(), expected, strict=True):
+        path = tmp_path / name
+        if text is not None:
+            path.write_text(text)
+        assert cli.main(["train", "S", "R", "--task", str(path)]) == 1
+        assert capsys.readouterr().err.startswith(f"ehrseq-fast: error: {path}: {said}")
 
 
 def test_warnings_are_lines_and_do_not_flood(monkeypatch, capsys):

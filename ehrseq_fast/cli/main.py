@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says; of a KeyError not its repr."""
+    """What an error says; of a KeyError not its repr, of the system's errors not their number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
     said = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(str(said).split())
     kind = type(error).__name__

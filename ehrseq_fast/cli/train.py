@@ -90,7 +90,8 @@ def _task(file: str | None, outcome: list[str] | None) -> dict[str, Any]:
         return FirstEvent(codes).to_dict()
     if file is None:
         return {}
+    settings = read_yaml(file)
     try:
-        return FirstEvent.from_dict(read_yaml(file)).to_dict()
+        return FirstEvent.from_dict(settings).to_dict()
     except (TypeError, ValueError) as error:
         raise type(error)(f"{file}: {error}") from error
