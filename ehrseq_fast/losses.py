@@ -54,8 +54,8 @@ class FixedHorizonProgressionLoss(nn.Module):
 
         Raises:
             ValueError: for shapes that differ, labels outside [0, 1] at valid visits, and a mask
-                that is not finite (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``; under ``vmap`` those
-                of all samples are looked at).
+                that is negative or not finite (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``; under
+                ``vmap`` those of all samples are looked at).
             TypeError: for anything but tensors of real numbers; of
                 :class:`~ehrseq_fast.PackedRows` pass ``to_padded()``.
         """
@@ -71,7 +71,7 @@ class FixedHorizonProgressionLoss(nn.Module):
                 )
         if not logits.is_floating_point():
             raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
-        _check_finite(valid_mask)
+        _check_weights(valid_mask)
         wide = accumulator(logits.dtype)
         valid = valid_mask != 0
         targets = labels.to(wide).masked_fill(~valid, 0.0)
@@ -98,13 +98,14 @@ def _reads_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or validate_on_device()
 
 
-def _check_finite(valid_mask: Tensor) -> None:
-    if not valid_mask.is_floating_point() or not _reads_values(valid_mask):
+def _check_weights(valid_mask: Tensor) -> None:
+    if valid_mask.dtype in (torch.bool, torch.uint8) or not _reads_values(valid_mask):
         return
-    found = _first_wrong(valid_mask, lambda mask: ~mask.isfinite())
+    found = _first_wrong(valid_mask, lambda mask: ~(mask.isfinite() & (mask >= 0)))
     if found:
         raise ValueError(
-            f"valid_mask: expected finite numbers, found {found[0]} others; the first is {found[1]}"
+            f"valid_mask: expected finite numbers of at least 0, found {found[0]} others; the "
+            f"first is {found[1]}"
         )
 
 

@@ -312,6 +312,14 @@ def test_horizon_loss_under_vmap_refuses_what_one_sample_holds():
         mapped(logits, labels, valid)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32, torch.bfloat16])
+def test_horizon_loss_refuses_negative_weights(dtype):
+    """A weight of -1 would train towards the wrong label."""
+    valid = torch.tensor([[1, 0], [1, -1]], dtype=dtype)
+    with pytest.raises(ValueError, match=r"valid_mask: expected .*at least 0.* is -1 .*\[1, 1\]"):
+        FixedHorizonProgressionLoss()(torch.zeros(2, 2), torch.zeros(2, 2), valid)
+
+
 def test_masked_loss_under_vmap():
     """Over predictions and labels; over lengths it says so."""
     scores, labels = torch.randn(2, 3, 4), torch.ones(2, 3, 4)

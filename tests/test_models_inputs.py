@@ -208,8 +208,8 @@ BAD_BATCHES = {
         r"Found 2 sequences with zero length\. All sequences must have at least 1 visit\. "
         r"The first is patient 1\.",
     ),
-    "hole": (hole, ValueError, r"holes.*The first is patient 2"),
-    "left-padded": (left_padded, ValueError, r"holes.*The first is patient 0"),
+    "hole": (hole, ValueError, r"holes.*patient 2"),
+    "left-padded": (left_padded, ValueError, r"holes.*patient 0"),
     "code too large": (
         code_too_large,
         IndexError,

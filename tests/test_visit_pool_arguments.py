@@ -194,7 +194,7 @@ def test_offsets_that_were_edited_are_refused(compiled, name, mode, what):
     fields = {f: getattr(batch, f) for f in PackedCodes._fields}
     changed = PackedCodes(**{**fields, field: torch.tensor(values, dtype=torch.int32)})
     given = {"scores": torch.zeros(3)} if mode == "attention" else {}
-    with use_backend(name), pytest.raises(ValueError, match=r"code_offsets.* rise from 0 to the"):
+    with use_backend(name), pytest.raises(ValueError, match=r"code_offsets.* rise from 0"):
         packed_visit_pool(changed, torch.ones(3, 4), mode=mode, **given)
 
 

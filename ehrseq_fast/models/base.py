@@ -31,7 +31,6 @@ from .visit_vectors import pool_codes, pool_weighted_codes, vocabulary_of
 
 PATHS = ("fused", "packed", "padded")
 
-
 # of a code, as the batch builder names it
 _PLACE = "patient {0[0]}, visit {0[1]}, code {0[2]}"
 

@@ -84,9 +84,9 @@ def refuse_holes(lengths: Tensor, reaches: Tensor) -> None:
     if count:
         first = int(holed.int().argmax())
         raise ValueError(
-            f"sequence_mask has holes in {count} patients: real visits must come first, padding "
-            f"after them. The first is patient {first}: {int(lengths[first])} real visits, the "
-            f"last of them in slot {int(reaches[first]) - 1}."
+            f"sequence_mask: expected real visits first and padding after them, got holes in "
+            f"{count} patients (patient {first}: {int(lengths[first])} real visits, the last of "
+            f"them in slot {int(reaches[first]) - 1})"
         )
 
 

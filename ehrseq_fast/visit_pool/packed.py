@@ -264,7 +264,7 @@ def _check_packed_codes(batch: PackedVisits | PackedCodes, vocabulary: int) -> N
     if bool(falls.any()):
         first = min(int(falls.nonzero()[0]), offsets.shape[0] - 1)
         raise ValueError(
-            f"code_offsets must rise from 0 to the {codes.shape[0]} codes of the batch, got "
-            f"{int(offsets[first])} at position {first}"
+            f"code_offsets: expected offsets that rise from 0 to the {codes.shape[0]} codes of the "
+            f"batch, got {int(offsets[first])} (code_offsets[{first}])"
         )
     refuse_codes_outside(codes, vocabulary)
