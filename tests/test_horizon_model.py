@@ -253,6 +253,14 @@ def test_a_trained_model_knows_the_risks():
     torch.testing.assert_close(risks.detach(), truth.float(), atol=0.03, rtol=0.15)
 
 
+def test_observed_hazards_have_logits():
+    """Also where every event is on the day of its visit, or there is none."""
+    for days, seen in (([0.0, 0.0], [1, 1]), ([0.0], [0]), ([500.0], [0]), ([20.0, 40.0], [1, 1])):
+        found = interval_hazards(days, seen, HORIZONS)
+        assert ((found > 0) & (found < 1)).all()
+        build().set_base_hazards(found)
+
+
 @pytest.mark.parametrize("visit_hazard", [False, True])
 @pytest.mark.parametrize("path", ["fused", "packed", "padded"])
 def test_paths_and_padded_input_agree(path, visit_hazard):

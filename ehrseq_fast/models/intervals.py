@@ -33,6 +33,7 @@ from ..checks import accumulator
 from ..survival_nll import discrete_time_survival_nll
 
 MICROSECONDS = 86_400_000_000  # of a day
+_MOST = 1 - 1e-12  # of observed hazards, so that they have logits
 
 
 def boundaries(horizons_days: Iterable[float]) -> tuple[float, ...]:
@@ -119,7 +120,7 @@ def interval_hazards(
     ``1 − exp(−events_j · width_j / days at risk_j)``, ``[J]``.
 
     For the first bias of a head, and as a baseline. One event more than seen, spread over the
-    intervals by their days at risk, keeps every hazard above 0.
+    intervals by their days at risk, keeps every hazard above 0; all stay below 1.
 
     Args:
         days_to_end: ``[N]``, days to the event or to the end of observation.
@@ -153,4 +154,4 @@ def interval_hazards(
     counts = np.bincount(interval[inside], weight[inside], minlength=len(at_risk))
     at_risk = np.maximum(at_risk, 1e-6 * max(at_risk.max(), 1.0))
     counts = counts + at_risk / at_risk.sum()
-    return -np.expm1(-counts * np.diff(bounds) / at_risk)
+    return np.minimum(-np.expm1(-counts * np.diff(bounds) / at_risk), _MOST)
