@@ -8,7 +8,8 @@ import sys
 from ehrseq_fast.cli import main
 from ehrseq_fast.training import scoring
 
-scoring.VISITS_PER_CHUNK = 300
+VISITS = 300
 
 if __name__ == "__main__":
+    scoring.VISITS_PER_CHUNK = VISITS
     sys.exit(main())
