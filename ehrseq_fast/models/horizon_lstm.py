@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import transformed
-from ..backend import validate_on_device
 from ..batch import PackedVisits
 from ..checks import accumulator, expect_option
 from ..survival_nll import packed_survival_nll
@@ -19,6 +17,7 @@ from .head import called, logits_of
 from .intervals import MICROSECONDS, boundaries, piecewise_nll, place
 from .recurrent import visit_layer
 from .sequences import expect_batch
+from .visit_outcomes import check_outcomes, reads_values, visits_that_count
 
 OUTPUTS = ("hazards", "logits", "risks")
 REDUCTIONS = ("mean", "sum", "none")
@@ -238,13 +237,13 @@ class HorizonSurvivalLSTM(VisitSequenceModel):
         if entry_times is None:
             entry_times = batch.targets.get("entry_times")
         days, event = self._outcomes(batch)
-        counts = _visits_that_count(batch, entry_times)
+        counts = visits_that_count(batch, entry_times)
         if sample_weight is not None and sample_weight.shape != (len(batch),):
             raise ValueError(
                 f"sample_weight: expected [B] = [{len(batch)}], got {list(sample_weight.shape)}"
             )
-        if _reads_values(days, validate):
-            _check(batch, days, counts, entry_times, sample_weight)
+        if reads_values(days, validate):
+            check_outcomes(batch, days, counts, entry_times, sample_weight)
         found = self(batch, output="logits")
         rows = found["horizons"] if isinstance(found, dict) else found
         bounds = self._bounds.double() / MICROSECONDS
@@ -337,62 +336,6 @@ def _risks(logits: Tensor) -> Tensor:
     """1 − Π (1 − σ(z)) over the last dimension."""
     wide = logits.to(accumulator(logits.dtype))
     return -torch.expm1(nn.functional.logsigmoid(-wide).cumsum(-1))
-
-
-def _visits_that_count(batch: PackedVisits, entry_times: Tensor | None) -> Tensor:
-    counts = torch.ones(batch.n_visits, dtype=torch.bool, device=batch.device)
-    if batch.event_times is not None:
-        counts = batch.time_of_row <= batch.event_times[batch.patient_of_row]
-    if entry_times is not None:
-        if entry_times.shape != (len(batch),):
-            raise ValueError(
-                f"entry_times: expected [B] = [{len(batch)}], got {list(entry_times.shape)}"
-            )
-        counts = counts & (batch.time_of_row >= entry_times[batch.patient_of_row])
-    return counts
-
-
-def _reads_values(days: Tensor, validate: bool) -> bool:
-    if torch.compiler.is_compiling() or transformed(days):
-        return False
-    return days.device.type == "cpu" or validate or validate_on_device()
-
-
-def _check(
-    batch: PackedVisits,
-    days: Tensor,
-    counts: Tensor,
-    entry_times: Tensor | None,
-    sample_weight: Tensor | None,
-) -> None:
-    wrong = counts & ~((days >= 0) & (days < math.inf))
-    if bool(wrong.any()):
-        row = int(wrong.int().argmax())
-        raise ValueError(
-            f"visit_targets['days_to_end']: expected finite days from 0, got {float(days[row]):g} "
-            f"(patient {int(batch.patient_of_row[row])}, visit {int(batch.time_of_row[row])}; "
-            f"{int(wrong.sum())} in all)"
-        )
-    if sample_weight is not None:
-        wrong = ~(sample_weight >= 0)
-        if bool(wrong.any()):
-            patient = int(wrong.int().argmax())
-            raise ValueError(
-                f"sample_weight: expected weights from 0, got {float(sample_weight[patient]):g} "
-                f"(patient {patient}; {int(wrong.sum())} in all)"
-            )
-    if entry_times is not None:
-        last = batch.lengths.to(batch.device) - 1
-        if batch.event_times is not None:
-            last = batch.event_times
-        outside = (entry_times < 0) | (entry_times > last)
-        if bool(outside.any()):
-            patient = int(outside.int().argmax())
-            raise ValueError(
-                "entry_times must lie between 0 and the event time: patient "
-                f"{patient} has entry time {int(entry_times[patient])} and last visit "
-                f"{int(last[patient])} (patients at fault: {int(outside.sum())})"
-            )
 
 
 def _sum(values: Tensor) -> Tensor:
