@@ -21,7 +21,7 @@ from .test_event_store import chunk, part, store_of
 def test_a_store_is_not_written_over(tmp_path):
     store = store_of(tmp_path, chunk())
     again = part(tmp_path / "again", chunk(), rule="time")
-    with pytest.raises(FileExistsError, match="store: exists already; pass overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"store: exists; overwrite=True \(--overwrite\)"):
         write_store(store.path, [again], source={})
     assert EventStore(store.path).visit_rule == "day"
     assert write_store(store.path, [again], source={}, overwrite=True).visit_rule == "time"

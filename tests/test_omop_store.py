@@ -81,6 +81,9 @@ def test_rows_and_persons_left_out_are_counted_once(connection, tmp_path):
             (1, 0, None),
             (1, 40, None),
             (1, 40, "infinity"),
+            (1, 40, "4000-01-01 (BC)"),
+            (1, 40, "290000-01-01", datetime(2020, 1, 1)),
+            (1, 40, None, "290000-01-01"),
             (1, 40, day),
             (1, 40, date(2021, 1, 1)),
             (2, 0, day),
@@ -102,6 +105,7 @@ def test_rows_and_persons_left_out_are_counted_once(connection, tmp_path):
             (1, date(2020, 2, 1), day),
             (1, None, day),
             (1, day, "infinity"),
+            (1, day, "10000-01-01"),
             (None, day, day),
             (6, day, day),
         ],
@@ -109,6 +113,7 @@ def test_rows_and_persons_left_out_are_counted_once(connection, tmp_path):
             (1, date(2030, 1, 1)),
             (1, date(2031, 1, 1)),
             (1, None),
+            (1, "20000-01-01"),
             (None, day),
             (6, day),
         ],
@@ -119,8 +124,10 @@ def test_rows_and_persons_left_out_are_counted_once(connection, tmp_path):
         "rows without a person": 2,
         "rows without a known concept": 3,
         "rows without a date": 2,
+        "rows dated outside the years 1 to 9999": 3,
         "rows outside every observation period of the person": 2,
         "persons whose rows are all left out": 3,
+        "numeric values that are not a number": 1,
         "numeric values that float32 does not hold": 2,
         "numeric values superseded by a later one of the same visit": 1,
         "births that are no day": 1,
@@ -129,10 +136,12 @@ def test_rows_and_persons_left_out_are_counted_once(connection, tmp_path):
         "person rows without a person_id": 1,
         "observation periods that end before they start": 1,
         "observation periods without a start or an end": 2,
+        "observation periods dated outside the years 1 to 9999": 1,
         "observation periods of persons with no other row": 1,
         "observation_period rows without a person_id": 1,
         "further deaths of one person": 1,
         "deaths without a date": 1,
+        "deaths dated outside the years 1 to 9999": 1,
         "deaths of persons with no other row": 1,
         "death rows without a person_id": 1,
     }
@@ -168,6 +177,7 @@ def test_odd_rows_are_taken_up_and_noticed(connection, tmp_path):
             (1, 40, date(1949, 1, 1)),
             (1, 40, date(2020, 1, 2), datetime(2020, 1, 3, 4)),
             (1, 40, None, datetime(2020, 1, 5, 4)),
+            (1, 40, date(2020, 1, 2), "290000-01-01"),
             (1, 41, future),
         ],
         "person": [(1, None, None, None, None, None, None, datetime(1950, 1, 1))],
@@ -176,7 +186,7 @@ def test_odd_rows_are_taken_up_and_noticed(connection, tmp_path):
     fill(connection, tables)
     store = read_omop(connection, tmp_path / "store", tables=("condition",))
     assert noticed(store) == {
-        "rows with a datetime on another day than their date": 1,
+        "rows with a datetime on another day than their date": 2,
         "deaths with a datetime on another day than their date": 1,
         "rows before the person's birth": 1,
         "rows after the day of the person's death": 2,
@@ -302,6 +312,27 @@ def test_numeric_values_of_every_type(connection, tmp_path, dtype):
     assert contents(store)[1]["visits"] == [(DAY, {"50": 3.0, "51": None, "52": -2.0})]
 
 
+@pytest.mark.parametrize("dtype", ["FLOAT", "DOUBLE", "VARCHAR"])
+def test_values_that_are_no_number_are_counted(connection, tmp_path, dtype):
+    rows = [(1, 50 + i, DAY, None, None, value) for i, value in enumerate(["nan", None, 1, "NaN"])]
+    fill(connection, {"measurement": rows}, types={"measurement.value_as_number": dtype})
+    store = read_omop(connection, tmp_path / "store", tables=("measurement",))
+    assert contents(store)[1]["visits"] == [(DAY, {"50": None, "51": None, "52": 1.0, "53": None})]
+    assert counted(store) == {"numeric values that are not a number": 2}
+
+
+def test_births_out_of_range_are_counted(connection, tmp_path):
+    births = [(2, 1950, "20000-01-01"), (3, None, "20000-01-01"), (4, None, "4000-01-01 (BC)")]
+    tables = {
+        "condition_occurrence": [(person, 40, DAY) for person in (2, 3, 4)],
+        "person": [(p, 8507, 8507, 8507, year, 1, 1, birth) for p, year, birth in births],
+    }
+    fill(connection, tables)
+    store = read_omop(connection, tmp_path / "store", tables=("condition",))
+    assert [one["birth"] for one in contents(store).values()] == [datetime(1950, 1, 1), None, None]
+    assert counted(store) == {"births that are no day": 2}
+
+
 @pytest.mark.parametrize("other", [2, 2**63 - 1])
 def test_the_last_value_of_a_visit_does_not_depend_on_the_order_of_the_rows(tmp_path, other):
     moments = [datetime(2020, 1, 1, hour) for hour in (3, 9, 9, 9, 1)]
@@ -365,4 +396,4 @@ def test_open_ends_and_the_first_and_last_days(connection, tmp_path):
     store = read_omop(connection, tmp_path / "store", tables=("condition",))
     assert [at.date() for at, _ in contents(store)[1]["visits"]] == days
     assert store.period_ends.tolist() == [datetime(9999, 12, 31, 23, 59, 59, 999999)]
-    assert counted(store) == {"rows without a date": 1}
+    assert counted(store) == {"rows dated outside the years 1 to 9999": 1}

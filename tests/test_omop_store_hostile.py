@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+from contextlib import closing
 from datetime import date
 
 import pytest
 
 from ehrseq_fast.data import EventStore, read_omop
+from ehrseq_fast.data.omop.connection import opened
 
 from .omop_tables import COLUMNS, READ, contents, database, fill
 
@@ -71,6 +74,54 @@ def test_each_missing_table(connection, tmp_path):
                 visits="visit_occurrence",
             )
         connection.execute(f"ALTER TABLE away RENAME TO {table}")
+
+
+def test_all_event_tables_are_read_that_there_are(connection, tmp_path):
+    fill(connection, TABLES)
+    measurements = "SELECT person_id, measurement_concept_id + 900 AS observation_concept_id, "
+    measurements += "measurement_date AS observation_date FROM measurement"
+    connection.execute(f"CREATE TABLE observation AS {measurements}")
+    connection.execute("CREATE TABLE procedure_occurrence AS SELECT 'person_id' AS column00")
+    store = read_omop(connection, tmp_path / "all")
+    source = store.header["source"]
+    absent = ("drug_exposure", "device_exposure")
+    assert source["tables"] == ["condition_occurrence", "measurement", "observation"]
+    assert {source["missing"][name] for name in absent} == {"no such table"}
+    lacks = "the table lacks person_id, procedure_concept_id, procedure_date"
+    assert source["missing"]["procedure_occurrence"] == lacks
+    assert source["not_read"] == {}
+    assert "missing             device_exposure: no such table" in store.describe()
+    assert any(int(code) > 900 for code in store.codes_of)
+
+    asked = read(connection, tmp_path / "asked")
+    assert asked.header["source"]["not_read"] == {"observation": len(TABLES["measurement"])}
+    assert f"not read            table observation: {len(TABLES['measurement'])} rows" in (
+        asked.describe()
+    )
+    connection.execute("DROP TABLE observation")
+    connection.execute("CREATE TABLE gone AS SELECT 1 AS person_id")
+    connection.execute("CREATE VIEW observation AS SELECT person_id FROM gone")
+    connection.execute("DROP TABLE gone")
+    asked = read(connection, tmp_path / "view")
+    assert asked.header["source"]["not_read"] == {"observation": None}
+    assert "not read            table observation: a view that fails" in asked.describe()
+
+
+def test_event_tables_that_are_asked_for_must_be_there(connection, tmp_path):
+    out = tmp_path / "none"
+    fill(connection, TABLES)
+    for options in ({"out": out}, {"outcome_concept_id": 40}):
+        with pytest.raises(LookupError, match=r"no OMOP table 'drug_exposure'.*; tables= \(--tab"):
+            read_omop(connection, tables=("drug", "condition"), **options)
+    connection.execute("CREATE TABLE device_exposure (person_id INTEGER)")
+    lacks = "table 'device_exposure' lacks device_concept_id, device_exposure_start_date; tables= "
+    with pytest.raises(LookupError, match=lacks):
+        read_omop(connection, out)
+    for table in ("condition_occurrence", "measurement", "device_exposure"):
+        connection.execute(f"DROP TABLE {table}")
+    with pytest.raises(LookupError, match="no OMOP table 'condition_occurrence'"):
+        read_omop(connection, out)
+    assert not out.exists()
 
 
 NEEDED = {
@@ -226,6 +277,23 @@ def test_files_that_are_no_database(tmp_path, path):
         refused(wrong, out, ValueError, message)
         with pytest.raises(ValueError, match=message):
             read_omop(wrong, outcome_concept_id=40)
+
+
+def test_a_file_of_sqlite(tmp_path):
+    path = tmp_path / "cdm.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE condition_occurrence (person_id INTEGER)")
+        connection.commit()
+    message = "expected a DuckDB file .*cdm.sqlite: it is one of SQLite"
+    refused(path, tmp_path / "out", ValueError, message)
+    with pytest.raises(ValueError, match=message):
+        read_omop(path, outcome_concept_id=40)
+
+
+def test_nothing_is_installed_for_a_database(path):
+    with opened(path) as connection:
+        setting = "SELECT current_setting('autoinstall_known_extensions')"
+        assert connection.execute(setting).fetchone() == (False,)
 
 
 def test_files_that_are_cut_off_or_damaged(tmp_path):

@@ -33,7 +33,11 @@ def _add_omop(commands: Any) -> None:
     parser.add_argument("store", metavar="STORE", help="folder that is made")
     parser.add_argument("--schema", help="schema of the tables, with its catalogue if need be")
     parser.add_argument(
-        "--tables", nargs="+", metavar="TABLE", help="condition, drug, procedure, measurement, ..."
+        "--tables",
+        nargs="+",
+        metavar="TABLE",
+        help="which events: condition, drug, procedure, measurement, observation, device (all that "
+        "the database has)",
     )
     parser.add_argument(
         "--visits",

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..store.format import read_json
 from .arrow import parquet_errors, pyarrow
-from .names import CODE, CODES, DATA, DATASET, SETTINGS, SPLITS, SUBJECT
+from .names import CODE, CODES, DATA, DATASET, METADATA, SETTINGS, SPLITS, SUBJECT
 
 _DIGITS = re.compile(r"([0-9]+)")
 
 
-def shards_of(folder: Path) -> list[Path]:
-    """Every ``data/**/*.parquet``, relative to the folder, by name; numbers in names count as
-    numbers, so that 10 comes after 2.
+class Files(NamedTuple):
+    """Of a dataset, relative to its folder.
+
+    Attributes:
+        shards: every ``data/**/*.parquet``, whatever the case of its extension, by name; numbers in
+            names count as numbers, so that 10 comes after 2.
+        others: what else there is in ``data`` and ``metadata``. Hidden files, and those in hidden
+            folders, are among them where they are Parquet files.
+    """
+
+    shards: list[Path]
+    others: list[Path]
+
+
+def files_of(folder: Path) -> Files:
+    """The dataset's shards, and the files that are not read.
 
     Raises:
         FileNotFoundError: no such folder, or none in it.
@@ -33,22 +46,35 @@ def shards_of(folder: Path) -> list[Path]:
     data = folder / DATA
     if not data.is_dir():
         raise FileNotFoundError(f"{folder}: expected a MEDS dataset, it has no folder {DATA!r}")
-    found: list[Path] = []
+    shards: list[Path] = []
+    others: list[Path] = []
+    for path in _walk(folder, data):
+        is_parquet = path.suffix.lower() == ".parquet"
+        is_hidden = any(part.startswith(".") for part in path.parts)
+        if is_parquet and not is_hidden:
+            shards.append(path)
+        elif is_parquet or not is_hidden:
+            others.append(path)
+    if not shards:
+        raise FileNotFoundError(f"{data}: expected .parquet files there or below, found none")
+    known = [Path(name) for name in (CODES, SPLITS, DATASET)]
+    for path in _walk(folder, folder / METADATA):
+        if path not in known and not path.name.startswith("."):
+            others.append(path)
+    return Files(sorted(shards, key=_in_order), sorted(others, key=_in_order))
+
+
+def _walk(folder: Path, start: Path) -> Iterator[Path]:
+    """All files in or below ``start``, relative to ``folder``."""
     walked: set[str] = set()
-    for place, folders, names in os.walk(data, followlinks=True):
+    for place, folders, names in os.walk(start, followlinks=True):
         real = os.path.realpath(place)
         if real in walked:  # a link to a folder above
             folders.clear()
             continue
         walked.add(real)
-        found += [
-            (Path(place) / name).relative_to(folder)
-            for name in names
-            if name.endswith(".parquet") and not name.startswith(".")
-        ]
-    if not found:
-        raise FileNotFoundError(f"{data}: expected .parquet files there or below, found none")
-    return sorted(found, key=_in_order)
+        for name in names:
+            yield (Path(place) / name).relative_to(folder)
 
 
 def _in_order(path: Path) -> tuple[Any, ...]:

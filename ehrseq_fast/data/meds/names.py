@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-DATA = "data"
-CODES = "metadata/codes.parquet"
-SPLITS = "metadata/subject_splits.parquet"
-DATASET = "metadata/dataset.json"
+DATA, METADATA = "data", "metadata"
+CODES = f"{METADATA}/codes.parquet"
+SPLITS = f"{METADATA}/subject_splits.parquet"
+DATASET = f"{METADATA}/dataset.json"
 SETTINGS = "ehrseq_fast"  # the entry of dataset.json that says how a store was exported
 
 SUBJECT, TIME, CODE, VALUE, VISIT = "subject_id", "time", "code", "numeric_value", "visit_id"

@@ -24,10 +24,10 @@ from ..store import (
 from ..store.atomic import NewFolder
 from ..store.parts import Part
 from ..store.visits import VisitRule, checked_rule
-from .arrow import parquet_errors, pyarrow
-from .files import dataset_metadata, descriptions, settings_of, shards_of, subject_splits
-from .names import CODE, SPLITS, SUBJECT, TIME, VALUE, VISIT
-from .shard import Shard, write_part
+from .arrow import pyarrow
+from .files import dataset_metadata, descriptions, files_of, settings_of, subject_splits
+from .names import SPLITS, VISIT
+from .shard import Shard, columns_not_read, write_part
 
 NO_EVENTS_OF = f"subjects of {SPLITS} without a row in the data"
 
@@ -54,10 +54,11 @@ def read_meds(
     Events without a time are static. ``MEDS_BIRTH`` and ``MEDS_DEATH`` (``MEDS_DEATH//...``) are
     the subject's birth and death, ``OBSERVATION_PERIOD_START`` and ``OBSERVATION_PERIOD_END`` an
     observation period; they make no visit. Times are taken as UTC. Columns besides ``subject_id``,
-    ``time``, ``code`` and ``numeric_value`` are not read; the header lists them.
+    ``time``, ``code`` and ``numeric_value`` are not read; the header's source lists them, and the
+    files in ``data`` and ``metadata`` that are not read.
 
     Args:
-        folder: with ``data/**/*.parquet`` and ``metadata``.
+        folder: with ``data/**/*.parquet`` (hidden ones are not read) and ``metadata``.
         out: the store to make.
         visits: which events make a visit: ``"day"`` (in UTC; the default), ``"time"``, a number of
             hours after the visit's first event, or ``"visit_id"``: those of one ``visit_column``.
@@ -95,7 +96,7 @@ def read_meds(
     """
     pa = pyarrow()
     folder = Path(folder)
-    names = shards_of(folder)
+    names, others = files_of(folder)
     metadata = dataset_metadata(folder)
     settings = settings_of(folder, metadata)
     kept_rule, column = _visit_rule(visits, visit_column, settings)
@@ -109,7 +110,7 @@ def read_meds(
         "kind": "meds",
         "path": str(folder.resolve()),
         "files": len(shards),
-        "columns_not_read": _other_columns(shards[0], column),
+        "files_not_read": [path.as_posix() for path in others],
         "versions": {
             "pyarrow": pa.__version__,
             **{k: metadata[k] for k in ("meds_version", "dataset_version") if k in metadata},
@@ -141,6 +142,7 @@ def _merge(
     parts: list[Path],
     *,
     folder: Path,
+    source: dict[str, Any],
     split: SplitRule,
     without_events: np.ndarray | None,
     **options: Any,
@@ -151,9 +153,11 @@ def _merge(
     left_out = {}
     if without_events is not None:
         left_out[NO_EVENTS_OF] = int(np.count_nonzero(~np.isin(without_events, ids)))
+    columns = {name for path in parts for name in columns_not_read(path)}
     return write_store(
         new,
         parts,
+        source={**source, "columns_not_read": sorted(columns)},
         split=split,
         left_out=left_out,
         **options,
@@ -210,10 +214,3 @@ def _split_rule(
         return by_subject(assigned, names=names), assigned[0]
     except ValueError as error:
         raise ValueError(f"{folder / SPLITS}: {error}") from error
-
-
-def _other_columns(shard: Shard, visit_column: str | None) -> list[str]:
-    pa = pyarrow()
-    with parquet_errors(str(shard.path)):
-        names = pa.parquet.read_schema(shard.path).names
-    return sorted(set(names) - {SUBJECT, TIME, CODE, VALUE, visit_column})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ Ints = NDArray[np.int64]
 
 BATCH = 1 << 17  # rows
 _READ_BUFFER = 1 << 20
+COLUMNS = "columns_not_read.json"  # in a part's folder
 KINDS = (BIRTH, DEATH, PERIOD_START, PERIOD_END, NO_EVENTS)
 
 NO_CODES = "rows without a code"
@@ -52,6 +54,11 @@ class Shard:
     name: str  # relative to the dataset
     visit_rule: VisitRule
     visit_column: str | None
+
+
+def columns_not_read(part: Path) -> list[str]:
+    """Which columns of its file the part has not."""
+    return json.loads((part / COLUMNS).read_text())
 
 
 def write_part(folder: Path, shard: Shard) -> None:
@@ -89,6 +96,9 @@ class _Reader:
             with_values=with_values,
             name=self.shard.name,
         )
+        read = {SUBJECT, TIME, CODE, VALUE, self.shard.visit_column}
+        others = sorted(set(schema.names) - read)
+        (self.folder / COLUMNS).write_text(json.dumps(others))
         for rows, first_row in self._whole_subjects(file, with_values):
             part.add(self._chunk(rows, first_row))
         self._refuse_scattered()

@@ -43,17 +43,29 @@ def opened(database: Any, settings: Mapping[str, str | int] | None = None) -> It
         raise ImportError(
             "reading a database file needs duckdb: pip install 'ehrseq_fast[omop]'"
         ) from error
+    # Of a file of SQLite and others DuckDB would fetch an extension from the internet.
+    config: dict[str, Any] = {"autoinstall_known_extensions": "false", **(settings or {})}
     path = Path(fspath(database))
     if not path.exists():
         raise FileNotFoundError(f"database: expected a DuckDB file, got {path}: no such file")
     try:
-        connection = duckdb.connect(str(path), read_only=True, config=dict(settings or {}))
+        connection = duckdb.connect(str(path), read_only=True, config=config)
     except duckdb.Error as error:
+        why = "it is one of SQLite" if _is_sqlite(path) else error
         raise ValueError(
-            f"database: expected a DuckDB file that can be opened read-only, got {path}: {error}"
+            f"database: expected a DuckDB file that can be opened read-only, got {path}: {why}"
         ) from error
     with connection:
         yield connection
+
+
+def _is_sqlite(path: Path) -> bool:
+    begin = b"SQLite format 3\0"
+    try:
+        with path.open("rb") as file:
+            return file.read(len(begin)) == begin
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -52,23 +52,18 @@ def whole_number(table: Table, column: str) -> Column:
 
 
 def number(table: Table, column: str) -> Column:
-    """A DOUBLE; NaN is NULL.
+    """A DOUBLE.
 
     Raises:
         TypeError: a column of another kind.
     """
     dtype, x = _typed(table, column)
-    if dtype in INTEGERS | WIDE_INTEGERS or dtype.startswith("DECIMAL"):
+    if dtype in INTEGERS | WIDE_INTEGERS | FLOATS or dtype.startswith("DECIMAL"):
         return Column(f"CAST({x} AS DOUBLE)", None)
-    if dtype in FLOATS:
-        return Column(f"CASE WHEN NOT isnan({x}) THEN CAST({x} AS DOUBLE) END", None)
     if dtype == "VARCHAR":
         cast = f"TRY_CAST({x} AS DOUBLE)"
         is_number = f"regexp_full_match({x}, '{NUMBER_AS_TEXT}', 'i') AND {cast} IS NOT NULL"
-        return Column(
-            f"CASE WHEN NOT isnan({cast}) THEN {cast} END",
-            f"{x} IS NOT NULL AND NOT ({is_number})",
-        )
+        return Column(cast, f"{x} IS NOT NULL AND NOT ({is_number})")
     raise TypeError(f"{table.name}, column {column}: expected numbers, got {dtype}")
 
 

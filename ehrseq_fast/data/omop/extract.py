@@ -15,7 +15,18 @@ from ..store.chunk import SubjectChunk
 from ..store.visits import NO_VISIT
 from .persons import Deaths, Persons, read_deaths, read_periods, read_persons
 from .sources import Sources, fetch
-from .times import DAY, LAST_INSTANT, NAT, Bools, Ints, Periods, filled, instants, known
+from .times import (
+    DAY,
+    LAST_INSTANT,
+    NAT,
+    OUT_OF_RANGE,
+    Bools,
+    Ints,
+    Periods,
+    filled,
+    instants,
+    known,
+)
 
 
 @dataclass(frozen=True)
@@ -107,10 +118,12 @@ def _read_events(
         columns = fetch(connection, source, low, high)
         person = filled(columns["person"], 0).astype(np.int64)
         concept = filled(columns["concept"], 0).astype(np.int64)
-        time, n_other_day = instants(columns)
+        time, n_other_day, out_of_range = instants(columns)
         seen.append(np.unique(person))
         left_out["rows without a known concept"] += int(np.count_nonzero(concept == 0))
-        left_out["rows without a date"] += int(np.count_nonzero((concept != 0) & (time == NAT)))
+        no_date = (concept != 0) & (time == NAT)
+        left_out["rows without a date"] += int(np.count_nonzero(no_date & ~out_of_range))
+        left_out[f"rows {OUT_OF_RANGE}"] += int(np.count_nonzero(no_date & out_of_range))
         noticed["rows with a datetime on another day than their date"] += n_other_day
         value = _values(columns, len(person), left_out) if has_values else None
         visit = filled(columns["visit"], NO_VISIT).astype(np.int64) if has_visits else None
@@ -169,6 +182,8 @@ def _values(
     if "value" not in columns:
         return np.full(n, np.nan, np.float32)
     wide = filled(columns["value"], np.nan).astype(np.float64)
+    n_nan = np.count_nonzero(known(columns["value"]) & np.isnan(wide))
+    left_out["numeric values that are not a number"] += int(n_nan)
     with np.errstate(over="ignore"):
         value = wide.astype(np.float32)
     infinite = np.isinf(value)
@@ -191,10 +206,12 @@ def _with_visits(
     assert sources.visit is not None
     assert events.visit is not None
     columns = fetch(connection, sources.visit, low, high)
-    start, n_other_day = instants(columns)
+    start, n_other_day, out_of_range = instants(columns)
     has_id = known(columns["visit"])
+    no_start = has_id & (start == NAT)
     left_out["visits without an id"] += int(np.count_nonzero(~has_id))
-    left_out["visits without a start"] += int(np.count_nonzero(has_id & (start == NAT)))
+    left_out["visits without a start"] += int(np.count_nonzero(no_start & ~out_of_range))
+    left_out[f"visits {OUT_OF_RANGE}"] += int(np.count_nonzero(no_start & out_of_range))
     noticed["visits with a datetime on another day than their date"] += n_other_day
     rows = np.flatnonzero(has_id & (start != NAT))
     person = filled(columns["person"], 0).astype(np.int64)[rows]

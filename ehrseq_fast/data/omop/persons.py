@@ -11,6 +11,7 @@ from .sources import Source, fetch
 from .times import (
     DAY,
     NAT,
+    OUT_OF_RANGE,
     Births,
     Bools,
     Ints,
@@ -112,9 +113,10 @@ def read_deaths(
     if source is None:
         return Deaths(time)
     columns = fetch(connection, source, low, high)
-    at, n_other_day = instants(columns)
+    at, n_other_day, out_of_range = instants(columns)
     noticed["deaths with a datetime on another day than their date"] += n_other_day
-    left_out["deaths without a date"] += int(np.count_nonzero(at == NAT))
+    left_out["deaths without a date"] += int(np.count_nonzero((at == NAT) & ~out_of_range))
+    left_out[f"deaths {OUT_OF_RANGE}"] += int(np.count_nonzero(out_of_range))
     subject, is_subject = _subjects_of(subjects, columns)
     left_out["deaths of persons with no other row"] += int(
         np.count_nonzero(~is_subject & (at != NAT))
@@ -145,10 +147,12 @@ def read_periods(
     columns = fetch(connection, source, low, high)
     dated = known(columns["start"]) & known(columns["end"])
     start, end = filled(columns["start"], 0), filled(columns["end"], 0)
-    dated &= is_day(start) & is_day(end)
+    in_range = is_day(start) & is_day(end)
     subject, is_subject = _subjects_of(subjects, columns)
-    falls = dated & (end < start)
     left_out["observation periods without a start or an end"] += int(np.count_nonzero(~dated))
+    left_out[f"observation periods {OUT_OF_RANGE}"] += int(np.count_nonzero(dated & ~in_range))
+    dated &= in_range
+    falls = dated & (end < start)
     left_out["observation periods that end before they start"] += int(np.count_nonzero(falls))
     rows = dated & ~falls
     left_out["observation periods of persons with no other row"] += int(

@@ -12,7 +12,6 @@ from .records import read_records
 if TYPE_CHECKING:
     from ..store import EventStore
 
-TABLES = ("condition", "drug", "procedure", "measurement")
 ROWS_PER_PART = 500_000
 
 
@@ -22,7 +21,7 @@ def read_omop(
     out: None = None,
     *,
     outcome_concept_id: int | Sequence[int],
-    tables: Iterable[str] = ...,
+    tables: Iterable[str] | None = ...,
     schema: str | None = ...,
 ) -> EventRecords: ...
 
@@ -32,7 +31,7 @@ def read_omop(
     database: Any,
     out: str | PathLike[str],
     *,
-    tables: Iterable[str] = ...,
+    tables: Iterable[str] | None = ...,
     schema: str | None = ...,
     visits: str | float = ...,
     outside_periods: str = ...,
@@ -51,7 +50,7 @@ def read_omop(
     out: str | PathLike[str] | None = None,
     *,
     outcome_concept_id: int | Sequence[int] | None = None,
-    tables: Iterable[str] = TABLES,
+    tables: Iterable[str] | None = None,
     schema: str | None = None,
     visits: str | float = "day",
     outside_periods: str = "leave_out",
@@ -66,10 +65,10 @@ def read_omop(
     """Read an OMOP database: into a store of all events (``out``), or into records in memory for
     predicting the first occurrence of one outcome (``outcome_concept_id``).
 
-    **Rows.** Rows without a person (NULL; 0 is a person), rows without a date (NULL, infinite, in a
-    store also outside the years 1 to 9999) and rows whose concept is unknown (NULL or 0, OMOP's "no
-    matching concept") are left out and counted. A concept counts once per visit however many rows
-    repeat it.
+    **Rows.** Rows without a person (NULL; 0 is a person), without a date (NULL, infinite), in a
+    store also dated outside the years 1 to 9999, and rows whose concept is unknown (NULL or 0,
+    OMOP's "no matching concept") are left out and counted. A concept counts once per visit however
+    many rows repeat it.
 
     Identifiers may be integers, or decimals, floats and text that are whole numbers exactly (NaN,
     as data frames write a missing number, is NULL). Days are those of a DATE, of a TIMESTAMP, or of
@@ -98,7 +97,9 @@ def read_omop(
     - ``death``: the earliest of a person. Events after it, before birth, and dated after the day of
       reading are taken up, unless they are outside the observation periods.
     - Tables and columns among these that are missing are listed in ``header["source"]["missing"]``,
-      and what was taken up though it is odd is counted in ``header["source"]["noticed"]``.
+      event tables that the database has but ``tables`` does not name in ``["not_read"]``, with
+      their rows (None: a view that fails), and what was taken up though it is odd is counted in
+      ``["noticed"]``.
 
     **Records** (``outcome_concept_id``): a visit is the events of one day. **No leakage.** The
     hazard at visit t, computed from the visits up to t, is that of the event at visit t + 1. Of a
@@ -115,7 +116,9 @@ def read_omop(
         outcome_concept_id: the concept of the outcome, or several of which the earliest counts;
             None for a store.
         tables: which events to read, of ``condition``, ``drug``, ``procedure``, ``measurement``,
-            ``observation`` and ``device``; of records the outcome is looked for in the same tables.
+            ``observation`` and ``device``; each must be there. None: for a store all that the
+            database has (a table with none of the columns is missing), for records the first four;
+            of records the outcome is looked for in the same tables.
         schema: the schema that holds the tables, ``"catalogue.schema"`` or the name of a catalogue
             for those of an attached database (of a catalogue its default schema, ``main`` or
             ``public``). A name may be in double quotes, which it needs where the part before or

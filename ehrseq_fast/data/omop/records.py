@@ -18,18 +18,18 @@ from ..records import EventRecords, Vocabulary
 from .connection import opened
 from .duckdb_columns import day, refuse_lossy, whole_number
 from .duckdb_tables import Table, find_places
-from .tables import EventTable, concept_names, event_tables, find_event_tables
+from .tables import RECORDS, EventTable, concept_names, event_tables, find_event_tables
 
 
 def read_records(
     database: Any,
     *,
     outcome_concept_id: int | Sequence[int],
-    tables: Iterable[str],
+    tables: Iterable[str] | None,
     schema: str | None,
 ) -> EventRecords:
     """What :func:`read_omop` gives without ``out``."""
-    chosen = event_tables(tables)
+    chosen = event_tables(RECORDS if tables is None else tables)
     outcomes = _outcome_ids(outcome_concept_id)
     with opened(database) as connection:
         places = find_places(connection, schema)

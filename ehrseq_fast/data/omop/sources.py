@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .connection import reading
 from .duckdb_columns import INTEGERS, Column, day, instant, number, quoted, whole_number
 from .duckdb_tables import Place, Table, find_places, find_table
-from .tables import EventTable, find_needed
+from .tables import EVENT_TABLES, EventTable, find_needed
 
 WHOLE = "whole numbers that int64 holds"
 DAYS = "days, as YYYY-MM-DD"
@@ -71,7 +71,7 @@ class Source:
 @dataclass
 class Sources:
     """What is read of a database. ``missing`` names the optional tables and columns that it lacks,
-    with what was expected."""
+    with what was expected; ``not_read`` the event tables that it has, but which were not chosen."""
 
     events: dict[str, Source]
     person: Source | None = None
@@ -79,6 +79,7 @@ class Sources:
     death: Source | None = None
     visit: Source | None = None
     missing: dict[str, str] = field(default_factory=dict)
+    not_read: dict[str, Table] = field(default_factory=dict)
 
     def all(self) -> list[Source]:
         others = (self.person, self.period, self.death, self.visit)
@@ -86,18 +87,18 @@ class Sources:
 
 
 def find_sources(
-    connection: Any, chosen: Sequence[EventTable], schema: str | None, *, by_visit: bool
+    connection: Any, chosen: Sequence[EventTable] | None, schema: str | None, *, by_visit: bool
 ) -> Sources:
-    """Where the database has what is read.
+    """Where the database has what is read: the ``chosen`` event tables, or (None) all that it has.
 
     Raises:
-        LookupError: an event table is missing or lacks a column; with ``by_visit`` also
-            ``visit_occurrence`` or the events' ``visit_occurrence_id``.
+        LookupError: a chosen event table is missing, or none is there; one lacks a column; with
+            ``by_visit`` also ``visit_occurrence`` or the events' ``visit_occurrence_id``.
         TypeError: a column of a type that cannot be read.
     """
     places = find_places(connection, schema)
     sources = Sources({})
-    for asked in chosen:
+    for asked in _present(connection, places, sources, chosen):
         needed = ["person_id", asked.concept, asked.date]
         if by_visit:
             needed.append("visit_occurrence_id")
@@ -128,6 +129,32 @@ def find_sources(
         if _has(found, "death_datetime", "death", sources.missing):
             source.instant("moment", "death_datetime")
     return sources
+
+
+def _present(
+    connection: Any,
+    places: Sequence[Place],
+    sources: Sources,
+    chosen: Sequence[EventTable] | None,
+) -> Sequence[EventTable]:
+    """The event tables to read; the others are noted in ``sources``."""
+    known = EVENT_TABLES.values()
+    found = {event: find_table(connection, places, event.table) for event in known}
+    # One with none of the columns, as a header taken for a row leaves it, is no such table.
+    needed = {event: {"person_id", event.concept, event.date} for event in known}
+    present = [event for event in known if needed[event] & found[event].columns.keys()]
+    if chosen is None:
+        if not present:
+            return tuple(known)  # the first is what is missing
+        for event in known:
+            if not found[event].columns:
+                sources.missing[event.table] = "no such table"
+            elif event not in present:
+                lacks = ", ".join(sorted(needed[event]))
+                sources.missing[event.table] = f"the table lacks {lacks}"
+        return present
+    sources.not_read = {event.table: found[event] for event in present if event not in chosen}
+    return chosen
 
 
 def _events(asked: EventTable, table: Table, missing: dict[str, str], *, by_visit: bool) -> Source:
@@ -186,6 +213,15 @@ def _has(table: Table, column: str, name: str, missing: dict[str, str]) -> bool:
         return True
     missing[f"{name}.{column}"] = "no such column"
     return False
+
+
+def count_rows(connection: Any, table: Table) -> int | None:
+    """None where it is a view that cannot be computed: nothing of it is needed."""
+    try:
+        with reading(f"table {table.name}"):
+            return connection.execute(f"SELECT count(*) FROM {table.name}").fetchone()[0]
+    except (OSError, ValueError):
+        return None
 
 
 class Survey(NamedTuple):

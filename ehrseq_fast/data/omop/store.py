@@ -27,7 +27,7 @@ from .connection import is_path, opened, reading
 from .duckdb_tables import find_places
 from .extract import Options, extract
 from .ranges import person_ranges
-from .sources import Sources, Survey, find_sources, survey
+from .sources import Sources, Survey, count_rows, find_sources, survey
 from .tables import EventTable, concept_names, event_tables
 
 MEMORY_LIMIT = "128MB"  # DuckDB keeps what it has read up to that; little of it is needed
@@ -41,7 +41,7 @@ def read_store(
     database: Any,
     out: str | os.PathLike[str],
     *,
-    tables: Iterable[str],
+    tables: Iterable[str] | None,
     schema: str | None,
     visits: str | float,
     outside_periods: str,
@@ -70,7 +70,7 @@ def read_store(
     reader = Reader(
         database if is_path(database) else None,
         None if is_path(database) else database,
-        tuple(event_tables(tables)),
+        None if tables is None else tuple(event_tables(tables)),
         schema,
         rule,
         Options(outside_periods == "keep", int(time.time() // 86_400)),
@@ -135,7 +135,7 @@ class Reader:
 
     path: Any
     given: Any  # the user's connection, or None
-    tables: tuple[EventTable, ...]
+    tables: tuple[EventTable, ...] | None  # None: all that there are
     schema: str | None
     rule: VisitRule
     options: Options
@@ -215,12 +215,17 @@ class _Plan:
     reader: Reader
     rows_per_part: int
     left_out: dict[str, int] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    not_read: dict[str, int | None] = field(default_factory=dict)
 
     def jobs(self) -> list[RangeJob]:
         with self.reader.connection() as connection:
             sources = self.reader.sources(connection)
-            self.missing = sources.missing
+            self.tables, self.missing = list(sources.events), sources.missing
+            self.not_read = {
+                name: count_rows(connection, table) for name, table in sources.not_read.items()
+            }
             self._names(connection, np.empty(0, np.int64))  # where they cannot be read, say so now
             found = {source.name: survey(connection, source) for source in sources.all()}
             self._count_persons(sources, found)
@@ -249,9 +254,10 @@ class _Plan:
             "kind": "omop",
             "path": "a connection" if reader.given is not None else os.path.abspath(reader.path),
             "schema": reader.schema,
-            "tables": [table.table for table in reader.tables],
+            "tables": self.tables,
             "outside_periods": outside_periods,
             "missing": self.missing,
+            "not_read": self.not_read,
             "noticed": dict(noticed),
             "versions": {"duckdb": metadata.version("duckdb")},
         }

@@ -65,6 +65,9 @@ EVENT_TABLES = {
 }
 
 
+RECORDS = ("condition", "drug", "procedure", "measurement")  # without ``tables``, of records
+
+
 def event_tables(tables: Iterable[str]) -> list[EventTable]:
     """The tables of those names, each once.
 
@@ -124,11 +127,19 @@ def find_needed(
                 else "no attached schema has one (a data frame is found after "
                 f"connection.register({name!r}, frame))"
             )
+            + _choice(name)
         )
     missing = set(columns) - table.columns.keys()
     if missing:
-        raise LookupError(f"table {name!r} lacks {', '.join(sorted(missing))}")
+        raise LookupError(f"table {name!r} lacks {', '.join(sorted(missing))}{_choice(name)}")
     return table
+
+
+def _choice(table: str) -> str:
+    """For messages about an event table: how to do without it."""
+    if all(table != event.table for event in EVENT_TABLES.values()):
+        return ""
+    return f"; tables= (--tables) chooses which to read, of {', '.join(EVENT_TABLES)}"
 
 
 def concept_names(

@@ -17,6 +17,7 @@ NAT = int(np.iinfo(np.int64).min)
 # Days since 1970 of the years that a store holds, 1 to 9999.
 FIRST_DAY, LAST_DAY = -719_162, 2_932_896
 LAST_INSTANT = (LAST_DAY + 1) * DAY - 1
+OUT_OF_RANGE = "dated outside the years 1 to 9999"
 _SUBJECT = 2**23  # more than there are such days
 
 
@@ -35,11 +36,12 @@ def filled(column: np.ma.MaskedArray[Any, Any], value: float) -> NDArray[Any]:
 
 
 class Instants(NamedTuple):
-    """Microseconds since 1970 (``NAT``: unknown), and of how many rows the datetime was on another
-    day than the date."""
+    """Microseconds since 1970 (``NAT``: unknown), of how many rows the datetime was on another day
+    than the date, and which unknown ones have a date that a store does not hold."""
 
     micros: Ints
     n_other_day: int
+    out_of_range: Bools
 
 
 def instants(columns: Columns) -> Instants:
@@ -48,23 +50,25 @@ def instants(columns: Columns) -> Instants:
     The day is that of the date, which the Common Data Model requires; the datetime adds the time of
     day, and serves where the date is NULL. One on another day is not used.
     """
-    has_day = known(columns["day"])
     day = filled(columns["day"], 0)
-    has_day &= is_day(day)
+    has_date = known(columns["day"])
+    has_day = has_date & is_day(day)
     micros = np.where(has_day, day, 0) * DAY
     if "moment" not in columns:
-        return Instants(np.where(has_day, micros, NAT), 0)
+        return Instants(np.where(has_day, micros, NAT), 0, has_date & ~has_day)
     moment = filled(columns["moment"], 0)
-    has_moment = known(columns["moment"]) & is_day(moment // DAY)
-    same = has_day & has_moment & (moment // DAY == day)
-    micros = np.where(same | (has_moment & ~has_day), moment, micros)
-    n_other_day = int(np.count_nonzero(has_day & has_moment & ~same))
-    return Instants(np.where(has_day | has_moment, micros, NAT), n_other_day)
+    is_moment = known(columns["moment"])
+    out_of_range = (has_date & ~has_day) | (~has_date & is_moment & ~is_day(moment // DAY))
+    alone = ~has_date & is_moment & ~out_of_range
+    same = has_day & is_moment & (moment // DAY == day)
+    micros = np.where(same | alone, moment, micros)
+    n_other_day = int(np.count_nonzero(has_day & is_moment & ~same))
+    return Instants(np.where(has_day | alone, micros, NAT), n_other_day, out_of_range)
 
 
 class Births(NamedTuple):
     """Microseconds since 1970 (``NAT``: unknown); where only the year is known; where the parts
-    are no day."""
+    are no day, or the datetime is in a year that a store does not hold."""
 
     micros: Ints
     only_year: Bools
@@ -85,7 +89,8 @@ def births(columns: Columns, n: int) -> Births:
         return filled(columns[name], 0).astype(np.int64), known(columns[name])
 
     micros, has_birth = part("birth")
-    has_birth &= is_day(micros // DAY)
+    out_of_range = has_birth & ~is_day(micros // DAY)
+    has_birth &= ~out_of_range
     year, has_year = part("year")
     month, has_month = part("month")
     day, has_day = part("day")
@@ -100,7 +105,7 @@ def births(columns: Columns, n: int) -> Births:
     possible &= date.astype("datetime64[M]") == months  # else 31 April is 1 May
     taken = parts & possible
     micros = np.where(taken, date.astype(np.int64) * DAY, np.where(has_birth, micros, NAT))
-    return Births(micros, only_year & possible, parts & ~possible)
+    return Births(micros, only_year & possible, (parts | out_of_range) & (micros == NAT))
 
 
 class Periods(NamedTuple):

@@ -86,7 +86,7 @@ def _refuse_existing(
     if not is_one(path):
         raise FileExistsError(f"{path}: exists and is not {what}, so it is not replaced")
     if not overwrite:
-        raise FileExistsError(f"{path}: exists already; pass overwrite=True to replace it")
+        raise FileExistsError(f"{path}: exists; overwrite=True (--overwrite) replaces it")
 
 
 def recovered(path: Path) -> Path:

@@ -26,6 +26,7 @@ from .format import (
     read_json,
     sha256_of,
 )
+from .summary import describe_store
 
 Ints = NDArray[np.int64]
 Times = NDArray[np.datetime64]
@@ -358,39 +359,3 @@ def _read_header(folder: Path) -> dict[str, Any]:
 def _expect_sha256(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise ValueError(f"{path}: expected SHA-256 {expected}, got {found}: the file was changed")
-
-
-def describe_store(store: EventStore) -> str:
-    """The lines of :meth:`EventStore.describe`."""
-    counts = store.header["counts"]
-    source = store.header["source"]
-    visits = np.diff(store.patient_offsets)
-    split = store.header["split"]
-    per_split = ", ".join(f"{name} {n:,}" for name, n in split["patients"].items())
-    lines = [
-        f"store               {store.path}",
-        f"source              {source.get('kind', '?')}: {source.get('path', '?')}",
-        f"visits by           {store.visit_rule}",
-        f"patients            {store.n_patients:,} "
-        f"({counts['patients without visits']:,} without visits)",
-        f"visits              {store.n_visits:,}",
-        f"entries             {len(store.codes):,} distinct codes of visits, from "
-        f"{counts['events']:,} events",
-        f"numeric values      {counts['values']:,}",
-        f"without a time      {counts['static_entries']:,}",
-        f"births, deaths      {counts['births']:,}, {counts['deaths']:,}",
-        f"observation periods {counts['periods']:,}",
-        f"splits              {per_split} ({split['rule']})",
-        f"codes               {store.n_codes:,}; vocabulary {store.vocab_size:,} with padding and "
-        f"unknown (at least {store.header['vocabulary']['min_count']} times in train)",
-    ]
-    if store.n_visits:
-        mean, p90, most = visits.mean(), np.percentile(visits, 90), visits.max()
-        lines.insert(5, f"visits per patient  mean {mean:.1f}, p90 {p90:.0f}, max {most:,}")
-        first, last = store.visit_times.min(), store.visit_times.max()
-        lines.append(f"from, to            {str(first)[:10]}, {str(last)[:10]}")
-    lines += [f"left out            {n:,} {what}" for what, n in store.left_out.items() if n]
-    noticed, missing = source.get("noticed", {}), source.get("missing", {})
-    lines += [f"noticed             {n:,} {what}" for what, n in noticed.items() if n]
-    lines += [f"missing             {what}: {why}" for what, why in missing.items()]
-    return "\n".join(lines)
