@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -232,6 +233,54 @@ def test_landmarks_are_where_events_are():
 def test_a_split_without_patients_is_refused(store, run):
     with pytest.raises(ValueError, match="'train', 'tuning', 'held_out'"):
         evaluate(run, store, split="test")
+
+
+def not_held_out(run, store, split="held_out"):
+    """The report of an evaluation that must warn."""
+    with pytest.warns(UserWarning, match="not held out"):
+        return evaluate(run, store, split=split, n_bootstrap=0, progress=False)
+
+
+def test_patients_who_were_held_out_need_no_word(run, store, report, recwarn):
+    assert report.overlap.to_dict() == {"held_out": True, "trained_on": 0, "tuned_on": 0}
+    evaluate(run, store, n_bootstrap=0, progress=False)
+    assert not [w for w in recwarn if "held out" in str(w.message)]
+    assert "ot held out" not in (report.folder / "report.md").read_text() + report.summary()
+
+
+@pytest.mark.parametrize(("split", "seen"), [("train", "trained_on"), ("tuning", "tuned_on")])
+def test_evaluating_those_who_were_trained_or_tuned_on_is_told(store, run, split, seen):
+    report = not_held_out(run, store, split)
+    n = len(FirstEvent(EVENT).apply(store, split=split))
+    expected = {"held_out": False, "trained_on": 0, "tuned_on": 0, seen: n}
+    assert report.overlap.to_dict() == expected
+    figures = json.loads((report.folder / "report.json").read_text())
+    assert {name: figures[name] for name in expected} == expected
+    assert figures["notes"][0].startswith(f"not held out: of the {n} patients evaluated {n} ")
+    text = (report.folder / "report.md").read_text()
+    assert text.index("> **Not held out: ") < text.index("## Figures (not held out)")
+    assert report.summary().startswith("Not held out: ")
+
+
+def test_another_split_of_the_same_patients_is_found_out(drawn, store, run, tmp_path):
+    """The store was read again with another seed, and that of training is gone or not."""
+    again = drawn.store(tmp_path, seed=7)
+    trained = store.subject_ids[FirstEvent(EVENT).apply(store, split="train").patients]
+    tuned = store.subject_ids[FirstEvent(EVENT).apply(store, split="tuning").patients]
+    evaluated = again.subject_ids[FirstEvent(EVENT).apply(again, split="held_out").patients]
+    overlap = not_held_out(run, again).overlap
+    assert overlap.evaluated == len(evaluated)
+    assert overlap.trained == np.isin(evaluated, trained).sum() > 0
+    assert overlap.tuned == np.isin(evaluated, tuned).sum() > 0
+    assert "if its ids are those of other persons" in overlap.note
+
+
+def test_a_run_that_does_not_say_whom_it_saw(store, run, tmp_path):
+    copy = shutil.copytree(run.folder.path, tmp_path / "run")
+    (copy / "patients.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"cannot be told.*patients\.safetensors"):
+        report = evaluate(copy, store, n_bootstrap=0, progress=False)
+    assert report.overlap.held_out is None
 
 
 # From records to a report, by commands

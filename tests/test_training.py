@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from ehrseq_fast.data import FirstEvent
+from ehrseq_fast.data import FirstEvent, PartWriter, SubjectChunk, write_store
 from ehrseq_fast.training import (
     CheckpointConfig,
     DataConfig,
@@ -32,7 +34,7 @@ from ehrseq_fast.training.checkpoint import (
 )
 from ehrseq_fast.training.config import differences
 from ehrseq_fast.training.data import visit_hazard
-from ehrseq_fast.training.files import replacing
+from ehrseq_fast.training.files import replacing, write_json
 from ehrseq_fast.training.loggers import COLUMNS, CsvLog
 from ehrseq_fast.training.loop import make_optimizer
 from ehrseq_fast.training.model import make_model, start_at_rates
@@ -151,6 +153,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyError):
         fail_half_way()
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_files_have_the_permissions_of_any_new_file(tmp_path, umask):
+    """Whatever library writes them; others of a group may read a run."""
+    before = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "x.safetensors", tensors(), {})
+        write_json(tmp_path / "y.json", {})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(["x.safetensors", "y.json"], 0o666 & ~umask)
 
 
 def tensors():
@@ -337,13 +353,28 @@ def test_the_best_epoch_is_the_result(store, tmp_path):
         assert torch.equal(tensor, best[name])
 
 
-@pytest.mark.parametrize("tuning_split", [None, "tuning"])
-def test_without_a_tuning_split_the_last_epoch_is_the_result(drawn, store, tmp_path, tuning_split):
-    """Where it is not asked for, and where nobody is in it."""
-    if tuning_split is not None:
-        store = drawn.store(tmp_path, split={"train": 0.9, "tuning": 0.0, "held_out": 0.1})
+@pytest.mark.parametrize(
+    ("tuning_split", "fractions", "said"),
+    [
+        (None, None, None),
+        ("tuning", {"train": 0.9, "tuning": 0.0, "held_out": 0.1}, "nobody of the split 'tuning'"),
+        ("tuning", {"train": 0.9, "held_out": 0.1}, "the store has no split 'tuning'"),
+    ],
+)
+def test_without_a_tuning_split_the_last_epoch_is_the_result(
+    drawn, store, tmp_path, tuning_split, fractions, said
+):
+    """Where it is not asked for, where nobody is in it, and where the store has none."""
+    if fractions is not None:
+        store = drawn.store(tmp_path, split=fractions)
     data = DataConfig(visits_per_batch=512, tuning_split=tuning_split)
-    run = fit(small(store, tmp_path / "run", data=data, stopping=StoppingConfig(patience=1)))
+    config = small(store, tmp_path / "run", data=data, stopping=StoppingConfig(patience=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = fit(config)
+    told = [str(w.message) for w in caught if "data.tuning_split" in str(w.message)]
+    assert len(told) == (said is not None)
+    assert all(said in text and "the last one is the result" in text for text in told)
     assert (run.result["epochs"], run.result["best_epoch"]) == (2, None)
     assert {row["split"] for row in run.history()} == {"train"}
     last = load_tensors(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]).tensors
@@ -403,6 +434,12 @@ def test_a_loss_that_is_not_finite_ends_a_run(store, tmp_path):
         ({"task": FirstEvent("EVNT")}, LookupError, "EVENT"),
         ({"task": {"code": "EVENT"}}, ValueError, "task: expected settings of codes"),
         ({"data": DataConfig(train_split="training")}, ValueError, "'train', 'tuning', 'held_out'"),
+        ({"data": DataConfig(train_split="training")}, ValueError, "data.train_split: expected a"),
+        (
+            {"data": DataConfig(tuning_split="dev")},
+            ValueError,
+            "data.tuning_split: .*'tuning'.*dev",
+        ),
         ({"device": "cuda:99"}, ValueError, "device: 'cuda:99' is not there"),
         ({"device": "tpu"}, ValueError, "device: expected 'auto', 'cpu', 'cuda'"),
         ({"store": "nowhere"}, FileNotFoundError, "expected the folder of an EventStore"),
@@ -414,6 +451,42 @@ def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(
 ):
     with pytest.raises(error, match=said):
         fit(dataclasses.replace(small(store, tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_outcomes_that_do_not_count_are_told_where_none_is_left(tmp_path):
+    """A death after the end of observation, as of persons whose periods end before."""
+    part = PartWriter(tmp_path / "part")
+    ids, day = np.arange(40), np.timedelta64(1, "D")
+    start = np.datetime64("2015-01-01", "us")
+    part.add(
+        SubjectChunk(
+            subject_ids=ids,
+            event_subject=np.repeat(ids, 2),
+            event_times=np.tile([start, start + 30 * day], 40),
+            event_codes=np.zeros(80, int),
+            chunk_codes=["A"],
+            death_times=np.repeat(start + 200 * day, 40),
+            period_subject=ids,
+            period_starts=np.repeat(start, 40),
+            period_ends=np.repeat(start + 100 * day, 40),
+        )
+    )
+    part.finish()
+    store = write_store(tmp_path / "store", [tmp_path / "part"], source={"kind": "test"})
+    said = r"patients without \(\d+ outcomes after the end of observation .*\)\nrule +persons"
+    with pytest.raises(ValueError, match=said):
+        fit(small(store, tmp_path / "run", task=FirstEvent("death")))
+
+
+@needs("mlflow")
+def test_a_tracking_uri_that_mlflow_refuses_ends_before_a_folder_is_made(
+    store, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    config = small(store, tmp_path / "run", logging=LoggingConfig(mlflow="nonsense://there"))
+    with pytest.raises(ValueError, match=r"logging\.mlflow: .*:5000.*got 'nonsense://there'"):
+        fit(config)
     assert not (tmp_path / "run").exists()
 
 

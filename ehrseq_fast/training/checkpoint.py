@@ -98,8 +98,9 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        digest.update(content)
+        if tensor.numel():  # one of no elements may have strides that cannot be viewed as bytes
+            content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+            digest.update(content)
     return digest.hexdigest()
 
 

@@ -79,8 +79,9 @@ class DataConfig:
             sorting saves a recurrent layer steps, but no work, as nothing is padded.
         workers: data-loader processes of each training process; 0 loads in the process itself.
         train_split, tuning_split: names of the store's splits. Early stopping and the choice of
-            the best epoch go by the loss on ``tuning_split``; where that is None, or nobody is
-            left there, all epochs are trained and the last one is the result.
+            the best epoch go by the loss on ``tuning_split``. Where that is None, all epochs are
+            trained and the last one is the result; likewise, with a warning, where nobody is left
+            there, and in a store that has no split of the default name.
     """
 
     visits_per_batch: int = 4096
@@ -190,7 +191,9 @@ class LoggingConfig:
         every_steps: a row of the training loss after so many steps, and at the end of every epoch.
         progress: a progress bar on a terminal, a line for each epoch elsewhere.
         tensorboard: also write event files to ``RUN/tensorboard``.
-        mlflow: a tracking URI to log to as well (``file:///...`` or a server's), or None.
+        mlflow: an MLflow tracking URI to log to as well, or None: a server's
+            (``http://localhost:5000``), or, with the package ``mlflow`` beside ``mlflow-skinny``, a
+            database's (``sqlite:////home/me/mlflow.db``).
         mlflow_experiment: the experiment's name there.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..data import (
     loader,
 )
 from ..models.intervals import interval_hazards
-from .config import RunConfig
+from .config import DataConfig, RunConfig
 from .distributed import Processes
 
 
@@ -42,11 +43,8 @@ class TrainingData:
         self.store = store
         self.processes = processes
         task = FirstEvent.from_dict(config.task)
-        split, tuning = config.data.train_split, config.data.tuning_split
+        split = _split_of(store, "train_split", config.data.train_split)
         self.outcomes = task.apply(store, split=split)
-        self.tuning_outcomes = self.outcomes.select([])
-        if tuning is not None:
-            self.tuning_outcomes = task.apply(store, split=tuning)
         if not len(self.outcomes):
             raise ValueError(
                 f"task {task.name!r}: nobody of the split {split!r} is left\n"
@@ -55,12 +53,29 @@ class TrainingData:
         if not self.outcomes.event_indicators.any():
             raise ValueError(
                 f"task {task.name!r}: expected someone with the outcome in the split {split!r}, "
-                f"got {len(self.outcomes)} patients without"
+                f"got {len(self.outcomes):,} patients without{_left_out(self.outcomes)}\n"
+                f"{self.outcomes.attrition}"
             )
+        self.tuning_outcomes = self._tuning_outcomes(task)
         self._training, self._sampler = self._batches(self.outcomes, shuffle=True)
         self._tuning = None
         if self.has_tuning:
             self._tuning, _ = self._batches(self.tuning_outcomes, shuffle=False)
+
+    def _tuning_outcomes(self, task: FirstEvent) -> Outcomes:
+        """Of the tuning split; nobody, with a warning, where there is none of the default name."""
+        name, nobody = self.config.data.tuning_split, self.outcomes.select([])
+        if name is None:
+            return nobody
+        if name == DataConfig.tuning_split and name not in self.store.split_names:
+            have = ", ".join(map(repr, self.store.split_names))
+            _warn_of_no_tuning(f"the store has no split {name!r} (it has {have})")
+            return nobody
+        split = _split_of(self.store, "tuning_split", name)
+        found = task.apply(self.store, split=split)
+        if not len(found):
+            _warn_of_no_tuning(f"nobody of the split {name!r} is in the task's population")
+        return found
 
     @property
     def has_tuning(self) -> bool:
@@ -122,6 +137,26 @@ class TrainingData:
         workers = config.data.workers if shuffle else 0
         batches = loader(dataset, sampler, workers=workers, pin_memory=on_gpu, start_method="spawn")
         return batches, sampler
+
+
+def _split_of(store: EventStore, field: str, name: str) -> str:
+    if name not in store.split_names:
+        have = ", ".join(map(repr, store.split_names)) or "none"
+        raise ValueError(f"data.{field}: expected a split of {store.path} ({have}), got {name!r}")
+    return name
+
+
+def _warn_of_no_tuning(why: str) -> None:
+    warnings.warn(
+        f"data.tuning_split: {why}: all epochs are trained, and the last one is the result",
+        stacklevel=2,
+    )
+
+
+def _left_out(outcomes: Outcomes) -> str:
+    """In brackets what outcomes there are that do not count, and why."""
+    said = ", ".join(f"{number:,} {what}" for what, number in outcomes.left_out.items())
+    return f" ({said})" if said else ""
 
 
 def censored_visit(outcomes: Outcomes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ TEMPORARY = ".tmp"
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` at the end of the block; where the
-    block fails ``path`` stays as it was.
+    block fails ``path`` stays as it was. Its permissions are those of any new file, whatever wrote
+    it: some libraries write files that only their owner can read.
 
     Example:
         >>> import tempfile
@@ -29,7 +31,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
+        with temporary.open("wb"):
+            pass
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(stat.S_IMODE(mode))
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)

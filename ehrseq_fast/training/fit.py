@@ -16,7 +16,8 @@ from .config import RunConfig
 from .data import TrainingData
 from .distributed import Processes, started
 from .files import write_json
-from .loggers import CsvLog, MlflowLog, TensorBoardLog
+from .held_out import save_patients
+from .loggers import CsvLog, MlflowLog, TensorBoardLog, check_loggers
 from .loop import State, Trainer
 from .model import make_model, start_at_rates
 from .run import (
@@ -78,6 +79,7 @@ def _fit(config: RunConfig, resume: bool, processes: Processes, stack: ExitStack
         processes.on_main(lambda: refuse_existing(folder))
     store = EventStore(config.store)
     data = TrainingData(config, store, processes)
+    processes.on_main(lambda: check_loggers(config.logging))
     identity = {
         "store_path": str(store.path),
         "store_sha256": store.header["content_sha256"],
@@ -167,6 +169,7 @@ def _finish(
     }
     save_tensors(folder.weights, weights_of(load_tensors(best).tensors), about)
     outcomes, tuning = data.outcomes, data.tuning_outcomes
+    save_patients(folder, data.store, outcomes, tuning)
     result = {
         "epochs": state.epoch,
         "steps": state.step,

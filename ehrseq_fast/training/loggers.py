@@ -78,13 +78,48 @@ def _line(values: list[Any]) -> bytes:
     return text.getvalue().encode()
 
 
+def check_loggers(config: LoggingConfig) -> None:
+    """Refuse what cannot be logged to, before anything of a run is written.
+
+    Raises:
+        ImportError: packages of the extra ``tensorboard`` or ``mlflow`` are missing.
+        ValueError: an MLflow tracking URI that MLflow does not take, or that does not answer.
+    """
+    if config.tensorboard:
+        _tensorboard()
+    if config.mlflow is not None:
+        _mlflow(config.mlflow, config.mlflow_experiment)
+
+
+def _tensorboard() -> Any:
+    need("tensorboard", "tensorboard", "logging.tensorboard")
+    return need("torch.utils.tensorboard", "tensorboard", "logging.tensorboard")
+
+
+def _mlflow(uri: str, experiment: str) -> tuple[Any, Any]:
+    """A client, and the experiment, or None where there is none of that name yet."""
+    need("mlflow", "mlflow", "logging.mlflow")
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        return client, client.get_experiment_by_name(experiment)
+    except MlflowException as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            "logging.mlflow: expected the tracking URI of a server that answers "
+            "('http://localhost:5000'), or, where the package mlflow is installed and not "
+            "mlflow-skinny alone, of a database ('sqlite:////home/me/mlflow.db'), "
+            f"got {uri!r}: {said}"
+        ) from error
+
+
 class TensorBoardLog:
     """Event files in ``folder``. What an interrupted run wrote from ``step`` on is hidden."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        board = need("tensorboard", "tensorboard", "logging.tensorboard") and need(
-            "torch.utils.tensorboard", "tensorboard", "logging.tensorboard"
-        )
+        board = _tensorboard()
         self._writer = board.SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -108,14 +143,10 @@ class MlflowLog:
     def __init__(
         self, uri: str, experiment: str, id_file: Path, parameters: dict[str, Any]
     ) -> None:
-        need("mlflow", "mlflow", "logging.mlflow")
-        from mlflow.tracking import MlflowClient
-
-        self._client: Any = MlflowClient(tracking_uri=uri)
+        self._client, found = _mlflow(uri, experiment)
         if id_file.exists():
             self._id = id_file.read_text().strip()
             return
-        found = self._client.get_experiment_by_name(experiment)
         where = self._client.create_experiment(experiment) if found is None else found.experiment_id
         self._id = self._client.create_run(where).info.run_id
         write_atomically(id_file, self._id.encode())

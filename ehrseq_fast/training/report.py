@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..optional import need
 from .data import censored_visit
 from .distributed import device_of
 from .files import write_atomically, write_json
+from .held_out import Overlap, overlap_of
 from .plots import calibration_plot, hazard_plot, learning_curve
 from .run import Run
 from .scoring import Scores, code_map_of, score_outcomes
@@ -33,15 +35,21 @@ class Report:
         folder: where ``report.md``, ``report.json`` and the plots are.
         evaluation: the figures.
         outcomes: the patients whom they are of.
+        overlap: how many of them the run was trained or tuned on.
     """
 
     folder: Path
     evaluation: Evaluation
     outcomes: Outcomes
+    overlap: Overlap
 
     def summary(self) -> str:
-        """The figures as a table, and where the report is."""
-        return f"{self.evaluation.table()}\n\n{self.folder / 'report.md'}"
+        """The figures as a table, where they are of patients who were not held out with a line that
+        says so, and where the report is."""
+        table = self.evaluation.table()
+        if self.overlap.note:
+            table = f"{_sentence(self.overlap.note)}\n\n{table}"
+        return f"{table}\n\n{self.folder / 'report.md'}"
 
 
 def evaluate(
@@ -59,8 +67,10 @@ def evaluate(
     """Evaluate a run on a split of a store, and write a report.
 
     Beside each figure stand those of a constant hazard and of a hazard that depends on the index of
-    the visit alone, fitted on the training split. What each figure means, its chance level and how
-    ties and censoring count is in :mod:`ehrseq_fast.metrics`, which computes them.
+    the visit alone, fitted on the training split. Where anybody who is evaluated was trained or
+    tuned on, a warning and the report say how many, above the figures. What each figure means, its
+    chance level and how ties and censoring count is in :mod:`ehrseq_fast.metrics`, which computes
+    them.
 
     Args:
         run: a run that has ended, or its folder.
@@ -92,6 +102,9 @@ def evaluate(
             f"nobody of the split {split!r} of {store.path} has this task's outcome "
             f"or is at risk\n{outcomes.attrition}"
         )
+    overlap = overlap_of(run, store, outcomes)
+    if overlap.note:
+        warnings.warn(overlap.note, stacklevel=2)
     progress = progress and sys.stderr.isatty()
     scores = score_outcomes(run, store, outcomes, device_of(device), progress=progress)
     train, note = _training_outcomes(run, store, task)
@@ -121,22 +134,23 @@ def evaluate(
     notes = [*outcomes.warnings, *([note] if note else [])]
     unknown = code_map_of(run, store)[1]
     notes += [unknown] if unknown else []
-    text = _markdown(run, store, split, task, outcomes, evaluation, plots, notes)
+    text = _markdown(run, store, split, task, outcomes, evaluation, plots, notes, overlap)
     write_atomically(folder / "report.md", text.encode())
     about = {
         "run": str(run.folder.path),
         "store": str(store.path),
         "store_sha256": store.header["content_sha256"],
         "split": split,
+        **overlap.to_dict(),
         "task": run.config.task,
         "model": run.config.to_dict()["model"],
         "training": {k: run.result[k] for k in ("epochs", "best_epoch", "best_loss", "seconds")},
         "attrition": outcomes.attrition.to_dict(),
         "censored_by": dict(outcomes.censored_by),
-        "notes": notes,
+        "notes": [*([overlap.note] if overlap.note else []), *notes],
     }
     write_json(folder / "report.json", about | evaluation.to_dict())
-    return Report(folder, evaluation, outcomes)
+    return Report(folder, evaluation, outcomes, overlap)
 
 
 def landmarks(train: TrainingOutcomes | None, longest: float) -> tuple[float, ...]:
@@ -227,6 +241,7 @@ def _markdown(
     evaluation: Evaluation,
     plots: list[tuple[str, str]],
     notes: list[str],
+    overlap: Overlap,
 ) -> str:
     config, result = run.config, run.result
     events = int(outcomes.event_indicators.sum())
@@ -241,7 +256,8 @@ def _markdown(
         + ("." if best is None else f"; weights of epoch {best}, of the lowest tuning loss."),
         f"Evaluated on {len(outcomes):,} {'patients' if outcomes.each_visit else 'predictions'} "
         f"with {events:,} events of the split `{split}` of `{store.path.name}`.",
-        "## Figures",
+        *([f"> **{_sentence(overlap.note)}**"] if overlap.note else []),
+        "## Figures" if overlap.held_out is not False else "## Figures (not held out)",
         *_tables(evaluation),
         _reading(outcomes.each_visit),
         "## Study population",
@@ -257,6 +273,10 @@ def _markdown(
     versions = ", ".join(f"{name} {number}" for name, number in evaluation.versions.items())
     parts += ["## Computed with", f"{versions}."]
     return "\n\n".join(parts) + "\n"
+
+
+def _sentence(note: str) -> str:
+    return f"{note[0].upper()}{note[1:]}."
 
 
 def _tables(evaluation: Evaluation) -> list[str]:

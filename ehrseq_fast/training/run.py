@@ -28,7 +28,8 @@ class RunFolder:
 
     ``config.yaml`` (the whole configuration), ``run.json`` (store, task, and at the end the
     result), ``vocabulary.json`` (the code of each row of the embedding), ``log.csv``,
-    ``checkpoints/`` and, at the end, ``model.safetensors``: the weights of the best epoch.
+    ``checkpoints/`` and, at the end, ``patients.safetensors`` (the subject ids of those who were
+    trained and tuned on) and ``model.safetensors``: the weights of the best epoch.
     """
 
     path: Path
@@ -52,6 +53,10 @@ class RunFolder:
     @property
     def weights(self) -> Path:
         return self.path / "model.safetensors"
+
+    @property
+    def patients(self) -> Path:
+        return self.path / "patients.safetensors"
 
     @property
     def checkpoints(self) -> Path:
