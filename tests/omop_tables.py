@@ -142,6 +142,7 @@ def contents(store: Any) -> dict[int, dict[str, Any]]:
         periods = range(store.period_offsets[p], store.period_offsets[p + 1])
         found[subject] = {
             "visits": visits,
+            "ends": store.visit_ends[slice(*store.patient_offsets[p : p + 2])].tolist(),
             "static": sorted(store.codes_of[store.static_codes[i]] for i in statics),
             "birth": store.birth_times[p].item(),
             "death": store.death_times[p].item(),
@@ -200,8 +201,10 @@ def by_hand(tables: Tables, visits: str | float, *, keep: bool = False) -> dict[
             if death["person_id"] == person
         ]
         static = [row[f"{what}_concept_id"] for what in ("gender", "race", "ethnicity")]
+        found_visits = _visits(person, mine, visits, starts)
         one = {
-            "visits": _visits(person, mine, visits, starts),
+            "visits": [(start, codes) for start, _, codes in found_visits],
+            "ends": [end for _, end, _ in found_visits],
             "static": sorted({str(concept) for concept in static if concept}),
             "birth": row["birth_datetime"],
             "death": min((death for death in deaths if death is not None), default=None),
@@ -241,7 +244,8 @@ def _periods(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[tuple[datetime
 
 def _visits(
     person: int, events: list[Any], rule: str | float, starts: Mapping[Any, datetime]
-) -> list[tuple[datetime, dict[str, float | None]]]:
+) -> list[tuple[datetime, datetime, dict[str, float | None]]]:
+    """Start, end and codes of each."""
     groups: dict[Any, list[Any]] = {}
     begin = None
     for event in sorted(events, key=lambda e: (e[0], e[1], -np.inf if e[2] is None else e[2])):
@@ -265,6 +269,7 @@ def _visits(
             codes[code] = codes.get(code) if value is None else float(np.float32(value))
         known = isinstance(key, tuple) and key[0] == "visit"
         start = starts[person, key[1]] if known else group[0][0]
-        found.append(((start, not known, key), start, codes))
+        end = max(start, *(event[0] for event in group))
+        found.append(((start, not known, key), start, end, codes))
     found.sort(key=lambda visit: visit[0])
-    return [(start, dict(sorted(codes.items()))) for _, start, codes in found]
+    return [(start, end, dict(sorted(codes.items()))) for _, start, end, codes in found]

@@ -49,7 +49,7 @@ def visit_of(rule, state, at, key):
 
 
 def read_plainly(rows, rule):
-    """Of each subject: visits [(start, {code: value})], statics, birth, death, periods."""
+    """Of each subject: visits [[start, {code: value}, end]], statics, birth, death, periods."""
     found = {}
     for subject, at, code, value, key in rows:
         record = found.setdefault(
@@ -70,7 +70,9 @@ def read_plainly(rows, rule):
             codes = record["static"]
         else:
             visit = visit_of(rule, record["s"], at, key)
-            codes = record["visits"].setdefault(visit, (at, {}))[1]
+            found_visit = record["visits"].setdefault(visit, [at, {}, at])
+            found_visit[2] = at  # times do not fall
+            codes = found_visit[1]
         codes[code] = value if value is not None else codes.get(code)
     for record in found.values():
         starts, ends = (record["marks"].get(name, []) for name in SPECIAL[2:])
@@ -102,10 +104,11 @@ def as_read(store):
         low, high = store.period_offsets[p : p + 2]
         found[subject] = {
             "visits": [
-                (
+                [
                     micros(store.visit_times[v]),
                     coded(store.codes, store.values, *store.visit_offsets[v : v + 2]),
-                )
+                    micros(store.visit_ends[v]),
+                ]
                 for v in range(first, last)
             ],
             "static": coded(
@@ -155,7 +158,7 @@ def test_random_datasets(tmp_path, monkeypatch, rule, seed):
         assert [visit[0] for visit in got["visits"]] == [visit[0] for visit in visits]
 
         def by_content(visit):
-            return visit[0], str(sorted(visit[1].items(), key=str))
+            return visit[0], visit[2], str(sorted(visit[1].items(), key=str))
 
         assert sorted(got["visits"], key=by_content) == sorted(visits, key=by_content)
     to_meds(store, tmp_path / "back", events_per_file=100)

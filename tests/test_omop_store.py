@@ -152,6 +152,7 @@ def test_rows_and_persons_left_out_are_counted_once(connection, tmp_path):
     assert contents(store) == {
         1: {
             "visits": [(DAY, {"40": None, "50": None, "51": 3.0})],
+            "ends": [DAY],
             "static": ["8532"],
             "birth": None,
             "death": datetime(2030, 1, 1),
@@ -162,6 +163,7 @@ def test_rows_and_persons_left_out_are_counted_once(connection, tmp_path):
         },
         5: {
             "visits": [],
+            "ends": [],
             "static": [],
             "birth": datetime(1960, 6, 15),
             "death": None,

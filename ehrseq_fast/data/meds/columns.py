@@ -25,7 +25,8 @@ class Rows:
     """Consecutive rows of a file.
 
     ``times`` are microseconds (``NAT`` = none), ``codes`` numbers of the file's :class:`CodeTable`
-    (``NO_CODE`` = none), ``visits`` the source's keys (``NO_VISIT`` = none).
+    (``NO_CODE`` = none), ``visits`` the source's keys (``NO_VISIT`` = none), ``ends`` when their
+    visits end, as ``times``.
     """
 
     subjects: Ints
@@ -33,6 +34,7 @@ class Rows:
     codes: Ints
     values: NDArray[np.float32] | None
     visits: Ints | None
+    ends: Ints | None
 
     def __len__(self) -> int:
         return len(self.subjects)
@@ -102,7 +104,7 @@ def _not_text(where: str, dictionary: Any, column: Any, first_row: int) -> Value
     return ValueError(f"{where}, column {CODE}: expected UTF-8")
 
 
-def check_types(where: str, schema: Any, visit_column: str | None) -> None:
+def check_types(where: str, schema: Any, visit_column: str | None, end_column: str | None) -> None:
     """Refuse a file by its columns, before a row is read.
 
     Raises:
@@ -111,12 +113,13 @@ def check_types(where: str, schema: Any, visit_column: str | None) -> None:
     """
     pa = pyarrow()
     t = pa.types
+    instants = (
+        "timestamps or dates",
+        lambda kind: t.is_timestamp(kind) or t.is_date(kind) or t.is_null(kind),
+    )
     needed = {
         SUBJECT: ("integers", t.is_integer),
-        TIME: (
-            "timestamps or dates",
-            lambda kind: t.is_timestamp(kind) or t.is_date(kind) or t.is_null(kind),
-        ),
+        TIME: instants,
         CODE: ("strings", lambda kind: _is_text(t, kind)),
         VALUE: (
             "numbers",
@@ -125,6 +128,8 @@ def check_types(where: str, schema: Any, visit_column: str | None) -> None:
     }
     if visit_column is not None:
         needed[visit_column] = ("integers", lambda kind: t.is_integer(kind) or t.is_null(kind))
+    if end_column is not None:
+        needed[end_column] = instants
     for name, (expected, is_right) in needed.items():
         found = schema.names.count(name)
         if not found and name == VALUE:
@@ -151,7 +156,12 @@ def _is_text(types: Any, kind: Any) -> bool:
 
 
 def rows_of(
-    where: str, batch: Any, first_row: int, table: CodeTable, visit_column: str | None
+    where: str,
+    batch: Any,
+    first_row: int,
+    table: CodeTable,
+    visit_column: str | None,
+    end_column: str | None,
 ) -> tuple[Rows, int]:
     """A batch's columns, and how many of its values are NaN and not null.
 
@@ -161,7 +171,7 @@ def rows_of(
     """
     pa = pyarrow()
     subjects = _longs(where, batch.column(SUBJECT), SUBJECT, first_row, None)
-    times = _times(where, batch.column(TIME), first_row, subjects)
+    times = _times(where, batch.column(TIME), TIME, first_row, subjects)
     code = batch.column(CODE)
     if pa.types.is_null(code.type):
         code = code.cast(pa.string())
@@ -175,7 +185,11 @@ def rows_of(
     visits = None
     if visit_column is not None:
         visits = _longs(where, batch.column(visit_column), visit_column, first_row, NO_VISIT)
-    return Rows(subjects, times, codes, values, visits), n_nan
+    ends = None
+    if end_column is not None:
+        ends = _times(where, batch.column(end_column), end_column, first_row, subjects)
+        _refuse_early(where, ends, times, end_column, first_row, subjects)
+    return Rows(subjects, times, codes, values, visits, ends), n_nan
 
 
 def _longs(where: str, column: Any, name: str, first_row: int, null: int | None) -> Ints:
@@ -201,7 +215,7 @@ def _longs(where: str, column: Any, name: str, first_row: int, null: int | None)
     return column.to_numpy(zero_copy_only=False)
 
 
-def _times(where: str, column: Any, first_row: int, subjects: Ints) -> Ints:
+def _times(where: str, column: Any, name: str, first_row: int, subjects: Ints) -> Ints:
     pa = pyarrow()
     if pa.types.is_null(column.type):
         return np.full(len(column), NAT)
@@ -221,12 +235,25 @@ def _times(where: str, column: Any, first_row: int, subjects: Ints) -> Ints:
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
         raise ValueError(
-            f"{where}, column {TIME}, row {first_row + at} (subject {subjects[at]}): expected "
+            f"{where}, column {name}, row {first_row + at} (subject {subjects[at]}): expected "
             f"{expected}, got {raw[at]} {unit} since 1970"
         )
     scale = {"s": 1_000_000, "ms": 1000, "us": 1, "ns": 1}[unit]
     times = raw // 1000 if unit == "ns" else raw * scale
     return np.where(known, times, NAT)
+
+
+def _refuse_early(
+    where: str, ends: Ints, times: Ints, name: str, first_row: int, subjects: Ints
+) -> None:
+    early = np.flatnonzero((ends != NAT) & (ends < times))
+    if len(early):
+        at = early[0]
+        end, time = (np.datetime64(int(column[at]), "us") for column in (ends, times))
+        raise ValueError(
+            f"{where}, column {name}, row {first_row + at} (subject {subjects[at]}): expected no "
+            f"end before the event's {TIME}, {time}, got {end}"
+        )
 
 
 def _values(where: str, column: Any, first_row: int, subjects: Ints) -> NDArray[np.float32]:

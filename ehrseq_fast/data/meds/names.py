@@ -8,7 +8,8 @@ SPLITS = f"{METADATA}/subject_splits.parquet"
 DATASET = f"{METADATA}/dataset.json"
 SETTINGS = "ehrseq_fast"  # the entry of dataset.json that says how a store was exported
 
-SUBJECT, TIME, CODE, VALUE, VISIT = "subject_id", "time", "code", "numeric_value", "visit_id"
+SUBJECT, TIME, CODE, VALUE = "subject_id", "time", "code", "numeric_value"
+VISIT, VISIT_END = "visit_id", "visit_end"  # extension columns of an export
 
 BIRTH, DEATH = "MEDS_BIRTH", "MEDS_DEATH"
 PERIOD_START, PERIOD_END = "OBSERVATION_PERIOD_START", "OBSERVATION_PERIOD_END"

@@ -26,7 +26,7 @@ from ..store.parts import Part
 from ..store.visits import VisitRule, checked_rule
 from .arrow import pyarrow
 from .files import dataset_metadata, descriptions, files_of, settings_of, subject_splits
-from .names import SPLITS, VISIT
+from .names import SPLITS, VISIT, VISIT_END
 from .shard import Shard, columns_not_read, write_part
 
 NO_EVENTS_OF = f"subjects of {SPLITS} without a row in the data"
@@ -55,7 +55,8 @@ def read_meds(
     the subject's birth and death, ``OBSERVATION_PERIOD_START`` and ``OBSERVATION_PERIOD_END`` an
     observation period; they make no visit. Times are taken as UTC. Columns besides ``subject_id``,
     ``time``, ``code`` and ``numeric_value`` are not read; the header's source lists them, and the
-    files in ``data`` and ``metadata`` that are not read.
+    files in ``data`` and ``metadata`` that are not read. A visit ends with its latest event; in a
+    dataset that :func:`to_meds` wrote, when its column ``visit_end`` says.
 
     Args:
         folder: with ``data/**/*.parquet`` (hidden ones are not read) and ``metadata``.
@@ -105,7 +106,10 @@ def read_meds(
     if min_count is None:
         min_count = settings.get("min_count", 1)
     workers = integer("workers", workers, 1, 4096)
-    shards = [Shard(folder / name, name.as_posix(), part_rule, column) for name in names]
+    end_column = VISIT_END if settings else None
+    shards = [
+        Shard(folder / name, name.as_posix(), part_rule, column, end_column) for name in names
+    ]
     source: dict[str, Any] = {
         "kind": "meds",
         "path": str(folder.resolve()),

@@ -54,6 +54,7 @@ class Shard:
     name: str  # relative to the dataset
     visit_rule: VisitRule
     visit_column: str | None
+    end_column: str | None  # when the visit of an event ends
 
 
 def columns_not_read(part: Path) -> list[str]:
@@ -86,7 +87,7 @@ class _Reader:
         with parquet_errors(self.where):
             metadata = pyarrow().parquet.read_metadata(self.shard.path)
             schema = metadata.schema.to_arrow_schema()
-        check_types(self.where, schema, self.shard.visit_column)
+        check_types(self.where, schema, self.shard.visit_column, self.shard.end_column)
         with parquet_errors(self.where):
             file = self._open(metadata)
         with_values = VALUE in schema.names
@@ -96,7 +97,7 @@ class _Reader:
             with_values=with_values,
             name=self.shard.name,
         )
-        read = {SUBJECT, TIME, CODE, VALUE, self.shard.visit_column}
+        read = {SUBJECT, TIME, CODE, VALUE, self.shard.visit_column, self.shard.end_column}
         others = sorted(set(schema.names) - read)
         (self.folder / COLUMNS).write_text(json.dumps(others))
         for rows, first_row in self._whole_subjects(file, with_values):
@@ -119,8 +120,8 @@ class _Reader:
         columns = [SUBJECT, TIME, CODE]
         if with_values:
             columns.append(VALUE)
-        if self.shard.visit_column is not None:
-            columns.append(self.shard.visit_column)
+        own = (self.shard.visit_column, self.shard.end_column)
+        columns += [name for name in own if name is not None]
         row = 0
         batches = file.iter_batches(BATCH, columns=columns, use_threads=False)
         while True:
@@ -129,7 +130,7 @@ class _Reader:
             if batch is None:
                 return
             if len(batch):
-                rows, n_nan = rows_of(self.where, batch, row, self.table, self.shard.visit_column)
+                rows, n_nan = rows_of(self.where, batch, row, self.table, *own)
                 self.left_out[NAN_VALUES] += n_nan
                 yield rows, row
             row += len(batch)
@@ -189,6 +190,7 @@ class _Reader:
             chunk_codes=self.table.names,
             event_values=event.values,
             event_visits=event.visits,
+            event_ends=None if event.ends is None else event.ends.view("M8[us]"),
             birth_times=self._first(*of_kind(BIRTH), p, LATER_BIRTHS),
             death_times=self._first(*of_kind(DEATH), p, LATER_DEATHS),
             period_subject=periods[0],

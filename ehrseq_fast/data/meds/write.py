@@ -32,6 +32,7 @@ from .names import (
     TIME,
     VALUE,
     VISIT,
+    VISIT_END,
     reserved,
 )
 
@@ -52,13 +53,13 @@ def to_meds(
     """Write the store as a MEDS 0.4 dataset: ``data/N.parquet`` in the order of the store, and
     ``metadata/{codes.parquet,subject_splits.parquet,dataset.json}``.
 
-    The events of a visit have its start as their time, and its index within the subject in the
-    extension column ``visit_id``. Births and deaths are ``MEDS_BIRTH`` and ``MEDS_DEATH``,
-    observation periods events ``OBSERVATION_PERIOD_START`` and ``OBSERVATION_PERIOD_END`` (the
-    first instant that is no longer observed); a subject of whom nothing is known has the static
-    event ``EHRSEQ_FAST_NO_EVENTS``. ``dataset.json`` says under ``ehrseq_fast`` how
-    the store was written, so that ``read_meds(folder, out)`` makes a store with the same
-    ``content_sha256``.
+    The events of a visit have its start as their time, and in the extension columns ``visit_id``
+    and ``visit_end`` its index within the subject and its end (null for all other events). Births
+    and deaths are ``MEDS_BIRTH`` and ``MEDS_DEATH``, observation periods events
+    ``OBSERVATION_PERIOD_START`` and ``OBSERVATION_PERIOD_END`` (the first instant that is no longer
+    observed); a subject of whom nothing is known has the static event ``EHRSEQ_FAST_NO_EVENTS``.
+    ``dataset.json`` says under ``ehrseq_fast`` how the store was written, so that
+    ``read_meds(folder, out)`` makes a store with the same ``content_sha256``.
 
     Args:
         store: a store, or its folder.
@@ -110,6 +111,7 @@ def _schema() -> Any:
             pa.field(CODE, pa.string(), nullable=False),
             (VALUE, pa.float32()),
             (VISIT, pa.int64()),
+            (VISIT_END, pa.timestamp("us")),
         ]
     )
 
@@ -206,18 +208,26 @@ def _events(store: EventStore, low: int, high: int, names: Any, schema: Any) -> 
         [np.full(len(g[0]), np.nan, np.float32) if g[3] is None else g[3] for g in groups]
     )
     visit = np.concatenate([np.full(len(g[0]), -1) if g[4] is None else g[4] for g in groups])
+    of_store = np.where(visit < 0, v1 - v0, (visits[:-1] - v0)[who] + visit)
+    end = np.append(store.visit_ends[v0:v1].view(np.int64), NAT)[of_store]
     order = np.lexsort((when, who))  # stable, and NAT is the least
-    when, value, visit = when[order], value[order], visit[order]
+    when, value, visit, end = when[order], value[order], visit[order], end[order]
     return pa.table(
         [
             pa.array(store.subject_ids[low:high][who[order]]),
-            pa.array(when, pa.int64(), mask=when == NAT).cast(pa.timestamp("us")),
+            _instants(when),
             names.take(pa.array(what[order])),
             pa.array(value, pa.float32(), mask=np.isnan(value)),
             pa.array(visit, pa.int64(), mask=visit < 0),
+            _instants(end),
         ],
         schema=schema,
     )
+
+
+def _instants(micros: Ints) -> Any:
+    pa = pyarrow()
+    return pa.array(micros, pa.int64(), mask=micros == NAT).cast(pa.timestamp("us"))
 
 
 def _ragged(offsets: Ints, low: int, high: int) -> tuple[Ints, int, int]:
@@ -265,7 +275,7 @@ def _write_metadata(store: EventStore, folder: Path) -> None:
         "dataset_name": store.path.name,
         "etl_name": "ehrseq_fast",
         "meds_version": MEDS_VERSION,
-        "other_extension_columns": [VISIT],
+        "other_extension_columns": [VISIT, VISIT_END],
         SETTINGS: settings,
     }
     write_json(folder / DATASET, metadata, indent=1)

@@ -36,6 +36,9 @@ class SubjectChunk:
             events are grouped by day).
         visit_starts: ``datetime64[us]`` ``[m]``, the start of that visit; NaT, or None: its first
             event.
+        event_ends: ``datetime64[us]`` ``[m]``, not before ``event_times``: until when the visit of
+            each event lasts at least, where the events' own times do not tell (visits of which
+            every event has the start); NaT, or None: ``event_times``.
         birth_times, death_times: ``datetime64[us]`` ``[p]``, NaT = unknown; None: all are.
         period_subject: int64 ``[o]``, the row in ``subject_ids`` of each observation period.
         period_starts, period_ends: ``datetime64[us]`` ``[o]``; an end is the first instant that is
@@ -43,7 +46,7 @@ class SubjectChunk:
 
     Raises:
         ValueError: lengths that do not belong together, a subject twice, a missing code, a time
-            outside the years 1 to 9999.
+            outside the years 1 to 9999, an end before its event.
         IndexError: a row or a code outside.
         TypeError: arrays of another kind.
     """
@@ -56,6 +59,7 @@ class SubjectChunk:
     event_values: NDArray[np.float32] | None = None
     event_visits: Ints | None = None
     visit_starts: Times | None = None
+    event_ends: Times | None = None
     birth_times: Times | None = None
     death_times: Times | None = None
     period_subject: Ints | None = None
@@ -80,6 +84,8 @@ class SubjectChunk:
             self.event_visits = _ints("event_visits", self.event_visits, m)
         if self.visit_starts is not None:
             self.visit_starts = _times("visit_starts", self.visit_starts, m)
+        if self.event_ends is not None:
+            self._take_ends(_times("event_ends", self.event_ends, m))
         for name in ("birth_times", "death_times"):
             values = getattr(self, name)
             given = np.full(p, NAT).view("M8[us]") if values is None else _times(name, values, p)
@@ -98,6 +104,17 @@ class SubjectChunk:
         for code in self.chunk_codes:
             if not isinstance(code, str) or not code:
                 raise ValueError(f"event_codes: expected strings that are not empty, got {code!r}")
+
+    def _take_ends(self, ends: Times) -> None:
+        early = np.flatnonzero(ends < self.event_times)  # NaT is in no order
+        if len(early):
+            at = early[0]
+            raise ValueError(
+                f"event_ends: expected no end before its event, got {ends[at]} and the event at "
+                f"{self.event_times[at]}, at {at} (subject "
+                f"{self.subject_ids[self.event_subject[at]]})"
+            )
+        self.event_ends = np.where(np.isnat(ends), self.event_times, ends)
 
     def _take_periods(self, p: int) -> None:
         if self.period_subject is None:

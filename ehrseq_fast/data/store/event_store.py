@@ -48,6 +48,8 @@ class EventStore:
         patient_offsets: int64 ``[P + 1]``.
         visit_times: ``datetime64[us]`` ``[N]``, the start of each visit, ascending within a
             patient.
+        visit_ends: ``datetime64[us]`` ``[N]``, the time of the visit's latest event, not before its
+            start; in no order, for visits can overlap.
         visit_offsets: int64 ``[N + 1]``.
         codes: int32 ``[M]``, indices into ``codes_of``, ascending and distinct within a visit.
         values: float32 ``[M]``, the entries' numeric values, NaN = none; None where the source has
@@ -89,6 +91,7 @@ class EventStore:
     subject_ids: Ints
     patient_offsets: Ints
     visit_times: Times
+    visit_ends: Times
     visit_offsets: Ints
     codes: NDArray[np.int32]
     values: Floats | None
@@ -271,6 +274,7 @@ class EventStore:
             "birth_times": patients,
             "death_times": patients,
             "splits": patients,
+            "visit_ends": visits,
             "visit_offsets": visits + 1,
             "values": len(self.codes),
             "static_values": len(self.static_codes),

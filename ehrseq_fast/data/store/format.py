@@ -27,6 +27,7 @@ ARRAYS: Mapping[str, str] = {
     "subject_ids": INT64,
     "patient_offsets": INT64,
     "visit_times": TIME,
+    "visit_ends": TIME,
     "visit_offsets": INT64,
     "codes": INT32,
     "values": FLOAT32,

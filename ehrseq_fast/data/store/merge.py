@@ -175,6 +175,16 @@ def _totals(
     return {name: counts[name] for name in _COUNTS}, {k: int(n) for k, n in counted.items()}
 
 
+_AS_THEY_ARE = (  # arrays whose parts follow one another unchanged
+    "birth_times",
+    "death_times",
+    "visit_times",
+    "visit_ends",
+    "period_starts",
+    "period_ends",
+)
+
+
 class _Merge:
     """The arrays being written, and how far they are."""
 
@@ -192,6 +202,7 @@ class _Merge:
             "subject_ids": counts["patients"],
             "patient_offsets": counts["patients"] + 1,
             "visit_times": counts["visits"],
+            "visit_ends": counts["visits"],
             "visit_offsets": counts["visits"] + 1,
             "codes": counts["entries"],
             "values": counts["entries"] if counts["values"] else 0,
@@ -225,7 +236,7 @@ class _Merge:
         self.split_sizes += np.bincount(split + 1, minlength=len(self.split_sizes))
         self.writers["subject_ids"].write(ids)
         self.writers["splits"].write(split)
-        for name in ("birth_times", "death_times", "visit_times", "period_starts", "period_ends"):
+        for name in _AS_THEY_ARE:
             for piece in part.pieces(name, PIECE):
                 self.writers[name].write(piece)
         for name, stream in (("patient", "patient_visits"), ("period", "patient_periods")):

@@ -23,6 +23,7 @@ STREAMS: Mapping[str, str] = {
     "subject_ids": INT64,
     "patient_visits": INT64,
     "visit_times": TIME,
+    "visit_ends": TIME,
     "visit_entries": INT64,
     "codes": INT32,
     "values": FLOAT32,
@@ -99,18 +100,18 @@ class PartWriter:
         order = None if rising.all() else np.lexsort((times, subject))
         codes = self._part_codes(chunk)
         values = chunk.event_values if self.with_values else None
-        keys, starts = chunk.event_visits, chunk.visit_starts
+        of_visits: list[Any] = [chunk.event_visits, chunk.visit_starts, chunk.event_ends]
         if order is not None:
             times, subject, codes = times[order], subject[order], codes[order]
-            values, keys, starts = _taken(order, values, keys, starts)
+            values, *of_visits = _taken(order, values, *of_visits)
         static = times == NAT
         p = len(chunk.subject_ids)
         self._add_static(p, subject, codes, values, static)
         if static.any():
             timed = np.flatnonzero(~static)
             times, subject, codes = times[timed], subject[timed], codes[timed]
-            values, keys, starts = _taken(timed, values, keys, starts)
-        self._add_visits(p, subject, times, codes, values, keys, starts)
+            values, *of_visits = _taken(timed, values, *of_visits)
+        self._add_visits(p, subject, times, codes, values, *of_visits)
         self._add_periods(p, chunk)
         self._write("subject_ids", chunk.subject_ids)
         self._write("birth_times", chunk.birth_times)
@@ -185,14 +186,16 @@ class PartWriter:
         values: NDArray[np.float32] | None,
         keys: Ints | None,
         starts: Array | None,
+        ends: Array | None,
     ) -> None:
-        starts = None if starts is None else starts.view(np.int64)
-        visits = group_visits(subject, times, self.visit_rule, keys, starts)
+        starts, ends = (None if c is None else c.view(np.int64) for c in (starts, ends))
+        visits = group_visits(subject, times, self.visit_rule, keys, starts, ends)
         entries = distinct_entries(visits.of_event, codes, values, len(self._codes))
         n_visits = len(visits.start)
         self._left_out[SUPERSEDED] += entries.superseded
         self._write_entries(entries, "")
         self._write("visit_times", visits.start.view("M8[us]"))
+        self._write("visit_ends", visits.end.view("M8[us]"))
         self._write("visit_entries", np.bincount(entries.group, minlength=n_visits))
         of_patient = np.bincount(visits.subject, minlength=p)
         self._write("patient_visits", of_patient)

@@ -27,11 +27,13 @@ class Visits(NamedTuple):
         of_event: int64 ``[m]``, the visit of each event.
         subject: int64 ``[V]``.
         start: int64 ``[V]``, microseconds since 1970-01-01.
+        end: int64 ``[V]``, the time of the latest event, not before ``start``.
     """
 
     of_event: Ints
     subject: Ints
     start: Ints
+    end: Ints
 
 
 def checked_rule(visits: object) -> VisitRule:
@@ -57,6 +59,7 @@ def group_visits(
     rule: VisitRule,
     keys: Ints | None = None,
     starts: Ints | None = None,
+    ends: Ints | None = None,
 ) -> Visits:
     """Group events into visits.
 
@@ -64,7 +67,8 @@ def group_visits(
     those up to h hours after the visit's first event. A visit then starts with its first event.
     ``"visit_occurrence"`` and ``"visit_id"``: those of one key; the visit starts at the least of
     its ``starts`` (of its events' times, without ``starts``). Events whose key is ``NO_VISIT`` are
-    grouped by day.
+    grouped by day. Under every rule a visit ends at the greatest of its ``ends``, or at its start
+    where that is later.
 
     Args:
         subject: int64 ``[m]``, ascending.
@@ -72,6 +76,8 @@ def group_visits(
         rule: as above.
         keys: int64 ``[m]``, the source's visit of each event, unique within a subject.
         starts: int64 ``[m]``, the start of the visit of each event.
+        ends: int64 ``[m]``, not before ``times``: until when the visit of each event lasts at
+            least; ``times`` by default.
 
     Example:
         >>> at = np.array([0, 3, 30]) * HOUR
@@ -81,12 +87,15 @@ def group_visits(
         [0, 1, 2]
         >>> group_visits(np.array([0, 0, 0]), at, 48).of_event.tolist()
         [0, 0, 0]
+        >>> (group_visits(np.array([0, 0, 0]), at, "day").end // HOUR).tolist()
+        [3, 30]
     """
+    ends = times if ends is None else ends
     if rule in BY_KEY:
         if keys is None and len(times):
             raise ValueError(f"visits={rule!r}: expected the visit of each event, got none")
         keys = times if keys is None else keys  # of no event
-        return _by_key(subject, times, keys, times if starts is None else starts)
+        return _by_key(subject, times, keys, times if starts is None else starts, ends)
     if rule == "day":
         new = changes(subject, times // DAY)
     elif rule == "time":
@@ -94,7 +103,7 @@ def group_visits(
     else:
         new = _within(subject, times, round(float(rule) * HOUR))
     first = np.flatnonzero(new)
-    return Visits(np.cumsum(new) - 1, subject[first], times[first])
+    return Visits(np.cumsum(new) - 1, subject[first], times[first], _greatest(ends, first))
 
 
 def changes(*columns: Array) -> NDArray[np.bool_]:
@@ -104,6 +113,11 @@ def changes(*columns: Array) -> NDArray[np.bool_]:
     for column in columns:
         new[1:] |= column[1:] != column[:-1]
     return new
+
+
+def _greatest(values: Ints, first: Ints) -> Ints:
+    """The greatest of each group; ``first`` is where the groups begin."""
+    return np.maximum.reduceat(values, first) if len(first) else values[:0]
 
 
 def _within(subject: Ints, times: Ints, longest: int) -> NDArray[np.bool_]:
@@ -131,7 +145,7 @@ def _first_after(times: Ints, low: Ints, high: Ints, limit: Ints) -> Ints:
     return low
 
 
-def _by_key(subject: Ints, times: Ints, keys: Ints, starts: Ints) -> Visits:
+def _by_key(subject: Ints, times: Ints, keys: Ints, starts: Ints, ends: Ints) -> Visits:
     own = keys == NO_VISIT
     starts = np.where(own | (starts == NAT), times, starts)
     keys = np.where(own, times // DAY, keys)
@@ -139,13 +153,14 @@ def _by_key(subject: Ints, times: Ints, keys: Ints, starts: Ints) -> Visits:
     new = changes(subject[order], own[order], keys[order])
     first = np.flatnonzero(new)
     start = np.minimum.reduceat(starts[order], first) if len(first) else starts[:0]
+    end = np.maximum(_greatest(ends[order], first), start)
     at = order[first]
     in_time = np.lexsort((keys[at], own[at], start, subject[at]))
     place = np.empty_like(in_time)
     place[in_time] = np.arange(len(in_time))
     of_event = np.empty(len(order), np.int64)
     of_event[order] = place[np.cumsum(new) - 1]
-    return Visits(of_event, subject[at][in_time], start[in_time])
+    return Visits(of_event, subject[at][in_time], start[in_time], end[in_time])
 
 
 class Entries(NamedTuple):
