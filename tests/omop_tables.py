@@ -46,6 +46,7 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
         "visit_occurrence_id": "BIGINT",
         "visit_start_date": "DATE",
         "visit_start_datetime": "TIMESTAMP",
+        "visit_end_date": "DATE",
     },
     "concept": {"concept_id": "BIGINT", "concept_name": "VARCHAR"},
 }
@@ -101,7 +102,8 @@ def random_tables(seed: int, persons: int = 12, rows: int = 60) -> dict[str, lis
     people = [*range(1, persons), 2**40]
     days = [date(2020, 1, 1) + timedelta(int(i)) for i in range(0, 40, 3)]
     visits = [
-        (some(people, 0), i, some(days), datetime(2020, 1, 3, i % 24)) for i in range(rows // 3)
+        (some(people, 0), i, some(days), datetime(2020, 1, 3, i % 24), some(days, 0.3))
+        for i in range(rows // 3)
     ]
 
     def event():
@@ -178,13 +180,19 @@ def by_hand(tables: Tables, visits: str | float, *, keep: bool = False) -> dict[
     subjects = {person for person, *_ in events} | (people.keys() - {None})
     periods = _periods(rows.get("observation_period", []))
     starts: dict[tuple[int, int], datetime] = {}
+    ends: dict[tuple[int, int], date] = {}
     for row in rows.get("visit_occurrence", []):
         at = _instant(row["visit_start_date"], row["visit_start_datetime"])
         if at is not None and row["visit_occurrence_id"] is not None:
-            starts[row["person_id"], row["visit_occurrence_id"]] = at
+            key = row["person_id"], row["visit_occurrence_id"]
+            starts[key] = at
+            ends[key] = max(row["visit_end_date"] or date.max, at.date())
     of_person: dict[int, list[Any]] = {}
-    for person, *event in events:
-        of_person.setdefault(person, []).append(tuple(event))
+    for person, at, concept, value, visit in events:
+        key = person, visit
+        inside = key in starts and at.date() <= ends[key]
+        event = (at, concept, value, visit if inside else None)
+        of_person.setdefault(person, []).append(event)
     found = {}
     for person in sorted(subjects):
         mine = of_person.get(person, [])

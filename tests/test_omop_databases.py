@@ -163,14 +163,17 @@ def test_synthea_by_visit_occurrence(synthea_1000, tmp_path):
             FROM (SELECT p, c, o.visit_occurrence_id AS w,
                     CASE WHEN o.visit_occurrence_id IS NULL THEN d END AS day
                 FROM ({observed}) LEFT JOIN cdm.visit_occurrence o
-                ON o.visit_occurrence_id = v AND o.person_id = p)
+                ON o.visit_occurrence_id = v AND o.person_id = p
+                AND d <= greatest(o.visit_end_date, o.visit_start_date))
             """
         ).fetchone()
         with_visits = connection.execute(f"SELECT count(DISTINCT p) FROM ({observed})").fetchone()[
             0
         ]
     assert (store.n_visits, len(store.codes)) == (visits, entries)
-    assert 0 < by_day <= store.header["source"]["noticed"]["rows without a visit, grouped by day"]
+    noticed = store.header["source"]["noticed"]
+    late = noticed["rows dated after their visit's end, grouped by day"]
+    assert 300 < late < by_day <= late + noticed["rows without a visit, grouped by day"]
     assert store.n_patients == 1130
     assert store.header["counts"]["patients without visits"] == 1130 - with_visits
     assert store.header["counts"]["values"] > 100_000

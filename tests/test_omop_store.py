@@ -243,10 +243,16 @@ def test_visits_of_another_person_or_without_a_start_are_none(connection, tmp_pa
             (1, 44, day, None, 11),
             (1, 45, day, None, 30),
             (1, 46, day, None, 404),
+            (1, 47, date(2020, 1, 21), None, 10),
+            (1, 48, date(2020, 1, 1), None, 10),
+            (1, 49, date(2021, 1, 1), None, 12),
+            (1, 50, date(2021, 1, 1), None, 13),
             (2, 40, day, None, 20),
         ],
         "visit_occurrence": [
-            (1, 10, date(2020, 1, 2), datetime(2020, 1, 2, 9)),
+            (1, 10, date(2020, 1, 2), datetime(2020, 1, 2, 9), date(2020, 1, 20)),
+            (1, 12, date(2020, 1, 7), None, date(2020, 1, 6)),
+            (1, 13, date(2020, 1, 8), None, None),
             (1, 10, date(2020, 1, 3)),
             (2, 20, day),
             (1, 11, None),
@@ -259,8 +265,11 @@ def test_visits_of_another_person_or_without_a_start_are_none(connection, tmp_pa
         connection, tmp_path / "store", tables=("condition",), visits="visit_occurrence"
     )
     assert contents(store)[1]["visits"] == [
-        (datetime(2020, 1, 2, 9), {"40": None, "41": None}),
+        (datetime(2020, 1, 2, 9), {"40": None, "41": None, "48": None}),
         (datetime(2020, 1, 5), {"42": None, "43": None, "44": None, "45": None, "46": None}),
+        (datetime(2020, 1, 8), {"50": None}),
+        (datetime(2020, 1, 21), {"47": None}),
+        (datetime(2021, 1, 1), {"49": None}),
     ]
     assert counted(store) == {
         "visits with the id of an earlier one of the person": 1,
@@ -271,6 +280,8 @@ def test_visits_of_another_person_or_without_a_start_are_none(connection, tmp_pa
     assert noticed(store) == {
         "rows without a visit, grouped by day": 1,
         "rows whose visit is none of the person's, grouped by day": 4,
+        "rows dated before their visit's start": 1,
+        "rows dated after their visit's end, grouped by day": 2,
     }
 
 

@@ -219,6 +219,7 @@ WRONG = [
     ("observation_period.observation_period_end_date", "TIME", "expected dates or timestamps"),
     ("death.death_date", "BOOLEAN", "expected dates or timestamps, got BOOLEAN"),
     ("visit_occurrence.visit_start_datetime", "TIME", "expected dates or timestamps, got TIME"),
+    ("visit_occurrence.visit_end_date", "TIME", "expected dates or timestamps, got TIME"),
     ("concept.concept_id", "BOOLEAN", "expected integers, got BOOLEAN"),
     ("visit_occurrence.visit_occurrence_id", "STRUCT(a INTEGER)", "expected integers, got STRUCT"),
 ]

@@ -69,8 +69,8 @@ def generate(path: Path, rows: int, *, seed: int = 0) -> Path:
             f" FROM range({persons}) t(i)",
             "INSERT INTO death SELECT i + 1, DATE '2019-01-01', NULL"
             f" FROM range(0, {persons}, 3) t(i)",
-            f"INSERT INTO visit_occurrence SELECT hash(i + 1) % {persons} + 1, i % 50, {days}, NULL"
-            f" FROM range({persons * 20}) t(i)",
+            f"INSERT INTO visit_occurrence SELECT hash(i + 1) % {persons} + 1, i % 50, {days},"
+            f" NULL, NULL FROM range({persons * 20}) t(i)",
         ):
             connection.execute(sql)
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from .persons import Deaths, Persons, read_deaths, read_periods, read_persons
 from .sources import Sources, fetch
 from .times import (
     DAY,
+    LAST_DAY,
     LAST_INSTANT,
     NAT,
     OUT_OF_RANGE,
@@ -25,6 +26,7 @@ from .times import (
     Periods,
     filled,
     instants,
+    is_day,
     known,
 )
 
@@ -201,8 +203,8 @@ def _with_visits(
     left_out: Counter[str],
     noticed: Counter[str],
 ) -> tuple[_Events, Ints]:
-    """The events with the start of their visit; without a visit that is the person's own, they have
-    the key ``NO_VISIT``."""
+    """The events with the start of their visit; without a visit that is the person's own, or dated
+    after its end, they have the key ``NO_VISIT``."""
     assert sources.visit is not None
     assert events.visit is not None
     columns = fetch(connection, sources.visit, low, high)
@@ -216,16 +218,17 @@ def _with_visits(
     rows = np.flatnonzero(has_id & (start != NAT))
     person = filled(columns["person"], 0).astype(np.int64)[rows]
     visit, start = filled(columns["visit"], 0).astype(np.int64)[rows], start[rows]
+    last = _last_days(columns, len(no_start))[rows]
 
     ids, rank = np.unique(visit, return_inverse=True)
     people = np.unique(np.concatenate([person, events.person]))
     key = np.searchsorted(people, person) * (len(ids) + 1) + rank
-    order = np.lexsort((start, key))
-    key, start = key[order], start[order]
+    order = np.lexsort((-last, start, key))
+    key, start, last = key[order], start[order], last[order]
     first = np.ones(len(key), bool)
     first[1:] = key[1:] != key[:-1]
     left_out["visits with the id of an earlier one of the person"] += int(np.count_nonzero(~first))
-    key, start = key[first], start[first]
+    key, start, last = key[first], start[first], last[first]
 
     wanted_rank = np.searchsorted(ids, events.visit)
     is_id = _found(ids, wanted_rank, events.visit)
@@ -238,8 +241,23 @@ def _with_visits(
         np.count_nonzero(~has_visit & ~no_id)
     )
     starts = np.full(len(wanted), NAT, np.int64)
+    rows = np.flatnonzero(has_visit)
+    at, day = place[rows], events.time[rows] // DAY
+    before, after = day < start[at] // DAY, day > np.maximum(last[at], start[at] // DAY)
+    noticed["rows dated before their visit's start"] += int(np.count_nonzero(before))
+    noticed["rows dated after their visit's end, grouped by day"] += int(np.count_nonzero(after))
+    has_visit[rows[after]] = False
     starts[has_visit] = start[place[has_visit]]
     return events._replace(visit=np.where(has_visit, events.visit, NO_VISIT)), starts
+
+
+def _last_days(columns: Mapping[str, np.ma.MaskedArray[Any, Any]], n: int) -> Ints:
+    """Of visits, since 1970; where none is known the last day that a store holds."""
+    last = np.full(n, LAST_DAY, np.int64)
+    if "end" in columns:
+        end = filled(columns["end"], LAST_DAY).astype(np.int64)
+        last = np.where(is_day(end), end, last)
+    return last
 
 
 def _found(sorted_values: Ints, place: Ints, wanted: Ints) -> Bools:

@@ -129,8 +129,9 @@ def read_omop(
         visits: which events of a store make a visit. ``"day"``: those of one day in UTC;
             ``"time"``: of one instant; a number of hours: those up to so long after the visit's
             first; ``"visit_occurrence"``: those of one ``visit_occurrence_id`` of the person, which
-            begins at the visit's start. Events without a visit, or whose visit is not one of the
-            person's, are then grouped by day, and counted in ``header["source"]["noticed"]``.
+            begins at the visit's start. Events without a visit, whose visit is not one of the
+            person's, or which are dated after its end (a model would see them before they were
+            known) are then grouped by day, and counted in ``header["source"]["noticed"]``.
         outside_periods: ``"leave_out"`` or ``"keep"``.
         workers: how many processes read. They are spawned, so a script that asks for several needs
             ``if __name__ == "__main__":``.

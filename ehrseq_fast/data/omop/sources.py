@@ -112,6 +112,8 @@ def find_sources(
         source.day("day", "visit_start_date")
         if _has(table, "visit_start_datetime", "visit_occurrence", sources.missing):
             source.instant("moment", "visit_start_datetime")
+        if _has(table, "visit_end_date", "visit_occurrence", sources.missing):
+            source.day("end", "visit_end_date")
     sources.person = _person(_optional(connection, places, "person", (), sources.missing), sources)
     dates = ("observation_period_start_date", "observation_period_end_date")
     found = _optional(connection, places, "observation_period", dates, sources.missing)
