@@ -312,7 +312,11 @@ def test_four_commands_from_records_to_predictions(drawn, store, tmp_path, capsy
     assert (tmp_path / "run" / "report" / "calibration.png").exists()
     run("predict", path["run"], path["store"], path["out.parquet"])
     assert pq.read_metadata(path["out.parquet"]).num_rows == store.n_visits
+    (tmp_path / "part.yaml").write_text("model: {hidden_dim: 16}\n")  # the rest is the run's
+    part = ["--config", str(tmp_path / "part.yaml")]
+    assert "has ended" in run("train", path["store"], path["run"], "--resume", *part).err
     again = ["train", path["store"], path["run"] + "2", "--config", f"{path['run']}/config.yaml"]
-    run(*again, "--outcome", EVENT, "--seed", "1")
+    run(*again, "--outcome", EVENT, "--seed", "1", "--outcome", "C39")
     config = Run.open(path["run"] + "2").config
-    assert (config.seed, config.model.hidden_dim, config.task) == (1, 16, {"codes": ["EVENT"]})
+    assert (config.seed, config.model.hidden_dim) == (1, 16)
+    assert config.task == {"codes": ["EVENT", "C39"]}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
+import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -33,7 +36,9 @@ from ehrseq_fast.training.checkpoint import (
     tensors_of,
 )
 from ehrseq_fast.training.config import differences
-from ehrseq_fast.training.data import visit_hazard
+from ehrseq_fast.training.convert import read_yaml
+from ehrseq_fast.training.data import TrainingData, visit_hazard
+from ehrseq_fast.training.distributed import Processes
 from ehrseq_fast.training.files import replacing, write_json
 from ehrseq_fast.training.loggers import COLUMNS, CsvLog
 from ehrseq_fast.training.loop import make_optimizer
@@ -115,6 +120,18 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"c.yaml: {said}"):
             RunConfig.load(path)
+
+
+@pytest.mark.parametrize(("written", "read"), [("0123", 83), ("1_000", 1000), ("12:30", 750)])
+def test_a_number_that_yaml_reads_as_another_is_refused(tmp_path, written, read):
+    """As a code it would be another outcome."""
+    path = tmp_path / "task.yaml"
+    path.write_text(f"codes: [7, {written}]\n")
+    said = f"task.yaml: .*expected a decimal number .* got {written}, which YAML reads as {read}"
+    with pytest.raises(ValueError, match=said):
+        read_yaml(path)
+    path.write_text(f"codes: [7, '{written}', -3]\n")
+    assert read_yaml(path) == {"codes": [7, written, -3]}
 
 
 def test_what_differs_between_two_configurations():
@@ -201,6 +218,23 @@ def test_a_damaged_file_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"x\.safetensors"):
             load_tensors(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_a_file_for_which_there_is_no_space_is_named(tmp_path):
+    """By a limit on the size of files, in a process of its own, which has it to itself."""
+    script = f"""
+import resource, signal, torch
+from pathlib import Path
+from ehrseq_fast.training.checkpoint import save_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+save_tensors(Path({str(tmp_path / "x.safetensors")!r}), {{"a": torch.zeros(9999)}}, {{}})
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert re.search(r"OSError: .*/x\.safetensors: cannot be written: .*too large", done.stderr)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_last_checkpoints_and_the_best_stay(tmp_path):
@@ -414,6 +448,29 @@ def test_a_prediction_from_a_date_learns_who_has_the_event(store, tmp_path):
     hazard = run.model().hazard_head[3].bias.sigmoid().item()
     assert abs(hazard - rate) < 0.2
     assert model.visit_hazard
+
+
+def test_predictions_censored_within_the_time_at_risk_are_told_of(store, tmp_path):
+    """The hazard counts them as survivors; risks by horizon and a follow-up by visits do not."""
+
+    def told(model, **window):
+        task = FirstEvent(EVENT, **window)
+        config = small(store, tmp_path / "run", task=task, model=ModelConfig(model))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data = TrainingData(config, store, Processes(0, 1, torch.device("cpu"), "none"))
+        notes = [str(w.message) for w in caught if "censored by the end" in str(w.message)]
+        return data.outcomes, notes
+
+    window = {"index": "first_visit", "time_at_risk_days": 365}
+    outcomes, (note,) = told("hazard", **window)
+    number = outcomes.censored_by["the end of observation"]
+    assert note.startswith(f"{number:,} of {len(outcomes):,} predictions")
+    assert "horizon" not in note
+    assert "risks by horizon are not affected" in told("hazard_and_horizons", **window)[1][0]
+    assert told("horizons", **window)[1] == []
+    assert told("hazard", **window, min_observation_days=365)[1] == []
+    assert told("hazard")[1] == []
 
 
 def test_a_loss_that_is_not_finite_ends_a_run(store, tmp_path):

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     need("jsonargparse", "train", "ehrseq-fast train")
     need("safetensors", "train", "ehrseq-fast train")
     from ..training.config import RunConfig
-    from ..training.convert import read_yaml
+    from ..training.convert import merged, read_yaml
     from ..training.run import RunFolder
 
     parser = _parser(RunConfig)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         goes_on = options["resume"] and saved.exists()
         base = RunConfig.load(saved) if goes_on else RunConfig()
         if options["config"]:
-            base = RunConfig.from_dict({**base.to_dict(), **read_yaml(options["config"])})
+            base = RunConfig.from_dict(merged(base.to_dict(), read_yaml(options["config"])))
         parser = _parser(RunConfig, base)
         options = parser.parse_args(list(arguments)).as_dict()
     except ArgumentError as error:
@@ -68,6 +68,7 @@ def _parser(config: type, base: Any = None) -> Any:
         "--outcome",
         metavar="CODE",
         nargs="+",
+        action="extend",
         help="codes of the outcome (or: death): FirstEvent with its defaults, in place of --task",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of the configuration")

@@ -47,13 +47,22 @@ class Checkpoint:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write a file of tensors and JSON, atomically; equal contents give equal bytes."""
+    """Write a file of tensors and JSON, atomically; equal contents give equal bytes.
+
+    Raises:
+        OSError: where it cannot be written, as on a disk that is full, naming the file.
+    """
     safetensors = need("safetensors.torch", "train", "saving weights")
+    from safetensors import SafetensorError
+
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state, sort_keys=True)
     metadata = {"state": text, "sha256": _digest(on_host, text)}
     with replacing(path) as temporary:
-        safetensors.save_file(on_host, temporary, {_KEY: json.dumps(metadata, sort_keys=True)})
+        try:
+            safetensors.save_file(on_host, temporary, {_KEY: json.dumps(metadata, sort_keys=True)})
+        except SafetensorError as error:  # which names no file
+            raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def load_tensors(path: Path) -> Checkpoint:

@@ -16,17 +16,58 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that holds one mapping.
 
     Raises:
-        ValueError: for anything else, naming the file.
+        ValueError: for anything else, naming the file; also for whole numbers in another form than
+            decimal digits.
         OSError: for a file that cannot be read.
     """
     yaml = yaml_module()
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _loader(yaml))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a YAML mapping, got {type(values).__name__}")
     return values
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's values with those of a file in their place, section by section: of a
+    section the fields that the file does not have stay. A task is one whole.
+
+    Example:
+        >>> run = {"seed": 1, "model": {"cell": "gru", "name": "hazard"}}
+        >>> merged(run, {"model": {"cell": "lstm"}})
+        {'seed': 1, 'model': {'cell': 'lstm', 'name': 'hazard'}}
+    """
+    result = {**values, **changes}
+    for name, section in values.items():
+        change = changes.get(name)
+        if name != "task" and isinstance(section, Mapping) and isinstance(change, Mapping):
+            result[name] = {**section, **change}
+    return result
+
+
+def _loader(yaml: Any) -> Any:
+    """A safe loader for which an integer is written as one: YAML 1.1 reads ``0123`` as 83,
+    ``1_000`` as 1000 and ``12:30`` as 750, which are other codes."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    def integer(loader: Any, node: Any) -> int:
+        found = yaml.SafeLoader.construct_yaml_int(loader, node)
+        if node.value != str(found):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"expected a decimal number or a string in quotes, got {node.value}, which YAML "
+                f"reads as {found}",
+                node.start_mark,
+            )
+        return found
+
+    Loader.add_constructor("tag:yaml.org,2002:int", integer)
+    return Loader
 
 
 def yaml_module() -> Any:
