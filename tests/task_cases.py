@@ -114,8 +114,7 @@ class Person:
     def __init__(self, store, p, outcome):
         self.p = p
         begin, end = store.patient_offsets[p : p + 2].tolist()
-        rule = store.header["visit_rule"]
-        self.span = round(rule * 3600e6) if isinstance(rule, (int, float)) else 0
+        self.ends = store.visit_ends[begin:end].view(np.int64).tolist()
         self.visits = store.visit_times[begin:end].view(np.int64).tolist()
         death = int(store.death_times[p : p + 1].view(np.int64)[0])
         self.death = None if death == NAT else death
@@ -138,15 +137,19 @@ class Person:
                 if any(outcome[c] for c in codes.tolist()):
                     self.outcomes.append(self.visits[v - begin])
 
-    def last_possible_day(self, visit):
-        return (self.visits[visit] + self.span) // DAY
+    def last_seen(self, visit):
+        """When the last code of the visits up to this one was recorded."""
+        return max(self.ends[: visit + 1])
+
+    def last_seen_day(self, visit):
+        return self.last_seen(visit) // DAY
 
 
 def observations(task, person):
     """(first day, last day, the instant it ends) of each observation."""
     if person.has_periods and task.end_of_observation != "last_event":
         return [(s // DAY, (e - 1) // DAY, e) for s, e in person.periods]
-    last = person.visits[-1] if person.death is None else person.death
+    last = max(person.ends) if person.death is None else person.death
     return [(person.visits[0] // DAY, last // DAY, last)]
 
 
@@ -180,16 +183,18 @@ def slow_row(task, person, time, whole, span, leave):  # noqa: PLR0911
         at = visits.index(time)
     else:
         if task.prediction_day == "excluded":
-            seen = [v for v in range(len(visits)) if person.last_possible_day(v) < index_day]
-        elif whole:
-            seen = [v for v in range(len(visits)) if days[v] <= index_day]
-        else:
+            seen = [v for v in range(len(visits)) if person.last_seen_day(v) < index_day]
+        elif task.index == "first_visit":
             seen = [v for v in range(len(visits)) if visits[v] <= time]
+        elif whole:
+            seen = [v for v in range(len(visits)) if person.last_seen_day(v) <= index_day]
+        else:
+            seen = [v for v in range(len(visits)) if person.last_seen(v) <= time]
         if not seen:
             return None
         at = seen[-1]
     leave("seen")
-    index_day = max(index_day, person.last_possible_day(at))
+    index_day = max(index_day, person.last_seen_day(at))
     death_day = None if person.death is None else person.death // DAY
     if death_day is not None and death_day < index_day:
         return None
@@ -216,9 +221,9 @@ def slow_row(task, person, time, whole, span, leave):  # noqa: PLR0911
         return None
     leave("observed")
     if each:
-        entry = max(v for v in range(len(visits)) if person.last_possible_day(v) <= risk)
+        entry = max(v for v in range(len(visits)) if person.last_seen_day(v) <= risk)
         if events:
-            kept = [v for v in range(len(visits)) if person.last_possible_day(v) < events[0] // DAY]
+            kept = [v for v in range(len(visits)) if person.last_seen_day(v) < events[0] // DAY]
         else:
             kept = [v for v in range(len(visits)) if days[v] <= last]
         n = len(kept)

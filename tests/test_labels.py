@@ -72,24 +72,29 @@ def test_a_row_sees_the_visits_up_to_its_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rule", "hour", "told"), [("day", 9, 1), ("time", 9, 0), (2, 9, 1), (2, 10.5, 0), (20, 9, 1)]
+    ("rule", "hour", "seen"), [("day", 9, 1), ("time", 9, 2), (2, 9, 1), (2, 10.5, 2), (20, 9, 1)]
 )
-def test_codes_later_than_the_prediction_are_told(tmp_path, rule, hour, told):
+def test_a_visit_with_later_codes_is_not_seen(tmp_path, rule, hour, seen):
     person = {"events": [(us(2, 8), "A"), (us(3, 8), "A"), (us(3, 9.5), "B"), (us(9), "X")]}
     store = store_of(tmp_path / "s", {4: person}, visit_rule=rule)
     path = write(tmp_path / "l.parquet", [(4, stamp(3, hour))], boolean_value=pa.array([True]))
     for task in (labels(path), FirstEvent("X", index=labels(path))):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            outcomes = task.apply(store)
-        texts = [text for text in outcomes.warnings if text.startswith("same day")]
-        assert len(texts) == len(caught) == told
-        assert all(f"{told} predictions see a visit" in str(warning.message) for warning in caught)
-    excluded = labels(path, prediction_day="excluded")
-    outcomes = applied(excluded, store)
-    assert outcomes.warnings == ()
-    # of 20 hours from 8 o'clock the first visit, too, may last until the day of the prediction
-    assert outcomes.n_visits.tolist() == ([] if rule == 20 else [1])
+        outcomes = task.apply(store)
+        assert outcomes.n_visits.tolist() == [seen]
+        told = [text for text in outcomes.warnings if "1 predictions fall into a visit" in text]
+        assert len(told) == (rule != "time" and seen == 1)
+    excluded = applied(labels(path, prediction_day="excluded"), store)
+    assert (excluded.warnings, excluded.n_visits.tolist()) == ((), [1])
+
+
+def test_a_stay_that_goes_on_hides_later_visits(tmp_path):
+    stay = [(us(1), "A", 0), (us(30), "LATE", 0)]
+    person = {"events": [*stay, (us(5), "B", 1), (us(8), "X", 2), (us(0), "C", 3)]}
+    store = store_of(tmp_path / "s", {4: person}, visit_rule="visit_id")
+    outcomes = applied(FirstEvent("X"), store)
+    assert outcomes.n_visits.tolist() == [1]  # C alone: the stay's codes reach beyond X
+    path = write(tmp_path / "l.parquet", [(4, stamp(7))], boolean_value=pa.array([True]))
+    assert labels(path).apply(store).n_visits.tolist() == [1]
 
 
 def test_labels_of_a_split_in_the_files_order(store, tmp_path):
@@ -183,7 +188,7 @@ def test_what_is_written_is_read(store, tmp_path, index, horizon):
     else:
         assert label == [
             (False if day > horizon else True if event else None)
-            for day, event in zip(days.tolist(), seen.tolist(), strict=True)
+            for day, event in zip(_whole_days(table).tolist(), seen.tolist(), strict=True)
         ]
     read = labels(path, value="event_indicator")
     again = applied(read, store)
@@ -200,6 +205,16 @@ def test_what_is_written_is_read(store, tmp_path, index, horizon):
         ends = outcomes.end_times
     assert (again.end_times == ends).all()
     assert again.event_indicators.tolist() == seen.tolist()
+
+
+def _whole_days(table):
+    """Days in UTC from each prediction's to the event's, or to the first that is not observed."""
+    times = table["prediction_time"].to_numpy().astype("M8[us]")
+    days = table["event_time_days"].to_numpy()
+    ends = times + np.rint(days * 86_400e6).astype("m8[us]")
+    event = table["event_indicator"].to_numpy()
+    last = np.where(event, ends, ends - np.timedelta64(1, "us")).astype("M8[D]")
+    return (last - times.astype("M8[D]")).astype(int) + ~event
 
 
 def test_dates_and_zones(tmp_path):

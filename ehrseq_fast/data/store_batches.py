@@ -19,7 +19,7 @@ from .tasks.search import DAY_US, microseconds
 
 Ints = NDArray[np.int64]
 MOST_OF_AVAILABLE = 0.5
-READ = ("codes", "visit_offsets", "patient_offsets", "visit_times")
+READ = ("codes", "visit_offsets", "patient_offsets", "visit_times", "visit_ends")
 
 
 class StoreBatches:
@@ -103,7 +103,8 @@ class StoreBatches:
             if outcomes is not None:
                 starts = microseconds(outcomes.risk_starts)[rows]
                 ends = microseconds(outcomes.end_times)[rows]
-                days = days_at_risk(visit_us, starts[of_row], ends[of_row])
+                visit_ends = microseconds(store.visit_ends)[visits]
+                days = days_at_risk(visit_ends, starts[of_row], ends[of_row])
                 by_visit["days_to_end"] = days.astype(np.float32)
             if self.with_time_features:
                 first = store.patient_offsets[patients][of_row]

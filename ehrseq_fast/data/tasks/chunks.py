@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays import Array
-from .search import DAY_US, NAT, days_of, microseconds
+from .search import DAY_US, NAT, days_of, latest_so_far, microseconds
 
 if TYPE_CHECKING:
     from ..store import EventStore
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 MOST_PATIENTS, MOST_VISITS, MOST_CODES = 1 << 18, 1 << 21, 1 << 22
 NEVER = 1 << 40  # a day that no time reaches
-HOUR_US = 3_600_000_000
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,9 @@ class Chunk:
         visits, periods, events: int64 ``[n_patients + 1]``, where each patient's begin.
         visit_times: int64 microseconds.
         visit_days: the day of each visit's start.
-        last_days: the last day on which the visit may hold an event.
+        seen_until: int64 microseconds, when the last code of the visits up to this one was
+            recorded: later than the next visit's start where stays overlap.
+        last_days: the day of it.
         period_first_days, period_last_days: the days of each observation period, both in it.
         period_ends: int64 microseconds.
         event_times, event_days: of the outcome, ascending within a patient.
@@ -41,6 +42,7 @@ class Chunk:
     visits: Ints
     visit_times: Ints
     visit_days: Ints
+    seen_until: Ints
     last_days: Ints
     periods: Ints
     period_first_days: Ints
@@ -63,24 +65,23 @@ def chunks(store: EventStore, outcome: NDArray[np.bool_] | None) -> Iterator[Chu
     Raises:
         IndexError: a code outside the dictionary.
     """
-    span = longest_visit(store.header.get("visit_rule"))
     offsets, n_patients = store.patient_offsets, store.n_patients
     first = 0
     while first < n_patients:
         end = int(np.searchsorted(offsets, int(offsets[first]) + MOST_VISITS, side="right")) - 1
         end = min(max(end, first + 1), first + MOST_PATIENTS, n_patients)
-        yield _chunk(store, outcome, span, first, end)
+        yield _chunk(store, outcome, first, end)
         first = end
 
 
-def _chunk(
-    store: EventStore, outcome: NDArray[np.bool_] | None, span: int, first: int, end: int
-) -> Chunk:
+def _chunk(store: EventStore, outcome: NDArray[np.bool_] | None, first: int, end: int) -> Chunk:
     visits = np.asarray(store.patient_offsets[first : end + 1], np.int64)
     begin_visit, end_visit = int(visits[0]), int(visits[-1])
     visits = visits - begin_visit
     visit_times = np.asarray(microseconds(store.visit_times[begin_visit:end_visit]))
     visit_days = days_of(visit_times)
+    visit_ends = np.asarray(microseconds(store.visit_ends[begin_visit:end_visit]))
+    seen_until = latest_so_far(visit_ends, visits)
     periods = np.asarray(store.period_offsets[first : end + 1], np.int64)
     in_chunk = slice(int(periods[0]), int(periods[-1]))
     period_ends = np.asarray(microseconds(store.period_ends[in_chunk]))
@@ -100,7 +101,8 @@ def _chunk(
         visits=visits,
         visit_times=visit_times,
         visit_days=visit_days,
-        last_days=days_of(visit_times + span) if span else visit_days,
+        seen_until=seen_until,
+        last_days=days_of(seen_until),
         periods=periods - periods[0],
         period_first_days=days_of(microseconds(store.period_starts[in_chunk])),
         period_last_days=days_of(period_ends - 1),
@@ -130,21 +132,6 @@ def _visits_with(
         places = np.flatnonzero(outcome[codes]) + begin
         found.append(np.searchsorted(offsets, places, side="right") - 1)
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
-
-
-def may_hold_later_codes(rule: Any, visit_times: Ints, times: Ints) -> NDArray[np.bool_]:
-    """Which visits that began before a time may hold codes recorded after it. How long a visit of
-    the source lasted is not known: of those, which are of the time's own day."""
-    if rule == "time":
-        return np.zeros(len(times), bool)
-    if span := longest_visit(rule):
-        return visit_times + span > times
-    return days_of(visit_times) == days_of(times)
-
-
-def longest_visit(rule: Any) -> int:
-    """Microseconds from a visit's start to the last event that it may hold, beyond its own day."""
-    return round(float(rule) * HOUR_US) if isinstance(rule, (int, float)) else 0
 
 
 __all__ = ["DAY_US", "NEVER", "Chunk", "chunks"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ...arrays import Array, as_array, longs
 from .search import DAY_US, NAT, days_of, microseconds
 
 Ints = NDArray[np.int64]
+_STARTS_WITH_A_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")  # NumPy takes "today" and "2020" too
 LENGTH_OF_A_DATE = len("2020-01-31")
 
 
@@ -147,6 +149,8 @@ def _date(value: Any) -> tuple[np.datetime64, bool]:
         return np.datetime64(value, "us"), False
     if isinstance(value, dt.date):
         return np.datetime64(value, "us"), True
+    if isinstance(value, str) and not _STARTS_WITH_A_DAY.match(value):
+        return np.datetime64("NaT"), False
     if isinstance(value, (str, np.datetime64)):
         try:
             time = np.datetime64(value)

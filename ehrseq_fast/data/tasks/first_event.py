@@ -31,11 +31,9 @@ class FirstEvent(Settings):
     visit t + 1. Visits before the index are seen, but not at risk. ``"first_visit"`` and dates make
     one prediction, from the visits up to the index date.
 
-    What is seen never holds a code recorded on the day of the outcome or later: a visit counts as
-    seen before an outcome only if its last possible event is on an earlier day (with visits of h
-    hours, h hours after its start). The one exception are visits of the source
-    (``visit_occurrence``, ``visit_id``), whose end a store does not hold: they are placed at their
-    start.
+    What is seen never holds a code recorded on the day of the outcome or later: the first visit
+    with such a code, and all after it, are cut, also a stay that began long before. An outcome
+    recorded in the course of a visit counts at its start.
 
     Args:
         codes: one or several codes of the store's dictionary, or ``"death"``. (A code of that name
@@ -59,7 +57,8 @@ class FirstEvent(Settings):
             has observation periods, else ``"last_event"``, which ``Outcomes.warnings`` tells.
         prediction_day: whether what was recorded on the day of an index date is seen.
             ``"included"``: up to and including the very time (as MEDS has it), of a date without a
-            time all of the day; ``"excluded"``: only visits that end on days before.
+            time all of the day; ``"excluded"``: only days before. A visit with later codes is not
+            seen, nor are those after it.
 
     Death, where it is not the outcome, ends observation; events recorded on later days are not
     used. Death as the outcome needs no visit: the last visit before its day is ``event_times``.

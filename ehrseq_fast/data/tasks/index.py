@@ -93,18 +93,30 @@ def on_dates(chunk: Chunk, patient: Ints, times: Ints, numbers: Ints, by_period:
 
 
 def with_seen_visits(chunk: Chunk, rows: Rows, dates: IndexDates | None, include_day: bool) -> Rows:
-    """Single predictions with the last visit that each sees; those that see one."""
+    """Single predictions with the last visit that each sees; those that see one.
+
+    A visit that holds a code recorded later than what may be seen is not seen, nor are those after
+    it; only the first visit as the index is seen whole.
+    """
     begins, ends = chunk.visits[rows.patient], chunk.visits[rows.patient + 1]
-    if include_day:
-        before = rows.index_time + 1 if dates is None else dates.seen_before(rows.number)
-        end = first_not_below(chunk.visit_times, begins, ends, before)
-    else:
+    if not include_day:
         end = first_not_below(chunk.last_days, begins, ends, rows.index_day)
+    elif dates is None:
+        end = first_not_below(chunk.visit_times, begins, ends, rows.index_time + 1)
+    else:
+        end = first_not_below(chunk.seen_until, begins, ends, dates.seen_before(rows.number))
     return replace(rows, index_visit=end - 1).keep(end > begins)
 
 
-def from_last_possible_day(chunk: Chunk, rows: Rows) -> Rows:
-    """With the index day moved to the last day on which the index visit may hold an event."""
+def n_open_visits(chunk: Chunk, rows: Rows) -> int:
+    """How many of the predictions fall into a visit, which is not seen."""
+    ends = chunk.visits[rows.patient + 1]
+    started = first_not_below(chunk.visit_times, rows.index_visit, ends, rows.index_time + 1)
+    return int(np.count_nonzero(started > rows.index_visit + 1))
+
+
+def from_last_seen_day(chunk: Chunk, rows: Rows) -> Rows:
+    """With the index day moved to the last day on which a code that is seen was recorded."""
     seen = chunk.last_days[rows.index_visit]
     return replace(rows, index_day=np.maximum(rows.index_day, seen))
 
@@ -129,11 +141,11 @@ def _rows(chunk: Chunk, patient: Ints, visit: Ints, period: Ints | None) -> Rows
 
 
 def _end_of_record(chunk: Chunk, patient: Ints) -> tuple[Ints, Ints]:
-    """Day and time of death, or else of the last visit."""
+    """Day and time of death, or else of the last code."""
     last = chunk.visits[patient + 1] - 1
     day, time = chunk.death_days[patient], chunk.death_times[patient]
     dead = day < NEVER
     return (
-        np.where(dead, day, chunk.visit_days[last]),
-        np.where(dead, time, chunk.visit_times[last]),
+        np.where(dead, day, chunk.last_days[last]),
+        np.where(dead, time, chunk.seen_until[last]),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,10 @@ from numpy.typing import NDArray
 
 from ...checks import expect_option
 from .attrition import Funnel
-from .chunks import longest_visit, may_hold_later_codes
+from .chunks import chunks
 from .dates import places_of
 from .label_columns import VALUES, read_columns, write_columns
-from .outcomes import Outcomes, SameDayWarning, later_codes
+from .outcomes import Outcomes, within_visits
 from .search import DAY_US, NAT, as_times, days_of, first_not_below, microseconds
 
 if TYPE_CHECKING:
@@ -75,8 +74,8 @@ class Labels:
         A row sees the visits up to its prediction time. ``labels`` are the values: of booleans 0
         and 1, of categories their number in ``categories``. ``event_indicators`` and ``end_times``
         are the columns ``event_indicator`` and ``event_time_days``; without the former, the
-        indicator is the boolean label, or 0. Tells by :class:`SameDayWarning` how many rows see a
-        visit that may hold codes recorded after their time.
+        indicator is the boolean label, or 0. A visit with codes recorded after the prediction is
+        not seen; how many rows fall into one is told in ``warnings``.
 
         Raises:
             ValueError: no such split, labels without any value.
@@ -100,20 +99,14 @@ class Labels:
         count("with a label" if split is None else f"with a label, in split {split!r}")
         rows = rows[np.isfinite(label[rows])]
         count("with a value")
-        n_visits = self._seen_visits(store, patients[rows], rows)
-        rows, n_visits = rows[n_visits > 0], n_visits[n_visits > 0]
+        n_visits, started = self._seen_visits(store, patients[rows], rows)
+        there = n_visits > 0
+        rows, n_visits, started = rows[there], n_visits[there], started[there]
         count("with a visit to predict from")
         indicators = self._indicators(rows, positive)
         left_out = {"labels of persons who are not in the store": n_unknown} if n_unknown else {}
-        last_visit = store.patient_offsets[patients[rows]] + n_visits - 1
-        later = may_hold_later_codes(
-            store.header.get("visit_rule"),
-            microseconds(store.visit_times)[last_visit],
-            microseconds(self.prediction_times)[rows],
-        )
-        notes = [later_codes(int(np.count_nonzero(later)))] if later.any() else []
-        if notes:
-            warnings.warn(notes[0], SameDayWarning, stacklevel=2)
+        within = int(np.count_nonzero(started > n_visits))
+        notes = [within_visits(within)] if within else []
         return Outcomes(
             patients=patients[rows],
             n_visits=n_visits,
@@ -142,13 +135,21 @@ class Labels:
             f"{self.source}: expected a value in one of the columns {', '.join(VALUES)}, got none"
         )
 
-    def _seen_visits(self, store: EventStore, patients: Ints, rows: Ints) -> Ints:
+    def _seen_visits(self, store: EventStore, patients: Ints, rows: Ints) -> tuple[Ints, Ints]:
+        """How many visits each row sees, and how many have begun by its time."""
         times = microseconds(self.prediction_times)[rows]
-        before = times + 1
-        if self.prediction_day == "excluded":
-            before = days_of(times) * DAY_US - longest_visit(store.header.get("visit_rule"))
-        begins, ends = store.patient_offsets[patients], store.patient_offsets[patients + 1]
-        return first_not_below(microseconds(store.visit_times), begins, ends, before) - begins
+        before = times + 1 if self.prediction_day == "included" else days_of(times) * DAY_US
+        seen, started = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        order = np.argsort(patients, kind="stable")
+        ordered = patients[order]
+        for chunk in chunks(store, None):
+            bounds = np.searchsorted(ordered, [chunk.first, chunk.first + chunk.n_patients])
+            of = order[bounds[0] : bounds[1]]
+            begins = chunk.visits[patients[of] - chunk.first]
+            ends = chunk.visits[patients[of] - chunk.first + 1]
+            seen[of] = first_not_below(chunk.seen_until, begins, ends, before[of]) - begins
+            started[of] = first_not_below(chunk.visit_times, begins, ends, before[of]) - begins
+        return seen, started
 
     def _indicators(self, rows: Ints, positive: NDArray[np.bool_]) -> NDArray[np.uint8]:
         if "event_indicator" not in self.values:
@@ -202,18 +203,19 @@ def write_labels(
 ) -> int:
     """Write outcomes as a MEDS label file, and return how many rows it has.
 
-    A row for each prediction: of ``each_visit`` outcomes each visit from the entry on, at the
-    visit's time; else the index date. Columns: ``subject_id``, ``prediction_time``,
-    ``boolean_value``, and beside them ``event_time_days`` (float64, from the prediction to the
-    event or the end of observation, null where unknown) and ``event_indicator`` (boolean, whether
-    that end is the event).
+    A row for each prediction: of ``each_visit`` outcomes each visit from the entry on, at the time
+    of its last code; else the index date (of a first visit, the time of its last code). Columns:
+    ``subject_id``, ``prediction_time``, ``boolean_value``, and beside them ``event_time_days``
+    (float64, from the prediction to the event or the end of observation, null where unknown) and
+    ``event_indicator`` (boolean, whether that end is the event).
 
     Args:
         outcomes: what a task gave.
         store: the store that they were made of.
         path: the file, which appears whole or not at all; one that is there is replaced.
-        horizon_days: the label is whether the event came within so many days: null where
-            observation ended before without it. None: whether it was seen at all.
+        horizon_days: the label is whether the event came within so many whole days of UTC after
+            that of the prediction: null where observation ended before without it. None: whether it
+            was seen at all.
 
     Raises:
         ImportError: PyArrow is missing.
@@ -240,15 +242,21 @@ def _label_rows(
             visit = (
                 store.patient_offsets[outcomes.patients[row]] + outcomes.entry_times[row] + place
             )
-            times = microseconds(store.visit_times[visit])
+            times = microseconds(store.visit_ends[visit])
         else:
-            row, times = rows, microseconds(outcomes.index_times)[rows]
+            row = rows
+            begins = store.patient_offsets[outcomes.patients[rows]]
+            seen_until = microseconds(store.visit_ends[begins + outcomes.n_visits[rows] - 1])
+            times = np.maximum(microseconds(outcomes.index_times)[rows], seen_until)
         end = microseconds(outcomes.end_times)[row]
         days = np.where(end == NAT, np.nan, (end - times) / DAY_US)
         indicator = outcomes.event_indicators[row] == 1
         label = indicator.astype(np.float64)
         if horizon_days is not None:
-            label = np.where(days > horizon_days, 0.0, np.where(indicator, 1.0, np.nan))
+            # whole days of UTC, as in FirstEvent; observation ends just before its end
+            last_day = days_of(np.where(indicator, end, end - 1)) - days_of(times)
+            within = np.where(indicator, last_day <= horizon_days, last_day < horizon_days)
+            label = np.where(within, np.where(indicator, 1.0, np.nan), 0.0)
             label[np.isnan(days)] = np.nan
         elif outcomes.labels is not None and not outcomes.categories:
             label = outcomes.labels[row].astype(np.float64)

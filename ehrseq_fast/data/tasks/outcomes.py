@@ -123,9 +123,9 @@ class Outcomes:
         return row, visit
 
     def days_to_end(self, store: EventStore) -> NDArray[np.float64]:
-        """float64 ``[sum(n_visits)]``: days from each seen visit, or from the start of the risk
-        window where that is later, to the event or the end of observation, never below 0; NaN where
-        ``end_times`` is unknown.
+        """float64 ``[sum(n_visits)]``: days from the last code of each seen visit, or from the
+        start of the risk window where that is later, to the event or the end of observation, never
+        below 0; NaN where ``end_times`` is unknown.
 
         Nobody in the study population has the event before the risk window starts. Days that
         counted from a visit before it (the last one before an index date, the one before a gap)
@@ -133,19 +133,19 @@ class Outcomes:
         """
         row, visit = self.visits(store)
         starts, ends = microseconds(self.risk_starts)[row], microseconds(self.end_times)[row]
-        return days_at_risk(microseconds(store.visit_times[visit]), starts, ends)
+        return days_at_risk(microseconds(store.visit_ends[visit]), starts, ends)
 
 
 def days_at_risk(visits: Ints, risk_starts: Ints, ends: Ints) -> NDArray[np.float64]:
-    """See :meth:`Outcomes.days_to_end`: of visits at these times, all in microseconds."""
+    """See :meth:`Outcomes.days_to_end`: of visits that end at these times, all in microseconds."""
     days = np.maximum(ends - np.maximum(visits, risk_starts), 0) / DAY_US
     days[ends == NAT] = np.nan
     return days
 
 
-def later_codes(n: int) -> str:
+def within_visits(n: int) -> str:
     """What to know of predictions within a visit."""
     return (
-        f"same day: {n:,} predictions see a visit that may hold codes recorded after the time of "
-        "the prediction; prediction_day='excluded' leaves the day out"
+        f"{n:,} predictions fall into a visit with codes recorded after them, which is not seen "
+        "(visits by 'time' or shorter ones would let what came before be seen)"
     )

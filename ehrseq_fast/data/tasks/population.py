@@ -10,10 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .attrition import Funnel
-from .chunks import DAY_US, NEVER, Chunk, chunks, may_hold_later_codes
+from .chunks import DAY_US, NEVER, Chunk, chunks
 from .dates import IndexDates
-from .index import Rows, first_visits, from_last_possible_day, on_dates, with_seen_visits
-from .outcomes import Outcomes, SameDayWarning, later_codes
+from .index import (
+    Rows,
+    first_visits,
+    from_last_seen_day,
+    n_open_visits,
+    on_dates,
+    with_seen_visits,
+)
+from .outcomes import Outcomes, SameDayWarning, within_visits
 from .search import as_times, at_or, first_not_below
 from .settings import Settings
 
@@ -62,7 +69,7 @@ class Population:
             include_day = task.prediction_day == "included"
             rows = with_seen_visits(chunk, rows, self.dates, include_day)
             self._count(chunk, "with a visit to predict from", rows.patient)
-        rows = from_last_possible_day(chunk, rows)
+        rows = from_last_seen_day(chunk, rows)
         alive = chunk.death_days[rows.patient] >= rows.index_day
         rows = self._rule(chunk, "alive at the index", rows, alive)
         rows = self._without_prior_outcome(chunk, rows)
@@ -96,6 +103,13 @@ class Population:
             warnings.warn(notes[-1], UserWarning, stacklevel=4)
         elif len(patients) and not indicators.any():
             notes.append("nobody who is left has the outcome in the time at risk")
+        early = sum(censored) - censored[BY_WINDOW]
+        if early and not self.each_visit:
+            notes.append(
+                f"{early:,} of {len(patients):,} predictions are censored before the end of the "
+                "time at risk: a hazard per visit counts them as without the event, risks by "
+                "horizon (days) do not; min_observation_days leaves them out"
+            )
         ties = [text for text in notes if text.startswith("same day")]
         if ties:
             warnings.warn("; ".join(ties), SameDayWarning, stacklevel=4)
@@ -240,11 +254,7 @@ class Population:
             tied = is_event & (next_day - end > own_visits)
             self.counts["tied with a visit"] += int(np.count_nonzero(tied))
         elif self.dates is not None:
-            rule = self.store.header.get("visit_rule")
-            times = chunk.visit_times[rows.index_visit]
-            later = may_hold_later_codes(rule, times, rows.index_time)
-            later &= ~self.dates.whole_days[rows.number]
-            self.counts["seen later codes"] += int(np.count_nonzero(later))
+            self.counts["within a visit"] += n_open_visits(chunk, rows)
         end_time, ended_by = self._censoring(chunk, rows, limit)
         end_time = np.where(is_event, at_or(chunk.event_times, event, is_event, 0), end_time)
         end_time = np.maximum(end_time, np.maximum(chunk.visit_times[end - 1], rows.index_time))
@@ -276,22 +286,18 @@ class Population:
         return until, ended_by
 
     def _notes(self) -> list[str]:
-        rule, counts = self.store.header.get("visit_rule"), self.counts
+        counts = self.counts
         notes = []
         if tied := counts["tied with the index"]:
             what = "removed" if self.task.prior_outcome == "exclude" else "not counted"
             notes.append(f"same day: {tied:,} outcomes on the index day itself are {what}")
         if tied := counts["tied with a visit"]:
             notes.append(
-                f"same day: {tied:,} outcomes share their day with other visits, which are not seen"
+                f"same day: {tied:,} outcomes share their day with other visits, or with a stay "
+                "that is not over, which are not seen"
             )
-        if seen := counts["seen later codes"]:
-            notes.append(later_codes(seen))
-        if rule in ("visit_occurrence", "visit_id"):
-            notes.append(
-                "visits of the source are placed at their start: codes that were recorded later in "
-                "a visit, even after the outcome, are seen with it"
-            )
+        if within := counts["within a visit"]:
+            notes.append(within_visits(within))
         if self.task.end_of_observation is None and not self.by_period:
             notes.append(
                 "this store has no observation periods: persons are observed from the first to the "

@@ -35,6 +35,27 @@ def first_not_below(values: Array, begins: Array, ends: Array, limits: Any) -> I
     return low
 
 
+def latest_so_far(values: Ints, begins: Ints) -> Ints:
+    """The running maximum of each range that begins at ``begins[i]`` and ends where the next does
+    (``begins`` has one more, the end of the last).
+
+    Example:
+        >>> latest_so_far(np.array([5, 3, 7, 1, 2]), np.array([0, 3, 3, 5])).tolist()
+        [5, 5, 7, 1, 2]
+    """
+    falls = values[1:] < values[:-1]
+    inner = begins[1:-1]
+    falls[inner[(inner > 0) & (inner < len(values))] - 1] = False
+    if not falls.any():
+        return values
+    # as a running maximum over all ranges of (range, rank of the value)
+    order = np.argsort(values, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    base = np.repeat(np.arange(len(begins) - 1), np.diff(begins)) * len(values)
+    return values[order[np.maximum.accumulate(base + rank) - base]]
+
+
 def at_or(values: Array, places: Array, inside: Array, otherwise: int) -> Ints:
     """``values[places]`` where ``inside``, else ``otherwise``."""
     result = np.full(len(places), otherwise, np.int64)
