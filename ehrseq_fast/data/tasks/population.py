@@ -103,13 +103,6 @@ class Population:
             warnings.warn(notes[-1], UserWarning, stacklevel=4)
         elif len(patients) and not indicators.any():
             notes.append("nobody who is left has the outcome in the time at risk")
-        early = sum(censored) - censored[BY_WINDOW]
-        if early and not self.each_visit:
-            notes.append(
-                f"{early:,} of {len(patients):,} predictions are censored before the end of the "
-                "time at risk: a hazard per visit counts them as without the event, risks by "
-                "horizon (days) do not; min_observation_days leaves them out"
-            )
         ties = [text for text in notes if text.startswith("same day")]
         if ties:
             warnings.warn("; ".join(ties), SameDayWarning, stacklevel=4)
