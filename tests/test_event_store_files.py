@@ -92,6 +92,12 @@ def flip(path, at):
     path.write_bytes(data)
 
 
+def change_array(path, at, value):
+    array = np.load(path)
+    array[at] = value
+    np.save(path, array)
+
+
 DAMAGES = {
     "no header": (lambda p: (p / "store.json").unlink(), FileNotFoundError, "has no store.json"),
     "half a header": (
@@ -153,6 +159,51 @@ DAMAGES = {
         lambda p: flip(p / "visit_offsets.npy", -8),
         ValueError,
         "visit_offsets.npy: expected offsets from 0 to 4, the length of codes, got 0 to 5",
+    ),
+    "offsets that fall": (
+        lambda p: change_array(p / "patient_offsets.npy", 1, 4),
+        ValueError,
+        r"patient_offsets.npy: expected offsets that do not fall, got \d after 4 \(patient 1\)",
+    ),
+    "periods' offsets that fall": (
+        lambda p: change_array(p / "period_offsets.npy", 1, 9),
+        ValueError,
+        r"period_offsets.npy: expected offsets that do not fall, got \d after 9 \(patient 1\)",
+    ),
+    "a split that there is not": (
+        lambda p: change_array(p / "splits.npy", 2, 77),
+        ValueError,
+        r"splits.npy: expected splits from -1 to 1, got 77 \(patient 2\)",
+    ),
+    "a split below none": (
+        lambda p: change_array(p / "splits.npy", 0, -9),
+        ValueError,
+        r"splits.npy: expected splits from -1 to 1, got -9 \(patient 0\)",
+    ),
+    "splits without names": (
+        lambda p: edit_header(p, lambda h: h.update(split={})),
+        ValueError,
+        "store.json: expected an EventStore's header, got one that was changed: KeyError 'names'",
+    ),
+    "splits that are none": (
+        lambda p: edit_header(p, lambda h: h.update(split=None)),
+        ValueError,
+        "store.json: expected an EventStore's header, got one that was changed: TypeError",
+    ),
+    "another visit rule": (
+        lambda p: edit_header(p, lambda h: h.update(visit_rule=48)),
+        ValueError,
+        "store.json: expected SHA-256 .*: the file was changed",
+    ),
+    "names of splits exchanged": (
+        lambda p: edit_header(p, lambda h: h["split"]["names"].reverse()),
+        ValueError,
+        "store.json: expected SHA-256 .*: the file was changed",
+    ),
+    "another size of the vocabulary": (
+        lambda p: edit_header(p, lambda h: h["vocabulary"].update(size=9999)),
+        ValueError,
+        "store.json: expected SHA-256 .*: the file was changed",
     ),
     "a dictionary cut off": (
         lambda p: (p / "dictionary.json").write_bytes(b"{}"),

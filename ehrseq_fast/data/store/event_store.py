@@ -28,6 +28,8 @@ from .format import (
 )
 from .summary import describe_store
 
+PIECE = 1 << 20  # patients that are checked at a time
+
 Ints = NDArray[np.int64]
 Times = NDArray[np.datetime64]
 Floats = NDArray[np.float32]
@@ -110,6 +112,7 @@ class EventStore:
         self.path = recovered(Path(os.path.abspath(path)))
         self.header: dict[str, Any] = {}
         self._open()
+        self._check_patients()
         if verify:
             self._verify()
 
@@ -138,6 +141,14 @@ class EventStore:
             else:
                 raise ValueError(f"{folder / HEADER}: expected the array {name!r}, it lists none")
         self._check_lengths()
+        try:
+            content = content_sha256(self.header)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / HEADER}: expected an EventStore's header, got one that was changed: "
+                f"{type(error).__name__} {error}"
+            ) from error
+        _expect_sha256(folder / HEADER, content, self.header["content_sha256"])
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> EventStore:
@@ -307,6 +318,29 @@ class EventStore:
                 f"{path}: expected {most} bytes, got {size}: it was cut off or changed"
             )
 
+    def _check_patients(self) -> None:
+        """Of what there is one of per patient: wrong ones would give a patient another's visits,
+        or the training split held-out patients."""
+        most = len(self.split_names) - 1
+        for begin in range(0, self.n_patients, PIECE):
+            for name in ("patient_offsets", "static_offsets", "period_offsets"):
+                offsets: Ints = getattr(self, name)[begin : begin + PIECE + 1]
+                falls = np.flatnonzero(offsets[1:] < offsets[:-1])
+                if len(falls):
+                    at = int(falls[0])
+                    raise ValueError(
+                        f"{self.path / (name + '.npy')}: expected offsets that do not fall, got "
+                        f"{offsets[at + 1]} after {offsets[at]} (patient {begin + at})"
+                    )
+            splits = self.splits[begin : begin + PIECE]
+            wrong = np.flatnonzero((splits < -1) | (splits > most))
+            if len(wrong):
+                at = int(wrong[0])
+                raise ValueError(
+                    f"{self.path / 'splits.npy'}: expected splits from -1 to {most}, got "
+                    f"{splits[at]} (patient {begin + at})"
+                )
+
     def _verify(self) -> None:
         entries = self.header["arrays"]
         for name, entry in entries.items():
@@ -315,9 +349,6 @@ class EventStore:
         path = self.path / DICTIONARY
         dictionary = self.header[DICTIONARY]["sha256"]
         _expect_sha256(path, sha256_of(path, skip_npy_header=False), dictionary)
-        _expect_sha256(
-            self.path / HEADER, content_sha256(entries, dictionary), self.header["content_sha256"]
-        )
 
 
 def is_store(path: Path) -> bool:

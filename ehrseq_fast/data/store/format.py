@@ -157,13 +157,16 @@ def sha256_of(path: Path, *, skip_npy_header: bool) -> str:
     return digest.hexdigest()
 
 
-def content_sha256(arrays: Mapping[str, Mapping[str, Any]], dictionary_sha256: str) -> str:
-    """The identity of a store: equal exactly where all arrays and the dictionary are equal."""
+def content_sha256(header: Mapping[str, Any]) -> str:
+    """The identity of a store: equal exactly where all arrays, the dictionary, and what their
+    numbers stand for (visit rule, names of the splits, size of the vocabulary) are equal."""
+    arrays: Mapping[str, Mapping[str, Any]] = header["arrays"]
     listed = [
         [name, entry["dtype"], entry["shape"], entry["sha256"]]
         for name, entry in sorted(arrays.items())
     ]
-    text = json.dumps([listed, dictionary_sha256], separators=(",", ":"))
+    meaning = [header["visit_rule"], header["split"]["names"], header["vocabulary"]["size"]]
+    text = json.dumps([listed, header[DICTIONARY]["sha256"], meaning], separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

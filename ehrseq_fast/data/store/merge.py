@@ -143,8 +143,8 @@ def _merge_into(
         "left_out": counted,
         "arrays": arrays,
         DICTIONARY: dictionary,
-        "content_sha256": content_sha256(arrays, dictionary["sha256"]),
     }
+    header["content_sha256"] = content_sha256(header)
     write_json(folder.new / HEADER, header, indent=1)
     folder.commit()
     return EventStore(folder.out)
