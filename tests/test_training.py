@@ -198,13 +198,15 @@ def test_predictions_censored_within_the_time_at_risk_are_told_of(store, tmp_pat
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             data = TrainingData(config, store, Processes(0, 1, torch.device("cpu"), "none"))
-        notes = [str(w.message) for w in caught if "censored before the end" in str(w.message)]
+        notes = [str(w.message) for w in caught if "censored by the end" in str(w.message)]
         return data.outcomes, notes
 
     window = {"index": "first_visit", "time_at_risk_days": 365}
     outcomes, (note,) = told("hazard", **window)
     number = outcomes.censored_by["the end of observation"]
     assert note.startswith(f"{number:,} of {len(outcomes):,} predictions")
+    assert "horizon" not in note
+    assert "risks by horizon are not affected" in told("hazard_and_horizons", **window)[1][0]
     assert told("horizons", **window)[1] == []
     assert told("hazard", **window, min_observation_days=365)[1] == []
     assert told("hazard")[1] == []

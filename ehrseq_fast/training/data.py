@@ -20,7 +20,7 @@ from ..data import (
     loader,
 )
 from ..models.intervals import interval_hazards
-from .config import DataConfig, RunConfig
+from .config import DataConfig, ModelConfig, RunConfig
 from .distributed import Processes
 
 
@@ -57,9 +57,8 @@ class TrainingData:
                 f"{self.outcomes.attrition}"
             )
         self.tuning_outcomes = self._tuning_outcomes(task)
-        for note in self.outcomes.warnings if config.model.has_hazard else ():
-            if "censored before the end of the time at risk" in note:
-                warnings.warn(note, stacklevel=2)
+        if note := censored_in_window(config.model, self.outcomes):
+            warnings.warn(note, stacklevel=2)
         self._training, self._sampler = self._batches(self.outcomes, shuffle=True)
         self._tuning = None
         if self.has_tuning:
@@ -170,6 +169,21 @@ def censored_visit(outcomes: Outcomes) -> str:
     time at risk, which a patient without the event has survived: ``"included"``.
     """
     return "excluded" if outcomes.each_visit else "included"
+
+
+def censored_in_window(model: ModelConfig, outcomes: Outcomes) -> str:
+    """What to know of a hazard that is one prediction for each row, where the observation of some
+    ends within the time at risk: they count as without the event for all of it. ``""`` otherwise.
+    """
+    number = outcomes.censored_by.get("the end of observation", 0)
+    if outcomes.each_visit or not model.has_hazard or not number:
+        return ""
+    said = (
+        f"{number:,} of {len(outcomes):,} predictions are censored by the end of observation "
+        "within the time at risk; the hazard counts them as without the event, and is too low as "
+        "its risk: min_observation_days leaves them out"
+    )
+    return said + ("; risks by horizon are not affected" if model.has_horizons else "")
 
 
 def visit_hazard(outcomes: Outcomes) -> float:

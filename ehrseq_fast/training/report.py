@@ -15,7 +15,7 @@ from ..metrics import Evaluation, TrainingOutcomes
 from ..metrics import evaluate as evaluate_predictions
 from ..metrics.every_visit import EVERY_VISIT
 from ..optional import need
-from .data import censored_visit
+from .data import censored_in_window, censored_visit
 from .distributed import device_of
 from .files import write_atomically, write_json
 from .held_out import Overlap, overlap_of
@@ -133,7 +133,8 @@ def evaluate(
     plots = _draw(folder, run, outcomes, scores, evaluation, train)
     notes = [*outcomes.warnings, *([note] if note else [])]
     unknown = code_map_of(run, store)[1]
-    notes += [unknown] if unknown else []
+    in_window = censored_in_window(run.config.model, outcomes)
+    notes += [text for text in (unknown, in_window) if text]
     text = _markdown(run, store, split, task, outcomes, evaluation, plots, notes, overlap)
     write_atomically(folder / "report.md", text.encode())
     about = {
