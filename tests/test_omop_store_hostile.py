@@ -11,6 +11,7 @@ import pytest
 
 from ehrseq_fast.data import EventStore, read_omop
 from ehrseq_fast.data.omop.connection import opened
+from ehrseq_fast.data.omop.store import _settings
 
 from .omop_tables import COLUMNS, READ, contents, database, fill
 
@@ -289,6 +290,27 @@ def test_a_file_of_sqlite(tmp_path):
     refused(path, tmp_path / "out", ValueError, message)
     with pytest.raises(ValueError, match=message):
         read_omop(path, outcome_concept_id=40)
+
+
+@pytest.mark.parametrize(
+    ("given", "of_duckdb"),
+    [
+        (None, 128_000_000),
+        ("100MB", 100_000_000),
+        ("300 mb", 128_000_000),
+        ("1GB", 400_000_000),
+        ("1.5GiB", int(0.6 * 1024**3)),
+        ("65536KiB", 64 * 1024**2),
+        ("99000000B", 99_000_000),
+    ],
+)
+def test_how_much_memory_duckdb_gets(path, given, of_duckdb):
+    settings = _settings(path, 1, given)
+    assert settings["memory_limit"] == f"{of_duckdb}B"
+    with opened(path, settings) as connection:
+        set_to = connection.execute("SELECT current_setting('memory_limit')").fetchone()[0]
+    assert set_to.endswith(" MiB")
+    assert float(set_to.split()[0]) * 1024**2 == pytest.approx(of_duckdb, rel=0.01)
 
 
 def test_nothing_is_installed_for_a_database(path):

@@ -50,7 +50,7 @@ def _add_omop(commands: Any) -> None:
         choices=("leave_out", "keep"),
         help="events outside a person's observation periods (leave_out)",
     )
-    parser.add_argument("--memory-limit", metavar="SIZE", help="of DuckDB, such as 300MB")
+    parser.add_argument("--memory-limit", metavar="SIZE", help="of each process, such as 300MB")
     _add_common(parser)
     parser.set_defaults(run=_omop)
 

@@ -141,8 +141,10 @@ def read_omop(
             tuning, 10 % held_out.
         seed: of the split.
         overwrite: replace a store that is at ``out``.
-        memory_limit: DuckDB's, for each process: up to that it keeps what it has read of the file,
-            and works in it. By default ``"128MB"``. Not with a connection.
+        memory_limit: for each process, as ``"512MB"``. DuckDB gets all of it up to 128 MB, which is
+            the default, and of more two fifths, but not less than that: it works in them, and keeps
+            there what it has read of the file. The rest is for rows, of which ``rows_per_part``
+            are in memory. Not with a connection.
         rows_per_part: how many rows of all tables together are in memory at a time, unless one
             person has more.
 
@@ -163,7 +165,7 @@ def read_omop(
         LookupError: if the database lacks one of the tables or columns.
         FileNotFoundError, FileExistsError: no database file; ``out`` exists.
         OSError: a database file that is damaged.
-        MemoryError: DuckDB needs more than ``memory_limit``.
+        MemoryError: DuckDB needs more than its part of ``memory_limit``.
         RuntimeError: a worker was killed, another rank failed, another process writes ``out``.
         ImportError: if ``database`` is a path and duckdb is not installed.
 

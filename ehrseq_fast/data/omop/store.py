@@ -30,11 +30,12 @@ from .ranges import person_ranges
 from .sources import Sources, Survey, count_rows, find_sources, survey
 from .tables import EventTable, concept_names, event_tables
 
-MEMORY_LIMIT = "128MB"  # DuckDB keeps what it has read up to that; little of it is needed
+OF_DUCKDB = 128_000_000  # bytes: it keeps what it has read up to that; little of it is needed
+SHARE = 0.4  # of a larger memory_limit: rows that are being read are in memory too
 MOST_THREADS = 4  # of DuckDB, each with buffers of its own
 NOTICED = "noticed.json"
 OUTSIDE_PERIODS = ("leave_out", "keep")
-_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*([KMGT]i?B|B)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 
 
 def read_store(
@@ -103,10 +104,7 @@ def read_store(
 
 
 def _settings(database: Any, workers: int, memory_limit: str | None) -> dict[str, str | int]:
-    if memory_limit is not None and not (
-        isinstance(memory_limit, str) and _SIZE.fullmatch(memory_limit)
-    ):
-        raise ValueError(f"memory_limit: expected a size as '512MB', got {memory_limit!r}")
+    of_duckdb = OF_DUCKDB if memory_limit is None else _of_duckdb(memory_limit)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if not is_path(database):
         if memory_limit is not None:
@@ -126,7 +124,18 @@ def _settings(database: Any, workers: int, memory_limit: str | None) -> dict[str
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     threads = min(max(1, cores // (workers * of_node)), MOST_THREADS)
-    return {"memory_limit": memory_limit or MEMORY_LIMIT, "threads": threads}
+    return {"memory_limit": f"{of_duckdb}B", "threads": threads}
+
+
+def _of_duckdb(memory_limit: str) -> int:
+    """How many bytes of it DuckDB gets."""
+    size = _SIZE.fullmatch(memory_limit) if isinstance(memory_limit, str) else None
+    if size is None:
+        raise ValueError(f"memory_limit: expected a size as '512MB', got {memory_limit!r}")
+    number, prefix, binary = size.groups()
+    power = " KMGT".index(prefix.upper() or " ")
+    total = int(float(number) * (1024 if binary else 1000) ** power)
+    return max(min(total, OF_DUCKDB), int(SHARE * total))
 
 
 @dataclass(frozen=True)
