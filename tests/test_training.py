@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ehrseq_fast.data import FirstEvent, PartWriter, SubjectChunk, write_store
+from ehrseq_fast.data import FirstEvent, PartWriter, SubjectChunk, read_meds, write_store
 from ehrseq_fast.training import (
     CheckpointConfig,
     DataConfig,
@@ -333,6 +333,29 @@ def test_a_trained_model_comes_within_2_percent_of_the_true_hazards(tmp_path):
     constant = visit_losses(outcomes, np.full_like(scores.hazards, visit_hazard(outcomes)))
     assert true < losses < 1.02 * true
     assert constant > 1.2 * true  # what there is to be learned
+
+
+@needs("meds")
+def test_defaults_come_within_2_percent_on_generated_meds_records(tmp_path):
+    """The command of docs/train.md, from MEDS files on; only the number of epochs is given."""
+    from tests.generated_meds import OUTCOME, write_generated_meds
+
+    generated = write_generated_meds(tmp_path / "meds", 20_000)
+    store = read_meds(tmp_path / "meds", tmp_path / "store")
+    config = RunConfig(
+        store=str(store.path),
+        run=str(tmp_path / "run"),
+        task=FirstEvent(OUTCOME),
+        epochs=6,
+        device="cpu",
+        logging=LoggingConfig(progress=False),
+    )
+    outcomes = FirstEvent(OUTCOME).apply(store, split="held_out")
+    scores = score_outcomes(fit(config), store, outcomes, torch.device("cpu"))
+    losses, true = visit_losses(outcomes, scores.hazards), generated.loss("held_out")
+    assert len(outcomes) == (generated.splits == "held_out").sum()
+    assert true < losses < 1.02 * true
+    assert generated.constant_loss("held_out") > 1.2 * true
 
 
 def visit_losses(outcomes, hazards):
