@@ -358,7 +358,7 @@ def step_jobs(settings: Settings) -> Iterator[Job]:
     for phase in PHASES[:3]:
         yield job(main, 12, phase=phase)
     if settings.serves(torch.bfloat16):
-        yield job(main, 25, autocast=True)
+        yield job(main, 22, autocast=True)
         yield job(main, 8, autocast=True, phase="inference")
     if settings.device == "cuda":
         yield Job("host waits", 2, partial(_find_host_waits, main), for_target=True)

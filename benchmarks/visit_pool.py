@@ -209,7 +209,7 @@ def jobs(settings: Settings) -> Iterator[Job]:
         weight = 28 if letter == main else {"E": 18}.get(letter, 8)
         yield job(letter, weight, for_target=letter == main, compiled=compiled)
     yield job(main, 6, phase="forward")
-    yield job(main, 8, cache="cold")
+    yield job(main, 7, cache="cold")
     if settings.serves(torch.bfloat16):
         yield job(main, 10, dtype=torch.bfloat16)
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from .event_store import EventStore
 
 MOST_NAMES = 8  # in a line
 
 
-def describe_store(store: EventStore) -> str:
-    """The lines of :meth:`EventStore.describe`."""
+def describe_store(store: Any) -> str:
+    """The lines of :meth:`EventStore.describe`, whose module imports this one."""
     counts = store.header["counts"]
     source = store.header["source"]
     visits = np.diff(store.patient_offsets)
