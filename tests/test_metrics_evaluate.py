@@ -376,3 +376,22 @@ def test_the_truth_of_every_visit():
     # and it would be seen if it were wrong
     naive = brier(risk, total[of] - gap * visit, seen[of], landmark=0, horizon=w)
     assert abs(naive - error) > abs(found["brier", "every visit", w].model - error)
+
+
+@pytest.mark.parametrize("censored_visit", ["excluded", "included"])
+def test_the_loss_is_that_of_training_with_entry_times(censored_visit):
+    rng = np.random.default_rng(11)
+    lengths = rng.integers(1, 9, 200)
+    hazards, seen = rng.uniform(0.01, 0.6, (200, 8)), rng.integers(0, 2, 200)
+    times, entry = lengths - 1, rng.integers(0, lengths)
+    assert (entry > 0).sum() > 50
+    mask = np.arange(8) < lengths[:, None]
+    expected = discrete_time_survival_nll(
+        *map(torch.from_numpy, (hazards, times, seen, mask)),
+        entry_times=torch.from_numpy(entry),
+        censored_visit=censored_visit,
+    )
+    found = evaluate(
+        hazards, times, seen, entry_times=entry, censored_visit=censored_visit, progress=False
+    )
+    assert found["nll"].model == pytest.approx(float(expected), rel=1e-9)
