@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ehrseq_fast.data import FirstEvent, PartWriter, SubjectChunk, read_meds, write_store
+from ehrseq_fast.models.intervals import interval_hazards
 from ehrseq_fast.training import (
     CheckpointConfig,
     DataConfig,
@@ -25,7 +26,7 @@ from ehrseq_fast.training import (
 from ehrseq_fast.training.checkpoint import (
     load_tensors,
 )
-from ehrseq_fast.training.data import TrainingData, visit_hazard
+from ehrseq_fast.training.data import TrainingData, horizon_hazards, visit_hazard
 from ehrseq_fast.training.distributed import Processes
 from ehrseq_fast.training.model import make_model, start_at_rates
 from ehrseq_fast.training.scoring import score_outcomes
@@ -364,3 +365,23 @@ def visit_losses(outcomes, hazards):
     last = starts + outcomes.event_times
     survived[last] = np.where(outcomes.event_indicators, -np.log(hazards[last]), 0)
     return np.add.reduceat(survived, starts).mean()
+
+
+def test_rates_to_start_from_are_those_of_visits_at_risk(store):
+    """Not of visits before the entry, from which the event cannot have followed."""
+    outcomes = applied(FirstEvent([EVENT], washout_days=60), store)
+    assert (outcomes.entry_times > 0).sum() > 100
+    days, ends = outcomes.days_to_end(store), np.cumsum(outcomes.n_visits)
+    at_risk, events = [], []
+    for row, end in enumerate(ends):
+        visits = days[end - outcomes.n_visits[row] : end][outcomes.entry_times[row] :]
+        at_risk += visits.tolist()
+        events += [outcomes.event_indicators[row]] * len(visits)
+    expected = interval_hazards(at_risk, events, (30, 90, 365))
+    np.testing.assert_allclose(horizon_hazards(outcomes, store, (30, 90, 365)), expected)
+
+
+def applied(task, store):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return task.apply(store)
