@@ -11,6 +11,7 @@
 
 #include "common/cuda/launch.h"
 #include "common/operators.h"
+#include "common/survival/outcomes_cuda.h"
 #include "survival_nll/arguments.h"
 #include "survival_nll/kernels.cuh"
 #include "survival_nll/scaling.cuh"
@@ -23,46 +24,6 @@ using torch::headeronly::ScalarType;
 // A float16 gradient that is still to be multiplied by a loss scale would lose its small values.
 template <typename scalar_t>
 using saved_grad_t = std::conditional_t<std::is_same_v<scalar_t, __half>, float, scalar_t>;
-
-// --- outcomes --------------------------------------------------------------------------------
-
-Kind kind_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Bool:
-      return Kind::kBool;
-    case ScalarType::Byte:
-      return Kind::kUnsigned;
-    case ScalarType::Char:
-    case ScalarType::Short:
-    case ScalarType::Int:
-    case ScalarType::Long:
-      return Kind::kSigned;
-    case ScalarType::Float:
-    case ScalarType::Double:
-      return Kind::kFloat;
-    case ScalarType::Half:
-      return Kind::kHalf;
-    case ScalarType::BFloat16:
-      return Kind::kBFloat16;
-    default:
-      throw std::logic_error("kind_of: a dtype that was not checked");
-  }
-}
-
-Numbers numbers_of(const Tensor& tensor, int64_t stride) {
-  return {tensor.const_data_ptr(), stride, static_cast<int>(tensor.element_size()),
-          kind_of(tensor.scalar_type())};
-}
-
-// One number per patient.
-Numbers column(const OptionalTensor& tensor) {
-  return tensor.has_value() ? numbers_of(*tensor, tensor->stride(0)) : Numbers{};
-}
-
-OutcomeColumns outcomes_of(bool competing, const Tensor& times, const Tensor& types,
-                           const OptionalTensor& entries, const OptionalTensor& weights) {
-  return {column(times), column(types), column(entries), column(weights), !competing};
-}
 
 // --- the sum over patients -------------------------------------------------------------------
 

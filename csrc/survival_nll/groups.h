@@ -10,8 +10,8 @@
 #include "common/denormals.h"
 #include "common/dtypes.h"
 #include "common/parallel.h"
+#include "common/survival/outcomes.h"
 #include "common/tensors.h"
-#include "survival_nll/outcomes.h"
 #include "survival_nll/rows.h"
 
 namespace ehrseq::survival {

@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "common/cuda/device.cuh"
-#include "survival_nll/outcomes.cuh"
+#include "common/survival/outcomes.cuh"
 
 namespace ehrseq::survival::cuda {
 

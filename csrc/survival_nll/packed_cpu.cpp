@@ -11,11 +11,11 @@
 
 #include "common/dtypes.h"
 #include "common/operators.h"
+#include "common/survival/outcomes.h"
+#include "common/survival/rank_layout.h"
 #include "common/tensors.h"
 #include "survival_nll/arguments.h"
 #include "survival_nll/groups.h"
-#include "survival_nll/outcomes.h"
-#include "survival_nll/rank_layout.h"
 #include "survival_nll/rows.h"
 
 namespace ehrseq::survival {

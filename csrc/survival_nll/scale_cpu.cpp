@@ -14,9 +14,9 @@
 #include "common/dtypes.h"
 #include "common/operators.h"
 #include "common/parallel.h"
+#include "common/survival/rank_layout.h"
 #include "common/tensors.h"
 #include "survival_nll/arguments.h"
-#include "survival_nll/rank_layout.h"
 
 namespace ehrseq::survival {
 namespace {

@@ -1,10 +1,10 @@
-#include "survival_nll/visit_mask.h"
+#include "common/survival/visit_mask.h"
 
 #include <algorithm>
 #include <stdexcept>
 
-#include "survival_nll/columns.h"
-#include "survival_nll/rows.h"
+#include "common/survival/columns.h"
+#include "common/survival/mask_rows.h"
 
 namespace ehrseq::survival {
 namespace {

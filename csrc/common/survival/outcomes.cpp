@@ -1,4 +1,4 @@
-#include "survival_nll/outcomes.h"
+#include "common/survival/outcomes.h"
 
 #include <algorithm>
 #include <cstdio>

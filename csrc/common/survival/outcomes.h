@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <optional>
 
-#include "survival_nll/columns.h"
-#include "survival_nll/visit_mask.h"
+#include "common/survival/columns.h"
+#include "common/survival/visit_mask.h"
 
 namespace ehrseq::survival {
 

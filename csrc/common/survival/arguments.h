@@ -1,0 +1,84 @@
+// What the outcomes, masks and row numbers of the survival losses may be, on the CPU and on a GPU
+// alike. Their values are checked by the CPU before it uses them (outcomes.cpp, rank_layout.h) and
+// by a GPU's kernels where they would leave memory.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "common/checks.h"
+
+namespace ehrseq::survival {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Positions within a patient's row are 32 bits wide.
+inline void expect_row_length(const char* operation, int64_t slots, int64_t classes) {
+  if (slots > std::numeric_limits<int32_t>::max() / classes) {
+    refuse(operation, "hazards", "at most 2^31 - 1 values per patient",
+           std::to_string(slots) + " visits of " + std::to_string(classes));
+  }
+}
+
+inline void expect_real(const Tensor& tensor, const char* operation, const char* name) {
+  expect_dtype(tensor, operation, name,
+               {ScalarType::Bool, ScalarType::Byte, ScalarType::Char, ScalarType::Short,
+                ScalarType::Int, ScalarType::Long, ScalarType::Float, ScalarType::Double,
+                ScalarType::BFloat16, ScalarType::Half});
+}
+
+inline const char* name_of_types(bool competing) {
+  return competing ? "event_types" : "event_indicators";
+}
+
+// One number per patient each.
+inline void expect_outcomes(const char* operation, int64_t patients, bool competing,
+                            const Tensor& event_times, const Tensor& event_types,
+                            const OptionalTensor& entry_times,
+                            const OptionalTensor& sample_weight) {
+  const char* types_name = name_of_types(competing);
+  expect_shape(event_times, operation, "event_times", {patients}, "[B]");
+  expect_integer(event_times, operation, "event_times");
+  expect_shape(event_types, operation, types_name, {patients}, "[B]");
+  if (!competing) {
+    expect_real(event_types, operation, types_name);
+  } else if (event_types.scalar_type() != ScalarType::Bool) {
+    expect_integer(event_types, operation, types_name);
+  }
+  if (entry_times.has_value()) {
+    expect_shape(*entry_times, operation, "entry_times", {patients}, "[B]");
+    expect_integer(*entry_times, operation, "entry_times");
+  }
+  if (sample_weight.has_value()) {
+    expect_shape(*sample_weight, operation, "sample_weight", {patients}, "[B]");
+    expect_real(*sample_weight, operation, "sample_weight");
+  }
+}
+
+inline void expect_sequence_mask(const char* operation, const OptionalTensor& mask,
+                                 int64_t patients, int64_t slots) {
+  if (!mask.has_value()) return;
+  expect_shape(*mask, operation, "sequence_mask", {patients, slots}, "[B, V]");
+  expect_real(*mask, operation, "sequence_mask");
+}
+
+// The row numbers of a packed batch.
+inline void expect_row_numbers(const char* operation, const Tensor& row_starts,
+                               const Tensor& unsorted_indices, const Tensor& last_rows) {
+  expect_dim(row_starts, operation, "row_starts", 1, "[V + 1]");
+  expect_dtype(row_starts, operation, "row_starts", {ScalarType::Long});
+  const int64_t starts = row_starts.size(0);
+  if (starts < 1 || starts - 1 > std::numeric_limits<int32_t>::max()) {
+    refuse(operation, "row_starts", "shape [V + 1] with 0 <= V < 2^31",
+           as_text(shape_of(row_starts)));
+  }
+  expect_dim(unsorted_indices, operation, "unsorted_indices", 1, "[B]");
+  expect_dtype(unsorted_indices, operation, "unsorted_indices", {ScalarType::Long});
+  expect_shape(last_rows, operation, "last_rows", {unsorted_indices.size(0)}, "[B]");
+  expect_dtype(last_rows, operation, "last_rows", {ScalarType::Long});
+}
+
+}  // namespace ehrseq::survival
