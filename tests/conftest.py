@@ -112,9 +112,10 @@ def builder(request):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--fallback-only",
+        "--no-reference",
         action="store_true",
-        help="with EHRSEQ_FAST_NO_COMPILED: the tests that choose what to run by what is there",
+        help="leave out the tests whose parameter asks for the reference: for runs under other "
+        "conditions than the main one that are the same to it",
     )
 
 
@@ -125,11 +126,9 @@ def _asks_for_the_reference(item) -> bool:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Refuse marks that name an operation that does not exist. Without compiled kernels, leave out
-    what asks for the reference by name: it is forced there, so it is the same test with them."""
-    if os.environ.get("EHRSEQ_FAST_NO_COMPILED") and config.getoption("fallback_only"):
-        again = [item for item in items if _asks_for_the_reference(item)]
-        config.hook.pytest_deselected(items=again)
+    """Refuse marks that name an operation that does not exist; ``--no-reference``."""
+    if config.getoption("no_reference"):
+        config.hook.pytest_deselected(items=[i for i in items if _asks_for_the_reference(i)])
         items[:] = [item for item in items if not _asks_for_the_reference(item)]
     for item in items:
         for mark in item.iter_markers("operation"):
