@@ -212,7 +212,7 @@ def jobs(settings: Settings) -> Iterator[Job]:
         model = model_size(session.batch(main, sizes[0]).vocabulary, settings)
         return patients(main, session.device, model, sizes, settings.backend)
 
-    yield job(CODES, 45, partial(of_batch, real_codes))
+    yield job(CODES, 35, partial(of_batch, real_codes))
     yield job(PADDING, 25, partial(of_batch, padding))
     yield job(PATIENTS, 15, of_sizes)
 

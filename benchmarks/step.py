@@ -325,7 +325,7 @@ def exact_differences(batch: Batch, size: ModelSize, *, seed: int = 0) -> dict[s
 
 WEIGHTS = {"A": 20, "E": 28, "F": 20}
 # what the plain paths of the real batch need for several samples each
-MAIN_WEIGHT = 80
+MAIN_WEIGHT = 60
 MEMORY_WEIGHTS = {"A": 12, "D": 12, "E": 15}
 
 

@@ -206,7 +206,7 @@ def jobs(settings: Settings) -> Iterator[Job]:
     main = settings.main_workload
     for letter in settings.workloads:
         compiled = letter == main and not settings.quick
-        weight = 28 if letter == main else {"E": 18}.get(letter, 8)
+        weight = 22 if letter == main else {"E": 18}.get(letter, 8)
         yield job(letter, weight, for_target=letter == main, compiled=compiled)
     yield job(main, 6, phase="forward")
     yield job(main, 7, cache="cold")
