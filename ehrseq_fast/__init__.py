@@ -14,6 +14,7 @@ from .backend import use_backend
 from .batch import PackedVisits
 from .packed_gru import PackedGRU, packed_gru
 from .packed_lstm import PackedLSTM, packed_lstm
+from .pmf_nll import PMFCompetingRisksLoss, PMFLoss, pmf_competing_risks_nll, pmf_nll
 from .predictions import cumulative_incidence
 from .rows import PackedRows
 from .survival_nll import (
@@ -30,6 +31,8 @@ from .warmup import warmup
 __all__ = [
     "CompetingRisksSurvivalLoss",
     "DiscreteTimeSurvivalLoss",
+    "PMFCompetingRisksLoss",
+    "PMFLoss",
     "PackedGRU",
     "PackedLSTM",
     "PackedRows",
@@ -43,6 +46,8 @@ __all__ = [
     "packed_lstm",
     "packed_survival_nll",
     "packed_visit_pool",
+    "pmf_competing_risks_nll",
+    "pmf_nll",
     "use_backend",
     "visit_mean_pool",
     "warmup",

@@ -9,10 +9,10 @@
 
 #include "common/dtypes.h"
 #include "common/operators.h"
+#include "common/survival/groups.h"
 #include "common/survival/outcomes.h"
 #include "common/tensors.h"
 #include "survival_nll/arguments.h"
-#include "survival_nll/groups.h"
 #include "survival_nll/rows.h"
 
 namespace ehrseq::survival {

@@ -63,30 +63,29 @@ def check_tensors(
     sequence_mask: Tensor | None,
     entry_times: Tensor | None,
     sample_weight: Tensor | None,
+    name: str = "hazards",
 ) -> None:
-    """Refuse tensors whose kind, dtype, shape or device does not fit ``hazards``.
+    """Refuse tensors whose kind, dtype, shape or device does not fit ``hazards``, which errors call
+    ``name``.
 
     ``layout`` names the dimensions of ``hazards``: ``("B", "V")`` or ``("B", "V", "K")``.
     """
-    check_hazards(hazards, layout)
+    check_hazards(hazards, layout, name)
     check_companions(
-        hazards, hazards.shape[0], event_times, event_types, entry_times, sample_weight
+        hazards, hazards.shape[0], event_times, event_types, entry_times, sample_weight, name
     )
     if sequence_mask is not None:
-        _check_companion(
-            hazards, hazards.shape[:2], "sequence_mask", sequence_mask, REAL, "a bool or numeric"
-        )
+        of_mask = ("sequence_mask", sequence_mask, REAL, "a bool or numeric")
+        _check_companion(hazards, name, hazards.shape[:2], *of_mask)
 
 
-def check_hazards(hazards: Tensor, layout: tuple[str, ...]) -> None:
+def check_hazards(hazards: Tensor, layout: tuple[str, ...], name: str = "hazards") -> None:
     """Refuse hazards that are not a floating-point tensor of these dimensions."""
-    expect_tensor("hazards", hazards)
+    expect_tensor(name, hazards)
     if hazards.dtype not in FLOATING:
-        raise TypeError(f"hazards: expected a floating-point dtype, got {hazards.dtype}")
+        raise TypeError(f"{name}: expected a floating-point dtype, got {hazards.dtype}")
     if hazards.dim() != len(layout):
-        raise ValueError(
-            f"hazards: expected shape [{', '.join(layout)}], got {list(hazards.shape)}"
-        )
+        raise ValueError(f"{name}: expected shape [{', '.join(layout)}], got {list(hazards.shape)}")
 
 
 def check_companions(
@@ -96,17 +95,24 @@ def check_companions(
     event_types: tuple[str, Tensor, frozenset[torch.dtype]],
     entry_times: Tensor | None,
     sample_weight: Tensor | None,
+    name_of_hazards: str = "hazards",
 ) -> None:
     """Refuse what is known of each patient, where it does not fit ``hazards``."""
     shape = (patients,)
-    _check_companion(hazards, shape, "event_times", event_times, INTEGER, "an integer")
+    _check_companion(
+        hazards, name_of_hazards, shape, "event_times", event_times, INTEGER, "an integer"
+    )
     name, types, allowed = event_types
     kind = "a bool, integer or floating-point" if allowed is REAL else "an integer or bool"
-    _check_companion(hazards, shape, name, types, allowed, kind)
+    _check_companion(hazards, name_of_hazards, shape, name, types, allowed, kind)
     if entry_times is not None:
-        _check_companion(hazards, shape, "entry_times", entry_times, INTEGER, "an integer")
+        _check_companion(
+            hazards, name_of_hazards, shape, "entry_times", entry_times, INTEGER, "an integer"
+        )
     if sample_weight is not None:
-        _check_companion(hazards, shape, "sample_weight", sample_weight, REAL, "a real")
+        _check_companion(
+            hazards, name_of_hazards, shape, "sample_weight", sample_weight, REAL, "a real"
+        )
         learns = sample_weight.requires_grad and torch.is_grad_enabled()
         if learns and not transformed(hazards, sample_weight):
             raise ValueError(
@@ -117,6 +123,7 @@ def check_companions(
 
 def _check_companion(
     hazards: Tensor,
+    name_of_hazards: str,
     shape: tuple[int, ...],
     name: str,
     tensor: Tensor,
@@ -130,9 +137,9 @@ def _check_companion(
         dims = ("B", "V")[: len(shape)]
         raise ValueError(
             f"{name}: expected shape [{', '.join(dims)}] = {list(shape)} "
-            f"for hazards {list(hazards.shape)}, got {list(tensor.shape)}"
+            f"for {name_of_hazards} {list(hazards.shape)}, got {list(tensor.shape)}"
         )
-    expect_device(name, tensor, hazards.device, "hazards")
+    expect_device(name, tensor, hazards.device, name_of_hazards)
 
 
 def check_outcomes(inputs: Inputs, link: str) -> None:

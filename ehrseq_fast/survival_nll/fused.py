@@ -1,11 +1,11 @@
-"""The losses computed by kernels, and their gradient; or by the reference, of padded or packed
-hazards alike."""
+"""A loss of hazards or logits computed by kernels, and its gradient; or by the reference, of padded
+or packed rows alike. Not of the survival losses alone: :class:`Loss` says what one consists of."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,15 +22,55 @@ PADDED = (None, None, None)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def nll(chosen: str, rows: Rows, inputs: Inputs, options: Options) -> Tensor:
+class Loss(Protocol):
+    """The options of a loss, and what computes it with them."""
+
+    def define(self, inputs: Inputs) -> Tensor:
+        """The definition, of padded inputs."""
+
+    def compute(self, ops: Any, rows: Rows, inputs: Inputs, needs_grad: bool) -> Any:
+        """The kernels' loss and gradient; the gradient is an empty tensor where none is needed."""
+
+
+class SurvivalNll(Options):
+    """The survival losses: of one risk ``[B, V]``, of competing ones ``[B, V, K]``."""
+
+    __slots__ = ()
+
+    def define(self, inputs: Inputs) -> Tensor:
+        hazards, event_times, event_types, sequence_mask, entry_times, sample_weight = inputs
+        definition: Callable[..., Tensor] = reference.discrete_time_survival_nll
+        if hazards.dim() == 3:
+            definition = reference.competing_risks_nll
+        return definition(
+            hazards,
+            event_times,
+            event_types,
+            sequence_mask,
+            self,
+            entry_times=entry_times,
+            sample_weight=sample_weight,
+        )
+
+    def compute(self, ops: Any, rows: Rows, inputs: Inputs, needs_grad: bool) -> Any:
+        hazards = inputs[0]
+        numbered = (*self.numbered(), needs_grad)
+        if rows[0] is not None:
+            outcomes = (*inputs[1:3], *inputs[4:])
+            return ops.packed_survival_nll.default(hazards, *rows, *outcomes, *numbered)
+        operator = ops.competing_risks_nll if hazards.dim() == 3 else ops.survival_nll
+        return operator.default(*inputs, *numbered)
+
+
+def nll(chosen: str, rows: Rows, inputs: Inputs, loss: Loss) -> Tensor:
     """The loss of checked arguments, by the backend ``chosen``: ``reference`` where a transform of
     ``torch.func`` or forward mode is active (:func:`~ehrseq_fast.autograd.transformed`)."""
     hazards = inputs[0]
     if chosen == "reference":
-        return reference_nll(rows, inputs, options)
+        return loss.define(as_padded(rows, inputs))
     if hazards.requires_grad and torch.is_grad_enabled():
-        return _Nll.apply(chosen, options, *rows, *inputs)
-    return _nll_and_grad(chosen, rows, inputs, options, needs_grad=False)[0]
+        return _Nll.apply(chosen, loss, *rows, *inputs)
+    return loss.compute(operators(chosen), rows, inputs, False)[0]
 
 
 def as_padded(rows: Rows, inputs: Inputs) -> Inputs:
@@ -43,37 +83,6 @@ def as_padded(rows: Rows, inputs: Inputs) -> Inputs:
     return inputs[0][row], *inputs[1:3], exists, *inputs[4:]
 
 
-def reference_nll(rows: Rows, inputs: Inputs, options: Options) -> Tensor:
-    """The definition."""
-    inputs = as_padded(rows, inputs)
-    hazards, event_times, event_types, sequence_mask, entry_times, sample_weight = inputs
-    definition: Callable[..., Tensor] = reference.discrete_time_survival_nll
-    if hazards.dim() == 3:
-        definition = reference.competing_risks_nll
-    return definition(
-        hazards,
-        event_times,
-        event_types,
-        sequence_mask,
-        options,
-        entry_times=entry_times,
-        sample_weight=sample_weight,
-    )
-
-
-def _nll_and_grad(
-    chosen: str, rows: Rows, inputs: Inputs, options: Options, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    ops = operators(chosen)
-    hazards = inputs[0]
-    numbered = (*options.numbered(), needs_grad)
-    if rows[0] is not None:
-        outcomes = (*inputs[1:3], *inputs[4:])
-        return ops.packed_survival_nll.default(hazards, *rows, *outcomes, *numbered)
-    operator = ops.competing_risks_nll if hazards.dim() == 3 else ops.survival_nll
-    return operator.default(*inputs, *numbered)
-
-
 class _Nll(torch.autograd.Function):
     """The kernel writes the gradient along with the loss, so that backward has only to scale it.
 
@@ -83,13 +92,13 @@ class _Nll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, chosen: str, options: Options, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, chosen: str, loss: Loss, *tensors: Any) -> Tensor:
         rows, inputs = tensors[:3], tensors[3:]
-        value, grad = _nll_and_grad(chosen, rows, inputs, options, needs_grad=True)
+        value, grad = loss.compute(operators(chosen), rows, inputs, True)
         returns_own = chosen == "cpu" and not torch.compiler.is_compiling()
         ctx.once = [grad] if returns_own else []
         ctx.save_for_backward(None if returns_own else grad, *rows, *inputs)
-        ctx.chosen, ctx.options = chosen, options
+        ctx.chosen, ctx.loss = chosen, loss
         return value
 
     @staticmethod
@@ -100,7 +109,7 @@ class _Nll(torch.autograd.Function):
         if torch.is_grad_enabled() or transformed(grad_nll):
             # create_graph=True: a gradient that has a gradient itself; or several gradients at once
             with torch.enable_grad():
-                value = reference_nll(rows, inputs, ctx.options)
+                value = ctx.loss.define(as_padded(rows, inputs))
             (grad,) = torch.autograd.grad(
                 value, hazards, grad_nll, create_graph=torch.is_grad_enabled()
             )
@@ -110,7 +119,7 @@ class _Nll(torch.autograd.Function):
             try:
                 own = ctx.once.pop()
             except IndexError:
-                _, own = _nll_and_grad(ctx.chosen, rows, inputs, ctx.options, needs_grad=True)
+                _, own = ctx.loss.compute(operators(ctx.chosen), rows, inputs, True)
             grad = _scaled_in_place(own, grad_nll, rows, hazards.dtype)
         return *(None,) * 5, grad, *(None,) * 5
 

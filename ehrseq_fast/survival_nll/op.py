@@ -18,8 +18,7 @@ from .checks import (
     refuse_mask,
     require_outcomes,
 )
-from .fused import PADDED, Inputs, nll
-from .options import Options
+from .fused import PADDED, Inputs, SurvivalNll, nll
 from .packed import packed_competing_risks_nll, packed_survival_nll
 
 
@@ -124,7 +123,7 @@ def discrete_time_survival_nll(
     check_single_link(link, from_logits)
     return _nll(
         (hazards, event_times, event_indicators, sequence_mask, entry_times, sample_weight),
-        Options(link if from_logits else "probabilities", censored_visit, eps, reduction),
+        SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction),
         validate,
     )
 
@@ -208,12 +207,12 @@ def competing_risks_nll(
     check_link(hazards, link, from_logits)
     return _nll(
         (hazards, event_times, event_types, sequence_mask, entry_times, sample_weight),
-        Options(link if from_logits else "probabilities", censored_visit, eps, reduction),
+        SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction),
         validate,
     )
 
 
-def _nll(inputs: Inputs, options: Options, validate: bool) -> Tensor:
+def _nll(inputs: Inputs, options: SurvivalNll, validate: bool) -> Tensor:
     """Either loss: [B, V] hazards are one risk, [B, V, K] competing ones."""
     hazards = inputs[0]
     device = hazards.device.type

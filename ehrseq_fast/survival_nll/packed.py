@@ -20,8 +20,7 @@ from .checks import (
     check_outcomes,
     check_single_link,
 )
-from .fused import Inputs, Rows, as_padded, nll
-from .options import Options
+from .fused import Inputs, Rows, SurvivalNll, as_padded, nll
 
 if TYPE_CHECKING:
     from ..batch import PackedVisits
@@ -79,7 +78,7 @@ def packed_survival_nll(
     check_single_link(link, from_logits)
     inputs = (hazards, times, seen, None, entry_times, sample_weight)
     link = link if from_logits else "probabilities"
-    options = Options(link, censored_visit, eps, reduction)
+    options = SurvivalNll(link, censored_visit, eps, reduction)
     return _packed_nll(batch, inputs, options, validate)
 
 
@@ -127,7 +126,7 @@ def packed_competing_risks_nll(
     check_link(hazards, link, from_logits)
     inputs = (hazards, times, kinds, None, entry_times, sample_weight)
     link = link if from_logits else "probabilities"
-    options = Options(link, censored_visit, eps, reduction)
+    options = SurvivalNll(link, censored_visit, eps, reduction)
     return _packed_nll(batch, inputs, options, validate)
 
 
@@ -174,7 +173,9 @@ def _check_tensors(
     check_companions(hazards, len(batch), event_times, event_types, entry_times, sample_weight)
 
 
-def _packed_nll(batch: PackedVisits, inputs: Inputs, options: Options, validate: bool) -> Tensor:
+def _packed_nll(
+    batch: PackedVisits, inputs: Inputs, options: SurvivalNll, validate: bool
+) -> Tensor:
     hazards = inputs[0]
     device = hazards.device.type
     options.check()

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ehrseq_fast import operations
+from ehrseq_fast import PackedVisits, operations
 from ehrseq_fast.hazard_head import reference as head_reference
 from ehrseq_fast.linear import reference as linear_reference
 from ehrseq_fast.packed_gru import reference as gru_reference
 from ehrseq_fast.packed_lstm import reference as lstm_reference
+from ehrseq_fast.pmf_nll import reference as pmf_reference
 from ehrseq_fast.visit_pool import reference as pool_reference
 
 from ..survival_cases import definition
@@ -239,6 +240,47 @@ def _nll(draw: Draw, ops: Any, name: str) -> Call:
         [packed, starts, ranks, last_rows, times, types, *companions],
         expected,
     )
+
+
+@makes("pmf_nll")
+def _pmf(draw: Draw, ops: Any, name: str) -> Call:
+    """Padded or packed, of one event or of several."""
+    patients, slots, causes = draw.whole(1, 6), draw.whole(1, 20), draw.whole(1, 3)
+    competing, is_packed = draw.chance(0.5), draw.chance(0.5)
+    lengths = draw.integers(1, slots + 1, (patients,))
+    lengths[0] = slots
+    times = (torch.from_numpy(draw.random.random(patients)) * lengths).long()
+    types = draw.integers(0, (causes if competing else 1) + 1, (patients,))
+    shape = (patients, slots, causes) if competing else (patients, slots)
+    logits = draw.floats(shape, draw.one_of(FLOATING))
+    mask = torch.arange(slots) < lengths[:, None]
+    entries = None if draw.chance(0.5) else (times * draw.random.random()).long()
+    weights = None if draw.chance(0.5) else draw.floats((patients,)).abs()
+    included, reduction = draw.chance(0.5), draw.whole(0, 2)
+    batch = PackedVisits.from_lists([[[1]] * n for n in lengths.tolist()])
+
+    def forward(padded: Tensor) -> Tensor:
+        return pmf_reference.pmf_nll(
+            padded,
+            times,
+            types,
+            mask,
+            censored_visit="included" if included else "excluded",
+            reduction=REDUCTIONS[reduction],
+            entry_times=entries,
+            sample_weight=None if weights is None else weights.double(),
+        )
+
+    def expected() -> list[Tensor]:
+        value = forward(logits.double())
+        grad = gradient(forward, [logits], torch.ones_like(value))[0]
+        return [value, batch.pack(grad) if is_packed else grad]
+
+    rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
+    layout = [None, *rows] if is_packed else [mask, None, None, None]
+    values = batch.pack(logits) if is_packed else logits
+    last = [competing, included, reduction, True]
+    return Call(ops.pmf_nll, [values, times, types, *layout, entries, weights, *last], expected)
 
 
 @makes("survival_nll_scale")

@@ -76,7 +76,7 @@ bool OutcomeReader::read(int64_t begin, int64_t end, Outcome* outcomes) const {
     // A malformed mask has a negative number of visits, so no time lies within it.
     possible &= times[i] >= 0 && times[i] < visits[i] && entries[i] >= 0 &&
                 entries[i] <= times[i] && type_exists && static_cast<double>(type) == types[i];
-    outcomes[i] = {entries[i], times[i], type, weights[i]};
+    outcomes[i] = {entries[i], times[i], type, weights[i], visits[i]};
   }
   return possible;
 }

@@ -15,6 +15,7 @@ struct Outcome {
   int64_t time;
   int64_t type;  // 0 censored, 1..causes
   double weight;
+  int64_t visits;
 };
 
 class OutcomeReader {

@@ -9,16 +9,17 @@
 
 #include "common/denormals.h"
 #include "common/dtypes.h"
+#include "common/options.h"
 #include "common/parallel.h"
 #include "common/survival/outcomes.h"
+#include "common/survival/saved_grad.h"
 #include "common/tensors.h"
-#include "survival_nll/rows.h"
 
 namespace ehrseq::survival {
 
 // The loss of all patients, and the gradient with respect to hazards where one is needed.
 //
-// A layout has
+// `settings` have `patients`, `reduction` and `share` (share_of_a_patient). A layout has
 //   worker()                      what a thread keeps from group to group; it has
 //     .nll(first, count, outcomes, patient_nll)  the outcomes, losses and gradients of `count`
 //                                 patients from number `first` on; false if an outcome is
@@ -29,8 +30,8 @@ namespace ehrseq::survival {
 //   grad                          where its workers write gradients; null where none is needed
 //
 // Groups are summed in their order: the same bits for any number of threads.
-template <typename scalar_t, typename Layout>
-Tensor nll_of_groups(const LossSettings& settings, const Tensor& hazards, const Layout& layout) {
+template <typename scalar_t, typename Settings, typename Layout>
+Tensor nll_of_groups(const Settings& settings, const Tensor& hazards, const Layout& layout) {
   using nll_t = accumulator_t<scalar_t>;
   constexpr int64_t kGroup = OutcomeReader::kAtOnce;
   const bool reduces = settings.reduction != Reduction::kNone;
