@@ -48,3 +48,19 @@ def test_the_logistic_hazard_of_pycox(monkeypatch):
         logits, times, seen, from_logits=True, censored_visit="included", reduction="none"
     )
     torch.testing.assert_close(ours, nll(logits, times, seen, reduction="none"))
+
+
+@pytest.mark.parametrize("name", ["nll_pmf", "nll_mtlr", "nll_pmf_cr"])
+def test_the_masses_over_time_of_pycox(monkeypatch, name):
+    """With an epsilon of 0 the formulas are the same."""
+    theirs = getattr(pycox_files.load(monkeypatch, "models.loss"), name)
+    causes = name == "nll_pmf_cr"
+    logits = torch.randn(50, 3, 7) if causes else torch.randn(50, 7)
+    times, types = torch.randint(7, (50,)), torch.randint(4 if causes else 2, (50,))
+    expected = theirs(logits, times, types, reduction="none", epsilon=0.0)
+    if causes:
+        function, given = ehrseq_fast.pmf_competing_risks_nll, logits.transpose(1, 2)
+    else:
+        function = ehrseq_fast.pmf_nll
+        given = logits.flip(1).cumsum(1).flip(1) if name == "nll_mtlr" else logits
+    torch.testing.assert_close(function(given, times, types, reduction="none"), expected)
