@@ -20,10 +20,12 @@ from .rows import PackedRows
 from .survival_nll import (
     CompetingRisksSurvivalLoss,
     DiscreteTimeSurvivalLoss,
+    PiecewiseHazardLoss,
     competing_risks_nll,
     discrete_time_survival_nll,
     packed_competing_risks_nll,
     packed_survival_nll,
+    piecewise_hazard_nll,
 )
 from .visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
 from .warmup import warmup
@@ -37,6 +39,7 @@ __all__ = [
     "PackedLSTM",
     "PackedRows",
     "PackedVisits",
+    "PiecewiseHazardLoss",
     "competing_risks_nll",
     "cumulative_incidence",
     "discrete_time_survival_nll",
@@ -46,6 +49,7 @@ __all__ = [
     "packed_lstm",
     "packed_survival_nll",
     "packed_visit_pool",
+    "piecewise_hazard_nll",
     "pmf_competing_risks_nll",
     "pmf_nll",
     "use_backend",

@@ -30,6 +30,7 @@ KNOWN_MODES = {
     "packed_survival_nll": ONE_RISK,
     "competing_risks_nll": tuple(LINKS),
     "packed_competing_risks_nll": tuple(LINKS),
+    "piecewise_hazard_nll": ("softplus", "exp"),
     **LAYERS,
 }
 

@@ -26,11 +26,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from ..arrays import ArrayLike, as_array, kind_of
-from ..checks import accumulator
-from ..survival_nll import discrete_time_survival_nll
+from ..survival_nll import piecewise_hazard_nll
 
 MICROSECONDS = 86_400_000_000  # of a day
 _MOST = 1 - 1e-12  # of observed hazards, so that they have logits
@@ -89,25 +87,7 @@ def piecewise_nll(logits: Tensor, interval: Tensor, fraction: Tensor, event: Ten
     With a sigmoid link ``Λ = −log(1 − σ(z))`` is softplus(z). Only logits up to ``interval`` are
     read, and that of ``interval`` only with a fraction above 0 or an event.
     """
-    # the sum over the intervals before: those of a censoring, of which the last says nothing
-    nll = discrete_time_survival_nll(
-        logits, interval, torch.zeros_like(interval), from_logits=True, reduction="none"
-    )
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    read = (columns == interval[:, None]) & (event | (fraction > 0))[:, None]
-    last = torch.where(read, logits.to(accumulator(logits.dtype)), 0.0).sum(1)
-    seen = read.any(1)
-    nll = nll + torch.where(seen, fraction.to(last.dtype) * -logsigmoid(-last), 0.0)
-    return nll - torch.where(event, _log_softplus(last), 0.0)
-
-
-def _log_softplus(z: Tensor) -> Tensor:
-    """log(softplus(z)), where softplus(z) itself would be 0: there log(e^z − e^2z/2) = z − e^z/2.
-    Each form sees its own values alone, as the other's derivative may be infinite there."""
-    small = z < -20
-    low = torch.where(small, z, -20.0)
-    rest = torch.where(small, 0.0, z)
-    return torch.where(small, low - low.exp() / 2, (-logsigmoid(-rest)).log())
+    return piecewise_hazard_nll(logits, interval, event, fraction, reduction="none")
 
 
 def interval_hazards(

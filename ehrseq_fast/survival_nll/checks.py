@@ -121,6 +121,18 @@ def check_companions(
             )
 
 
+def check_column(
+    hazards: Tensor,
+    name: str,
+    tensor: Tensor,
+    dtypes: frozenset[torch.dtype],
+    kind: str,
+    patients: int,
+) -> None:
+    """Refuse anything but one number per patient, of these dtypes, beside logits ``hazards``."""
+    _check_companion(hazards, "logits", (patients,), name, tensor, dtypes, kind)
+
+
 def _check_companion(
     hazards: Tensor,
     name_of_hazards: str,

@@ -1,0 +1,45 @@
+"""The loss of rates that are constant within intervals, which the survival losses' kernels sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ehrseq_fast import piecewise_hazard_nll
+from ehrseq_fast.survival_nll import reference
+
+from .jobs import Benchmark
+from .modes import DTYPES, NUMERIC_MASKS, Mode, Size, Ways
+
+FUNCTION = "piecewise_hazard_nll"
+
+
+def _of_mode(mode: Mode, size: Size, device: str) -> Ways:
+    generator = torch.Generator().manual_seed(0)
+    patients, slots = size.loss_patients, size.loss_visits
+    lengths = torch.randint(1, slots + 1, (patients,), generator=generator)
+    mask = (torch.arange(slots) < lengths[:, None]).to(device, mode.mask)
+    times = (torch.rand(patients, generator=generator) * lengths).long().to(device)
+    seen = torch.randint(0, 2, (patients,), generator=generator).to(device)
+    fraction = torch.rand(patients, generator=generator).to(device)
+    drawn = torch.randn(patients, slots, generator=generator)
+    logits = drawn.to(device, mode.dtype).requires_grad_()
+    arguments = (logits, times, seen, fraction, mask)
+    return Ways(
+        lambda: reference.piecewise_hazard_nll(*arguments, link=mode.mode),
+        lambda: piecewise_hazard_nll(*arguments, link=mode.mode),
+        [logits],
+        patients,
+    )
+
+
+def modes() -> Iterator[Mode]:
+    for link in ("softplus", "exp"):
+        for dtype in DTYPES:
+            yield Mode(FUNCTION, link, dtype, "survival_nll", _of_mode, torch.bool)
+    for mask in NUMERIC_MASKS:
+        yield Mode(FUNCTION, "softplus", torch.float32, "survival_nll", _of_mode, mask)
+
+
+BENCHMARK = Benchmark(modes=tuple(modes()))
