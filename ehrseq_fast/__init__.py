@@ -14,7 +14,16 @@ from .backend import use_backend
 from .batch import PackedVisits
 from .packed_gru import PackedGRU, packed_gru
 from .packed_lstm import PackedLSTM, packed_lstm
-from .pmf_nll import PMFCompetingRisksLoss, PMFLoss, pmf_competing_risks_nll, pmf_nll
+from .pmf_nll import (
+    DeepHitLoss,
+    DeepHitRankingLoss,
+    PMFCompetingRisksLoss,
+    PMFLoss,
+    deephit_competing_ranking_loss,
+    deephit_ranking_loss,
+    pmf_competing_risks_nll,
+    pmf_nll,
+)
 from .predictions import cumulative_incidence
 from .rows import PackedRows
 from .survival_nll import (
@@ -32,6 +41,8 @@ from .warmup import warmup
 
 __all__ = [
     "CompetingRisksSurvivalLoss",
+    "DeepHitLoss",
+    "DeepHitRankingLoss",
     "DiscreteTimeSurvivalLoss",
     "PMFCompetingRisksLoss",
     "PMFLoss",
@@ -42,6 +53,8 @@ __all__ = [
     "PiecewiseHazardLoss",
     "competing_risks_nll",
     "cumulative_incidence",
+    "deephit_competing_ranking_loss",
+    "deephit_ranking_loss",
     "discrete_time_survival_nll",
     "masked_pool",
     "packed_competing_risks_nll",
