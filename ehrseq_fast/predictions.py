@@ -72,6 +72,51 @@ def cumulative_hazard(hazards: Tensor | PackedRows, sequence_mask: Tensor | None
     return -torch.log1p(-_read(hazards, sequence_mask, 2)).cumsum(1)
 
 
+def hazards_from_pmf(logits: Tensor | PackedRows, sequence_mask: Tensor | None = None) -> Any:
+    """The hazards of a probability mass over time, ``h_t = p_t / Σ_{u≥t} p_u`` with
+    ``p = softmax(x_0, ..., x_{V-1}, 0)``, the last class being "beyond": what models trained with
+    :func:`~ehrseq_fast.pmf_nll` predict, as the other functions of this module take it.
+
+    Args:
+        logits: ``[B, V]``, or with K causes ``[B, V, K]``; or packed rows of either.
+        sequence_mask: ``[B, V]``, non-zero at real visits; padding is never read.
+
+    Returns:
+        The shape of ``logits``; 0 on padding. Those of K causes are cause-specific and sum to at
+        most 1 at a visit. A logit above all later ones by more than the dtype can tell has the
+        hazard 1.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+        TypeError: for anything but floating-point tensors and packed rows.
+
+    Example:
+        >>> import torch
+        >>> from ehrseq_fast.predictions import hazards_from_pmf, survival
+        >>> hazards_from_pmf(torch.zeros(1, 3))  # 1/4 at each of three visits, and beyond
+        tensor([[0.2500, 0.3333, 0.5000]])
+        >>> survival(hazards_from_pmf(torch.zeros(1, 3)))
+        tensor([[0.7500, 0.5000, 0.2500]])
+    """
+    if isinstance(logits, PackedRows):
+        _refuse_mask(sequence_mask)
+        batch = logits.batch
+        real = torch.ones(batch.n_visits, dtype=torch.bool, device=logits.values.device)
+        padded = hazards_from_pmf(logits.to_padded(), batch.pad(real))
+        return PackedRows(batch.pack(padded), batch)
+    expect_floating("logits", logits)
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits: expected [B, V] or [B, V, K], got shape {list(logits.shape)}")
+    x = logits.to(accumulator(logits.dtype))
+    if sequence_mask is not None:
+        padding = _padding(sequence_mask, x)
+        x = x.masked_fill(padding.unsqueeze(2) if x.dim() == 3 else padding, -torch.inf)
+    each = x.logsumexp(2) if x.dim() == 3 else x
+    beyond = each.new_zeros(len(each), 1)
+    later = torch.cat([each, beyond], 1).flip(1).logcumsumexp(1).flip(1)[:, :-1]
+    return (x - (later.unsqueeze(2) if x.dim() == 3 else later)).exp()
+
+
 def risk_within(
     hazards: Tensor | PackedRows,
     horizons: Sequence[int],
@@ -337,16 +382,20 @@ def _read(hazards: Tensor, sequence_mask: Tensor | None, dims: int) -> Tensor:
         raise ValueError(f"hazards: expected {expected}, got shape {list(hazards.shape)}")
     hazards = hazards.to(accumulator(hazards.dtype))
     if sequence_mask is not None:
-        expect_tensor("sequence_mask", sequence_mask)
-        if sequence_mask.shape != hazards.shape[:2]:
-            raise ValueError(
-                f"sequence_mask: expected [B, V] = {list(hazards.shape[:2])}, got "
-                f"{list(sequence_mask.shape)}"
-            )
-        padding = sequence_mask == 0
+        padding = _padding(sequence_mask, hazards)
         hazards = hazards.masked_fill(padding.unsqueeze(2) if dims == 3 else padding, 0.0)
     _check(hazards)
     return hazards
+
+
+def _padding(sequence_mask: Tensor, values: Tensor) -> Tensor:
+    expect_tensor("sequence_mask", sequence_mask)
+    if sequence_mask.shape != values.shape[:2]:
+        raise ValueError(
+            f"sequence_mask: expected [B, V] = {list(values.shape[:2])}, got "
+            f"{list(sequence_mask.shape)}"
+        )
+    return sequence_mask == 0
 
 
 def _check(hazards: Tensor) -> None:
@@ -370,6 +419,7 @@ def _check(hazards: Tensor) -> None:
 __all__ = [
     "cumulative_hazard",
     "cumulative_incidence",
+    "hazards_from_pmf",
     "median_time",
     "restricted_mean",
     "risk_within",

@@ -14,6 +14,7 @@ from ehrseq_fast import (
     PMFLoss,
     pmf_competing_risks_nll,
     pmf_nll,
+    predictions,
     use_backend,
 )
 from ehrseq_fast.pmf_nll import reference
@@ -326,3 +327,39 @@ def test_the_reference_serves_where_it_is_asked_for():
     with use_backend("reference"):
         asked = pmf_nll(x, p.times, p.types, p.mask)
     assert_matches(pmf_nll(x, p.times, p.types, p.mask), asked.double(), scale=4, terms=4)
+
+
+@pytest.mark.parametrize("causes", [None, 2])
+def test_the_hazards_give_the_mass(causes):
+    x, p = draw(30, 7, causes, torch.float64)
+    masked = x if causes else x[:, :, None]
+    masked = torch.where(p.mask[:, :, None], masked, -torch.inf)
+    mass = torch.cat([masked.flatten(1), torch.zeros(30, 1, dtype=x.dtype)], 1).softmax(1)
+    mass = mass[:, :-1].view(masked.shape)
+    dirty = torch.where(p.mask[:, :, None] if causes else p.mask, x, torch.nan).requires_grad_()
+    hazards = predictions.hazards_from_pmf(dirty, p.mask)
+    assert not hazards[~p.mask].any()
+    if causes:
+        found = predictions.cumulative_incidence(hazards, p.mask)
+        torch.testing.assert_close(found, mass.cumsum(1))
+    else:
+        found = predictions.survival(hazards, p.mask)
+        torch.testing.assert_close(found, 1 - mass[:, :, 0].cumsum(1))
+    (grad,) = torch.autograd.grad(found.sum(), dirty)
+    assert grad.isfinite().all()
+    assert not grad[~p.mask].any()
+    lists = [[[1]] * length for length in p.lengths.tolist()]
+    batch = PackedVisits.from_lists(lists)
+    packed = predictions.hazards_from_pmf(PackedRows(batch.pack(x), batch))
+    torch.testing.assert_close(packed.values, batch.pack(hazards.detach()))
+
+
+def test_hazards_of_large_logits():
+    x = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [-1e4, 50.0, -torch.inf]])
+    hazards = predictions.hazards_from_pmf(x)
+    expected = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    torch.testing.assert_close(hazards, expected)
+    with pytest.raises(ValueError, match=r"logits: expected \[B, V\] or \[B, V, K\], got"):
+        predictions.hazards_from_pmf(torch.zeros(3))
+    with pytest.raises(ValueError, match="sequence_mask: expected"):
+        predictions.hazards_from_pmf(x, torch.ones(3, 2))
