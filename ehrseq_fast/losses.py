@@ -138,11 +138,20 @@ _NUMBERS = (int, float, np.integer, np.floating, Tensor)
 class MultiTaskSurvivalLoss(nn.Module):
     """Weighted sum of the losses of several tasks, ``Σ_k w_k · L_k``.
 
+    With ``learned=True`` each task has a log-variance s, a parameter of this module to be given to
+    the optimizer, and the sum is ``Σ_k exp(−s_k) · L_k + s_k / 2``: a task whose loss stays large
+    counts less. For losses that are negative log-likelihoods (Kendall, Gal and Cipolla, Multi-task
+    learning using uncertainty, CVPR 2018, equation 10).
+
     Args:
-        task_weights: weight of each task, by name: numbers, or tensors where they are learnt.
+        task_weights: weight of each task, by name: numbers, or tensors where they are learnt
+            elsewhere. Where they are learned here these are the first ones, numbers above 0.
+        learned: whether this module learns them, as ``log_variances`` ``[tasks]`` in the order of
+            ``task_weights``.
 
     Raises:
         TypeError: for weights that are no mapping, and a weight that is no number.
+        ValueError: for weights to be learned that are not finite and above 0.
 
     Example:
         >>> import torch
@@ -152,7 +161,11 @@ class MultiTaskSurvivalLoss(nn.Module):
         tensor(4.)
     """
 
-    def __init__(self, task_weights: Mapping[str, float | Tensor]) -> None:
+    log_variances: nn.Parameter | None
+
+    def __init__(
+        self, task_weights: Mapping[str, float | Tensor], *, learned: bool = False
+    ) -> None:
         super().__init__()
         if not isinstance(task_weights, Mapping):
             raise TypeError(
@@ -165,13 +178,24 @@ class MultiTaskSurvivalLoss(nn.Module):
                     f"{type(weight).__name__}"
                 )
         self.task_weights = dict(task_weights)
+        self.log_variances = None
+        if learned:
+            for name, weight in task_weights.items():
+                if not 0 < float(weight) < float("inf"):
+                    raise ValueError(
+                        f"task_weights[{name!r}]: expected a finite number above 0, as it is to "
+                        f"be learned, got {float(weight):g}"
+                    )
+            first = torch.tensor([float(weight) for weight in task_weights.values()])
+            self.log_variances = nn.Parameter(-first.log())
 
     def extra_repr(self) -> str:
-        return f"task_weights={self.task_weights}"
+        learned = "" if self.log_variances is None else ", learned=True"
+        return f"task_weights={self.task_weights}{learned}"
 
     def forward(self, task_losses: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum. A task without a weight is left out, as in the reference; a task with a
-        weight may be missing from a batch.
+        weight may be missing from a batch, to which it then adds nothing.
 
         Raises:
             ValueError: where no task has a weight, or the losses differ in shape.
@@ -184,7 +208,7 @@ class MultiTaskSurvivalLoss(nn.Module):
         for name, loss in task_losses.items():
             expect_tensor(f"task_losses[{name!r}]", loss, "a tensor, the loss of that task")
         weighted = [
-            self.task_weights[name] * loss
+            self._weighted(name, loss)
             for name, loss in task_losses.items()
             if name in self.task_weights
         ]
@@ -198,6 +222,12 @@ class MultiTaskSurvivalLoss(nn.Module):
                 f"task_losses: expected losses of one shape, got {sorted(map(list, shapes))}"
             )
         return torch.stack(weighted).sum(0)
+
+    def _weighted(self, name: str, loss: Tensor) -> Tensor:
+        if self.log_variances is None:
+            return self.task_weights[name] * loss
+        log_variance = self.log_variances[list(self.task_weights).index(name)]
+        return (-log_variance).exp() * loss + log_variance / 2
 
 
 def compute_masked_loss(

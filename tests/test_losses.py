@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -335,3 +337,35 @@ def test_masked_loss_under_vmap():
     torch.testing.assert_close(found, torch.stack(by_sample))
     with pytest.raises(RuntimeError, match=r"lengths: .*vmap hides: give all patients in one call"):
         vmap(loss)(scores, labels, torch.tensor([[1, 2, 3], [1, 1, 1]]))
+
+
+def test_weights_learned_by_uncertainty():
+    module = MultiTaskSurvivalLoss({"a": 1.0, "b": 0.5}, learned=True)
+    assert [name for name, _ in module.named_parameters()] == ["log_variances"]
+    assert "learned" in repr(module)
+    losses = {"a": torch.tensor(2.0), "b": torch.tensor(4.0), "unknown": torch.tensor(torch.nan)}
+    total = module(losses)
+    torch.testing.assert_close(total.item(), 2.0 + 0.5 * 4.0 + math.log(2) / 2)
+    (grad,) = torch.autograd.grad(total, module.log_variances)
+    torch.testing.assert_close(grad, torch.tensor([0.5 - 2.0, 0.5 - 2.0]))
+    # what is missing adds nothing
+    module({"b": torch.tensor(4.0)}).backward()
+    assert module.log_variances.grad[0] == 0
+    # the least sum has exp(s) = 2 L
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    for _ in range(500):
+        optimizer.zero_grad()
+        module(losses).backward()
+        optimizer.step()
+    torch.testing.assert_close(
+        module.log_variances.exp(), torch.tensor([4.0, 8.0]), rtol=1e-2, atol=0
+    )
+    other = MultiTaskSurvivalLoss({"a": 1.0, "b": 1.0}, learned=True)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(losses), module(losses))
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_weights_that_cannot_be_learned(weight):
+    with pytest.raises(ValueError, match=r"task_weights\['a'\]: expected a finite number above 0"):
+        MultiTaskSurvivalLoss({"a": weight}, learned=True)
