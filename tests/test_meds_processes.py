@@ -60,8 +60,9 @@ def test_ranks_give_the_same_bytes(tmp_path):
     alone = read_meds(tmp_path / "meds", tmp_path / "alone")
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys\nfrom ehrseq_fast.data import read_meds\n"
-        "print(read_meds(sys.argv[1], sys.argv[2]).header['content_sha256'])\n"
+        "import os, sys\nfrom ehrseq_fast.data import read_meds\n"
+        "said = read_meds(sys.argv[1], sys.argv[2]).header['content_sha256']\n"
+        "os.write(1, f'{said}\\n'.encode())\n"  # in one piece: both ranks write to one pipe
     )
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     said = run(*ranks, program, tmp_path / "meds", tmp_path / "ranks", PYTHONPATH=str(ROOT)).split()
