@@ -12,18 +12,15 @@ from typing import Any
 from . import backend, operations
 from .backend import use_backend
 from .batch import PackedVisits
-from .packed_gru import PackedGRU, packed_gru
-from .packed_lstm import PackedLSTM, packed_lstm
-from .pmf_nll import (
+from .deephit_ranking import (
     DeepHitLoss,
     DeepHitRankingLoss,
-    PMFCompetingRisksLoss,
-    PMFLoss,
     deephit_competing_ranking_loss,
     deephit_ranking_loss,
-    pmf_competing_risks_nll,
-    pmf_nll,
 )
+from .packed_gru import PackedGRU, packed_gru
+from .packed_lstm import PackedLSTM, packed_lstm
+from .pmf_nll import PMFCompetingRisksLoss, PMFLoss, pmf_competing_risks_nll, pmf_nll
 from .predictions import cumulative_incidence
 from .rows import PackedRows
 from .survival_nll import (

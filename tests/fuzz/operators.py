@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ehrseq_fast import PackedVisits, operations
+from ehrseq_fast.deephit_ranking import reference as ranking_reference
 from ehrseq_fast.hazard_head import reference as head_reference
 from ehrseq_fast.linear import reference as linear_reference
 from ehrseq_fast.packed_gru import reference as gru_reference
@@ -242,7 +243,7 @@ def _nll(draw: Draw, ops: Any, name: str) -> Call:
     )
 
 
-@makes("pmf_nll")
+@makes("pmf_nll", "deephit_ranking")
 def _pmf(draw: Draw, ops: Any, name: str) -> Call:
     """Padded or packed, of one event or of several."""
     patients, slots, causes = draw.whole(1, 6), draw.whole(1, 20), draw.whole(1, 3)
@@ -256,19 +257,23 @@ def _pmf(draw: Draw, ops: Any, name: str) -> Call:
     mask = torch.arange(slots) < lengths[:, None]
     entries = None if draw.chance(0.5) else (times * draw.random.random()).long()
     weights = None if draw.chance(0.5) else draw.floats((patients,)).abs()
-    included, reduction = draw.chance(0.5), draw.whole(0, 2)
+    included, option = draw.chance(0.5), draw.whole(0, 2)
     batch = PackedVisits.from_lists([[[1]] * n for n in lengths.tolist()])
+    definition_of, option_name, meaning = {
+        "pmf_nll": (pmf_reference.pmf_nll, "reduction", REDUCTIONS[option]),
+        "deephit_ranking": (ranking_reference.deephit_ranking, "sigma", (0.5, 1.0, 3.0)[option]),
+    }[name]
 
     def forward(padded: Tensor) -> Tensor:
-        return pmf_reference.pmf_nll(
+        return definition_of(
             padded,
             times,
             types,
             mask,
             censored_visit="included" if included else "excluded",
-            reduction=REDUCTIONS[reduction],
             entry_times=entries,
             sample_weight=None if weights is None else weights.double(),
+            **{option_name: meaning},
         )
 
     def expected() -> list[Tensor]:
@@ -279,8 +284,9 @@ def _pmf(draw: Draw, ops: Any, name: str) -> Call:
     rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
     layout = [None, *rows] if is_packed else [mask, None, None, None]
     values = batch.pack(logits) if is_packed else logits
-    last = [competing, included, reduction, True]
-    return Call(ops.pmf_nll, [values, times, types, *layout, entries, weights, *last], expected)
+    last = [competing, included, option if name == "pmf_nll" else meaning, True]
+    operator = getattr(ops, name)
+    return Call(operator, [values, times, types, *layout, entries, weights, *last], expected)
 
 
 @makes("survival_nll_scale")
