@@ -110,8 +110,9 @@ def test_truth_in_visits(share, censored_visit):
     risk = 1 - (1 - found.hazard[:, 0]) ** horizon
     options = {"landmark": np.full(n, landmark), "horizon": horizon}
     options["censored_visit"] = censored_visit
+    outcome = found.times, found.seen, None
     weight = select(
-        read_values("risk", risk), found.times, found.seen, landmark, horizon, None, censored_visit
+        read_values("risk", risk), outcome, landmark, horizon, None, censored_visit
     ).weight
     error = 0.5 * np.sqrt((weight**2).sum()) / weight.sum()  # of a weighted mean
     assert error < 0.02
@@ -176,24 +177,6 @@ def test_truth_in_days(share):
     by_hand = (single[0] * 50 + (single[0] + single[1]) * 265 / 2) / 730
     by_hand += (single[1] + single[2]) * 365 / 2 / 730
     assert found == pytest.approx(by_hand, abs=1e-12)
-
-
-def test_scikit_survival_has_the_same_numbers():
-    pytest.importorskip("sksurv", reason="scikit-survival is an oracle, and is not installed")
-    from sksurv.metrics import brier_score, cumulative_dynamic_auc
-    from sksurv.util import Surv
-
-    rng = np.random.default_rng(8)
-    n, w = 500, 300.0
-    rate = np.exp(rng.normal(-6, 1, n))
-    event, end = rng.exponential(1 / rate), rng.uniform(0, 900, n)
-    times, seen = np.minimum(event, end), event <= end
-    outcome, risk = Surv.from_arrays(seen, times), -np.expm1(-rate * w)
-    options = {"landmark": 0, "horizon": w}
-    auc, _ = cumulative_dynamic_auc(outcome, outcome, risk, [w])
-    assert landmark_auc(risk, times, seen, **options) == pytest.approx(auc[0], abs=1e-9)
-    _, score = brier_score(outcome, outcome, 1 - risk[:, None], [w])
-    assert brier(risk, times, seen, **options) == pytest.approx(score[0], abs=1e-9)
 
 
 def test_constant_risks():

@@ -10,6 +10,8 @@ from ehrseq_fast import PackedRows, PackedVisits
 from ehrseq_fast.metrics import cumulative_incidence
 from ehrseq_fast.predictions import (
     cumulative_hazard,
+    hazards_from_incidence,
+    incidence_frame,
     median_time,
     restricted_mean,
     risk_within,
@@ -217,3 +219,62 @@ def test_a_frame_of_survival():
 def test_refuses_of_one_risk(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_frame_of_incidences():
+    pandas = pytest.importorskip("pandas", reason="frames need pandas")
+    h = hazards().float()
+    lengths = (2, 6, 1, 4)
+    batch = PackedVisits.from_lists([[[1]] * n for n in lengths])
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    found = incidence_frame(torch.where(mask[..., None], h, torch.nan), mask)
+    assert found.shape == (6, 12)
+    expected = cumulative_incidence(h, mask)
+    for cause in (1, 2, 3):
+        np.testing.assert_array_equal(found[cause].to_numpy(), expected[..., cause - 1].T)
+    assert found.columns.names == ["cause", "patient"]
+    pandas.testing.assert_frame_equal(incidence_frame(PackedRows(batch.pack(h), batch)), found)
+    times = torch.tensor([1.0, 2.0, 4.0, 8.0, 9.0, 10.0])
+    fine = incidence_frame(h, mask, times=times, interpolate=2)
+    assert fine.index.tolist()[:4] == [1.0, 1.5, 2.0, 3.0]
+    np.testing.assert_allclose(fine.iloc[::2], found.to_numpy(), rtol=1e-6)
+    halfway = (found.iloc[:-1].to_numpy() + found.iloc[1:].to_numpy()) / 2
+    np.testing.assert_allclose(fine.iloc[1::2], halfway, rtol=1e-6)
+    total = sum(fine[cause] for cause in (1, 2, 3)) + survival_frame(
+        h.sum(2), mask, times=times, interpolate=2
+    )
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+    with pytest.raises(ValueError, match=r"hazards: expected PackedRows \[n_visits, K\]"):
+        incidence_frame(PackedRows(torch.zeros(13), batch))
+    with pytest.raises(ValueError, match="interpolate: expected 1"):
+        incidence_frame(h, interpolate=0)
+
+
+def test_hazards_of_incidences_are_the_inverse():
+    h = hazards()
+    torch.testing.assert_close(hazards_from_incidence(cumulative_incidence(h)), h)
+    assert torch.autograd.gradcheck(
+        hazards_from_incidence, cumulative_incidence(h).requires_grad_()
+    )
+    certain = torch.tensor([[[0.2, 0.3], [0.4, 0.6], [0.4, 0.6]]])
+    found = hazards_from_incidence(certain)
+    torch.testing.assert_close(found, torch.tensor([[[0.2, 0.3], [0.4, 0.6], [0.0, 0.0]]]))
+    assert hazards_from_incidence(certain.bfloat16()).dtype == torch.float32
+    assert hazards_from_incidence(torch.zeros(0, 3, 2)).shape == (0, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            [[[0.1], [0.2]], [[0.3], [0.2]]],
+            r"do not fall, got 0.3 and then 0.2 \(patient 1, visit 1",
+        ),
+        ([[[0.6, 0.5]]], r"incidence: expected .*sum of at most 1 .* \(patient 0, visit 0"),
+        ([[[-0.1]]], r"incidence: .* \(patient 0, visit 0; 1 visits in all\)"),
+        ([[0.1]], r"incidence: expected \[B, V, K\], got shape \[1, 1\]"),
+    ],
+)
+def test_refuses_what_is_no_incidence(given, message):
+    with pytest.raises(ValueError, match=message):
+        hazards_from_incidence(torch.tensor(given))

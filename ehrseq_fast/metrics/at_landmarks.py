@@ -11,7 +11,7 @@ from .baselines import DayBaselines
 from .calibration import Calibration, calibrated
 from .every_visit import EveryVisit
 from .figures import Computed, Figures
-from .landmark import AtLandmark, at_landmark, column_of, squared_error, weighted_auc
+from .landmark import AtLandmark, at_landmark, squared_error, weighted_auc
 from .report import OWN, SKLEARN, Metric
 from .values import Bools, Floats, Ints, VisitValues
 
@@ -34,6 +34,7 @@ class Landmark:
         since: ``[B]``, each patient's time after it, in days.
         seen: ``[B]``, the indicators.
         with_censored: whether the time of a censoring was survived.
+        competing: ``[B]``, who had an event of another cause; None where there is none.
     """
 
     days: float
@@ -41,11 +42,16 @@ class Landmark:
     since: Floats
     seen: Bools
     with_censored: bool
+    competing: Bools | None = None
 
     def of(self, chosen: Ints) -> Landmark:
         """Of some patients, who are then called by their place among them."""
         return replace(
-            self, visits=self.visits[chosen], since=self.since[chosen], seen=self.seen[chosen]
+            self,
+            visits=self.visits[chosen],
+            since=self.since[chosen],
+            seen=self.seen[chosen],
+            competing=None if self.competing is None else self.competing[chosen],
         )
 
     def select(self, horizon: float) -> AtLandmark:
@@ -54,7 +60,9 @@ class Landmark:
         Raises:
             ValueError: where nobody is, or the horizon is not observed.
         """
-        found = at_landmark(self.visits, self.since, self.seen, horizon, self.with_censored)
+        found = at_landmark(
+            self.visits, self.since, self.seen, horizon, self.with_censored, self.competing
+        )
         if not len(found.patients):
             raise ValueError(f"nobody is at risk after day {self.days:g}")
         return found
@@ -66,9 +74,10 @@ def add_landmark(
     horizons: tuple[float, ...],
     model: VisitValues,
     fitted: DayBaselines | None,
+    cause: str | None = None,
 ) -> None:
     """All figures from one landmark: ``model`` holds ``[n_visits, J]`` risks, or ``[n_visits]``
-    scores, of which there is the AUC alone."""
+    scores, of which there is the AUC alone. Of competing events those of ``cause``, by its name."""
     is_risk = model.values.ndim == 2
     kinds = _OF_RISKS if is_risk else _OF_RISKS[:1]
     # everybody's, as what takes longest
@@ -77,13 +86,15 @@ def add_landmark(
     for horizon, found in selected.items():
         n = 0 if isinstance(found, str) else len(found.patients)
         metrics += [
-            Metric(name, None, None, None, best, library, at.days, horizon, n=n)
+            Metric(name, None, None, None, best, library, at.days, horizon, n=n, cause=cause)
             for name, best, library in kinds
         ]
     if is_risk and len(horizons) > 1:
         n, last = metrics[-1].n, horizons[-1]
         metrics.append(
-            Metric("integrated_brier", None, None, None, "lower", OWN, at.days, last, n=n)
+            Metric(
+                "integrated_brier", None, None, None, "lower", OWN, at.days, last, n=n, cause=cause
+            )
         )
 
     def block(chosen: Ints, whose: Sequence[str]) -> Computed:
@@ -95,19 +106,20 @@ def add_landmark(
             found = chosen_at[horizon]
             for by, values in computed.items():
                 if isinstance(found, str):
-                    values |= {(name, at.days, horizon): found for name, _, _ in kinds}
+                    values |= {(name, at.days, horizon, cause): found for name, _, _ in kinds}
                     continue
                 risks = _predicted(found, by, of, fitted, j)
                 ordered, risks = _in_order(found, risks)  # once for all that sort them
                 curve = calibrated(ordered, risks, horizon) if is_risk else None
                 for name, _, _ in kinds:
-                    values[name, at.days, horizon] = _score(name, ordered, risks, curve)
+                    values[name, at.days, horizon, cause] = _score(name, ordered, risks, curve)
                 if all_of_them and by == "model" and curve is not None:
-                    figures.calibrations[at.days, horizon] = curve
+                    figures.calibrations[at.days, horizon, cause] = curve
         if is_risk and len(horizons) > 1:
             for values in computed.values():
-                scores = [values["brier", at.days, horizon] for horizon in horizons]
-                values["integrated_brier", at.days, horizons[-1]] = _integral(scores, horizons)
+                scores = [values["brier", at.days, horizon, cause] for horizon in horizons]
+                last = ("integrated_brier", at.days, horizons[-1], cause)
+                values[last] = _integral(scores, horizons)
         return computed
 
     figures.add(metrics, block, baselines=fitted is not None)
@@ -147,7 +159,7 @@ def _predicted(
     """What the model or a baseline says of those at risk."""
     if by == "model":
         if model.values.ndim == 2:
-            return found.risks(column_of(model, j))
+            return found.risks(model.column(j))
         return model.at(found.patients, found.visits)
     assert fitted is not None
     if by == "constant":

@@ -6,16 +6,19 @@ days the risk within each horizon, from any visit or from a visit of that index.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..arrays import ArrayLike, as_array
 from ..models.intervals import boundaries, interval_hazards
 from .values import (
     Floats,
     Ints,
+    VisitValues,
     included,
     read_entry_times,
     read_outcomes,
@@ -169,6 +172,23 @@ def day_baselines(
     values = read_values("days_to_end", days_to_end, lengths)
     bounds = boundaries(horizons_days)
     _, seen = read_outcomes(values, np.zeros(len(values)), event_indicators)
+    return DayBaselines(bounds, *fit_by_index(values, seen, entry_times, bounds, _risks))
+
+
+def fit_by_index(
+    values: VisitValues,
+    outcomes: NDArray[Any],
+    entry_times: ArrayLike | None,
+    bounds: tuple[float, ...],
+    fit: Callable[[Floats, NDArray[Any], tuple[float, ...]], Floats],
+) -> tuple[Floats, Floats]:
+    """What ``fit`` makes of the days and outcomes of all visits at risk, and ``[V, ...]`` of those
+    of each visit index, where there are enough of them.
+
+    Args:
+        values: days to the end, patient by patient.
+        outcomes: ``[B]``.
+    """
     entry = read_entry_times(values, entry_times, values.lengths - 1)
     days = np.asarray(values.values, np.float64)
     of = np.repeat(np.arange(len(values)), values.lengths)
@@ -176,16 +196,16 @@ def day_baselines(
     if entry is not None:
         counted = index >= entry[of]
         days, of, index = days[counted], of[counted], index[counted]
-    constant = _risks(days, seen[of], bounds)
+    constant = fit(days, outcomes[of], bounds)
     size = int(np.flatnonzero(np.bincount(index, minlength=1) >= _FEWEST_VISITS).max(initial=0)) + 1
     index = np.minimum(index, size - 1)
     order = np.argsort(index, kind="stable")
     parts = np.split(order, np.bincount(index, minlength=size).cumsum()[:-1])
     by_visit = [
-        _risks(days[part], seen[of[part]], bounds) if len(part) >= _FEWEST_VISITS else constant
+        fit(days[part], outcomes[of[part]], bounds) if len(part) >= _FEWEST_VISITS else constant
         for part in parts
     ]
-    return DayBaselines(bounds, constant, np.stack(by_visit))
+    return constant, np.stack(by_visit)
 
 
 def _risks(days: Floats, seen: ArrayLike, bounds: tuple[float, ...]) -> Floats:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..arrays import ArrayLike, integer
 from .landmark import AtLandmark, select
-from .values import Floats, read_values
+from .values import Floats, read_events, read_values
 
 # Harrell's for four knots (Regression Modeling Strategies, 2015, section 2.4.6)
 _KNOTS = (0.05, 0.35, 0.65, 0.95)
@@ -95,6 +95,8 @@ def calibration(
     lengths: ArrayLike | None = None,
     censored_visit: str = "excluded",
     groups: int = 10,
+    event_types: ArrayLike | None = None,
+    cause: int | None = None,
 ) -> Calibration:
     """The calibration curve of the risk within w from landmark s, and its ICI. 0 is best.
 
@@ -104,6 +106,10 @@ def calibration(
     curve and prediction. Source: Austin, Harrell and van Klaveren, Statistics in Medicine 39
     (2020), there with a spline in a hazard regression; weights make the binary outcome usable under
     censoring. Even a perfect model has an ICI of a few times 1/√cases.
+
+    Of competing events that of ``cause``: the risk is its cumulative incidence within w. Without
+    ties of events and censorings the observed one of all patients, ``mean_observed``, is then
+    the Aalen–Johansen estimate.
 
     The curve is computed by scikit-learn's ``LogisticRegression``, the groups with NumPy.
 
@@ -124,9 +130,8 @@ def calibration(
     """
     values = read_values("risk", risk, lengths)
     groups = integer("groups", groups, 1, 10_000)
-    found = select(
-        values, event_times, event_indicators, landmark, horizon, visit_times, censored_visit
-    )
+    events = read_events(values, event_times, event_indicators, event_types, cause)
+    found = select(values, events, landmark, horizon, visit_times, censored_visit)
     return calibrated(found, found.risks(values), horizon, groups)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,55 +13,18 @@ from ..arrays import ArrayLike, integer
 from ..models.intervals import boundaries
 from .at_landmarks import Landmark, add_landmark
 from .baselines import DayBaselines, VisitBaselines, day_baselines, visit_baselines
+from .causes import CauseBaselines, cause_baselines, cause_day_baselines
+from .competing import add_cause_metrics
 from .dynamic import concordance
 from .every_visit import EVERY_VISIT, EveryVisit
 from .figures import Computed, Figures
+from .held import Held, TrainingOutcomes, read_days, read_held
+from .incidence import FEWEST, Patients, cause_names, curves
 from .landmark import last_visits
 from .report import OWN, Evaluation, Metric
-from .values import (
-    Bools,
-    Floats,
-    Ints,
-    VisitValues,
-    included,
-    read_entry_times,
-    read_outcomes,
-    read_values,
-    read_visit_times,
-)
+from .values import Floats, Ints, VisitValues, read_values
 
 _EPS = 1e-7  # hazards are clamped as in the losses
-
-
-@dataclass(frozen=True)
-class TrainingOutcomes:
-    """Outcomes of the training patients, which the baselines are fitted on.
-
-    Attributes:
-        event_times, event_indicators: ``[B]``.
-        entry_times: ``[B]``, or None.
-        days_to_end: ``[n_visits]`` patient by patient, with ``lengths`` ``[B]``, for the baselines
-            in days; or None.
-    """
-
-    event_times: ArrayLike
-    event_indicators: ArrayLike
-    entry_times: ArrayLike | None = None
-    days_to_end: ArrayLike | None = None
-    lengths: ArrayLike | None = None
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Checked outcomes of the evaluated patients."""
-
-    visits: Ints
-    seen: Bools
-    entry: Ints
-    with_censored: bool
-
-    def __len__(self) -> int:
-        return len(self.visits)
 
 
 def evaluate(
@@ -76,6 +38,8 @@ def evaluate(
     landmarks_days: Sequence[float | str] = (EVERY_VISIT, 0.0, 365.0),
     lengths: ArrayLike | None = None,
     entry_times: ArrayLike | None = None,
+    event_types: ArrayLike | None = None,
+    causes: Sequence[str] | None = None,
     train: TrainingOutcomes | None = None,
     censored_visit: str = "excluded",
     bootstrap: int = 0,
@@ -90,13 +54,22 @@ def evaluate(
     Without ``risks`` the AUC is that of the hazard at the landmark. A figure that is not defined
     (nobody at risk at a landmark, a horizon beyond observation) is None, with the reason.
 
+    Of competing events (``event_types`` or ``causes``) hazards and risks have a further dimension
+    K, and the figures are those of each cause: C_td of the cause-specific hazard, events observed /
+    expected, how far the predicted cumulative incidence is from the Aalen–Johansen estimate
+    (:func:`~ehrseq_fast.metrics.incidence_curves`), and at landmarks AUC, Brier score and
+    calibration of the cause's cumulative incidence within a horizon. The negative log-likelihood is
+    that of ``competing_risks_nll(link="softmax")``, with the hazards as the probabilities of its
+    classes 1 to K. The baselines are hazards of each cause.
+
     Args:
         hazards: the hazard at each visit: ``[B, V]`` padded, ``[n_visits]`` patient by patient with
-            ``lengths``, :class:`~ehrseq_fast.PackedRows` or a list of them. Or None.
+            ``lengths``, :class:`~ehrseq_fast.PackedRows` or a list of them; of competing events
+            with a last dimension K, and a sum of at most 1. Or None.
         event_times: ``[B]``, the visit of event or censoring, counted from 0.
-        event_indicators: ``[B]``, 1 event seen, 0 censored.
-        risks: the risk within each horizon at each visit, the same with a last dimension J; None
-            for a model without.
+        event_indicators: ``[B]``, 1 event seen, 0 censored; None with competing events.
+        risks: the risk within each horizon at each visit, the same with a last dimension J (of
+            competing events J, K: cumulative incidences); None for a model without.
         horizons_days: J horizons; needed with ``risks`` or ``days_to_end``.
         days_to_end: at each visit, the days to the event or the end of observation, in the layout
             of ``hazards``; without it there are no figures at landmarks.
@@ -104,6 +77,9 @@ def evaluate(
             own, pooled (:mod:`ehrseq_fast.metrics.every_visit`).
         lengths: ``[B]``, visits of each patient.
         entry_times: ``[B]``, the first visit at risk.
+        event_types: ``[B]``, 0 censored, 1 to K the cause of the event; with ``causes`` and packed
+            rows their batches' by default.
+        causes: K names; by default ``"cause 1"``, ...
         train: the training patients' outcomes, for the baselines; without them they are missing.
         censored_visit: what the time of a censoring says.
         bootstrap: samples for intervals; patients are resampled. 0 for none.
@@ -130,29 +106,51 @@ def evaluate(
         >>> found["c_td"].model, found["c_td"].constant
         (1.0, 0.5)
     """
-    given = [(name, x, t) for name, x, t in (("hazards", hazards, 0), ("risks", risks, 1))]
+    competing = int(event_types is not None or causes is not None)
+    if competing and event_indicators is not None:
+        raise TypeError("event_indicators: expected None with event_types, which say it")
+    given = (("hazards", hazards, competing), ("risks", risks, 1 + competing))
     read = {
-        name: read_values(name, x, lengths, trailing=t) for name, x, t in given if x is not None
+        name: read_values(name, x, lengths, trailing=trailing)
+        for name, x, trailing in given
+        if x is not None
     }
     if not read:
         raise TypeError("hazards and risks: expected at least one of them, got None")
     values = next(iter(read.values()))
     if any((other.lengths != values.lengths).any() for other in read.values()):
         raise ValueError("risks: expected the visits of hazards, got other lengths")
-    held = _outcomes(values, event_times, event_indicators, entry_times, censored_visit)
+    n_causes = values.values.shape[-1] if competing else None
+    names = cause_names(causes, n_causes) if n_causes is not None else ()
+    held = read_held(
+        values, event_times, event_indicators, event_types, entry_times, censored_visit, n_causes
+    )
     bootstrap = integer("bootstrap", bootstrap, 0, 10**6)
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number in (0, 1), got {level}")
     figures = Figures(len(held))
-    if "hazards" in read:
+    incidences = None
+    if "hazards" in read and held.types is not None:
+        patients = Patients.of(
+            read["hazards"], held.visits, held.types, held.entry, held.with_censored
+        )
+        span: tuple[int, int] | str
+        try:
+            span = patients.span(FEWEST)
+        except ValueError as error:  # too few patients
+            span = str(error)
+        fitted = _fit_causes(train, len(names), censored_visit)
+        add_cause_metrics(figures, patients, names, span, fitted)
+        incidences = None if isinstance(span, str) else curves(patients, names, span)
+    elif "hazards" in read:
         _add_visit_metrics(figures, read["hazards"], held, _fit_visits(train, censored_visit))
     if days_to_end is not None or "risks" in read:
         if horizons_days is None or days_to_end is None:
             missing = "horizons_days" if horizons_days is None else "days_to_end"
             raise TypeError(f"{missing}: expected with risks or landmarks in days, got None")
         horizons = boundaries(horizons_days)
-        days = _days(values, days_to_end, lengths)
-        _add_landmarks(figures, read, held, days, horizons, landmarks_days, train)
+        days = read_days(values, days_to_end, lengths)
+        _add_landmarks(figures, read, held, days, horizons, landmarks_days, train, names)
     if bootstrap:
         figures.add_intervals(bootstrap, level, seed, progress)
     return Evaluation(
@@ -160,14 +158,18 @@ def evaluate(
         events=int(held.seen.sum()),
         censored_visit=censored_visit,
         metrics=tuple(figures.metrics),
-        calibrations=figures.calibrations,
+        calibrations={
+            at if competing else at[:2]: curve for at, curve in figures.calibrations.items()
+        },
         bootstrap={"samples": bootstrap, "level": level, "seed": seed} if bootstrap else {},
-        versions=_versions("ehrseq_fast", "numpy", "scikit-learn"),
+        versions=_versions("ehrseq_fast", "numpy", "scikit-learn", *["lifelines"] * competing),
+        causes=names,
+        incidences=incidences,
     )
 
 
 def _add_visit_metrics(
-    figures: Figures, hazards: VisitValues, held: _Held, fitted: VisitBaselines | None
+    figures: Figures, hazards: VisitValues, held: Held, fitted: VisitBaselines | None
 ) -> None:
     sizes = held.visits + 1  # later ones are not read
     starts = sizes.cumsum() - sizes
@@ -194,8 +196,8 @@ def _add_visit_metrics(
         outcomes = held.visits[chosen], held.seen[chosen], held.entry[chosen]
         return {
             by: {
-                ("nll", None, None): float(nlls[by][chosen].mean()),
-                ("c_td", None, None): concordance(
+                ("nll", None, None, None): float(nlls[by][chosen].mean()),
+                ("c_td", None, None, None): concordance(
                     ranked[by].take(chosen), *outcomes, held.with_censored
                 ),
             }
@@ -209,7 +211,7 @@ def _add_visit_metrics(
     figures.add(metrics, block, baselines=fitted is not None)
 
 
-def _nll(hazards: Floats, start: Ints, held: _Held) -> Floats:
+def _nll(hazards: Floats, start: Ints, held: Held) -> Floats:
     """``[B]``: the loss of each patient, of hazards at visits 0 to T."""
     hazards = hazards.clip(_EPS, 1 - _EPS)
     survived = np.concatenate([[0.0], -np.log1p(-hazards).cumsum()])
@@ -223,89 +225,92 @@ def _nll(hazards: Floats, start: Ints, held: _Held) -> Floats:
 def _add_landmarks(
     figures: Figures,
     read: dict[str, VisitValues],
-    held: _Held,
+    held: Held,
     days: VisitValues,
     horizons: tuple[float, ...],
     landmarks: Sequence[float | str],
     train: TrainingOutcomes | None,
+    causes: tuple[str, ...],
 ) -> None:
     model = read.get("risks", read.get("hazards"))
     assert model is not None
-    if "risks" in read and model.values.shape[1:] != (len(horizons),):
+    if "risks" in read and model.values.shape[1] != len(horizons):
         raise ValueError(
-            f"horizons_days: expected one for each of {model.values.shape[-1]} risks, got "
+            f"horizons_days: expected one for each of {model.values.shape[1]} risks, got "
             f"{len(horizons)}"
         )
-    fitted = _fit_days(train, horizons)
+    fitted = _fit_days(train, horizons, len(causes))
     total = days.at(np.arange(len(held)), held.entry)  # from the entry visit
     since = np.repeat(total, days.lengths) - days.values
     since_entry = VisitValues("days_to_end", since, days.starts, days.lengths)
     for landmark in landmarks:
-        if landmark == EVERY_VISIT:
-            every = EveryVisit(days, held.entry, held.visits, held.seen, held.with_censored)
-            add_landmark(figures, every, horizons, model, fitted)
-            continue
-        if isinstance(landmark, str) or not 0 <= landmark < math.inf:
+        every = landmark == EVERY_VISIT
+        if not every and (isinstance(landmark, str) or not 0 <= landmark < math.inf):
             raise ValueError(
                 f"landmarks_days: expected numbers from 0 or {EVERY_VISIT!r}, got {landmark!r}"
             )
-        visits = last_visits(days, since_entry, np.full(len(held), float(landmark)))
-        at = Landmark(float(landmark), visits, total - landmark, held.seen, held.with_censored)
-        add_landmark(figures, at, horizons, model, fitted)
-
-
-def _outcomes(
-    values: VisitValues,
-    event_times: ArrayLike | None,
-    event_indicators: ArrayLike | None,
-    entry_times: ArrayLike | None,
-    censored_visit: str,
-) -> _Held:
-    with_censored = included(censored_visit)
-    times, seen = read_outcomes(values, event_times, event_indicators)
-    visits = read_visit_times(values, times)
-    entry = read_entry_times(values, entry_times, visits)
-    entry = np.zeros(len(visits), np.int64) if entry is None else entry
-    if not len(visits):
-        raise ValueError("event_times: expected at least one patient, got none")
-    return _Held(visits, seen, entry, with_censored)
-
-
-def _days(values: VisitValues, days_to_end: Any, lengths: ArrayLike | None) -> VisitValues:
-    """Patient by patient, without padding."""
-    days = read_values("days_to_end", days_to_end, lengths)
-    if len(days) != len(values) or (days.lengths != values.lengths).any():
-        raise ValueError("days_to_end: expected the visits of hazards and risks, got other lengths")
-    of = np.repeat(np.arange(len(days)), days.lengths)
-    starts = days.lengths.cumsum() - days.lengths
-    visit = np.arange(len(of)) - starts[of]
-    found = days.at(of, visit).astype(np.float64)
-    wrong = ~((found >= 0) & (found < math.inf))
-    if wrong.any():
-        first = int(wrong.argmax())
-        raise ValueError(
-            f"days_to_end: expected finite days from 0, got {found[first]:g} (patient "
-            f"{of[first]}, visit {visit[first]}; {int(wrong.sum())} in all)"
-        )
-    return VisitValues("days_to_end", found, starts, days.lengths)
+        visits = held.visits
+        if not every:
+            visits = last_visits(days, since_entry, np.full(len(held), float(landmark)))
+        for k, cause in enumerate(causes or (None,)):
+            seen, others, values = held.seen, None, model
+            if held.types is not None:
+                seen, values = held.types == k + 1, model.column(k)
+                others = held.seen & ~seen
+            at: Landmark | EveryVisit
+            if every:
+                at = EveryVisit(days, held.entry, visits, seen, held.with_censored, others)
+            else:
+                start = float(landmark)
+                at = Landmark(start, visits, total - start, seen, held.with_censored, others)
+            by_cause = None if fitted is None else fitted[k]
+            add_landmark(figures, at, horizons, values, by_cause, cause)
 
 
 def _fit_visits(train: TrainingOutcomes | None, censored_visit: str) -> VisitBaselines | None:
     if train is None:
         return None
     return visit_baselines(
-        train.event_times, train.event_indicators, train.entry_times, censored_visit=censored_visit
+        train.event_times, _indicators(train), train.entry_times, censored_visit=censored_visit
     )
 
 
-def _fit_days(train: TrainingOutcomes | None, horizons: tuple[float, ...]) -> DayBaselines | None:
+def _fit_causes(
+    train: TrainingOutcomes | None, n_causes: int, censored_visit: str
+) -> CauseBaselines | None:
+    if train is None:
+        return None
+    if train.event_types is None:
+        raise TypeError("train.event_types: expected with competing events, got None")
+    return cause_baselines(
+        train.event_times,
+        train.event_types,
+        n_causes,
+        train.entry_times,
+        censored_visit=censored_visit,
+    )
+
+
+def _fit_days(
+    train: TrainingOutcomes | None, horizons: tuple[float, ...], n_causes: int
+) -> tuple[DayBaselines, ...] | None:
+    """Of each cause, or of the event."""
     if train is None or train.days_to_end is None:
         return None
     if train.lengths is None:
         raise TypeError("train.lengths: expected with days_to_end, got None")
-    return day_baselines(
-        train.days_to_end, train.event_indicators, train.lengths, horizons, train.entry_times
-    )
+    days, lengths, entry = train.days_to_end, train.lengths, train.entry_times
+    if not n_causes:
+        return (day_baselines(days, _indicators(train), lengths, horizons, entry),)
+    if train.event_types is None:
+        raise TypeError("train.event_types: expected with competing events, got None")
+    return cause_day_baselines(days, train.event_types, n_causes, lengths, horizons, entry)
+
+
+def _indicators(train: TrainingOutcomes) -> ArrayLike:
+    if train.event_indicators is None:
+        raise TypeError("train.event_indicators: expected one per patient, got None")
+    return train.event_indicators
 
 
 def _versions(*packages: str) -> dict[str, str]:

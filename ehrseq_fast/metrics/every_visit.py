@@ -35,6 +35,7 @@ class EveryVisit:
         visits: ``[B]``, the last one.
         seen: ``[B]``, the indicators.
         with_censored: whether the time of a censoring was survived.
+        competing: ``[B]``, who had an event of another cause; None where there is none.
     """
 
     since: VisitValues
@@ -42,6 +43,7 @@ class EveryVisit:
     visits: Ints
     seen: Bools
     with_censored: bool
+    competing: Bools | None = None
     days: str = EVERY_VISIT
 
     def of(self, chosen: Ints) -> VisitsOf:
@@ -52,9 +54,10 @@ class EveryVisit:
         since = self.since.values[self.since.starts[chosen][patients] + visits]
         total = self.since.values[self.since.starts[chosen] + first]
         seen = self.seen[chosen]
+        any_event = seen if self.competing is None else seen | self.competing[chosen]
         at_risk = since > 0
         if self.with_censored:
-            at_risk |= ~seen[patients] & (since >= 0)
+            at_risk |= ~any_event[patients] & (since >= 0)
         if not at_risk.all():
             patients, visits, since = patients[at_risk], visits[at_risk], since[at_risk]
         return VisitsOf(
@@ -63,7 +66,8 @@ class EveryVisit:
             since,
             total,
             seen,
-            Censoring.fit(total, seen, self.with_censored),
+            any_event,
+            Censoring.fit(total, any_event, self.with_censored),
         )
 
 
@@ -77,9 +81,11 @@ class VisitsOf:
         since: Floats,
         total: Floats,
         seen: Bools,
+        any_event: Bools,
         censoring: Censoring,
     ) -> None:
-        self.patients, self.visits, self.since, self.seen = patients, visits, since, seen[patients]
+        self.patients, self.visits, self.since = patients, visits, since
+        self.seen, self.any_event = seen[patients], any_event[patients]
         self.landmark = total[patients] - since
         self.censoring = censoring
         self.last = float(total.max())
@@ -101,12 +107,13 @@ class VisitsOf:
                 f"horizon: expected visits from which it is observed, got {horizon:g} and none of "
                 f"{len(end)} visits (Ĝ = 0)"
             )
-        since, seen = self.since[kept], self.seen[kept]
-        case = seen & (since <= horizon)
+        since, seen, any_event = self.since[kept], self.seen[kept], self.any_event[kept]
+        event = any_event & (since <= horizon)
         control = since > horizon
         if self.censoring.with_censored:
-            control |= ~seen & (since == horizon)
+            control |= ~any_event & (since == horizon)
         weight = np.zeros(len(kept))
-        known = np.where(case, self.known[kept], at_horizon[kept])
-        np.divide(self.free[kept], known, out=weight, where=case | control)
-        return AtLandmark(self.patients[kept], self.visits[kept], case, control, weight)
+        known = np.where(event, self.known[kept], at_horizon[kept])
+        np.divide(self.free[kept], known, out=weight, where=event | control)
+        control |= event & ~seen
+        return AtLandmark(self.patients[kept], self.visits[kept], event & seen, control, weight)

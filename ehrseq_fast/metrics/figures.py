@@ -12,8 +12,8 @@ from .calibration import Calibration
 from .report import Metric
 from .values import Ints
 
-# The metric's name, landmark and horizon.
-Key = tuple[str, float | str | None, float | None]
+# The metric's name, landmark, horizon and cause.
+Key = tuple[str, float | str | None, float | None, str | None]
 # Of patients, who may be repeated, by each of some of WHOSE: each figure, or why there is none.
 Computed = dict[str, dict[Key, float | str]]
 Block = Callable[[Ints, Sequence[str]], Computed]
@@ -28,14 +28,14 @@ class Figures:
     Attributes:
         patients: how many are evaluated.
         metrics: with their figures, in the order of :meth:`add`.
-        calibrations: the curves, by landmark and horizon.
+        calibrations: the curves, by landmark, horizon and cause.
     """
 
     def __init__(self, patients: int) -> None:
         self.patients = patients
         self.everybody = np.arange(patients)
         self.metrics: list[Metric] = []
-        self.calibrations: dict[tuple[float | str, float], Calibration] = {}
+        self.calibrations: dict[tuple[float | str, float, str | None], Calibration] = {}
         self._blocks: list[Block] = []
 
     def add(self, metrics: Sequence[Metric], block: Block, *, baselines: bool) -> None:
@@ -77,7 +77,7 @@ class Figures:
 
 def key_of(metric: Metric) -> Key:
     """What a block calls the metric's figure."""
-    return metric.name, metric.landmark_days, metric.horizon_days
+    return metric.name, metric.landmark_days, metric.horizon_days, metric.cause
 
 
 def _number(value: float | str | None) -> float | None:

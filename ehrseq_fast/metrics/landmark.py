@@ -18,7 +18,7 @@ from .values import (
     Ints,
     VisitValues,
     included,
-    read_outcomes,
+    read_events,
     read_values,
     read_visit_times,
     refuse,
@@ -33,7 +33,7 @@ class AtLandmark:
         patients: int64 ``[n]``, those with a time above s and a visit at s or before.
         visits: int64 ``[n]``, the last visit at s or before.
         case: event in (s, s + w].
-        control: known to be without the event at s + w.
+        control: known to be without the event at s + w, by another cause's event too.
         weight: 1 / the probability of not being censored before that was known; 0 where it was not.
     """
 
@@ -66,6 +66,8 @@ def landmark_auc(
     visit_times: Any = None,
     lengths: ArrayLike | None = None,
     censored_visit: str = "excluded",
+    event_types: ArrayLike | None = None,
+    cause: int | None = None,
 ) -> float:
     """Cumulative/dynamic AUC from landmark s within horizon w. In [0, 1]; 0.5 is chance.
 
@@ -74,6 +76,12 @@ def landmark_auc(
     censored before is neither; weights ``1 / Ĝ(T−|s)`` of cases and ``1 / Ĝ(s + w|s)`` of controls
     make up for them (:mod:`~ehrseq_fast.metrics.censoring`: ties), right where censoring does not
     depend on the risk. Ties in the score count half.
+
+    Of competing events that of ``cause``: cases have an event of this cause in the window, controls
+    are those without any event by its end **and** those who had one of another cause in it, who are
+    known never to be cases; both are weighted at the time of their event, with Ĝ of all events. The
+    score is to rise with the cumulative incidence of the cause within w. Source: Blanche et al.,
+    Biometrics 71 (2015), whose second definition of controls this is.
 
     Time is counted in visits, or in days with ``visit_times``. Of patients with a landmark of their
     own (their first visit, a random one) give s as an array: T is then counted from it.
@@ -94,6 +102,8 @@ def landmark_auc(
             ``event_times``.
         lengths: ``[B]``, visits of each patient.
         censored_visit: what the time of a censoring says, as in the losses.
+        event_types: ``[B]``, 0 censored, 1 to K the cause of the event; with a ``cause``.
+        cause: the event of interest, 1 to K.
 
     Raises:
         ValueError: as :func:`~ehrseq_fast.metrics.concordance_td`, and where nobody is at risk,
@@ -108,9 +118,8 @@ def landmark_auc(
         1.0
     """
     values = read_values("risk", risk, lengths)
-    found = select(
-        values, event_times, event_indicators, landmark, horizon, visit_times, censored_visit
-    )
+    events = read_events(values, event_times, event_indicators, event_types, cause)
+    found = select(values, events, landmark, horizon, visit_times, censored_visit)
     return weighted_auc(found, values.at(found.patients, found.visits))
 
 
@@ -124,6 +133,8 @@ def brier(
     visit_times: Any = None,
     lengths: ArrayLike | None = None,
     censored_visit: str = "excluded",
+    event_types: ArrayLike | None = None,
+    cause: int | None = None,
 ) -> float:
     """The Brier score: the mean squared error of the risk within w from landmark s. 0 is best; the
     chance level is that of the baselines.
@@ -132,7 +143,9 @@ def brier(
     patients at risk at s. Source: Graf et al., Statistics in Medicine 18 (1999); Schoop et al.,
     Biometrics 64 (2008), for landmarks. Computed by this package with NumPy: scikit-survival's
     ``brier_score`` takes weights that are wrong on visit time
-    (:mod:`~ehrseq_fast.metrics.censoring`), lifelines has none for censored data.
+    (:mod:`~ehrseq_fast.metrics.censoring`), lifelines has none for censored data. Of a ``cause``
+    cases and controls are those of :func:`~ehrseq_fast.metrics.landmark_auc` (Schoop et al.,
+    Biometrical Journal 53 (2011)), and the risk is the cumulative incidence of the cause within w.
 
     Arguments and errors are those of :func:`~ehrseq_fast.metrics.landmark_auc`, but that ``risk``
     must be the probability of the event within w, in [0, 1], and that cases or controls may be
@@ -146,9 +159,8 @@ def brier(
         0.105
     """
     values = read_values("risk", risk, lengths)
-    found = select(
-        values, event_times, event_indicators, landmark, horizon, visit_times, censored_visit
-    )
+    events = read_events(values, event_times, event_indicators, event_types, cause)
+    found = select(values, events, landmark, horizon, visit_times, censored_visit)
     return squared_error(found, found.risks(values))
 
 
@@ -162,6 +174,8 @@ def integrated_brier(
     visit_times: Any = None,
     lengths: ArrayLike | None = None,
     censored_visit: str = "excluded",
+    event_types: ArrayLike | None = None,
+    cause: int | None = None,
 ) -> float:
     """The mean of :func:`brier` over horizons from 0 to the last, by the trapezoidal rule; at 0 it
     is 0.
@@ -188,36 +202,27 @@ def integrated_brier(
         )
     if not (np.diff(ends, prepend=0.0) > 0).all():
         raise ValueError(f"horizons: expected ascending numbers above 0, got {ends.tolist()}")
+    events = read_events(values, event_times, event_indicators, event_types, cause)
     scores = [0.0]
     for j, horizon in enumerate(ends.tolist()):
-        column = column_of(values, j)
-        found = select(
-            column, event_times, event_indicators, landmark, horizon, visit_times, censored_visit
-        )
+        column = values.column(j)
+        found = select(column, events, landmark, horizon, visit_times, censored_visit)
         scores.append(squared_error(found, found.risks(column)))
     heights = (np.array(scores[1:]) + scores[:-1]) / 2
     return float((heights * np.diff(ends, prepend=0.0)).sum() / ends[-1])
 
 
-def column_of(values: VisitValues, column: int) -> VisitValues:
-    """One of the last dimension's values."""
-    return VisitValues(
-        values.name, values.values[:, column], values.starts, values.lengths, values.outcomes
-    )
-
-
 def select(
     values: VisitValues,
-    event_times: ArrayLike | None,
-    event_indicators: ArrayLike | None,
+    events: tuple[NDArray[Any], Bools, Bools | None],
     landmark: float | ArrayLike,
     horizon: float,
     visit_times: Any,
     censored_visit: str,
 ) -> AtLandmark:
-    """Who is at risk at the landmark, with weights."""
+    """Who is at risk at the landmark, with weights; ``events`` of :func:`read_events`."""
     with_censored = included(censored_visit)
-    times, seen = read_outcomes(values, event_times, event_indicators)
+    times, seen, competing = events
     if not 0 < horizon < np.inf:
         raise ValueError(f"horizon: expected a number above 0, got {horizon}")
     start = as_array("landmark", landmark)
@@ -237,7 +242,7 @@ def select(
     else:
         visits = last_visits(values, visit_times, start)
     since = times.astype(np.float64) - start
-    found = at_landmark(visits, since, seen, float(horizon), with_censored)
+    found = at_landmark(visits, since, seen, float(horizon), with_censored, competing)
     if not len(found.patients):
         raise ValueError(
             f"landmark: expected patients at risk after {landmark}, got none of {len(values)}"
@@ -246,16 +251,24 @@ def select(
 
 
 def at_landmark(
-    visits: Ints, since: Floats, seen: Bools, horizon: float, with_censored: bool
+    visits: Ints,
+    since: Floats,
+    seen: Bools,
+    horizon: float,
+    with_censored: bool,
+    competing: Bools | None = None,
 ) -> AtLandmark:
     """Of each patient's last visit at the landmark (−1 where there is none), and its time and
-    indicator, counted from there."""
-    at_risk = (since > 0) | (with_censored & ~seen & (since >= 0))
+    indicators, counted from there."""
+    any_event = seen if competing is None else seen | competing
+    at_risk = (since > 0) | (with_censored & ~any_event & (since >= 0))
     patients = np.flatnonzero(at_risk & (visits >= 0))
     if not len(patients):
         nobody = np.zeros(0, np.bool_)
         return AtLandmark(patients, patients, nobody, nobody, np.zeros(0))
-    known = _known(since[patients], seen[patients], horizon, with_censored)
+    known = _known(
+        patients, since[patients], seen[patients], any_event[patients], horizon, with_censored
+    )
     return AtLandmark(patients, visits[patients], *known)
 
 
@@ -281,25 +294,31 @@ def last_visits(values: VisitValues, visit_times: Any, start: NDArray[Any]) -> I
 
 
 def _known(
-    since: Floats, seen: Bools, horizon: float, with_censored: bool
+    patients: Ints,
+    since: Floats,
+    seen: Bools,
+    any_event: Bools,
+    horizon: float,
+    with_censored: bool,
 ) -> tuple[Bools, Bools, Floats]:
-    case = seen & (since <= horizon)
-    control = since > horizon
-    if with_censored:
-        control |= ~seen & (since == horizon)
-    censoring = Censoring.fit(since, seen, with_censored)
+    censoring = Censoring.fit(since, any_event, with_censored)
     at_horizon = float(censoring.seen(horizon))
     last = since.max()
-    beyond = bool(horizon > last and (~seen & (since == last)).any())
+    beyond = bool(horizon > last and (~any_event & (since == last)).any())
     if at_horizon <= 0 or beyond:
         raise ValueError(
             f"horizon: expected one that is observed, got {horizon:g} after the landmark, where "
-            f"the last of {len(since)} patients at risk was observed for {last:g} (Ĝ = 0)"
+            f"the last of {len(since)} patients at risk, patient {patients[since.argmax()]}, was "
+            f"observed for {last:g} (Ĝ = 0)"
         )
+    event = any_event & (since <= horizon)
+    without = since > horizon
+    if with_censored:
+        without |= ~any_event & (since == horizon)
     weight = np.zeros(len(since))
-    weight[case] = 1 / censoring.seen(since[case])
-    weight[control] = 1 / at_horizon
-    return case, control, weight
+    weight[event] = 1 / censoring.seen(since[event])
+    weight[without] = 1 / at_horizon
+    return event & seen, without | (event & ~seen), weight
 
 
 def weighted_auc(found: AtLandmark, scores: NDArray[Any]) -> float:

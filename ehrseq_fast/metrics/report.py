@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .calibration import Calibration
+from .incidence import IncidenceCurves
 
 # What computes a figure.
 OWN = "ehrseq_fast (NumPy)"
@@ -18,8 +19,8 @@ class Metric:
     """One figure, with those of both baselines beside it.
 
     Attributes:
-        name: ``"nll"``, ``"c_td"``, ``"auc"``, ``"brier"``, ``"integrated_brier"``, ``"ici"`` or
-            ``"observed/expected"``.
+        name: ``"nll"``, ``"c_td"``, ``"auc"``, ``"brier"``, ``"integrated_brier"``, ``"ici"``,
+            ``"observed/expected"`` or, of competing events, ``"incidence"``.
         model: the model's; None where it is not defined, for the ``reason`` given.
         constant, by_visit: those of one hazard for all, and of a hazard by the visit's index alone;
             None where there is none.
@@ -28,6 +29,7 @@ class Metric:
         landmark_days, horizon_days: s (or ``"every visit"``) and w, or None.
         interval: of the bootstrap, or None.
         n: patients that it is about.
+        cause: of competing events, the name of that which it is about; None for all.
     """
 
     name: str
@@ -41,11 +43,14 @@ class Metric:
     interval: tuple[float, float] | None = None
     n: int = 0
     reason: str | None = None
+    cause: str | None = None
 
     @property
     def title(self) -> str:
-        """The name with landmark and horizon."""
+        """The name with cause, landmark and horizon."""
         title = _TITLES[self.name]
+        if self.cause is not None:
+            title += f", {self.cause}"
         if self.horizon_days is None:
             return title
         if isinstance(self.landmark_days, str):
@@ -61,6 +66,7 @@ _TITLES = {
     "integrated_brier": "integrated Brier score",
     "ici": "calibration (ICI)",
     "observed/expected": "observed / expected",
+    "incidence": "cumulative incidence, largest difference",
 }
 
 
@@ -72,24 +78,33 @@ class Evaluation:
         patients, events: how many were evaluated.
         censored_visit: the convention.
         metrics: in the order of the table; also by ``evaluation["c_td"]`` or, with landmark and
-            horizon, ``evaluation["auc", 365, 365]``.
-        calibrations: the curves, by (landmark, horizon) in days.
+            horizon, ``evaluation["auc", 365, 365]``; of competing events with the cause as well,
+            ``evaluation["c_td", "death"]``, ``evaluation["auc", 365, 365, "death"]``.
+        calibrations: the curves, by (landmark, horizon) in days, of competing events by (landmark,
+            horizon, cause).
         bootstrap: number of samples, and their seed and level.
         versions: of the libraries that computed the figures.
+        causes: names of competing events; empty where there is one event.
+        incidences: of competing events, predicted and observed cumulative incidences.
     """
 
     patients: int
     events: int
     censored_visit: str
     metrics: tuple[Metric, ...]
-    calibrations: Mapping[tuple[float | str, float], Calibration] = field(default_factory=dict)
+    calibrations: Mapping[tuple[Any, ...], Calibration] = field(default_factory=dict)
     bootstrap: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    causes: tuple[str, ...] = ()
+    incidences: IncidenceCurves | None = None
 
-    def __getitem__(self, key: str | tuple[str, float | str, float]) -> Metric:
-        wanted = (key, None, None) if isinstance(key, str) else key
+    def __getitem__(self, key: str | tuple[Any, ...]) -> Metric:
+        name, *rest = (key,) if isinstance(key, str) else key
+        cause = rest.pop() if len(rest) in (1, 3) else None
+        landmark, horizon = rest or (None, None)
         for metric in self.metrics:
-            if (metric.name, metric.landmark_days, metric.horizon_days) == wanted:
+            found = (metric.name, metric.landmark_days, metric.horizon_days, metric.cause)
+            if found == (name, landmark, horizon, cause):
                 return metric
         raise KeyError(key)
 
@@ -126,7 +141,13 @@ class Evaluation:
         for metric in self.metrics:
             entry = asdict(metric)
             entry["interval"] = None if metric.interval is None else list(metric.interval)
+            if not self.causes:
+                del entry["cause"]
             metrics.append(entry)
+        competing: dict[str, Any] = {}
+        if self.causes:
+            curves = None if self.incidences is None else self.incidences.to_dict()
+            competing = {"causes": list(self.causes), "incidences": curves}
         return {
             "patients": self.patients,
             "events": self.events,
@@ -134,10 +155,12 @@ class Evaluation:
             "metrics": metrics,
             "calibration": [
                 {"landmark_days": landmark, **curve.to_dict()}
-                for (landmark, _), curve in self.calibrations.items()
+                | ({"cause": cause[0]} if cause else {})
+                for (landmark, _, *cause), curve in self.calibrations.items()
             ],
             "bootstrap": dict(self.bootstrap),
             "versions": dict(self.versions),
+            **competing,
         }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import ArrayLike, as_array, got, truth, whole
+from ..arrays import ArrayLike, as_array, got, integer, truth, whole
 from ..checks import expect_option
 from ..rows import PackedRows
 
@@ -28,14 +28,14 @@ class VisitValues:
         values: float32 or float64 ``[N, ...]``.
         starts: int64 ``[B]``.
         lengths: int64 ``[B]``, visits of each patient.
-        outcomes: event times, indicators of the batch that the values came with, or None.
+        outcomes: event times, indicators and types of the batch that the values came with, or None.
     """
 
     name: str
     values: NDArray[Any]
     starts: Ints
     lengths: Ints
-    outcomes: tuple[Ints | None, Ints | None] = (None, None)
+    outcomes: tuple[Ints | None, Ints | None, Ints | None] = (None, None, None)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -53,6 +53,12 @@ class VisitValues:
                 f"{visit}; {int(missing.sum())} in all)"
             )
         return found
+
+    def column(self, number: int) -> VisitValues:
+        """One of the last dimension's values."""
+        return VisitValues(
+            self.name, self.values[..., number], self.starts, self.lengths, self.outcomes
+        )
 
     def take(self, patients: Ints) -> VisitValues:
         """Of some patients, who may be repeated; nothing is copied."""
@@ -116,6 +122,25 @@ def read_values(
     return VisitValues(name, array, np.cumsum(sizes) - sizes, sizes)
 
 
+def read_scores(
+    name: str, given: Any, lengths: ArrayLike | None, cause: int | None
+) -> tuple[VisitValues, int | None]:
+    """One value per visit; of ``[B, V, K]`` and PackedRows ``[n_visits, K]`` the column of a cause,
+    and K.
+
+    Raises:
+        ValueError, TypeError: as :func:`read_values`; a cause below 1 or above K.
+    """
+    first = given[0] if isinstance(given, (list, tuple)) and given else given
+    dims = first.values.dim() + 1 if isinstance(first, PackedRows) else np.ndim(given)
+    if cause is None or dims != 3:
+        return read_values(name, given, lengths), None
+    values = read_values(name, given, lengths, trailing=1)
+    n_causes = values.values.shape[1]
+    column = values.column(integer("cause", cause, 1, n_causes) - 1)
+    return column, n_causes
+
+
 def _floating(name: str, given: Any) -> NDArray[Any]:
     array = as_array(name, given)
     if array.dtype.kind not in "biuf":
@@ -144,16 +169,16 @@ def _of_rows(name: str, parts: Any, trailing: int) -> VisitValues:
         outcomes.append(
             tuple(
                 None if x is None else x.cpu().numpy()
-                for x in (batch.event_times, batch.event_indicators)
+                for x in (batch.event_times, batch.event_indicators, batch.event_types)
             )
         )
     lengths = np.concatenate(sizes)
-    times, seen = (
+    times, seen, types = (
         None if any(x is None for x in found) else np.concatenate(found)
         for found in zip(*outcomes, strict=True)
     )
     return VisitValues(
-        name, np.concatenate(values), np.cumsum(lengths) - lengths, lengths, (times, seen)
+        name, np.concatenate(values), np.cumsum(lengths) - lengths, lengths, (times, seen, types)
     )
 
 
@@ -167,24 +192,84 @@ def read_outcomes(
             than 0 and 1; with the first patient at fault.
         TypeError: where outcomes are missing or no numbers.
     """
-    event_times = values.outcomes[0] if event_times is None else event_times
-    event_indicators = values.outcomes[1] if event_indicators is None else event_indicators
-    if event_times is None or event_indicators is None:
-        raise TypeError("event_times and event_indicators: expected one per patient, got None")
-    times = as_array("event_times", event_times)
-    seen = as_array("event_indicators", event_indicators)
-    for name, array in (("event_times", times), ("event_indicators", seen)):
-        if array.dtype.kind not in "biuf":
-            raise TypeError(f"{name}: expected real numbers, got {got(array)}")
-        if array.shape != (len(values),):
-            raise ValueError(
-                f"{name}: expected [B] = [{len(values)}], got shape {list(array.shape)}"
-            )
-    refuse("event_times", times, ~(times >= 0), "times from 0")
+    times, seen = _times_and(
+        "event_indicators", values, event_times, event_indicators, values.outcomes[1]
+    )
     if seen.dtype == np.bool_:
         return times, truth(seen)
     refuse("event_indicators", seen, ~((seen == 0) | (seen == 1)), "0 (censored) or 1 (event)")
     return times, seen != 0
+
+
+def read_types(
+    values: VisitValues,
+    event_times: ArrayLike | None,
+    event_types: ArrayLike | None,
+    n_causes: int | None = None,
+) -> tuple[NDArray[Any], Ints]:
+    """Times ``[B]`` and types ``[B]``, 0 censored, 1 to ``n_causes``; by default the batch's.
+
+    Raises:
+        ValueError, TypeError: as :func:`read_outcomes`; types that are not of these numbers.
+    """
+    times, types = _times_and("event_types", values, event_times, event_types, values.outcomes[2])
+    most = "the number of causes" if n_causes is None else f"K = {n_causes}"
+    wrong = ~(types >= 0) if n_causes is None else ~((types >= 0) & (types <= n_causes))
+    if types.dtype.kind == "f":
+        wrong |= types != np.trunc(types)
+    refuse("event_types", types, wrong, f"whole numbers from 0 (censored) to {most}")
+    return times, types.astype(np.int64)
+
+
+def read_events(
+    values: VisitValues,
+    event_times: ArrayLike | None,
+    event_indicators: ArrayLike | None,
+    event_types: ArrayLike | None,
+    cause: int | None,
+    n_causes: int | None = None,
+) -> tuple[NDArray[Any], Bools, Bools | None]:
+    """Times ``[B]``, who had the event of interest, and who had an event of another cause; None
+    where there is one cause alone.
+
+    Raises:
+        ValueError: as :func:`read_outcomes` and :func:`read_types`; a cause below 1 or above
+            ``n_causes``.
+        TypeError: indicators beside a cause, types without one.
+    """
+    if cause is None:
+        if event_types is not None:
+            raise TypeError("cause: expected one of the event types from 1 on, got None")
+        return (*read_outcomes(values, event_times, event_indicators), None)
+    if event_indicators is not None:
+        raise TypeError("event_indicators: expected None with a cause, as event_types say it")
+    cause = integer("cause", cause, 1, 2**31 if n_causes is None else n_causes)
+    times, types = read_types(values, event_times, event_types, n_causes)
+    of_cause = types == cause
+    return times, of_cause, (types > 0) & ~of_cause
+
+
+def _times_and(
+    name: str,
+    values: VisitValues,
+    event_times: ArrayLike | None,
+    given: ArrayLike | None,
+    of_batch: Ints | None,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    event_times = values.outcomes[0] if event_times is None else event_times
+    given = of_batch if given is None else given
+    if event_times is None or given is None:
+        raise TypeError(f"event_times and {name}: expected one per patient, got None")
+    times, what = as_array("event_times", event_times), as_array(name, given)
+    for each, array in (("event_times", times), (name, what)):
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"{each}: expected real numbers, got {got(array)}")
+        if array.shape != (len(values),):
+            raise ValueError(
+                f"{each}: expected [B] = [{len(values)}], got shape {list(array.shape)}"
+            )
+    refuse("event_times", times, ~(times >= 0), "times from 0")
+    return times, what
 
 
 def read_visit_times(values: VisitValues, times: NDArray[Any], name: str = "event_times") -> Ints:
