@@ -96,13 +96,13 @@ def hazards_from_pmf(logits: Tensor | PackedRows, sequence_mask: Tensor | None =
     return (x - (later.unsqueeze(2) if x.dim() == 3 else later)).exp()
 
 
-def hazards_from_incidence(incidence: Tensor) -> Tensor:
+def hazards_from_incidence(incidences: Tensor) -> Tensor:
     """Cause-specific hazards of cumulative incidences, ``h_k(t) = (F_k(t) − F_k(t−1)) / S(t−1)``
     with ``S(t) = 1 − Σ_k F_k(t)``: the inverse of :func:`cumulative_incidence`, for models that
     predict whole curves. 0 where survival is 0.
 
     Args:
-        incidence: ``[B, V, K]``, not falling over V, with a sum over K of at most 1.
+        incidences: ``[B, V, K]``, not falling over V, with a sum over K of at most 1.
 
     Returns:
         ``[B, V, K]``, in float32 for 16 bits. Small hazards have the digits that differences of the
@@ -120,12 +120,12 @@ def hazards_from_incidence(incidence: Tensor) -> Tensor:
         tensor([[[0.1000, 0.2000],
                  [0.5000, 0.0000]]])
     """
-    values = read(incidence, None, 3, "incidence")
+    values = read(incidences, None, 3, "incidences")
     steps = torch.cat([values[:, :1], values.diff(dim=1)], 1)[:, : values.shape[1]]
     if readable(values) and bool((steps < -SLACK).any()):
         patient, visit, cause = (steps < -SLACK).nonzero()[0].tolist()
         raise ValueError(
-            "incidence: expected incidences that do not fall, got "
+            "incidences: expected those that do not fall, got "
             f"{values[patient, visit - 1, cause]:g} and then {values[patient, visit, cause]:g} "
             f"(patient {patient}, visit {visit}, cause {cause + 1})"
         )
