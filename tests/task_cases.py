@@ -82,6 +82,7 @@ class Row:
     index_time: int
     risk_start: int
     end_time: int
+    cause: int = 0
 
 
 def slow_rows(task, store, split=None, dates=None):
@@ -89,7 +90,9 @@ def slow_rows(task, store, split=None, dates=None):
 
     ``dates``: ``{patient: [(us, whole_day)]}``, where the task has index dates.
     """
-    outcome = None if task.is_death else store.matching(task.codes, task.prefix)
+    outcomes = [None if task.is_death else store.matching(task.codes, task.prefix)]
+    for _, codes in task.competing or ():
+        outcomes.append(None if codes == "death" else store.matching(codes))
     rows, left = [], {}
 
     def leave(rule, patient):
@@ -97,7 +100,7 @@ def slow_rows(task, store, split=None, dates=None):
 
     for p in store.patients_of(split).tolist():
         leave("start", p)
-        person = Person(store, p, outcome)
+        person = Person(store, p, outcomes)
         if not person.visits:
             continue
         leave("visit", p)
@@ -111,7 +114,7 @@ def slow_rows(task, store, split=None, dates=None):
 class Person:
     """One patient's record in plain Python."""
 
-    def __init__(self, store, p, outcome):
+    def __init__(self, store, p, outcomes):
         self.p = p
         begin, end = store.patient_offsets[p : p + 2].tolist()
         self.ends = store.visit_ends[begin:end].view(np.int64).tolist()
@@ -128,14 +131,20 @@ class Person:
             )
         ]
         self.has_periods = len(store.period_starts) > 0
-        self.outcomes = []
-        if outcome is None:
-            self.outcomes = [] if self.death is None else [self.death]
-        else:
+        self.dies = [outcome is None for outcome in outcomes]
+        found = []
+        for cause, outcome in enumerate(outcomes, 1):
+            if outcome is None:
+                found += [] if self.death is None else [(self.death, cause)]
+                continue
             for v in range(begin, end):
                 codes = store.codes[store.visit_offsets[v] : store.visit_offsets[v + 1]]
                 if any(outcome[c] for c in codes.tolist()):
-                    self.outcomes.append(self.visits[v - begin])
+                    found.append((self.visits[v - begin], cause))
+        # those of one day in the order of the outcomes
+        found.sort(key=lambda each: (each[0] // DAY, each[1], each[0]))
+        self.outcomes = [time for time, _ in found]
+        self.causes = [cause for _, cause in found]
 
     def last_seen(self, visit):
         """When the last code of the visits up to this one was recorded."""
@@ -202,13 +211,13 @@ def slow_row(task, person, time, whole, span, leave):  # noqa: PLR0911
     risk = index_day + task.gap_days
     if task.prior_outcome == "exclude" and any(o // DAY <= risk for o in person.outcomes):
         return None
-    if task.is_death and death_day is not None and death_day <= risk:
+    if any(person.dies) and death_day is not None and death_day <= risk:
         return None
     leave("prior")
     last, ends = last_day, [until]
     if death_day is not None:
         ends.append(person.death)
-        if not task.is_death:
+        if person.dies != [True]:
             last = min(last, death_day)
     if task.time_at_risk_days is not None:
         last = min(last, risk + task.time_at_risk_days)
@@ -216,7 +225,8 @@ def slow_row(task, person, time, whole, span, leave):  # noqa: PLR0911
     if last < risk:
         return None
     leave("risk")
-    events = [o for o in person.outcomes if risk < o // DAY <= last]
+    inside = [k for k, o in enumerate(person.outcomes) if risk < o // DAY <= last]
+    events = [person.outcomes[k] for k in inside]
     if not events and last - risk < task.min_observation_days:
         return None
     leave("observed")
@@ -232,4 +242,5 @@ def slow_row(task, person, time, whole, span, leave):  # noqa: PLR0911
     end = events[0] if events else min(ends)
     risk_start = time + (risk - time // DAY) * DAY
     end = max(end, visits[n - 1], time)
-    return Row(person.p, n, entry, bool(events), time, risk_start, end)
+    cause = person.causes[inside[0]] if events else 0
+    return Row(person.p, n, entry, bool(events), time, risk_start, end, cause)

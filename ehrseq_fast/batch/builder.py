@@ -157,13 +157,14 @@ def from_prefixes(
     vocab_size: int,
     event_times: NDArray[np.int64] | None,
     event_indicators: NDArray[np.int64] | None,
+    event_types: NDArray[np.int64] | None = None,
 ) -> tuple[Contents, Array]:
     """The first ``n_visits`` visits of each of the patients of flat arrays, with their codes mapped
     by ``code_map``, and the row of each packed visit in those arrays. Outcomes are the batch's.
 
     What one visit holds after mapping comes out ascending and once each.
     """
-    outcomes = (event_times, event_indicators, None)
+    outcomes = (event_times, event_indicators, event_types)
     sizes, host, fields, rows = batch_builder().pack_mapped(
         as_array("codes", codes),
         as_array("visit_offsets", visit_offsets),

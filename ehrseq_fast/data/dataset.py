@@ -32,8 +32,9 @@ class PatientDataset(Dataset[Any]):
     ``PatientDataset(store, task, split)``: an item is a row of the task's outcomes. Batches are cut
     from the memory-mapped files in one go (``__getitems__``, which a ``DataLoader`` calls with a
     batch's indices), as :class:`~ehrseq_fast.PackedVisits` with ``event_times``,
-    ``event_indicators``, ``targets["patient"]`` (the index into the store), ``["entry_times"]``
-    and, of label files, ``["labels"]``, and ``visit_targets["days_to_end"]``. Codes are those of
+    ``event_indicators``, of competing outcomes ``event_types``, ``targets["patient"]`` (the index
+    into the store), ``["entry_times"]`` and, of label files, ``["labels"]``, and
+    ``visit_targets["days_to_end"]``. Codes are those of
     the store's vocabulary; a visit's codes that the vocabulary does not tell apart (the unknown
     ones) are one code. No indices give a batch without patients. :func:`loader` makes a right
     ``DataLoader``.

@@ -76,11 +76,13 @@ class StoreBatches:
         """The batch of some items."""
         store, outcomes = self.store, self.outcomes
         patients, n_visits = self.patients[rows], self.n_visits[rows]
-        times = indicators = None
+        times = indicators = types = None
         targets: dict[str, Array] = {"patient": patients}
         if outcomes is not None:
             times = outcomes.event_times[rows]
             indicators = outcomes.event_indicators[rows].astype(np.int64)
+            if outcomes.event_types is not None:
+                types = outcomes.event_types[rows].astype(np.int64)
             targets["entry_times"] = outcomes.entry_times[rows]
             if outcomes.labels is not None:
                 kind = np.int64 if outcomes.categories else np.float32
@@ -95,6 +97,7 @@ class StoreBatches:
             self.vocab_size,
             times,
             indicators,
+            types,
         )
         features, by_visit = None, {}
         if outcomes is not None or self.with_time_features:

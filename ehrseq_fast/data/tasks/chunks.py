@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..store import EventStore
 
 Ints = NDArray[np.int64]
+Causes = NDArray[np.uint8]
 MOST_PATIENTS, MOST_VISITS, MOST_CODES = 1 << 18, 1 << 21, 1 << 22
 NEVER = 1 << 40  # a day that no time reaches
 
@@ -33,7 +34,8 @@ class Chunk:
         last_days: the day of it.
         period_first_days, period_last_days: the days of each observation period, both in it.
         period_ends: int64 microseconds.
-        event_times, event_days: of the outcome, ascending within a patient.
+        event_times, event_days: of the outcomes; days ascend within a patient.
+        event_causes: uint8, 1 to K, which of competing outcomes; ascending within a day.
         death_times, death_days: ``NEVER`` as the day of those who are not known to have died.
     """
 
@@ -53,14 +55,17 @@ class Chunk:
     events: Ints
     event_times: Ints
     event_days: Ints
+    event_causes: Causes
 
 
-def chunks(store: EventStore, outcome: NDArray[np.bool_] | None) -> Iterator[Chunk]:
+def chunks(store: EventStore, outcomes: Causes | None, death: int = 1) -> Iterator[Chunk]:
     """All patients of a store in order.
 
     Args:
         store: the store.
-        outcome: bool ``[n_codes]``, which codes of the dictionary are the outcome; None for death.
+        outcomes: uint8 ``[n_codes]``, which outcome each code of the dictionary is, 1 to K, or 0;
+            None for none.
+        death: which outcome death is, or 0.
 
     Raises:
         IndexError: a code outside the dictionary.
@@ -70,11 +75,11 @@ def chunks(store: EventStore, outcome: NDArray[np.bool_] | None) -> Iterator[Chu
     while first < n_patients:
         end = int(np.searchsorted(offsets, int(offsets[first]) + MOST_VISITS, side="right")) - 1
         end = min(max(end, first + 1), first + MOST_PATIENTS, n_patients)
-        yield _chunk(store, outcome, first, end)
+        yield _chunk(store, outcomes, death, first, end)
         first = end
 
 
-def _chunk(store: EventStore, outcome: NDArray[np.bool_] | None, first: int, end: int) -> Chunk:
+def _chunk(store: EventStore, outcomes: Causes | None, death: int, first: int, end: int) -> Chunk:
     visits = np.asarray(store.patient_offsets[first : end + 1], np.int64)
     begin_visit, end_visit = int(visits[0]), int(visits[-1])
     visits = visits - begin_visit
@@ -88,13 +93,25 @@ def _chunk(store: EventStore, outcome: NDArray[np.bool_] | None, first: int, end
     death_times = np.asarray(microseconds(store.death_times[first:end]))
     dead = death_times != NAT
     death_days = np.where(dead, days_of(death_times), NEVER)
-    if outcome is None:
+    if outcomes is None:
         events = np.concatenate([[0], np.cumsum(dead)])
         event_times, event_days = death_times[dead], death_days[dead]
+        event_causes = np.full(len(event_days), death, np.uint8)
     else:
-        at = _visits_with(store, outcome, begin_visit, end_visit)
+        at, event_causes = _visits_with(store, outcomes, begin_visit, end_visit)
         events = np.searchsorted(at, visits)
         event_times, event_days = visit_times[at], visit_days[at]
+        if death or outcomes.max(initial=0) > 1:
+            patient = np.repeat(np.arange(end - first), np.diff(events))
+            who = np.flatnonzero(dead) if death else np.zeros(0, np.int64)
+            patient = np.concatenate([patient, who])
+            event_times = np.concatenate([event_times, death_times[who]])
+            event_days = np.concatenate([event_days, death_days[who]])
+            event_causes = np.append(event_causes, np.full(len(who), death, np.uint8))
+            order = np.lexsort((event_causes, event_days, patient))
+            event_times, event_days = event_times[order], event_days[order]
+            event_causes = event_causes[order]
+            events = np.searchsorted(patient[order], np.arange(end - first + 1))
     return Chunk(
         first=first,
         n_patients=end - first,
@@ -112,26 +129,34 @@ def _chunk(store: EventStore, outcome: NDArray[np.bool_] | None, first: int, end
         events=events,
         event_times=event_times,
         event_days=event_days,
+        event_causes=event_causes,
     )
 
 
 def _visits_with(
-    store: EventStore, outcome: NDArray[np.bool_], begin_visit: int, end_visit: int
-) -> Ints:
-    """Which of the visits hold one of the codes, counted from ``begin_visit``, ascending."""
+    store: EventStore, outcomes: Causes, begin_visit: int, end_visit: int
+) -> tuple[Ints, Causes]:
+    """Which of the visits hold one of the codes, counted from ``begin_visit``, ascending, and the
+    first outcome of each."""
     offsets = np.asarray(store.visit_offsets[begin_visit : end_visit + 1], np.int64)
-    found = []
+    found, causes = [], []
     for begin in range(int(offsets[0]), int(offsets[-1]), MOST_CODES):
         codes: Array = np.asarray(store.codes[begin : min(begin + MOST_CODES, int(offsets[-1]))])
         low, high = int(codes.min()), int(codes.max())
-        if low < 0 or high >= len(outcome):
+        if low < 0 or high >= len(outcomes):
             raise IndexError(
-                f"codes: expected indices in [0, {len(outcome)}), the size of the dictionary, got "
+                f"codes: expected indices in [0, {len(outcomes)}), the size of the dictionary, got "
                 f"{low if low < 0 else high} (entries {begin} to {begin + len(codes)})"
             )
-        places = np.flatnonzero(outcome[codes]) + begin
-        found.append(np.searchsorted(offsets, places, side="right") - 1)
-    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+        of_code = outcomes[codes]
+        places = np.flatnonzero(of_code)
+        found.append(np.searchsorted(offsets, places + begin, side="right") - 1)
+        causes.append(of_code[places])
+    if not found:
+        return np.zeros(0, np.int64), np.zeros(0, np.uint8)
+    visits, starts = np.unique(np.concatenate(found), return_index=True)
+    of_visit = np.concatenate(causes)
+    return visits, np.minimum.reduceat(of_visit, starts) if len(starts) else of_visit
 
 
 __all__ = ["DAY_US", "NEVER", "Chunk", "chunks"]

@@ -35,6 +35,11 @@ class FirstEvent(Settings):
     with such a code, and all after it, are cut, also a stay that began long before. An outcome
     recorded in the course of a visit counts at its start.
 
+    With ``competing`` outcomes the first of all of them counts, and ends the time at risk:
+    ``event_types`` says which it was, 1 for ``codes``, 2, 3, ... for the others in their order.
+    What is said of an outcome holds for each of them; so ``prior_outcome="exclude"`` removes who
+    had any. Of several on one day, whose order is unknown, the first in that order counts.
+
     Args:
         codes: one or several codes of the store's dictionary, or ``"death"``. (A code of that name
             can be given in a list.)
@@ -59,6 +64,8 @@ class FirstEvent(Settings):
             ``"included"``: up to and including the very time (as MEDS has it), of a date without a
             time all of the day; ``"excluded"``: only days before. A visit with later codes is not
             seen, nor are those after it.
+        competing: outcomes that compete with ``codes``: a mapping of names to codes, or to
+            ``"death"``; a code, or a list of codes each of which is an outcome.
 
     Death, where it is not the outcome, ends observation; events recorded on later days are not
     used. Death as the outcome needs no visit: the last visit before its day is ``event_times``.
@@ -69,6 +76,8 @@ class FirstEvent(Settings):
     Example:
         >>> FirstEvent("I21", time_at_risk_days=365, washout_days=180).to_dict()
         {'codes': ['I21'], 'washout_days': 180, 'time_at_risk_days': 365}
+        >>> FirstEvent("I21", competing={"stroke": ["I63", "I64"], "death": "death"}).causes
+        ('I21', 'stroke', 'death')
     """
 
     def apply(self, store: EventStore, split: str | None = None) -> Outcomes:
@@ -93,6 +102,11 @@ class FirstEvent(Settings):
                 continue
             if isinstance(value, IndexDates):
                 value = value.to_dict()
+            if field.name == "competing":
+                value = {
+                    name: list(codes) if isinstance(codes, tuple) else codes
+                    for name, codes in value
+                }
             chosen[field.name] = list(value) if isinstance(value, tuple) else value
         return chosen
 

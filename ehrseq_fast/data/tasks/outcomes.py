@@ -61,6 +61,9 @@ class Outcomes:
         warnings: what to know before trusting the numbers, with counts.
         left_out: outcomes and index dates that were not used, by reason.
         censored_by: what ended the observation of those without the event, with counts.
+        causes: the names of competing outcomes, or none.
+        event_types: uint8 ``[n]``, 0 censored, 1, 2, ... which of ``causes`` the event is; None
+            without such.
         labels: float32 ``[n]``, values of label files, or None.
         categories: the meaning of whole ``labels`` that stand for categories.
         store_sha256: the content of the store that the rows point into, where known.
@@ -82,6 +85,8 @@ class Outcomes:
     labels: NDArray[np.float32] | None = None
     categories: tuple[str, ...] = ()
     store_sha256: str | None = None
+    causes: tuple[str, ...] = ()
+    event_types: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.patients)
@@ -91,15 +96,21 @@ class Outcomes:
                     f"{name}: expected one per row, shape [{n}], got "
                     f"{list(getattr(self, name).shape)}"
                 )
-        if self.labels is not None and self.labels.shape != (n,):
-            raise ValueError(f"labels: expected shape [{n}], got {list(self.labels.shape)}")
+        for name in ("labels", "event_types"):
+            values = getattr(self, name)
+            if values is not None and values.shape != (n,):
+                raise ValueError(f"{name}: expected shape [{n}], got {list(values.shape)}")
 
     def __len__(self) -> int:
         return len(self.patients)
 
     def __str__(self) -> str:
         ends = ", ".join(f"{number:,} by {what}" for what, number in self.censored_by.items())
-        lines = [str(self.attrition), f"censored: {ends}" if ends else ""]
+        lines = [str(self.attrition)]
+        if self.causes:
+            of_each = ", ".join(f"{n:,} {cause}" for cause, n in self.events_by_cause().items())
+            lines.append(f"of them the first: {of_each}")
+        lines.append(f"censored: {ends}" if ends else "")
         lines += [f"left out: {number:,} {what}" for what, number in self.left_out.items()]
         lines += [f"note: {text}" for text in self.warnings]
         return "\n".join(filter(None, lines))
@@ -112,8 +123,17 @@ class Outcomes:
         """
         chosen = selection("rows", rows, len(self), "rows")
         parts: dict[str, Any] = {name: getattr(self, name)[chosen] for name in _PER_ROW}
-        labels = None if self.labels is None else self.labels[chosen]
-        return replace(self, **parts, labels=labels)
+        for name in ("labels", "event_types"):
+            values = getattr(self, name)
+            parts[name] = None if values is None else values[chosen]
+        return replace(self, **parts)
+
+    def events_by_cause(self) -> dict[str, int]:
+        """How many rows have each of competing outcomes; empty without such."""
+        if self.event_types is None:
+            return {}
+        counts = np.bincount(self.event_types, minlength=len(self.causes) + 1)[1:].tolist()
+        return dict(zip(self.causes, counts, strict=True))
 
     def visits(self, store: EventStore) -> tuple[Ints, Ints]:
         """The seen visits of all rows, one row after the other: int64 ``[sum(n_visits)]`` each, the

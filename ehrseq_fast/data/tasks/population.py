@@ -35,7 +35,7 @@ BY_OBSERVATION, BY_DEATH, BY_WINDOW = range(len(ENDS))
 def study_population(task: Settings, store: EventStore, split: str | None) -> Outcomes:
     """See :meth:`~.first_event.FirstEvent.apply`."""
     population = Population(task, store, split)
-    for chunk in chunks(store, population.outcome):
+    for chunk in chunks(store, population.of_code, population.death):
         population.add(chunk)
     return population.outcomes()
 
@@ -46,7 +46,7 @@ class Population:
     def __init__(self, task: Settings, store: EventStore, split: str | None) -> None:
         self.task, self.store, self.split = task, store, split
         self.selected = None if split is None else np.asarray(store.patients_of(split))
-        self.outcome = None if task.is_death else store.matching(task.codes, task.prefix)
+        self.of_code, self.death = _outcomes(task, store)
         self.by_period = _by_period(task, store)
         self.dates = task.index if isinstance(task.index, IndexDates) else None
         self.date_rows = None if self.dates is None else self.dates.rows(store.subject_ids)
@@ -54,11 +54,12 @@ class Population:
         self.funnel = Funnel()
         self.counts: Counter[str] = Counter()
         self.parts: list[tuple[Ints, ...]] = []
-        self.events_in_store = 0
+        self.events_in_store = np.zeros(1 + max(1, len(task.causes)), np.int64)
 
     def add(self, chunk: Chunk) -> None:
         """Put a chunk's patients through the rules, in the order of the attrition table."""
-        self.events_in_store += len(chunk.event_days)
+        size = len(self.events_in_store)
+        self.events_in_store += np.bincount(chunk.event_causes, minlength=size)
         task = self.task
         rows = self._index(chunk, self._patients(chunk))
         if task.washout_days and not self.each_visit:
@@ -90,10 +91,11 @@ class Population:
             ValueError: an outcome that nobody in the store has.
         """
         task = self.task
-        if not self.events_in_store:
-            raise ValueError(_never(task, self.store, self.outcome))
+        if not self.events_in_store[1:].all():
+            raise ValueError(self._never(int(self.events_in_store[1:].argmin()) + 1))
         columns = [np.concatenate(column) for column in zip(*self.parts, strict=True)]
-        patients, n_visits, entries, indicators, index_times, risk_starts, end_times, ends = columns
+        patients, n_visits, entries, types, index_times, risk_starts, end_times, ends = columns
+        indicators = (types > 0).astype(np.int64)
         censored = np.bincount(ends[indicators == 0], minlength=len(ENDS)).tolist()
         notes = self._notes()
         attrition = self.funnel.table(int(indicators.sum()))
@@ -128,6 +130,8 @@ class Population:
                 what: number for what, number in zip(ENDS, censored, strict=True) if number
             },
             store_sha256=self.store.header.get("content_sha256"),
+            causes=task.causes,
+            event_types=types.astype(np.uint8) if task.causes else None,
         )
 
     def _patients(self, chunk: Chunk) -> Ints:
@@ -199,7 +203,7 @@ class Population:
         if exclude and (gap := self.task.gap_days):
             in_gap = outcome_between(1, gap)
             rows = self._rule(chunk, f"no outcome in the gap of {gap} days", rows, ~in_gap)
-        if self.task.is_death and not exclude:  # the dead are at risk of nothing
+        if self.death and not exclude:  # the dead are at risk of nothing
             begins = rows.index_day + self.task.gap_days
             alive = chunk.death_days[rows.patient] > begins
             rows = self._rule(chunk, "alive when the risk window begins", rows, alive)
@@ -214,7 +218,7 @@ class Population:
     def _last_day(self, chunk: Chunk, rows: Rows) -> Ints:
         """The last day on which an outcome counts."""
         last = rows.last_day
-        if not self.task.is_death:
+        if self.of_code is not None:  # else the outcome is death alone
             last = np.minimum(last, chunk.death_days[rows.patient])
         if self.task.time_at_risk_days is not None:
             last = np.minimum(last, self._window_end(rows))
@@ -234,6 +238,8 @@ class Population:
         limit = self._last_day(chunk, rows)
         is_event = event >= 0
         event_day = at_or(chunk.event_days, event, is_event, NEVER)
+        types = at_or(chunk.event_causes, event, is_event, 0)
+        self._count_tied_causes(chunk, rows, event_day, types)
         entry, end = rows.index_visit, rows.index_visit + 1
         risk = rows.index_day + self.task.gap_days
         if self.each_visit:
@@ -243,7 +249,7 @@ class Population:
             observed = first_not_below(chunk.visit_days, entry, last, limit + 1)
             end = np.where(is_event, before_event, observed)
             next_day = first_not_below(chunk.visit_days, end, last, event_day + 1)
-            own_visits = 0 if self.task.is_death else 1
+            own_visits = types != self.death  # death needs none
             tied = is_event & (next_day - end > own_visits)
             self.counts["tied with a visit"] += int(np.count_nonzero(tied))
         elif self.dates is not None:
@@ -256,13 +262,22 @@ class Population:
                 rows.patient + chunk.first,
                 end - first,
                 entry - first,
-                is_event.astype(np.int64),
+                types,
                 rows.index_time,
                 rows.index_time + (risk - rows.index_time // DAY_US) * DAY_US,
                 end_time,
                 ended_by,
             )
         )
+
+    def _count_tied_causes(self, chunk: Chunk, rows: Rows, event_day: Ints, types: Ints) -> None:
+        """Events on whose day another of competing outcomes is."""
+        if not self.task.causes:
+            return
+        begins, ends = chunk.events[rows.patient], chunk.events[rows.patient + 1]
+        last = first_not_below(chunk.event_days, begins, ends, event_day + 1) - 1
+        of_last = at_or(chunk.event_causes, last, types > 0, 0)
+        self.counts["tied causes"] += int(np.count_nonzero(of_last != types))
 
     def _censoring(self, chunk: Chunk, rows: Rows, limit: Ints) -> tuple[Ints, Ints]:
         """When and by what the observation of those without the event ends."""
@@ -289,6 +304,11 @@ class Population:
                 f"same day: {tied:,} outcomes share their day with other visits, or with a stay "
                 "that is not over, which are not seen"
             )
+        if tied := counts["tied causes"]:
+            notes.append(
+                f"same day: {tied:,} outcomes share their day with another of those that compete; "
+                "the first in the task's order counts"
+            )
         if within := counts["within a visit"]:
             notes.append(within_visits(within))
         if self.task.end_of_observation is None and not self.by_period:
@@ -297,6 +317,22 @@ class Population:
                 "last event of their record"
             )
         return notes
+
+    def _never(self, cause: int) -> str:
+        """What is wrong with an outcome that nobody in the store has."""
+        task, store = self.task, self.store
+        if cause == self.death:
+            return f"outcome: the store {store.path} records no deaths, got codes='death'"
+        assert self.of_code is not None
+        static = int(np.count_nonzero(self.of_code[np.asarray(store.static_codes)] == cause))
+        found = (
+            f"it is recorded {static:,} times, always without a time" if static else "nobody has it"
+        )
+        name = task.causes[cause - 1] if task.causes else task.name
+        return (
+            f"outcome: expected a code that visits of the store {store.path} hold, got "
+            f"{name}: {found}"
+        )
 
 
 def _first_event(chunk: Chunk, rows: Rows, from_day: Ints | int) -> tuple[Ints, Ints]:
@@ -316,11 +352,30 @@ def _by_period(task: Settings, store: EventStore) -> bool:
     return there and task.end_of_observation != "last_event"
 
 
-def _never(task: Settings, store: EventStore, outcome: NDArray[np.bool_] | None) -> str:
-    if outcome is None:
-        return f"outcome: the store {store.path} records no deaths, got codes='death'"
-    static = int(np.count_nonzero(outcome[np.asarray(store.static_codes)]))
-    found = f"it is recorded {static:,} times, always without a time" if static else "nobody has it"
-    return f"outcome: expected a code that visits of the store {store.path} hold, got " + (
-        f"{task.name}: {found}"
-    )
+def _outcomes(task: Settings, store: EventStore) -> tuple[NDArray[np.uint8] | None, int]:
+    """Which outcome each code of the dictionary is, or None where none is; and which death is.
+
+    Raises:
+        LookupError: a code that the dictionary lacks.
+        ValueError: a code of two outcomes.
+    """
+    if task.is_death and task.competing is None:
+        return None, 1
+    death = int(task.is_death)
+    of_code = np.zeros(len(store.codes_of), np.uint8)
+    if not task.is_death:
+        of_code[store.matching(task.codes, task.prefix)] = 1
+    for number, (name, codes) in enumerate(task.competing or (), 2):
+        if codes == "death":
+            death = number
+            continue
+        matching = store.matching(codes)
+        if (both := matching & (of_code > 0)).any():
+            code = store.codes_of[int(both.argmax())]
+            first = task.causes[of_code[both.argmax()] - 1]
+            raise ValueError(
+                f"competing: expected different codes of each outcome, got {code!r} as {first!r} "
+                f"and {name!r}"
+            )
+        of_code[matching] = number
+    return of_code, death

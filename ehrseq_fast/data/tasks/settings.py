@@ -14,6 +14,7 @@ from .dates import IndexDates
 DEATH = "death"
 EACH_VISIT, FIRST_VISIT = "each_visit", "first_visit"
 MOST_DAYS = 365_250  # a thousand years
+MOST_COMPETING = 100
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Settings:
     min_observation_days: int = 0
     end_of_observation: str | None = None
     prediction_day: str = "included"
+    competing: Any = None
 
     def __post_init__(self) -> None:
         codes, prefix = _codes(self.codes), _prefixes(self.prefix)
@@ -40,6 +42,7 @@ class Settings:
             raise ValueError("prefix: expected none beside codes='death'")
         object.__setattr__(self, "codes", codes)
         object.__setattr__(self, "prefix", prefix)
+        object.__setattr__(self, "competing", self._competing(self.competing))
         if isinstance(self.index, str):
             expect_option("index", self.index, (EACH_VISIT, FIRST_VISIT))
         else:
@@ -78,6 +81,44 @@ class Settings:
         named = [str(code) for code in self.codes or ()]
         named += [f"{prefix}*" for prefix in self.prefix or ()]
         return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+
+    @property
+    def causes(self) -> tuple[str, ...]:
+        """The names of the outcome and of those that compete with it; empty without such."""
+        return () if self.competing is None else (self.name, *(name for name, _ in self.competing))
+
+    def _competing(self, given: Any) -> tuple[tuple[str, str | tuple[str | int, ...]], ...] | None:
+        """Names and codes of the outcomes that compete."""
+        if given is None:
+            return None
+        if isinstance(given, (str, numbers.Integral)):
+            given = [given]
+        if isinstance(given, Mapping):
+            pairs = list(given.items())
+        elif isinstance(given, bytes) or not hasattr(given, "__iter__"):
+            raise TypeError(
+                f"competing: expected codes or a mapping of names to codes, got "
+                f"{type(given).__name__}"
+            )
+        else:
+            listed = list(given)
+            named = all(isinstance(one, tuple) and len(one) == 2 for one in listed)
+            pairs = listed if named else [(str(one), one) for one in listed]
+        found = []
+        for name, codes in pairs:
+            of_it = _codes(codes)
+            if of_it is None:
+                raise ValueError(f"competing: expected codes of {name!r}, got none")
+            found.append((str(name), of_it))
+        names = [self.name, *(name for name, _ in found)]
+        if not found or len(found) > MOST_COMPETING or len(set(names)) < len(names):
+            raise ValueError(
+                f"competing: expected 1 to {MOST_COMPETING} outcomes of other names than "
+                f"{self.name!r} and than each other, got {names[1:]}"
+            )
+        if sum(codes == DEATH for codes in (self.codes, *(codes for _, codes in found))) > 1:
+            raise ValueError("competing: expected death once, got it as two outcomes")
+        return tuple(found)
 
 
 def _codes(codes: Any) -> str | tuple[str | int, ...] | None:
