@@ -52,6 +52,11 @@ VARIANTS = {
         plain_models.CompetingRisksLSTM,
         {"num_event_types": 3},
     ),
+    "competing-risks-softmax": (
+        CompetingRisksSurvivalLSTM,
+        plain_models.CompetingRisksLSTM,
+        {"num_event_types": 2, "link": "softmax"},
+    ),
     "baseline-bidirectional": (
         LSTMBaseline,
         plain_models.LSTMBaseline,

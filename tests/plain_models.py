@@ -120,8 +120,10 @@ class CompetingRisksLSTM(nn.Module):
         num_layers=1,
         dropout=0.1,
         cell="lstm",
+        link="sigmoid",
     ):
         super().__init__()
+        self.link = link
         self.embedding = nn.Embedding(vocab_size, embedding_dim, padding_idx=0)
         self.lstm = lstm(embedding_dim, hidden_dim, num_layers, dropout, cell=cell)
         self.hazard_heads = nn.ModuleList(
@@ -130,6 +132,10 @@ class CompetingRisksLSTM(nn.Module):
 
     def forward(self, codes, visit_mask, sequence_mask):
         states, _ = self.lstm(mean_of_codes(self.embedding, codes, visit_mask))
+        if self.link == "softmax":
+            logits = torch.stack([cause[:4](states)[..., 0] for cause in self.hazard_heads], -1)
+            odds = logits.exp()
+            return odds / (1 + odds.sum(-1, keepdim=True)) * sequence_mask[..., None].float()
         hazards = torch.stack([cause(states)[..., 0] for cause in self.hazard_heads], dim=-1)
         return hazards * sequence_mask[..., None].float()
 

@@ -34,18 +34,20 @@ def main(arguments: Sequence[str]) -> int:
         options = parser.parse_args(list(arguments)).as_dict()
         saved = RunFolder(Path(options["run"])).config
         goes_on = options["resume"] and saved.exists()
-        base = RunConfig.load(saved) if goes_on else RunConfig()
+        values = (RunConfig.load(saved) if goes_on else RunConfig()).to_dict()
         if options["config"]:
-            base = RunConfig.from_dict(merged(base.to_dict(), read_yaml(options["config"])))
+            values = merged(values, read_yaml(options["config"]))
+        task = _task(options["task"], options["outcome"], options["competing"])
+        base = RunConfig.from_dict(_with_model(values | ({"task": task} if task else {})))
         parser = _parser(RunConfig, base)
         options = parser.parse_args(list(arguments)).as_dict()
     except ArgumentError as error:
         print(f"ehrseq-fast train: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
-    task = _task(options.pop("task"), options.pop("outcome")) or base.task
     resume = options.pop("resume")
-    options.pop("config")
-    config = RunConfig.from_dict({**options, "task": task})
+    for name in ("config", "outcome", "competing"):
+        options.pop(name)
+    config = RunConfig.from_dict({**options, "task": base.task})
     from ..training import fit
 
     fit(config, resume=resume)
@@ -71,6 +73,14 @@ def _parser(config: type, base: Any = None) -> Any:
         action="extend",
         help="codes of the outcome (or: death): FirstEvent with its defaults, in place of --task",
     )
+    parser.add_argument(
+        "--competing",
+        metavar="CODE",
+        nargs="+",
+        action="append",
+        help="beside --outcome: codes of an outcome that competes with it (or: death); may be "
+        "repeated, each time for another one",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of the configuration")
     parser.add_argument("--resume", action="store_true", help="go on with the run in RUN")
     parser.add_class_arguments(config, skip={"store", "run", "task"})
@@ -80,15 +90,32 @@ def _parser(config: type, base: Any = None) -> Any:
     return parser
 
 
-def _task(file: str | None, outcome: list[str] | None) -> dict[str, Any]:
+def _with_model(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's values, with the model of competing outcomes where the task has such and no
+    other model than the default is named."""
+    from ..training.config import ModelConfig
+
+    model = values["model"]
+    if "competing" in values["task"] and model["name"] == ModelConfig.name:
+        return values | {"model": model | {"name": "competing_risks"}}
+    return values
+
+
+def _task(
+    file: str | None, outcome: list[str] | None, competing: list[list[str]] | None
+) -> dict[str, Any]:
     from ..data.tasks import FirstEvent
     from ..training.convert import read_yaml
 
     if file is not None and outcome is not None:
         raise ValueError("--task, --outcome: expected one of them, got both")
+    if competing is not None and outcome is None:
+        raise ValueError("--competing: expected --outcome beside it, got none")
     if outcome is not None:
-        codes: Any = "death" if outcome == ["death"] else outcome
-        return FirstEvent(codes).to_dict()
+        others = None
+        if competing is not None:
+            others = [(", ".join(codes), _codes(codes)) for codes in competing]
+        return FirstEvent(_codes(outcome), competing=others).to_dict()
     if file is None:
         return {}
     settings = read_yaml(file)
@@ -96,3 +123,7 @@ def _task(file: str | None, outcome: list[str] | None) -> dict[str, Any]:
         return FirstEvent.from_dict(settings).to_dict()
     except (TypeError, ValueError) as error:
         raise type(error)(f"{file}: {error}") from error
+
+
+def _codes(codes: list[str]) -> str | list[str]:
+    return "death" if codes == ["death"] else codes

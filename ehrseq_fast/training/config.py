@@ -11,7 +11,7 @@ from ..checks import expect_option
 from .convert import flat, from_dict, plain, read_yaml, yaml_module
 from .files import write_atomically
 
-MODELS = ("hazard_and_horizons", "hazard", "hazard_with_time", "horizons")
+MODELS = ("hazard_and_horizons", "hazard", "hazard_with_time", "horizons", "competing_risks")
 CELLS = ("lstm", "gru")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -31,7 +31,8 @@ class ModelConfig:
         name: ``"hazard_and_horizons"``: at each visit the hazard of the event at the next one, and
             the risk within each horizon of days, from one recurrent layer; ``"hazard"`` and
             ``"hazard_with_time"`` (which also sees the times of visits): the first alone;
-            ``"horizons"``: the second alone.
+            ``"horizons"``: the second alone. ``"competing_risks"``: at each visit the hazards of
+            the task's competing outcomes, which it must have, and the other models must not.
         embedding_dim, hidden_dim, num_layers, dropout, cell: as in
             :class:`~ehrseq_fast.models.DiscreteTimeSurvivalLSTM`.
         horizons_days: ascending, for the models that have horizons.
@@ -65,6 +66,11 @@ class ModelConfig:
     def has_hazard(self) -> bool:
         """Whether the model gives a hazard per visit."""
         return self.name != "horizons"
+
+    @property
+    def has_causes(self) -> bool:
+        """Whether its hazards are those of competing outcomes."""
+        return self.name == "competing_risks"
 
 
 @dataclass(frozen=True)
@@ -280,6 +286,18 @@ class RunConfig:
         _expect("epochs", self.epochs, "at least 1", self.epochs >= 1)
         _expect("seed", self.seed, "a number in [0, 2**63)", 0 <= self.seed < 2**63)
         expect_option("precision", self.precision, PRECISIONS)
+        if self.task and self.model.has_causes != ("competing" in self.task):
+            expected = "another" if self.model.has_causes else "'competing_risks'"
+            raise ValueError(
+                f"model.name: expected {expected} for a task "
+                f"{'without' if self.model.has_causes else 'with'} competing outcomes, got "
+                f"{self.model.name!r}"
+            )
+
+    @property
+    def n_causes(self) -> int:
+        """How many competing outcomes the task has; 0 for one outcome."""
+        return 1 + len(self.task["competing"]) if "competing" in self.task else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries, as YAML and JSON have them."""

@@ -19,6 +19,7 @@ from ..data import (
     TokenBudgetSampler,
     loader,
 )
+from ..metrics.causes import cause_baselines
 from ..models.intervals import interval_hazards
 from .config import DataConfig, ModelConfig, RunConfig
 from .distributed import Processes
@@ -48,6 +49,13 @@ class TrainingData:
         if not len(self.outcomes):
             raise ValueError(
                 f"task {task.name!r}: nobody of the split {split!r} is left\n"
+                f"{self.outcomes.attrition}"
+            )
+        missing = [cause for cause, n in self.outcomes.events_by_cause().items() if not n]
+        if missing and self.outcomes.event_indicators.any():
+            raise ValueError(
+                f"task {task.name!r}: expected someone with each outcome in the split {split!r}, "
+                f"got nobody with {', '.join(missing)}{_left_out(self.outcomes)}\n"
                 f"{self.outcomes.attrition}"
             )
         if not self.outcomes.event_indicators.any():
@@ -110,10 +118,14 @@ class TrainingData:
         assert self._tuning is not None
         return iter(self._tuning)
 
-    def observed_rates(self) -> tuple[float | None, NDArray[np.float64] | None]:
-        """Events per visit at risk in the training split, and the hazard of each interval of days;
-        None for what the model does not have."""
+    def observed_rates(
+        self,
+    ) -> tuple[float | NDArray[np.float64] | None, NDArray[np.float64] | None]:
+        """Events per visit at risk in the training split (of competing outcomes ``[K]``), and the
+        hazard of each interval of days; None for what the model does not have."""
         config = self.config.model
+        if config.has_causes:
+            return cause_hazards(self.outcomes), None
         hazard = visit_hazard(self.outcomes) if config.has_hazard else None
         if not config.has_horizons:
             return hazard, None
@@ -192,6 +204,18 @@ def visit_hazard(outcomes: Outcomes) -> float:
     last = seen if censored_visit(outcomes) == "excluded" else np.ones_like(seen)
     at_risk = int((outcomes.event_times - outcomes.entry_times + last).sum())
     return (int(seen.sum()) + 0.5) / (at_risk + 1)
+
+
+def cause_hazards(outcomes: Outcomes) -> NDArray[np.float64]:
+    """``[K]``: the same of each of competing outcomes."""
+    assert outcomes.event_types is not None
+    return cause_baselines(
+        outcomes.event_times,
+        outcomes.event_types,
+        len(outcomes.causes),
+        outcomes.entry_times,
+        censored_visit=censored_visit(outcomes),
+    ).constant
 
 
 def horizon_hazards(

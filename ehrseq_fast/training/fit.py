@@ -115,7 +115,7 @@ def _fit(config: RunConfig, resume: bool, processes: Processes, stack: ExitStack
         checkpoint = load_tensors(Path(plan))
 
     torch.manual_seed(config.seed)
-    model = make_model(config.model, store.vocab_size)
+    model = make_model(config.model, store.vocab_size, config.n_causes)
     hazard, horizons = data.observed_rates()
     start_at_rates(model, hazard, horizons)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoints.keep_last)
@@ -166,6 +166,7 @@ def _finish(
         "format": "ehrseq_fast.model",
         "model": config.to_dict()["model"],
         "vocab_size": identity["vocab_size"],
+        "n_causes": config.n_causes,
     }
     save_tensors(folder.weights, weights_of(load_tensors(best).tensors), about)
     outcomes, tuning = data.outcomes, data.tuning_outcomes

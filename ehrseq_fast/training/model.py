@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..arrays import ArrayLike
 from ..batch import PackedVisits
 from ..models import (
+    CompetingRisksSurvivalLSTM,
     DiscreteTimeSurvivalLSTM,
     DiscreteTimeSurvivalLSTMWithTime,
     HorizonSurvivalLSTM,
@@ -17,8 +18,9 @@ from ..models import (
 from .config import ModelConfig
 
 
-def make_model(config: ModelConfig, vocab_size: int) -> nn.Module:
-    """The model of a configuration, with new weights from torch's generator.
+def make_model(config: ModelConfig, vocab_size: int, n_causes: int = 0) -> nn.Module:
+    """The model of a configuration, with new weights from torch's generator; ``n_causes`` for
+    competing outcomes.
 
     Example:
         >>> from ehrseq_fast.training import ModelConfig
@@ -31,18 +33,23 @@ def make_model(config: ModelConfig, vocab_size: int) -> nn.Module:
         return DiscreteTimeSurvivalLSTM(vocab_size, *shape, cell=config.cell)
     if config.name == "hazard_with_time":
         return DiscreteTimeSurvivalLSTMWithTime(vocab_size, *shape, cell=config.cell)
+    if config.has_causes:
+        return CompetingRisksSurvivalLSTM(
+            vocab_size, n_causes, *shape, cell=config.cell, link="softmax"
+        )
     return HorizonSurvivalLSTM(
         vocab_size, config.horizons_days, *shape, visit_hazard=config.has_hazard, cell=config.cell
     )
 
 
 @torch.no_grad()
-def start_at_rates(model: Any, hazard: float | None, horizons: ArrayLike | None) -> None:
+def start_at_rates(model: Any, hazard: ArrayLike | None, horizons: ArrayLike | None) -> None:
     """Let the heads' last biases say the observed hazards, from which training then starts.
 
     Args:
         model: of :func:`make_model`.
-        hazard: events per visit at risk, for a model with a hazard per visit.
+        hazard: events per visit at risk, for a model with a hazard per visit; of competing outcomes
+            K of them.
         horizons: the hazard of each interval of days, for a model with horizons.
     """
     if isinstance(model, HorizonSurvivalLSTM):
@@ -51,13 +58,16 @@ def start_at_rates(model: Any, hazard: float | None, horizons: ArrayLike | None)
         model.set_base_hazards(intervals, hazard if model.visit_hazard else None)
         return
     assert hazard is not None
+    if isinstance(model, CompetingRisksSurvivalLSTM):
+        model.set_base_hazards(hazard)
+        return
     model.hazard_head[3].bias.fill_(torch.tensor(hazard, dtype=torch.float64).logit().item())
 
 
 @torch.no_grad()
 def predictions(model: Any, batch: PackedVisits) -> tuple[Tensor | None, Tensor | None]:
-    """The hazard ``[n_visits]`` and the risks by horizon ``[n_visits, J]`` of a batch's rows;
-    None for what the model does not give."""
+    """The hazard ``[n_visits]`` (of competing outcomes ``[n_visits, K]``) and the risks by horizon
+    ``[n_visits, J]`` of a batch's rows; None for what the model does not give."""
     if not isinstance(model, HorizonSurvivalLSTM):
         return model(batch).values, None
     found = model(batch, output="risks")

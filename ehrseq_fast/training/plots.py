@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data import Outcomes
-from ..metrics import Calibration
+from ..metrics import Calibration, IncidenceCurves
+from ..metrics.incidence import FEWEST
 from ..optional import need
 
 _FEWEST = 10  # patients at risk at a visit that is drawn
@@ -67,6 +68,14 @@ def hazard_plot(outcomes: Outcomes, hazards: NDArray[np.floating[Any]]) -> bytes
     return _png(figure)
 
 
+def incidence_plot(curves: IncidenceCurves) -> bytes:
+    """Predicted and observed cumulative incidence of each of competing outcomes, by visit."""
+    figure, axes = _figure(1, 1, width=1.6)
+    curves.plot(axes[0][0])
+    axes[0][0].set_xlabel(f"visit (of {FEWEST} patients at risk or more)")
+    return _png(figure)
+
+
 def calibration_plot(calibrations: Mapping[tuple[float | str, float], Calibration]) -> bytes:
     """A panel for each horizon, a row of them for each landmark."""
     landmarks = list(dict.fromkeys(landmark for landmark, _ in calibrations))
@@ -90,9 +99,10 @@ def calibration_plot(calibrations: Mapping[tuple[float | str, float], Calibratio
     return _png(figure)
 
 
-def _figure(rows: int, columns: int) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, width: float = 1.0) -> tuple[Any, Any]:
     figures = need("matplotlib.figure", "train", "the plots of a report")
-    figure = figures.Figure(figsize=(_SIZE * columns + 0.6, _SIZE * rows), layout="constrained")
+    size = (_SIZE * columns * width + 0.6, _SIZE * rows)
+    figure = figures.Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

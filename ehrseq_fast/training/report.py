@@ -19,7 +19,7 @@ from .data import censored_in_window, censored_visit
 from .distributed import device_of
 from .files import write_atomically, write_json
 from .held_out import Overlap, overlap_of
-from .plots import calibration_plot, hazard_plot, learning_curve
+from .plots import calibration_plot, hazard_plot, incidence_plot, learning_curve
 from .run import Run
 from .scoring import Scores, code_map_of, score_outcomes
 
@@ -112,10 +112,13 @@ def evaluate(
     if landmarks_days is None:
         landmarks_days = (EVERY_VISIT, *landmarks(train, max(horizons)))
     has_days = bool(np.isfinite(scores.days_to_end).all())
+    causes = outcomes.causes
     evaluation = evaluate_predictions(
         scores.hazards,
         outcomes.event_times,
-        outcomes.event_indicators,
+        None if causes else outcomes.event_indicators,
+        event_types=outcomes.event_types,
+        causes=causes or None,
         risks=scores.risks,
         horizons_days=horizons if has_days else None,
         days_to_end=scores.days_to_end if has_days else None,
@@ -130,7 +133,7 @@ def evaluate(
     )
     folder = Path(out) if out is not None else run.folder.path / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    plots = _draw(folder, run, outcomes, scores, evaluation, train)
+    plots = _draw(folder, run, outcomes, scores, evaluation, _described_causes(task, store))
     notes = [*outcomes.warnings, *([note] if note else [])]
     unknown = code_map_of(run, store)[1]
     in_window = censored_in_window(run.config.model, outcomes)
@@ -207,6 +210,7 @@ def _training_outcomes(
             fitted.entry_times,
             days_to_end=days if known else None,
             lengths=fitted.n_visits if known else None,
+            event_types=fitted.event_types,
         ),
         "",
     )
@@ -218,11 +222,15 @@ def _draw(
     outcomes: Outcomes,
     scores: Scores,
     evaluation: Evaluation,
-    train: TrainingOutcomes | None,
+    causes: tuple[str, ...],
 ) -> list[tuple[str, str]]:
     """Files of plots and their captions."""
     plots = [("learning_curve.png", "Loss per patient by epoch", learning_curve(run.history()))]
-    if scores.hazards is not None and outcomes.each_visit:
+    if evaluation.incidences is not None and outcomes.each_visit:
+        drawn = incidence_plot(replace(evaluation.incidences, causes=causes))
+        caption = "Predicted and observed (Aalen–Johansen) cumulative incidence by visit"
+        plots.append(("incidence.png", caption, drawn))
+    elif scores.hazards is not None and outcomes.each_visit:
         drawn = hazard_plot(outcomes, scores.hazards)
         plots.append(("hazards.png", "Mean predicted hazard and share of events by visit", drawn))
     if evaluation.calibrations:
@@ -245,22 +253,24 @@ def _markdown(
     overlap: Overlap,
 ) -> str:
     config, result = run.config, run.result
+    titled = f"{task.name}{_described(task, store)}"
     events = int(outcomes.event_indicators.sum())
     ended = " (stopped early)" if result["stopped_early"] else ""
     best = result["best_epoch"]
     parts = [
-        f"# First event: {task.name}{_described(task, store)}",
+        f"# First event: {' or '.join(_described_causes(task, store)) or titled}",
         f"Model `{config.model.name}` ({config.model.cell}, width {config.model.hidden_dim}), "
         f"trained on {result['patients']['train']:,} patients with "
         f"{result['events']['train']:,} events for {result['epochs']} epochs{ended} in "
         f"{result['seconds']:.0f} s"
         + ("." if best is None else f"; weights of epoch {best}, of the lowest tuning loss."),
         f"Evaluated on {len(outcomes):,} {'patients' if outcomes.each_visit else 'predictions'} "
-        f"with {events:,} events of the split `{split}` of `{store.path.name}`.",
+        f"with {events:,} events{_by_cause(outcomes)} of the split `{split}` of "
+        f"`{store.path.name}`.",
         *([f"> **{_sentence(overlap.note)}**"] if overlap.note else []),
         "## Figures" if overlap.held_out is not False else "## Figures (not held out)",
         *_tables(evaluation),
-        _reading(outcomes.each_visit),
+        _reading(outcomes),
         "## Study population",
         outcomes.attrition.to_markdown(),
     ]
@@ -292,6 +302,25 @@ def _tables(evaluation: Evaluation) -> list[str]:
     return parts
 
 
+def _described_causes(task: FirstEvent, store: EventStore) -> tuple[str, ...]:
+    """The names of competing outcomes, with what they are where they are one code each."""
+    if task.competing is None:
+        return ()
+    of_codes = {task.name: task} | {
+        name: FirstEvent(codes) for name, codes in task.competing if name != "death"
+    }
+    return tuple(
+        f"{name}{_described(of_codes[name], store)}" if name in of_codes else name
+        for name in task.causes
+    )
+
+
+def _by_cause(outcomes: Outcomes) -> str:
+    """In brackets how many events are of each of competing outcomes."""
+    said = ", ".join(f"{number:,} {cause}" for cause, number in outcomes.events_by_cause().items())
+    return f" ({said})" if said else ""
+
+
 def _described(task: FirstEvent, store: EventStore) -> str:
     """In brackets what the outcome is, where it is one code of which the store knows that."""
     if task.is_death or task.prefix or not isinstance(task.codes, tuple) or len(task.codes) > 1:
@@ -301,7 +330,7 @@ def _described(task: FirstEvent, store: EventStore) -> str:
     return f" ({description})" if description else ""
 
 
-def _reading(each_visit: bool) -> str:
+def _reading(outcomes: Outcomes) -> str:
     said = [
         "Negative log-likelihood: of the hazard per visit, a mean over patients; lower is better, "
         "and it must lie below both baselines.",
@@ -315,6 +344,16 @@ def _reading(each_visit: bool) -> str:
         "ICI: the mean distance between predicted and observed risk; observed / expected is 1 for "
         "a model that is right on average.",
     ]
-    if not each_visit:
+    if outcomes.causes:
+        said[0] = said[0].replace("the hazard per visit", "the hazards of all outcomes per visit")
+        said += [
+            "Of competing outcomes each has its own hazard and figures; who has another one is no "
+            "longer at risk. AUC, day s + w: those with the outcome within w days against all "
+            "others, by its hazard at their last visit.",
+            "Cumulative incidence: the largest difference, over visits at which 10 patients or "
+            "more are at risk, of that which the mean predicted hazards of those at risk give from "
+            "the Aalen–Johansen estimate. It is above 0 for a perfect model too.",
+        ]
+    if not outcomes.each_visit:
         said[0] += " There is one prediction for each row, and the hazard is its risk."
     return "\n".join(f"- {line}" for line in said)

@@ -208,7 +208,9 @@ class Run:
             CheckpointError: for a damaged ``model.safetensors``, naming it.
         """
         held = load_tensors(self.folder.weights)
-        model = make_model(ModelConfig(**held.state["model"]), held.state["vocab_size"])
+        about = held.state
+        config = ModelConfig(**about["model"])
+        model = make_model(config, about["vocab_size"], about.get("n_causes", 0))
         try:
             load_weights(model, held.tensors)
         except ValueError as error:

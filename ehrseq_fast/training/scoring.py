@@ -44,8 +44,9 @@ def predict(
 
     The file has a row for each visit, in the store's order: ``subject_id`` int64, ``time``
     timestamp[us], and, as far as the model gives them, ``hazard`` float32 (the probability that
-    the event is at the patient's next visit, or follows it before another visit) and ``risk_30d``,
-    ``risk_90d``, ... float32, the risk within so many days. Visits after a patient's outcome are
+    the event is at the patient's next visit, or follows it before another visit), of competing
+    outcomes ``hazard_1``, ``hazard_2``, ... in the task's order, and ``risk_30d``, ``risk_90d``,
+    ... float32, the risk within so many days. Visits after a patient's outcome are
     scored too: what is scored are records, not the task's population.
 
     A store of other patients is scored by its codes: those that the training split did not have
@@ -159,6 +160,7 @@ class Scorer:
         self.device = device
         self.model = run.model(device)
         self.config = run.config.model
+        self.n_causes = run.config.n_causes
         code_map, self.unknown = code_map_of(run, store)
         self.dataset = PatientDataset(
             store,
@@ -169,8 +171,9 @@ class Scorer:
         )
 
     def scores(self, items: Ints) -> tuple[Floats | None, Floats | None]:
-        """Hazards ``[n_visits]`` and risks ``[n_visits, J]`` of the items' visits, one item after
-        the other; None for what the model does not give."""
+        """Hazards ``[n_visits]`` (of competing outcomes ``[n_visits, K]``) and risks
+        ``[n_visits, J]`` of the items' visits, one item after the other; None for what the model
+        does not give."""
         batch = self.dataset.batch(items)
         order = rows_by_patient(batch)
         hazard, risks = (
@@ -184,7 +187,9 @@ class Scorer:
         """Of the file of predictions."""
         arrow = need("pyarrow", "meds", "predict")
         fields = [("subject_id", arrow.int64()), ("time", arrow.timestamp("us"))]
-        if self.config.has_hazard:
+        if self.config.has_causes:
+            fields += [(f"hazard_{k + 1}", arrow.float32()) for k in range(self.n_causes)]
+        elif self.config.has_hazard:
             fields.append(("hazard", arrow.float32()))
         if self.config.has_horizons:
             fields += [(f"risk_{days}d", arrow.float32()) for days in self.config.horizons_days]
@@ -200,10 +205,9 @@ class Scorer:
         first = np.cumsum(lengths) - lengths
         visits = np.arange(chunk.n_visits) + np.repeat(starts - first, lengths)
         columns = [np.repeat(store.subject_ids[chunk.items], lengths), store.visit_times[visits]]
-        if hazard is not None:
-            columns.append(hazard)
-        if risks is not None:
-            columns += list(np.ascontiguousarray(risks.T))
+        for values in (hazard, risks):
+            if values is not None:
+                columns += list(np.ascontiguousarray(np.atleast_2d(values.T)))
         return arrow.table([arrow.array(column) for column in columns], schema=self.schema)
 
 
@@ -212,7 +216,7 @@ class Scores:
     """What a model says of a task's rows, one after the other.
 
     Attributes:
-        hazards: float32 ``[sum(n_visits)]``, or None.
+        hazards: float32 ``[sum(n_visits)]``, of competing outcomes ``[sum(n_visits), K]``, or None.
         risks: float32 ``[sum(n_visits), J]``, or None.
         days_to_end: float64 ``[sum(n_visits)]``; see :meth:`Outcomes.days_to_end`.
     """
