@@ -23,6 +23,7 @@ from ehrseq_fast.metrics import (
     landmark_auc,
     visit_baselines,
 )
+from ehrseq_fast.metrics.at_landmarks import _stable_order
 
 from .metric_cases import CONVENTIONS, observed_chance
 
@@ -395,3 +396,19 @@ def test_the_loss_is_that_of_training_with_entry_times(censored_visit):
         hazards, times, seen, entry_times=entry, censored_visit=censored_visit, progress=False
     )
     assert found["nll"].model == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("digits", [1, 9])
+@pytest.mark.parametrize("kind", ["float32", "float64", "negative", "zeros", "uint16"])
+def test_risks_are_ordered_as_numpy_does_it(kind, digits):
+    rng = np.random.default_rng(0)
+    keys = rng.random(3000).round(digits).astype(np.float32).astype(np.float64)
+    if kind == "float64":
+        keys = keys / 3
+    elif kind == "negative":
+        keys = keys - 0.5
+    elif kind == "zeros":
+        keys = keys * rng.choice([-0.0, 0.0, 1.0], 3000)
+    elif kind == "uint16":
+        keys = rng.integers(0, 60_000, 3000).astype(np.uint16)
+    assert (_stable_order(keys) == np.argsort(keys, kind="stable")).all()

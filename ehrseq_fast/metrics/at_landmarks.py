@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .baselines import DayBaselines
 from .calibration import Calibration, calibrated
@@ -109,7 +111,8 @@ def add_landmark(
                     values |= {(name, at.days, horizon, cause): found for name, _, _ in kinds}
                     continue
                 risks = _predicted(found, by, of, fitted, j)
-                ordered, risks = _in_order(found, risks)  # once for all that sort them
+                keys = _ranks(fitted, found.visits, j) if by == "by_visit" else risks
+                ordered, risks = _in_order(found, risks, keys)  # once for all that sort them
                 curve = calibrated(ordered, risks, horizon) if is_risk else None
                 for name, _, _ in kinds:
                     values[name, at.days, horizon, cause] = _score(name, ordered, risks, curve)
@@ -139,10 +142,11 @@ def _select(
     return found
 
 
-def _in_order(found: AtLandmark, risks: Floats) -> tuple[AtLandmark, Floats]:
+def _in_order(found: AtLandmark, risks: Floats, keys: NDArray[Any]) -> tuple[AtLandmark, Floats]:
+    """Ascending by the risks, of which the keys have the order."""
     if risks.min() == risks.max():
         return found, risks
-    order = np.argsort(risks, kind="stable")
+    order = _stable_order(keys)
     ordered = AtLandmark(
         found.patients[order],
         found.visits[order],
@@ -151,6 +155,29 @@ def _in_order(found: AtLandmark, risks: Floats) -> tuple[AtLandmark, Floats]:
         found.weight[order],
     )
     return ordered, risks[order]
+
+
+def _stable_order(keys: NDArray[Any]) -> Ints:
+    """``np.argsort(keys, kind="stable")``. What float32 holds, from 0 on, is ordered by its bits,
+    in two passes over 16 of them, which NumPy sorts by radix: in a quarter of the time.
+    """
+    if keys.dtype.kind == "f":
+        narrow = keys.astype(np.float32)
+        if not ((narrow == keys) & (narrow >= 0)).all():
+            return np.argsort(keys, kind="stable")
+        bits = (narrow + np.float32(0)).view(np.uint32)  # +0 makes -0 0
+        order = np.argsort((bits & 0xFFFF).astype(np.uint16), kind="stable")
+        return order[np.argsort((bits >> 16).astype(np.uint16)[order], kind="stable")]
+    return np.argsort(keys, kind="stable")
+
+
+def _ranks(fitted: DayBaselines | None, visits: Ints, j: int) -> NDArray[Any]:
+    """The places of the baseline's risks at these visits among its distinct risks."""
+    assert fitted is not None
+    ranks = np.unique(fitted.by_visit[:, j], return_inverse=True)[1]
+    if len(ranks) <= np.iinfo(np.uint16).max:
+        ranks = ranks.astype(np.uint16)  # which NumPy sorts by radix
+    return ranks[np.minimum(visits, len(ranks) - 1)]
 
 
 def _predicted(
