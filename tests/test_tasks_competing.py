@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from ehrseq_fast.data import FirstEvent, PatientDataset
+from ehrseq_fast.data import FirstEvent, PatientDataset, write_labels
 from ehrseq_fast.data.tasks import SameDayWarning, chunks
 
 from .task_cases import slow_rows, store_of, us
@@ -94,6 +94,13 @@ def test_the_first_of_all_counts(tmp_path):
     batch = PatientDataset(store, found).batch(np.arange(len(found)))
     assert batch.event_types.tolist() == [1, 2, 3, 1, 1, 0]
     assert batch.event_indicators.tolist() == [1, 1, 1, 1, 1, 0]
+
+
+def test_label_files_hold_one_outcome(stores, tmp_path):
+    store = stores["day", True]
+    found = applied(FirstEvent("X", competing="A"), store)
+    with pytest.raises(ValueError, match=r"expected those of one outcome, .* got those of 2 that"):
+        write_labels(found, store, tmp_path / "labels.parquet")
 
 
 def test_without_competing_outcomes_there_are_no_types(tmp_path):

@@ -79,7 +79,7 @@ class Calibration:
             ylim=(0, top),
             xlabel="predicted risk",
             ylabel="observed risk",
-            title=f"within {self.horizon:g}: ICI {self.ici:.3f}, {self.n:,} patients",
+            title=f"within {self.horizon:g}: ICI {self.ici:.3f}, n {self.n:,}",
         )
         return axes
 

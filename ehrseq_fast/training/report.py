@@ -96,6 +96,8 @@ def evaluate(
     run = run if isinstance(run, Run) else Run.open(run)
     store = store if isinstance(store, EventStore) else EventStore(store)
     task = FirstEvent.from_dict(run.config.task)
+    if task.competing is not None:
+        need("lifelines", "metrics", "evaluating competing outcomes")
     outcomes = task.apply(store, split=split)
     if not len(outcomes):
         raise ValueError(

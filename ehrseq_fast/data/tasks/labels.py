@@ -219,7 +219,13 @@ def write_labels(
 
     Raises:
         ImportError: PyArrow is missing.
+        ValueError: outcomes that compete, of which label files do not say which it was.
     """
+    if outcomes.causes:
+        raise ValueError(
+            "outcomes: expected those of one outcome, as label files hold, got those of "
+            f"{len(outcomes.causes)} that compete ({', '.join(outcomes.causes)})"
+        )
     return write_columns(Path(path), _label_rows(outcomes, store, horizon_days))
 
 
