@@ -1,8 +1,6 @@
 // pmf_nll on the CPU, of padded logits and of packed ones: loss and gradient in one call. The loops
 // over a row are in row_kernels.h.
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <tuple>
 #include <vector>
@@ -11,116 +9,14 @@
 #include "common/operators.h"
 #include "common/survival/arguments.h"
 #include "common/survival/groups.h"
+#include "common/survival/layouts.h"
 #include "common/survival/outcomes.h"
 #include "common/survival/rank_layout.h"
-#include "common/survival/transposed_visits.h"
 #include "common/tensors.h"
 #include "pmf_nll/rows.h"
 
 namespace ehrseq::survival::pmf {
 namespace {
-
-// Patients whose visits are rows of a padded tensor; see common/survival/groups.h.
-template <typename scalar_t>
-class PaddedPatients {
- public:
-  using grad_t = saved_grad_t<scalar_t>;
-  static constexpr int64_t kWorthAThread = 16384;
-
-  PaddedPatients(const Settings& settings, const OutcomeReader& outcomes, const scalar_t* logits,
-                 grad_t* grad)
-      : settings_(settings), outcomes_(outcomes), logits_(logits), grad_(grad) {}
-
-  struct Worker {
-    const PaddedPatients& all;
-
-    bool nll(int64_t first, int64_t count, Outcome* outcomes, double* patient_nll) {
-      if (!all.outcomes_.read(first, first + count, outcomes)) {
-        all.possible_.store(false, std::memory_order_relaxed);
-        return false;
-      }
-      const int64_t row_length = all.settings_.slots * all.settings_.classes;
-      grad_t* grad = all.grad_ ? all.grad_ + first * row_length : nullptr;
-      if (grad) std::fill(grad, grad + count * row_length, grad_t(0));
-      rows_nll(all.settings_,
-               Rows<scalar_t>{all.logits_ + first * row_length, grad, outcomes, count},
-               patient_nll);
-      return true;
-    }
-  };
-
-  Worker worker() const { return {*this}; }
-  int64_t patient(int64_t number) const { return number; }
-  int64_t values_per_group() const {
-    return std::max<int64_t>(1, OutcomeReader::kAtOnce * settings_.slots * settings_.classes);
-  }
-  // False once an impossible outcome was read.
-  bool possible() const { return possible_.load(); }
-
- private:
-  const Settings& settings_;
-  const OutcomeReader& outcomes_;
-  const scalar_t* logits_;
-  grad_t* grad_;
-  mutable std::atomic<bool> possible_{true};
-};
-
-// Patients by rank, whose visits are transposed into rows of the padded layout, and their gradients
-// back; see common/survival/groups.h.
-template <typename scalar_t>
-class RankedPatients {
- public:
-  using grad_t = saved_grad_t<scalar_t>;
-  static constexpr int64_t kWorthAThread = 16384;
-
-  // `grad` is null where none is needed; `values` is how many logits there are.
-  RankedPatients(const Settings& settings, const RankLayout& layout,
-                 const std::vector<Outcome>& outcomes, const scalar_t* logits, grad_t* grad,
-                 int64_t values)
-      : settings_(settings),
-        layout_(layout),
-        outcomes_(outcomes),
-        logits_(logits),
-        grad_(grad),
-        values_(values) {}
-
-  class Worker {
-   public:
-    explicit Worker(const RankedPatients& all)
-        : all_(all), visits_(all.layout_, all.settings_.classes) {}
-
-    bool nll(int64_t first, int64_t count, Outcome* outcomes, double* patient_nll) {
-      for (int64_t i = 0; i < count; ++i) outcomes[i] = all_.outcomes_[all_.patient(first + i)];
-      Settings settings = all_.settings_;
-      settings.slots = outcomes[0].visits;  // the first ranks have the most visits
-      visits_.gather(all_.logits_, first, count, settings.slots);
-      grad_t* grad = all_.grad_ ? visits_.zero_gradients() : nullptr;
-      rows_nll(settings, Rows<scalar_t>{visits_.values(), grad, outcomes, count}, patient_nll);
-      if (grad) visits_.scatter_gradients(all_.grad_);
-      return true;
-    }
-
-   private:
-    const RankedPatients& all_;
-    TransposedVisits<scalar_t> visits_;
-  };
-
-  Worker worker() const { return Worker(*this); }
-  int64_t patient(int64_t rank) const { return layout_.patient_of_rank(rank); }
-  int64_t values_per_group() const {
-    constexpr int64_t kGroup = OutcomeReader::kAtOnce;
-    const int64_t groups = (settings_.patients + kGroup - 1) / kGroup;
-    return values_ / std::max<int64_t>(1, groups) + 1;
-  }
-
- private:
-  const Settings& settings_;
-  const RankLayout& layout_;
-  const std::vector<Outcome>& outcomes_;
-  const scalar_t* logits_;
-  grad_t* grad_;
-  int64_t values_;
-};
 
 std::tuple<Tensor, Tensor> padded_nll(const char* operation, const Tensor& logits,
                                       const Settings& settings, const OutcomeReader& outcomes,
@@ -130,8 +26,9 @@ std::tuple<Tensor, Tensor> padded_nll(const char* operation, const Tensor& logit
   dispatch_floating(rows.scalar_type(), operation, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
-    const PaddedPatients<scalar_t> all(settings, outcomes, data<const scalar_t>(rows),
-                                       needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr);
+    const PaddedPatients<scalar_t, Settings> all(
+        settings, outcomes, data<const scalar_t>(rows),
+        needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr);
     const Tensor nll = nll_of_groups<scalar_t>(settings, rows, all);
     if (!all.possible()) outcomes.refuse();
     result = {nll, grad};
@@ -148,9 +45,9 @@ std::tuple<Tensor, Tensor> packed_nll(const char* operation, const Tensor& logit
     using scalar_t = typename decltype(tag)::type;
     const std::vector<Outcome> outcomes = read_all(reader, layout.patients());
     const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
-    const RankedPatients<scalar_t> all(settings, layout, outcomes, data<const scalar_t>(rows),
-                                       needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr,
-                                       rows.numel());
+    const RankedPatients<scalar_t, Settings> all(
+        settings, layout, outcomes, data<const scalar_t>(rows),
+        needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr, rows.numel());
     result = {nll_of_groups<scalar_t>(settings, rows, all), grad};
   });
   return result;

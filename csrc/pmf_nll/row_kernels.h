@@ -17,6 +17,11 @@ namespace ehrseq::survival::pmf::EHRSEQ_ISA {
 
 using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
 
+template <typename T>
+EHRSEQ_INLINE T counted(T slope) {
+  return slope == 0 ? T(-0.0) : slope;
+}
+
 // Some of the classes, copied one after another and filled up to whole vectors with classes that
 // cannot be; and the largest logit among them, "beyond" included.
 template <typename T>
@@ -61,11 +66,15 @@ class Classes {
   double largest() const { return largest_; }
   double sum() const { return sum_; }
 
+  // As survival_nll_scale reads it: -0 is the derivative of a class that counts, 0 of none.
   template <typename grad_t>
   EHRSEQ_INLINE void write(grad_t* grad, T factor) const {
     int64_t at = 0;
-    for (; at + kLanes<T> <= count_; at += kLanes<T>) store(grad + at, load(terms_ + at) * factor);
-    for (; at < count_; ++at) grad[at] = static_cast<grad_t>(terms_[at] * factor);
+    for (; at + kLanes<T> <= count_; at += kLanes<T>) {
+      const Lanes<T> slope = load(terms_ + at) * factor;
+      store(grad + at, slope == T(0) ? broadcast(T(-0.0)) : slope);
+    }
+    for (; at < count_; ++at) grad[at] = static_cast<grad_t>(counted(terms_[at] * factor));
   }
 
  private:
@@ -126,7 +135,7 @@ double nll_of_row(const scalar_t* row, grad_t* grad, const Outcome& outcome,
     const Loss loss = loss_of(others.largest() - (can_be ? chosen : 0.0), others.sum(), sum);
     if (grad) {
       others.write(grad + begin, static_cast<T>(loss.of_others * scale));
-      grad[event] = static_cast<grad_t>(static_cast<T>(loss.of_outcome * sum * scale));
+      grad[event] = static_cast<grad_t>(counted(static_cast<T>(loss.of_outcome * sum * scale)));
     }
     return loss.nll;
   }
@@ -138,7 +147,7 @@ double nll_of_row(const scalar_t* row, grad_t* grad, const Outcome& outcome,
   survived.sum(true);
   const Loss loss = loss_of(others.largest() - survived.largest(), others.sum(), survived.sum());
   if (grad) {
-    others.write(grad + begin, static_cast<T>(loss.of_others * scale));
+    if (others.sum() != 0) others.write(grad + begin, static_cast<T>(loss.of_others * scale));
     survived.write(grad + later, static_cast<T>(loss.of_outcome * scale));
   }
   return loss.nll;
@@ -150,7 +159,7 @@ void rows_nll(const Settings& settings, const Rows<scalar_t>& rows, double* nll)
   const int64_t row_length = settings.slots * settings.classes;
   std::vector<T> memory(row_length + 4 * kLanes<T>);
   for (int64_t i = 0; i < rows.patients; ++i) {
-    nll[i] = nll_of_row<T>(rows.logits + i * row_length,
+    nll[i] = nll_of_row<T>(rows.values + i * row_length,
                            rows.grad ? rows.grad + i * row_length : nullptr, rows.outcomes[i],
                            settings, memory.data());
   }

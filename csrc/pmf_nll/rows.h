@@ -7,7 +7,7 @@
 #include "common/dtypes.h"
 #include "common/options.h"
 #include "common/survival/outcomes.h"
-#include "common/survival/saved_grad.h"
+#include "common/survival/rows.h"
 
 namespace ehrseq::survival::pmf {
 
@@ -20,13 +20,11 @@ struct Settings {
   double share;  // of one patient in the result: 1 / patients for the mean, else 1
 };
 
-template <typename scalar_t>
-struct Rows {
-  const scalar_t* logits;
-  saved_grad_t<scalar_t>* grad;  // zeros; null where no gradient is needed
-  const Outcome* outcomes;
-  int64_t patients;  // at most OutcomeReader::kAtOnce
-};
+// All of a patient's visits are classes.
+inline int64_t slots_read(const Settings& /*settings*/, const Outcome* outcomes,
+                          int64_t /*count*/) {
+  return outcomes[0].visits;  // the first ranks have the most
+}
 
 // Each patient's loss, unweighted, and the gradient of the weighted one.
 void rows_nll(const Settings& settings, const Rows<float>& rows, double* nll);

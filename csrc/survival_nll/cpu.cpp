@@ -1,15 +1,13 @@
 // survival_nll and competing_risks_nll on the CPU: loss and gradient in one pass over the visits at
 // risk. The loops over rows are in row_kernels.h, the formula in likelihood.h.
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <tuple>
-#include <vector>
 
 #include "common/dtypes.h"
 #include "common/operators.h"
 #include "common/survival/groups.h"
+#include "common/survival/layouts.h"
 #include "common/survival/outcomes.h"
 #include "common/tensors.h"
 #include "survival_nll/arguments.h"
@@ -17,55 +15,6 @@
 
 namespace ehrseq::survival {
 namespace {
-
-// Patients whose visits are rows of a padded tensor; see groups.h.
-template <typename scalar_t>
-class PaddedPatients {
- public:
-  using grad_t = saved_grad_t<scalar_t>;
-  static constexpr int64_t kWorthAThread = 32768;
-
-  PaddedPatients(const LossSettings& settings, const OutcomeReader& outcomes,
-                 const scalar_t* hazards, grad_t* grad)
-      : settings_(settings), outcomes_(outcomes), hazards_(hazards), grad_(grad) {}
-
-  struct Worker {
-    const PaddedPatients& all;
-
-    bool nll(int64_t first, int64_t count, Outcome* outcomes, double* patient_nll) {
-      if (!all.outcomes_.read(first, first + count, outcomes)) {
-        all.possible_.store(false, std::memory_order_relaxed);
-        return false;
-      }
-      const int64_t row_length = all.row_length();
-      const int64_t offset = first * row_length;
-      grad_t* grad = all.grad_ ? all.grad_ + offset : nullptr;
-      // All zeros first, while the rows fit the cache: one fill of fixed size costs less than the
-      // exact remainder of each row, whose length no branch predictor guesses.
-      if (grad) std::fill(grad, grad + count * row_length, grad_t(0));
-      rows_nll(all.settings_, Rows<scalar_t>{all.hazards_ + offset, grad, outcomes, count},
-               patient_nll);
-      return true;
-    }
-  };
-
-  Worker worker() const { return {*this}; }
-  int64_t patient(int64_t number) const { return number; }
-  int64_t values_per_group() const {
-    return std::max<int64_t>(1, OutcomeReader::kAtOnce * row_length());
-  }
-  // False once an impossible outcome was read.
-  bool possible() const { return possible_.load(); }
-
- private:
-  int64_t row_length() const { return settings_.slots * settings_.classes; }
-
-  const LossSettings& settings_;
-  const OutcomeReader& outcomes_;
-  const scalar_t* hazards_;
-  grad_t* grad_;
-  mutable std::atomic<bool> possible_{true};
-};
 
 std::tuple<Tensor, Tensor> padded_nll(const char* operation, bool competing, const Tensor& hazards,
                                       const Tensor& event_times, const Tensor& event_types,
@@ -98,8 +47,9 @@ std::tuple<Tensor, Tensor> padded_nll(const char* operation, bool competing, con
   dispatch_floating(hazards.scalar_type(), operation, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
-    const PaddedPatients<scalar_t> all(settings, outcomes, data<const scalar_t>(rows),
-                                       needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr);
+    const PaddedPatients<scalar_t, LossSettings> all(
+        settings, outcomes, data<const scalar_t>(rows),
+        needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr);
     const Tensor nll = nll_of_groups<scalar_t>(settings, rows, all);
     if (!all.possible()) outcomes.refuse();
     result = {nll, grad};

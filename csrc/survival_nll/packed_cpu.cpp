@@ -4,7 +4,6 @@
 // transposed into rows of the padded layout, given to its kernel, and their gradients transposed
 // back.
 
-#include <algorithm>
 #include <cstdint>
 #include <tuple>
 #include <vector>
@@ -12,6 +11,7 @@
 #include "common/dtypes.h"
 #include "common/operators.h"
 #include "common/survival/groups.h"
+#include "common/survival/layouts.h"
 #include "common/survival/outcomes.h"
 #include "common/survival/rank_layout.h"
 #include "common/survival/transposed_visits.h"
@@ -22,79 +22,26 @@
 namespace ehrseq::survival {
 namespace {
 
-// Patients by rank; see groups.h.
+// Patients of neighbouring ranks, read where they are.
 template <typename scalar_t>
-class RankedPatients {
+class NeighbouringRanks : public RankedPatients<scalar_t, LossSettings> {
  public:
-  using grad_t = saved_grad_t<scalar_t>;
-  static constexpr int64_t kWorthAThread = 16384;
+  using RankedPatients<scalar_t, LossSettings>::RankedPatients;
 
-  // `grad` is null where none is needed; `values` is how many hazards there are.
-  RankedPatients(const LossSettings& settings, const RankLayout& layout,
-                 const std::vector<Outcome>& outcomes, const scalar_t* hazards, grad_t* grad,
-                 int64_t values)
-      : settings_(settings),
-        layout_(layout),
-        outcomes_(outcomes),
-        hazards_(hazards),
-        grad_(grad),
-        values_(values) {}
-
-  class Worker {
-   public:
-    explicit Worker(const RankedPatients& all)
-        : all_(all), visits_(all.layout_, all.settings_.classes) {}
+  struct Worker {
+    const NeighbouringRanks& all;
 
     bool nll(int64_t first, int64_t count, Outcome* outcomes, double* patient_nll) {
-      for (int64_t i = 0; i < count; ++i) outcomes[i] = all_.outcomes_[all_.patient(first + i)];
-      if (all_.settings_.link == Link::kSoftmax) {
-        nll_of_transposed(first, count, outcomes, patient_nll);
-      } else {
-        const RankRows<scalar_t> rows{all_.hazards_,
-                                      all_.grad_,
-                                      all_.values_,
-                                      all_.layout_.row_starts(),
-                                      all_.layout_.most_visits(),
-                                      first,
-                                      outcomes,
-                                      count};
-        ranks_nll(all_.settings_, rows, patient_nll);
-      }
+      all.copy_outcomes(first, count, outcomes);
+      const RankRows<scalar_t> rows{
+          all.values_, all.grad_, all.count_, all.layout_.row_starts(), all.layout_.most_visits(),
+          first,       outcomes,  count};
+      ranks_nll(all.settings_, rows, patient_nll);
       return true;
     }
-
-   private:
-    void nll_of_transposed(int64_t first, int64_t count, const Outcome* outcomes,
-                           double* patient_nll) {
-      int64_t slots = 0;  // what is after the last event time of these patients changes nothing
-      for (int64_t i = 0; i < count; ++i) slots = std::max(slots, outcomes[i].time + 1);
-      visits_.gather(all_.hazards_, first, count, slots);
-      LossSettings settings = all_.settings_;
-      settings.slots = visits_.slots();
-      grad_t* grad = all_.grad_ ? visits_.zero_gradients() : nullptr;
-      rows_nll(settings, Rows<scalar_t>{visits_.values(), grad, outcomes, count}, patient_nll);
-      if (all_.grad_) visits_.scatter_gradients(all_.grad_);
-    }
-
-    const RankedPatients& all_;
-    TransposedVisits<scalar_t> visits_;
   };
 
-  Worker worker() const { return Worker(*this); }
-  int64_t patient(int64_t rank) const { return layout_.patient_of_rank(rank); }
-  int64_t values_per_group() const {
-    constexpr int64_t kGroup = OutcomeReader::kAtOnce;
-    const int64_t groups = (settings_.patients + kGroup - 1) / kGroup;
-    return values_ / std::max<int64_t>(1, groups) + 1;
-  }
-
- private:
-  const LossSettings& settings_;
-  const RankLayout& layout_;
-  const std::vector<Outcome>& outcomes_;
-  const scalar_t* hazards_;
-  grad_t* grad_;
-  int64_t values_;
+  Worker worker() const { return {*this}; }
 };
 
 std::tuple<Tensor, Tensor> packed_survival_nll(
@@ -128,10 +75,15 @@ std::tuple<Tensor, Tensor> packed_survival_nll(
     using scalar_t = typename decltype(tag)::type;
     const std::vector<Outcome> outcomes = read_all(reader, layout.patients());
     const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
-    const RankedPatients<scalar_t> all(settings, layout, outcomes, data<const scalar_t>(rows),
-                                       needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr,
-                                       rows.numel());
-    result = {nll_of_groups<scalar_t>(settings, rows, all), grad};
+    const auto nll_of = [&](auto&& all) { return nll_of_groups<scalar_t>(settings, rows, all); };
+    const auto* values = data<const scalar_t>(rows);
+    auto* grads = needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr;
+    const Tensor nll = settings.link == Link::kSoftmax
+                           ? nll_of(RankedPatients<scalar_t, LossSettings>(
+                                 settings, layout, outcomes, values, grads, rows.numel()))
+                           : nll_of(NeighbouringRanks<scalar_t>(settings, layout, outcomes, values,
+                                                                grads, rows.numel()));
+    result = {nll, grad};
   });
   return result;
 }

@@ -28,7 +28,7 @@ EHRSEQ_INLINE void prefetch(const LossSettings& settings, const Rows<scalar_t>& 
                             int64_t patient) {
   if (patient >= rows.patients) return;
   const Outcome& outcome = rows.outcomes[patient];
-  const scalar_t* row = rows.hazards + patient * settings.slots * settings.classes;
+  const scalar_t* row = rows.values + patient * settings.slots * settings.classes;
   const scalar_t* end = row + (outcome.time + 1) * settings.classes;
   for (row += outcome.entry * settings.classes; row < end; row += 64 / sizeof(scalar_t)) {
     __builtin_prefetch(row);
@@ -42,7 +42,7 @@ void bernoulli_rows(const LossSettings& settings, const Rows<scalar_t>& rows, do
   for (int64_t i = 0; i < kRowsAhead; ++i) prefetch(settings, rows, i);
   for (int64_t i = 0; i < rows.patients; ++i) {
     prefetch(settings, rows, i + kRowsAhead);
-    group.set(i, nll_of_trials<Likelihood>(settings.eps, rows.hazards + i * row_length,
+    group.set(i, nll_of_trials<Likelihood>(settings.eps, rows.values + i * row_length,
                                            rows.grad ? rows.grad + i * row_length : nullptr,
                                            row_length, trials_of(rows.outcomes[i], settings),
                                            grad_scale<scalar_t>(rows.outcomes[i], settings)));
@@ -59,7 +59,7 @@ void softmax_rows(const LossSettings& settings, const Rows<scalar_t>& rows, doub
   for (int64_t i = 0; i < rows.patients; ++i) {
     const Outcome& outcome = rows.outcomes[i];
     const bool time_counts = outcome.type > 0 || settings.censored_included;
-    group.set(i, softmax.nll_of_visits(rows.hazards + i * row_length,
+    group.set(i, softmax.nll_of_visits(rows.values + i * row_length,
                                        rows.grad ? rows.grad + i * row_length : nullptr,
                                        outcome.entry, outcome.time, time_counts ? outcome.type : -1,
                                        grad_scale<scalar_t>(outcome, settings)));

@@ -1,11 +1,13 @@
 // What the CPU kernels compute: some patients that are next to one another in memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/dtypes.h"
 #include "common/options.h"
 #include "common/survival/outcomes.h"
+#include "common/survival/rows.h"
 #include "common/survival/saved_grad.h"
 
 namespace ehrseq::survival {
@@ -21,19 +23,19 @@ struct LossSettings {
   double share;  // of one patient in the result: 1 / patients for the mean, else 1
 };
 
-template <typename scalar_t>
-struct Rows {
-  const scalar_t* hazards;
-  saved_grad_t<scalar_t>* grad;  // zeros; null where no gradient is needed
-  const Outcome* outcomes;
-  int64_t patients;  // at most OutcomeReader::kAtOnce
-};
-
 // Each patient's loss, unweighted, and the gradient of the weighted one.
 void rows_nll(const LossSettings& settings, const Rows<float>& rows, double* nll);
 void rows_nll(const LossSettings& settings, const Rows<double>& rows, double* nll);
 void rows_nll(const LossSettings& settings, const Rows<BFloat16>& rows, double* nll);
 void rows_nll(const LossSettings& settings, const Rows<Half>& rows, double* nll);
+
+// What is after the last event time of these patients changes nothing.
+inline int64_t slots_read(const LossSettings& /*settings*/, const Outcome* outcomes,
+                          int64_t count) {
+  int64_t slots = 0;
+  for (int64_t i = 0; i < count; ++i) slots = std::max(slots, outcomes[i].time + 1);
+  return slots;
+}
 
 // Patients of neighbouring ranks, in the layout of a packed batch.
 template <typename scalar_t>
