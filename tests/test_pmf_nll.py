@@ -186,6 +186,26 @@ def test_visits_at_which_the_event_cannot_be(unemulated):
     assert pmf_nll(x, torch.tensor([0]), torch.tensor([1])) == torch.inf
 
 
+@pytest.mark.parametrize("incoming", [torch.nan, torch.inf])
+@pytest.mark.parametrize("seen", [0, 1])
+@pytest.mark.parametrize("far", [-torch.inf, -2000.0, 2000.0])
+def test_incoming_gradients_that_are_not_finite_reach_what_is_at_risk(compiled, incoming, seen, far):
+    """Also where the derivative is 0, as its probability is too small to be told from 0."""
+    x = torch.tensor([[0.5, 1.0, -1.0, far, 3.0], [0.0, 1.0, 2.0, 3.0, 4.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    outcomes = torch.tensor([1, 1]), torch.tensor([seen, 1]), mask
+    grads = {}
+    for where in ("reference", None):
+        given = x.clone().requires_grad_()
+        with use_backend(where):
+            loss = pmf_nll(given, *outcomes, entry_times=torch.tensor([1, 0]), reduction="none")
+            loss.backward(torch.tensor([incoming, 1.0]))
+        grads[where] = given.grad
+    assert torch.equal(grads[None].isfinite(), grads["reference"].isfinite())
+    assert not grads[None][0, 1:4].isfinite().any()
+    assert not grads[None][0, [0, 4]].any()
+
+
 def test_a_certain_outcome_has_no_gradient(unemulated):
     # nothing else is at risk: censored at the entry, where the visit of censoring says nothing
     x = torch.randn(1, 3)

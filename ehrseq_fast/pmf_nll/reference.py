@@ -40,12 +40,14 @@ def pmf_nll(
     is_event = types != 0
     kind = types if logits.dim() == 3 else is_event.long()  # any indicator but 0 is the event
     outcome = at_risk & torch.where(is_event, (visit == times) & (cause == kind), later)
-    others = at_risk & ~outcome & (x != -torch.inf)  # where it cannot be, there is no derivative
+    others = at_risk & ~outcome
+    # nothing but the outcome can be: visits of -inf have no derivative then
+    certain = ~((others & (x != -torch.inf)).flatten(1).any(1) | (event_types != 0))
+    others = others & ~certain[:, None, None]
 
     # "beyond" is the outcome of a censoring, and among the others of an event
     beyond = (event_types == 0)[:, None]
     chosen, rest = _log_sum(x, outcome, beyond), _log_sum(x, others, ~beyond)
-    certain = ~(others.flatten(1).any(1) | (event_types != 0))
     apart = torch.where(certain, chosen - chosen, rest - chosen)
     nll = torch.where(certain, apart, -logsigmoid(-apart))
     if sample_weight is not None:
