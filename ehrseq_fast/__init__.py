@@ -18,6 +18,7 @@ from .deephit_ranking import (
     deephit_competing_ranking_loss,
     deephit_ranking_loss,
 )
+from .dropin import accelerate, restore
 from .packed_gru import PackedGRU, packed_gru
 from .packed_lstm import PackedLSTM, packed_lstm
 from .pmf_nll import PMFCompetingRisksLoss, PMFLoss, pmf_competing_risks_nll, pmf_nll
@@ -34,6 +35,7 @@ from .survival_nll import (
     piecewise_hazard_nll,
 )
 from .visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
+from .visit_pool.module import VisitPool
 from .warmup import warmup
 
 __all__ = [
@@ -48,6 +50,8 @@ __all__ = [
     "PackedRows",
     "PackedVisits",
     "PiecewiseHazardLoss",
+    "VisitPool",
+    "accelerate",
     "competing_risks_nll",
     "cumulative_incidence",
     "deephit_competing_ranking_loss",
@@ -62,6 +66,7 @@ __all__ = [
     "piecewise_hazard_nll",
     "pmf_competing_risks_nll",
     "pmf_nll",
+    "restore",
     "use_backend",
     "visit_mean_pool",
     "warmup",

@@ -12,10 +12,9 @@ from ..batch import PackedVisits
 from ..checks import accumulator, expect_option
 from ..survival_nll import packed_competing_risks_nll
 from .base import VisitSequenceModel
-from .head import called, logits_of
+from .head import called, hazard_head, logits_of
 from .recurrent import visit_layer
 from .sequences import expect_batch
-from .survival_lstm import hazard_head
 
 LINKS = ("sigmoid", "softmax")
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hazard_head.op import hazard_head
+from ..hazard_head.op import hazard_head as fused_hazards
 from ..linear.op import dtypes_for, linear_layer
 from ..openmp import refuse_restricted_openmp
 from .reading import are_plain, is_plain
@@ -21,6 +21,17 @@ from .reading import are_plain, is_plain
 _HEAD = (nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.Sigmoid)
 _LOGITS_HEAD = (nn.Linear, nn.ReLU, nn.Dropout, nn.Linear)
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
+
+
+def hazard_head(width: int, hidden_dim: int, dropout: float) -> nn.Sequential:
+    """Hidden state ``[..., width]`` → hazard in (0, 1), ``[..., 1]``."""
+    return nn.Sequential(
+        nn.Linear(width, hidden_dim),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden_dim, 1),
+        nn.Sigmoid(),
+    )
 
 
 def called(network: nn.Module, rows: Tensor) -> Tensor:
@@ -58,7 +69,7 @@ def hazards_of(head: nn.Module, states: Tensor) -> Tensor:
     rows, weight, bias, last_weight, last_bias = (
         x if x.dtype == computed else x.to(computed) for x in (states, *weights)
     )
-    hazards = hazard_head(rows, weight, bias, last_weight, last_bias, kept, scale)
+    hazards = fused_hazards(rows, weight, bias, last_weight, last_bias, kept, scale)
     return (hazards if result == computed else hazards.to(result)).unsqueeze(1)
 
 

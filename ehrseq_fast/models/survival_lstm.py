@@ -13,6 +13,8 @@ from ..checks import accumulator
 from ..rows import PackedRows
 from ..survival_nll import packed_survival_nll
 from .base import VisitSequenceModel
+from .competing_risks import CompetingRisksSurvivalLSTM  # noqa: F401  (as in ehrsequencing)
+from .head import hazard_head
 from .recurrent import visit_layer
 from .sequences import expect_batch
 
@@ -20,17 +22,6 @@ TIME_FEATURES = 3
 # The largest hazard that survival is computed from, as the reference's log(1 - h + 1e-7) has it:
 # a saturated sigmoid would make log(1 - h) infinite.
 LARGEST_HAZARD = 1 - 1e-7
-
-
-def hazard_head(width: int, hidden_dim: int, dropout: float) -> nn.Sequential:
-    """Hidden state ``[..., width]`` → hazard in (0, 1), ``[..., 1]``."""
-    return nn.Sequential(
-        nn.Linear(width, hidden_dim),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden_dim, 1),
-        nn.Sigmoid(),
-    )
 
 
 def survival_curve(hazards: Tensor | PackedRows) -> tuple[Any, Any]:

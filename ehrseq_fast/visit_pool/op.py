@@ -241,16 +241,21 @@ def _check_table_arguments(
     """Check everything but values; the row that gets no gradient, as from :func:`padding_row`."""
     expect_option("mode", mode, MODES)
     expect_floating("weight", weight)
+    check_codes(codes, visit_mask)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected [K, E], got {_shape(weight)}")
+    expect_device("codes", codes, weight.device, "weight")
+    return padding_row(padding_idx, weight.shape[0])
+
+
+def check_codes(codes: Tensor, mask: Tensor | None) -> None:
+    """Check padded codes and their mask, all but values, where there is no table beside them."""
     expect_tensor("codes", codes)
     if codes.dtype not in _CODE_DTYPES:
         raise TypeError(f"codes: expected int32 or int64, got {codes.dtype}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected [K, E], got {_shape(weight)}")
     if codes.dim() < 1:
         raise ValueError(f"codes: expected [..., C], got {_shape(codes)}")
-    expect_device("codes", codes, weight.device, "weight")
-    _check_mask(visit_mask, codes.shape, "codes", codes.device)
-    return padding_row(padding_idx, weight.shape[0])
+    _check_mask(mask, codes.shape, "codes", codes.device)
 
 
 def padding_row(padding_idx: int | None, vocabulary: int) -> int:
