@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, weight_norm
-from torch.nn.utils.rnn import pack_sequence
 
-import ehrseq_fast
 from ehrseq_fast import PackedGRU, PackedLSTM, PackedVisits, accelerate, restore
-from ehrseq_fast.models import DiscreteTimeSurvivalLSTM, LSTMBaseline
+from ehrseq_fast.models.fused_forward import NOT_SERVED, fused_of, run_fused
 
 from . import plain_models
-from .dropin_models import EverySlot, Nested, OwnMask, Pool, PooledRecurrent, SquareRoot
+from .dropin_models import EverySlot, OwnMask, Pool
 from .model_cases import (
     SIZE,
     VARIANTS,
@@ -44,6 +39,13 @@ def vectors_and_mask(lengths=(4, 1, 6, 3)):
     return torch.randn(*mask.shape, 6), mask
 
 
+def is_served(model, *given):
+    """Whether these arguments run the fused forward pass."""
+    fused = fused_of(model)
+    padding = [None] * (len(fused.arguments) - len(given))
+    return run_fused(fused, model, [*given, *padding]) is not NOT_SERVED
+
+
 def names_of(report):
     return {entry.name: entry.after for entry in report.replaced}
 
@@ -67,6 +69,7 @@ def test_models_of_the_references_structure(variant):
     assert list(model.state_dict()) == list(plain.state_dict())
 
     batch = batch_for(variant)
+    assert not fused or is_served(model, *batch)
     torch.testing.assert_close(output_of(model, batch), output_of(plain, batch))
     assert_gradients_close(gradients(model, batch), gradients(plain, batch))
     assert restore(model) == (("", "lstm") if fused else ("lstm",))
@@ -101,6 +104,7 @@ def test_keywords_hidden_states_and_time_features():
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value)
+    assert is_served(model, codes)
     torch.testing.assert_close(model(codes)["logits"], plain(codes)["logits"])
     timed, plain = build_plain("with-time").eval(), build_plain("with-time").eval()
     accelerate(timed)
@@ -147,6 +151,7 @@ def test_what_the_fused_forward_does_not_serve_is_the_models_own():
     model, plain = build_plain("survival").eval(), build_plain("survival").eval()
     accelerate(model)
     for mask in (holed, empty, weights):
+        assert not is_served(model, codes, visit_mask, mask)
         assert torch.equal(
             model(codes, visit_mask, mask), plain(codes, visit_mask, mask)
         )  # padded: to the bit
@@ -165,26 +170,57 @@ def test_fractional_masks_weigh_codes():
     model, plain = build_plain("survival"), build_plain("survival")
     accelerate(model.eval())
     batch = (codes, weights, sequence_mask)
+    assert is_served(model, *batch)
     torch.testing.assert_close(model(*batch), plain.eval()(*batch))
 
 
-@pytest.mark.parametrize("change", ["hook", "forward", "another head"])
+@pytest.mark.parametrize("variant", ["survival", "competing-risks", "baseline-mean"])
+def test_autocast(variant):
+    model, plain = build_plain(variant).eval(), build_plain(variant).eval()
+    accelerate(model)
+    batch = batch_for(variant)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_served(model, *batch)
+        ours, theirs = output_of(model, batch), output_of(plain, batch)
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2)  # and of the same dtype
+
+
+@pytest.mark.parametrize(
+    "change", ["hook", "hook of the layer", "hook of all", "forward", "another head"]
+)
 def test_a_model_that_is_changed_afterwards_runs_its_own_forward(change):
-    batch, seen = ragged_batch(), []
+    """Hooks see the calls and shapes that they would have seen."""
+    batch, seen = ragged_batch(), {}
     model, plain = build_plain("survival").eval(), build_plain("survival").eval()
     accelerate(model)
+    handles, outputs = [], {}
     for each in (model, plain):
+
+        def see(module, given, output, key=each):
+            first = given[0]
+            shape = first.shape if isinstance(first, torch.Tensor) else type(first)
+            seen.setdefault(key, []).append(shape)
+
         if change == "hook":
-            each.hazard_head.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+            handles.append(each.hazard_head.register_forward_hook(see))
+        elif change == "hook of the layer":
+            handles.append(each.lstm.register_forward_hook(see))
+        elif change == "hook of all":
+            handles.append(nn.modules.module.register_module_forward_hook(see))
         elif change == "forward":
-            each.embedding.forward = lambda codes, e=each.embedding: (
-                2 * nn.Embedding.forward(e, codes)
-            )
+            table = each.embedding
+            table.forward = lambda codes, t=table: 2 * nn.Embedding.forward(t, codes)
         else:
             torch.manual_seed(1)
             each.hazard_head = nn.Sequential(nn.Linear(5, 1), nn.Softmax(dim=1))  # over visits
-    torch.testing.assert_close(model(*batch), plain(*batch))
-    assert seen == ([(4, 7, 1)] * 2 if change == "hook" else [])
+        outputs[each] = each(*batch)
+        if change.startswith("hook"):
+            handles[-1].remove()
+    torch.testing.assert_close(outputs[model], outputs[plain])
+    assert len(seen.get(model, [])) == {"hook": 1, "hook of the layer": 1, "hook of all": 9}.get(
+        change, 0
+    )
+    assert seen.get(model) == seen.get(plain)
 
 
 class Doubled(plain_models.SurvivalLSTM):
@@ -255,155 +291,6 @@ def test_no_other_instance_and_no_class_is_touched():
     assert type(other.lstm) is type(nn.LSTM(2, 2)) is nn.LSTM
 
 
-# Layers -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
-def test_a_model_that_packs_for_itself(kind, options):
-    torch.manual_seed(0)
-    model = PooledRecurrent(kind, **options)
-    plain = copy.deepcopy(model)
-    layer = model.rnn
-    assert names_of(accelerate(model)) == {"rnn": f"Packed{kind.__name__}"}
-    assert model.rnn is layer
-    vectors, mask = vectors_and_mask()
-    inputs = [vectors.clone().requires_grad_() for _ in range(2)]
-    for each, given in zip((model, plain), inputs, strict=True):
-        each(given, mask).square().sum().backward()
-    torch.testing.assert_close(model(vectors, mask), plain(vectors, mask))
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
-    assert restore(model) == ("rnn",)
-    assert model.rnn is layer
-    assert type(layer) is kind
-
-
-def test_shared_nested_and_padded_layers():
-    torch.manual_seed(0)
-    model = Nested()
-    plain = copy.deepcopy(model)
-    report = accelerate(model)
-    assert names_of(report) == {
-        "first, again": "PackedLSTM",
-        "towers.0.gru": "PackedGRU",
-        "padded": "PackedLSTM",
-    }
-    assert "padded ones go to PyTorch's layer" in str(report)
-    vectors, mask = vectors_and_mask()
-    torch.testing.assert_close(model(vectors, mask), plain(vectors, mask))
-    again = accelerate(model)
-    assert not again.replaced
-    assert again.already == ("first, again", "towers.0.gru", "padded")
-    assert len(restore(model)) == 3
-    assert restore(model) == ()
-    assert "nothing in it" in str(accelerate(nn.Linear(2, 2)))
-
-
-class OwnLSTM(nn.LSTM):
-    pass
-
-
-class Scaled(nn.Module):
-    def forward(self, weight):
-        return 2 * weight
-
-
-def parametrized():
-    layer = nn.GRU(3, 4)
-    parametrize.register_parametrization(layer, "weight_hh_l0", Scaled())
-    return layer
-
-
-def patched():
-    layer = nn.LSTM(3, 4)
-    layer.forward = lambda *given: given
-    return layer
-
-
-def compiled():
-    layer = nn.LSTM(3, 4)
-    layer.compile(backend="eager")
-    return layer
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda: OwnLSTM(3, 4), "of a subclass"),
-        (lambda: nn.RNN(3, 4), "no packed kernels"),
-        (lambda: nn.LSTMCell(3, 4), "nothing to pack"),
-        (lambda: nn.LSTM(3, 4, proj_size=2), r"proj_size"),
-        (parametrized, "parametrized"),
-        (patched, "its forward was replaced"),
-        (compiled, "it is compiled"),
-        (lambda: torch.compile(nn.LSTM(3, 4), backend="eager"), "it is compiled"),
-        (lambda: torch.jit.script(nn.LSTM(3, 4)), "it is scripted"),
-        (lambda: plain_models.VisitEncoder(4, "attention"), "attention over embeddings"),
-        (lambda: SquareRoot("mean"), "no masked mean, sum or maximum"),
-    ],
-)
-def test_what_is_left_and_why(make, reason):
-    layer = make()
-    model = nn.ModuleDict({"layer": layer, "gru": nn.GRU(3, 4)})
-    kind = type(layer)
-    report = accelerate(model)
-    assert names_of(report) == {"gru": "PackedGRU"}
-    (left,) = report.left
-    assert (left.name, left.kind) == ("layer", kind.__name__)
-    assert reason in left.reason
-    assert reason in str(report)
-    assert type(layer) is kind
-
-
-def test_a_forward_that_was_replaced_on_the_class(monkeypatch):
-    forward = nn.LSTM.forward
-
-    def watched(layer, *given):
-        return forward(layer, *given)
-
-    monkeypatch.setattr(nn.LSTM, "forward", watched)
-    assert accelerate(nn.LSTM(3, 4)).left[0].reason == "nn.LSTM.forward was replaced"
-
-
-def test_hooks_and_what_is_built_of_them_are_kept():
-    """Among them weight normalisation of the old style, which sets the weight in a hook."""
-    torch.manual_seed(0)
-    packed = pack_sequence([torch.randn(n, 3) for n in (4, 2)], enforce_sorted=False)
-    layer, seen = weight_norm(nn.LSTM(3, 4), "weight_hh_l0"), []
-    handle = layer.register_forward_hook(lambda m, i, o: seen.append("after"))
-    expected = layer(packed)[0].data
-    expected.sum().backward()
-    wanted = layer.weight_hh_l0_g.grad.clone()
-    layer.zero_grad()
-    accelerate(layer)
-    layer.register_forward_pre_hook(lambda m, i: seen.append("before"))
-    found = layer(packed)[0].data
-    found.sum().backward()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(layer.weight_hh_l0_g.grad, wanted)
-    assert seen == ["after", "before", "after"]
-    handle.remove()
-    restore(layer)
-    layer(packed)
-    assert seen[3:] == ["before"]
-
-
-def test_requires_grad_and_keys_stay():
-    model = PooledRecurrent(nn.LSTM)
-    model.rnn.weight_hh_l0.requires_grad_(False)
-    keys = list(model.state_dict())
-    accelerate(model)
-    vectors, mask = vectors_and_mask()
-    model(vectors, mask).sum().backward()
-    assert model.rnn.weight_hh_l0.grad is None
-    assert model.rnn.weight_ih_l0.grad is not None
-    assert list(model.state_dict()) == keys
-    assert list(model.double().state_dict()) == keys
-    assert model(vectors.double(), mask).dtype == torch.float64
-
-
 # Pools --------------------------------------------------------------------------------------------
 
 
@@ -458,183 +345,3 @@ def test_a_visit_encoder_alone(aggregation):
     mask[:, 0] = True
     torch.testing.assert_close(model[0](embeddings, mask), plain[0](embeddings, mask))
     torch.testing.assert_close(model(embeddings), plain(embeddings))
-
-
-# Copies and wrappers ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", ["survival", "baseline-mean"])
-def test_copies_pickles_and_files_stay_accelerated(variant):
-    model, batch = build_plain(variant).eval(), batch_for(variant)
-    accelerate(model)
-    expected, file = output_of(model, batch), io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    for other in (
-        copy.deepcopy(model),
-        copy.copy(model),
-        pickle.loads(pickle.dumps(model)),
-        loaded,
-    ):
-        assert type(other) is type(model)
-        assert torch.equal(output_of(other, batch), expected)
-    restored = copy.deepcopy(model)
-    assert restore(restored) == ("", "lstm")
-    assert type(restored) is type(build_plain(variant))
-    assert type(model) is not type(restored)
-    restored.load_state_dict(model.state_dict())
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    restored.load_state_dict(torch.load(file, weights_only=True))
-    torch.testing.assert_close(output_of(restored, batch), expected)
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_distributed_data_parallel(one_process):
-    plain, batch = build_plain("survival", dropout=0.0), ragged_batch()
-    model = nn.parallel.DistributedDataParallel(build_plain("survival", dropout=0.0))
-    assert [entry.name for entry in accelerate(model).replaced] == ["module", "module.lstm"]
-    assert_gradients_close(
-        gradients(model, batch),
-        {f"module.{name}": grad for name, grad in gradients(plain, batch).items()},
-    )
-    assert restore(model) == ("module", "module.lstm")
-
-
-def test_sharded_models_are_refused(one_process):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (1,))
-    model = fully_shard(PooledRecurrent(nn.LSTM), mesh=mesh)
-    for function in (accelerate, restore):
-        with pytest.raises(TypeError, match="it is sharded: accelerate or restore it before FSDP"):
-            function(model)
-    assert accelerate(nn.ModuleList([model])).left[0].name == "0"
-    fast = PooledRecurrent(nn.LSTM)
-    accelerate(fast)
-    whole = nn.ModuleList([fully_shard(fast, mesh=mesh)])
-    with pytest.raises(RuntimeError, match=r"0\.rnn: expected no compiled or sharded module"):
-        restore(whole)
-
-
-def test_data_parallel():
-    model, batch = nn.DataParallel(build_plain("survival").eval()), ragged_batch()
-    assert names_of(accelerate(model)).keys() == {"module", "module.lstm"}
-    torch.testing.assert_close(model(*batch), build_plain("survival").eval()(*batch))
-
-
-@pytest.mark.parametrize("function", [accelerate, restore])
-def test_what_is_refused(function):
-    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got a list"):
-        function([nn.LSTM(2, 2)])
-    for wrap in (lambda m: torch.compile(m, backend="eager"), torch.jit.script):
-        with pytest.raises(TypeError, match=r"model: expected one that can be changed, got"):
-            function(wrap(nn.LSTM(2, 2)))
-
-
-def test_a_layer_that_was_parametrized_since_is_not_restored():
-    model = nn.ModuleList([nn.LSTM(3, 4), nn.GRU(3, 4)])
-    accelerate(model)
-    parametrize.register_parametrization(model[1], "weight_hh_l0", Scaled())
-    with pytest.raises(RuntimeError, match="1: expected the class that accelerate gave it"):
-        restore(model)
-    assert type(model[0]) is PackedLSTM
-    parametrize.remove_parametrizations(model[1], "weight_hh_l0")
-    assert restore(model) == ("0", "1")
-
-
-def test_traced_and_compiled_models():
-    batch, other = ragged_batch(), ragged_batch((2, 7, 7, 1), seed=3)
-    model, plain = build_plain("survival").eval(), build_plain("survival").eval()
-    accelerate(model)
-    traced = torch.jit.trace(model, batch)
-    compiled = torch.compile(model, backend="eager")
-    for given in (batch, other):
-        torch.testing.assert_close(traced(*given), plain(*given))
-        torch.testing.assert_close(compiled(*given), plain(*given))
-
-
-def test_this_packages_own_are_fast_already():
-    report = accelerate(nn.ModuleList([build("survival"), PackedGRU(2, 2)]))
-    assert not report.replaced
-    assert set(report.already) == {"0", "0.lstm", "1"}
-    assert restore(PackedLSTM(2, 2)) == ()
-
-
-# Names of the public package ----------------------------------------------------------------------
-
-
-def test_the_public_packages_import_paths():
-    """A search and replace of the package's name is enough for its LSTM models and losses."""
-    from ehrseq_fast.models import (
-        DiscreteTimeSurvivalLoss,
-        HybridSurvivalLoss,
-        PairwiseRankingLoss,
-        VisitEncoder,
-        concordance_index,
-        create_lstm_baseline,
-        losses,
-        lstm_baseline,
-        survival_lstm,
-    )
-
-    assert losses.DiscreteTimeSurvivalLoss is DiscreteTimeSurvivalLoss
-    assert DiscreteTimeSurvivalLoss is ehrseq_fast.DiscreteTimeSurvivalLoss
-    assert losses.HybridSurvivalLoss is HybridSurvivalLoss
-    assert losses.PairwiseRankingLoss is PairwiseRankingLoss
-    assert losses.FixedHorizonProgressionLoss is ehrseq_fast.losses.FixedHorizonProgressionLoss
-    assert losses.MultiTaskSurvivalLoss is ehrseq_fast.losses.MultiTaskSurvivalLoss
-    assert losses.concordance_index is concordance_index is ehrseq_fast.metrics.concordance_index
-    assert survival_lstm.DiscreteTimeSurvivalLSTM is DiscreteTimeSurvivalLSTM
-    names = ("DiscreteTimeSurvivalLSTMWithTime", "CompetingRisksSurvivalLSTM")
-    for name in names:
-        assert getattr(survival_lstm, name) is getattr(ehrseq_fast.models, name)
-    assert lstm_baseline.LSTMBaseline is LSTMBaseline
-    assert lstm_baseline.VisitEncoder is VisitEncoder
-    assert lstm_baseline.create_lstm_baseline is create_lstm_baseline
-    with pytest.raises(AttributeError, match="has no attribute 'BEHRT'"):
-        _ = ehrseq_fast.models.BEHRT
-
-
-def ranking_by_loops(risks, times, seen, margin):
-    pairs = [
-        max(0.0, margin - (float(risks[i]) - float(risks[j])))
-        for i in range(len(risks))
-        for j in range(len(risks))
-        if i != j and seen[i] and times[i] <= times[j]
-    ]
-    return sum(pairs) / len(pairs) if pairs else 0.0
-
-
-def test_pairwise_and_hybrid_losses():
-    from ehrseq_fast.models.losses import HybridSurvivalLoss, PairwiseRankingLoss
-
-    hazards = torch.rand(6, 4, dtype=torch.float64, requires_grad=True)
-    times, seen = torch.tensor([0, 3, 2, 2, 1, 3]), torch.tensor([1, 0, 1, 1, 0, 1])
-    risks, mask = hazards.sum(1), torch.ones(6, 4)
-    rank = PairwiseRankingLoss(margin=0.2)(risks, times, seen)
-    expected = ranking_by_loops(risks.detach(), times, seen, 0.2)
-    assert float(rank.detach()) == pytest.approx(expected)
-    assert torch.autograd.gradcheck(lambda r: PairwiseRankingLoss(0.2)(r, times, seen), (risks,))
-    nothing = PairwiseRankingLoss()(risks, times, torch.zeros(6))
-    assert float(nothing.detach()) == 0
-    nothing.backward(retain_graph=True)
-    loss, parts = HybridSurvivalLoss(2.0, 3.0, margin=0.2)(hazards, risks, times, seen, mask)
-    nll = ehrseq_fast.discrete_time_survival_nll(hazards, times, seen, mask)
-    torch.testing.assert_close(loss, 2 * nll + 3 * rank)
-    assert {name: float(part) for name, part in parts.items()} == pytest.approx(
-        {"total": float(loss.detach()), "nll": float(nll.detach()), "rank": float(rank.detach())}
-    )
-    with pytest.raises(ValueError, match=r"event_times: expected \[B\]"):
-        PairwiseRankingLoss()(risks, times[:3], seen)

@@ -22,7 +22,7 @@ from ..autograd import values_are_hidden
 from ..batch import PackedVisits
 from ..visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
 from .competing_risks import CompetingRisksSurvivalLSTM
-from .known_forms import all_modules_are_watched, arguments_of, form_of
+from .known_forms import arguments_of, form_of
 from .lstm_baseline import LSTMBaseline, VisitEncoder
 from .reading import readable
 from .sequences import CODE_DTYPES, is_fractional
@@ -133,7 +133,7 @@ def _make(fused: Fused) -> nn.Module:
 @torch.compiler.disable
 def _forward(fused: Fused, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = _bind(fused.arguments, args, kwargs)
-    if given is not None and form_of(module) == fused.form and not all_modules_are_watched():
+    if given is not None and form_of(module) == fused.form:
         result = run_fused(fused, module, given)
         if result is not NOT_SERVED:
             return result
@@ -171,7 +171,9 @@ def _run_model(fused: Fused, module: Any, given: list[Any]) -> Any:
             return NOT_SERVED
     model = _MODELS[fused.form]
     if fused.form != "baseline":
-        return model.forward(_view(model, module), codes, visit_mask, sequence_mask, *more)
+        hazards = model.forward(_view(model, module), codes, visit_mask, sequence_mask, *more)
+        # under autocast theirs are widened by the product with a float mask
+        return hazards if packed else hazards.to(torch.promote_types(hazards.dtype, torch.float32))
     encoder: Any = module._modules["visit_encoder"]
     if class_of(encoder) is not fused.encoder:
         return NOT_SERVED

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as _module
 
 from ..packed_gru import PackedGRU
 from ..packed_lstm import PackedLSTM
@@ -93,16 +92,6 @@ def is_watched(module: nn.Module) -> bool:
         or "_call_impl" in own
         or own.get("_compiled_call_impl") is not None
         or any(own[hooks] for hooks in _HOOKS)
-    )
-
-
-def all_modules_are_watched() -> bool:
-    """Whether hooks see calls of all modules."""
-    return bool(
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
     )
 
 
