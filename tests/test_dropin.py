@@ -240,6 +240,16 @@ class Detached(plain_models.SurvivalLSTM):
         return self.hazard_head(states.detach())[..., 0] * sequence_mask.float()
 
 
+class Clamped(plain_models.SurvivalLSTM):
+    def forward(self, codes, visit_mask, sequence_mask):
+        return super().forward(codes, visit_mask, sequence_mask).clamp(1e-7, 1 - 1e-7)
+
+
+class HidingNaN(plain_models.SurvivalLSTM):
+    def forward(self, codes, visit_mask, sequence_mask):
+        return torch.nan_to_num(super().forward(codes, visit_mask, sequence_mask))
+
+
 class Remembering(plain_models.SurvivalLSTM):
     def forward(self, codes, visit_mask, sequence_mask):
         self.seen = codes.shape
@@ -262,6 +272,8 @@ class Failing(plain_models.SurvivalLSTM):
         (Doubled, "its forward computes something else"),
         (NoisyInTraining, "its forward computes something else"),
         (Detached, "its gradients are others"),
+        (Clamped, "its forward computes something else"),
+        (HidingNaN, "its forward hides a NaN"),
         (Remembering, r"its forward sets attributes \(seen\)"),
         (OtherArguments, "its forward takes other arguments"),
         (Failing, "could not be compared: RuntimeError: wants a batch of its own"),

@@ -2,7 +2,8 @@
 
 Both are run, in float64, on a copy of the module with random weights and a short table, and their
 outputs and gradients compared: in ``eval()``, and in training with every dropout set to 0, where a
-dropout of the ``forward``'s own would show. The module itself is neither called nor changed.
+dropout of the ``forward``'s own would show; with weights of usual size, and with large ones, where
+a clamp would. The module itself is neither called nor changed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .fused_forward import NOT_SERVED, Fused, Pooling, describe, run_fused
 _ROWS = 48
 _LENGTHS = (2, 4, 3)
 _CODES = 5
+_LARGE = 64  # times the weights, where clamps show; a power of two, which rounds nothing
 _MASKS = (torch.bool, torch.int64, torch.float32)
 
 
@@ -89,6 +91,51 @@ def _inputs(form: str, twin: Any) -> tuple[Any, ...]:
 
 def _difference(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> str:
     """In what the two differ; empty where they do not."""
+    for factor in (1, _LARGE):
+        _scale(twin, factor)
+        try:
+            found = _difference_as_it_is(fused, twin, inputs)
+        finally:
+            _scale(twin, 1 / factor)
+        if found:
+            return found
+    return "its forward hides a NaN" if _hides_nan(fused, twin, inputs) else ""
+
+
+@torch.no_grad()
+def _hides_nan(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> bool:
+    """Whether a NaN in the row of a real code reaches no output of the module's own forward."""
+    real = _real(fused, twin, inputs)
+    given = inputs[0].detach().clone()
+    pool = next(iter(twin.children()), None)
+    table = given if fused.form == "encoder" else getattr(twin, "embedding", pool).weight
+    row = real.nonzero()[0].tolist() if fused.form == "encoder" else [int(given[real][0])]
+    kept = table[tuple(row)].clone()
+    table[tuple(row)] = torch.nan
+    try:
+        kind: Any = fused.kind
+        output = kind.forward(twin.eval(), given, *inputs[1:])
+    finally:
+        table[tuple(row)] = kept
+    values = output.values() if isinstance(output, dict) else [output]
+    return not any(bool(value.isnan().any()) for value in values)
+
+
+def _real(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> Tensor:
+    """Slots that hold codes, of what :func:`_inputs` or :func:`_compare_pool` made."""
+    if len(inputs) == 1:
+        return inputs[0] != next(iter(twin.children())).padding_idx
+    real = inputs[1] != 0
+    return real if fused.form in ("encoder", "pool") else real & (inputs[2] != 0).unsqueeze(-1)
+
+
+def _scale(twin: nn.Module, factor: float) -> None:
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(factor)
+
+
+def _difference_as_it_is(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> str:
     kind: Any = fused.kind
     for training in (False, True):
         twin.train(training)
