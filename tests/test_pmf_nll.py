@@ -189,7 +189,9 @@ def test_visits_at_which_the_event_cannot_be(unemulated):
 @pytest.mark.parametrize("incoming", [torch.nan, torch.inf])
 @pytest.mark.parametrize("seen", [0, 1])
 @pytest.mark.parametrize("far", [-torch.inf, -2000.0, 2000.0])
-def test_incoming_gradients_that_are_not_finite_reach_what_is_at_risk(compiled, incoming, seen, far):
+def test_incoming_gradients_that_are_not_finite_reach_what_is_at_risk(
+    compiled, incoming, seen, far
+):
     """Also where the derivative is 0, as its probability is too small to be told from 0."""
     x = torch.tensor([[0.5, 1.0, -1.0, far, 3.0], [0.0, 1.0, 2.0, 3.0, 4.0]])
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])

@@ -105,9 +105,9 @@ def _difference(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> str:
 @torch.no_grad()
 def _hides_nan(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> bool:
     """Whether a NaN in the row of a real code reaches no output of the module's own forward."""
-    real = _real(fused, twin, inputs)
+    real = _real(fused, inputs)
     given = inputs[0].detach().clone()
-    pool = next(iter(twin.children()), None)
+    pool: Any = next(iter(twin.children()), None)
     table = given if fused.form == "encoder" else getattr(twin, "embedding", pool).weight
     row = real.nonzero()[0].tolist() if fused.form == "encoder" else [int(given[real][0])]
     kept = table[tuple(row)].clone()
@@ -121,10 +121,11 @@ def _hides_nan(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> bool:
     return not any(bool(value.isnan().any()) for value in values)
 
 
-def _real(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> Tensor:
+def _real(fused: Fused, inputs: tuple[Any, ...]) -> Tensor:
     """Slots that hold codes, of what :func:`_inputs` or :func:`_compare_pool` made."""
     if len(inputs) == 1:
-        return inputs[0] != next(iter(twin.children())).padding_idx
+        padding = None if fused.pooling is None else fused.pooling.padding
+        return torch.ones_like(inputs[0]).bool() if padding is None else inputs[0] != padding
     real = inputs[1] != 0
     return real if fused.form in ("encoder", "pool") else real & (inputs[2] != 0).unsqueeze(-1)
 

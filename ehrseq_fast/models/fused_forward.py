@@ -171,7 +171,9 @@ def _run_model(fused: Fused, module: Any, given: list[Any]) -> Any:
             return NOT_SERVED
     model = _MODELS[fused.form]
     if fused.form != "baseline":
-        hazards = model.forward(_view(model, module), codes, visit_mask, sequence_mask, *more)
+        options: dict[str, Any] = {"link": "sigmoid"} if fused.form == "competing_risks" else {}
+        view = _view(model, module, **options)
+        hazards = model.forward(view, codes, visit_mask, sequence_mask, *more)
         # under autocast theirs are widened by the product with a float mask
         return hazards if packed else hazards.to(torch.promote_types(hazards.dtype, torch.float32))
     encoder: Any = module._modules["visit_encoder"]
