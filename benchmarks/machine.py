@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +21,9 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     return {
         "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": cpu_model(),
+        # hypervisors leave the name out that would tell one generation from the next
+        "cpu_family": cpu_facts().get("cpu family"),
+        "cpu_model": cpu_facts().get("model"),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -40,21 +42,22 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
 
 def cpu_model() -> str:
     """The CPU's name as the kernel gives it."""
+    return cpu_facts().get("model name", platform.processor() or platform.machine())
+
+
+def cpu_facts() -> dict[str, str]:
+    """What the kernel says of the first CPU; empty where it says nothing."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def cpu_flags() -> set[str]:
     """The instruction sets that the kernel lists; empty where it lists none."""
-    try:
-        found = re.search(r"^flags\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return set()
-    return set(found[1].split()) if found else set()
+    return set(cpu_facts().get("flags", "").split())
 
 
 def has_amx() -> bool:

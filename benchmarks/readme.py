@@ -22,7 +22,7 @@ from .growth import PADDING
 from .plot import draw_all, image_path
 from .recurrent import PRODUCTS
 from .report import measured_on, mib, ms, ours_in, significant, times
-from .results import RESULTS, Results, newest, runs_on_gpus
+from .results import RESULTS, Results, newest, runs_on_gpus, whole_runs
 
 SUMMARY = "write the README's figure and tables, and their page, from the committed results"
 
@@ -110,6 +110,7 @@ def _device(path: Path, results: Results) -> str:
         f"was not measured and why: [{page.name}]({page}). All rows, spreads and ceilings: "
         f"[{path.name}]({path.relative_to(ROOT)}).\n",
         _table(STEP_HEADER, _steps(_whole_steps(results), results)),
+        _other_runs(path, results),
         _table(
             ["operation, forward+backward", "this package", "plain PyTorch", "the closest other"],
             _closest(results),
@@ -191,6 +192,28 @@ def _steps(cases: Sequence[list[Row]], results: Results) -> Iterator[Sequence[st
             *(_against(paths[path], paths["fused"]) for path in step.PLAIN_PATHS),
             _memory(results, first) if plain else "",
         )
+
+
+def _other_runs(path: Path, results: Results) -> str:
+    """The steps on the largest batches of each whole run on this kind of device, so that those on
+    other processors stand beside each other; empty where there is one run."""
+    runs = whole_runs(results.device)
+    if len(runs) < 2:
+        return ""
+    return "Whole runs so far, with the rate of `torch.mm` in each (float32):\n\n" + _table(
+        ["run", "torch.mm", "step", "this package", "plain PyTorch, padded", "packed", "memory"],
+        (
+            [
+                f"[{at.name}]({at.relative_to(ROOT)}), {measured_on(run.machine)}",
+                f"{run.ceilings['product']['float32'] / 1e9:.0f} GFLOP/s",
+                cells[0],
+                *cells[2:],
+            ]
+            for at, run in runs
+            for cells in _steps(_whole_steps(run), run)
+            if cells[0].startswith("D ")
+        ),
+    )
 
 
 def _ms(row: Row) -> str:

@@ -190,12 +190,15 @@ def runs_on_gpus() -> list[dict[str, Any]]:
 
 def newest(device: str = "cpu") -> tuple[Path, Results] | None:
     """The last whole run on that kind of device; None where there is none."""
+    runs = whole_runs(device)
+    return runs[0] if runs else None
+
+
+def whole_runs(device: str = "cpu") -> list[tuple[Path, Results]]:
+    """The committed whole runs on that kind of device, the last one first."""
     runs = []
     for path in RESULTS.glob("*.json"):
         values = json.loads(path.read_text())
         if values.get("command") == WHOLE_RUN and values.get("device") == device:
             runs.append((values["machine"]["measured_at"], path))
-    if not runs:
-        return None
-    path = max(runs)[1]
-    return path, read(path)
+    return [(path, read(path)) for _, path in sorted(runs, reverse=True)]
