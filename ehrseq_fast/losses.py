@@ -146,12 +146,14 @@ class MultiTaskSurvivalLoss(nn.Module):
     Args:
         task_weights: weight of each task, by name: numbers, or tensors where they are learnt
             elsewhere. Where they are learned here these are the first ones, numbers above 0.
-        learned: whether this module learns them, as ``log_variances`` ``[tasks]`` in the order of
-            ``task_weights``.
+        learned: whether this module learns them, as ``log_variances``, a parameter for each name:
+            a ``state_dict`` holds them by their names, in whatever order they are given.
 
     Raises:
-        TypeError: for weights that are no mapping, and a weight that is no number.
-        ValueError: for weights to be learned that are not finite and above 0.
+        TypeError: for weights that are no mapping, a weight that is no number, and names of weights
+            to be learned that are no strings.
+        ValueError: for weights to be learned that are not finite and above 0, and names that no
+            parameter can have.
 
     Example:
         >>> import torch
@@ -161,7 +163,7 @@ class MultiTaskSurvivalLoss(nn.Module):
         tensor(4.)
     """
 
-    log_variances: nn.Parameter | None
+    log_variances: nn.ParameterDict | None
 
     def __init__(
         self, task_weights: Mapping[str, float | Tensor], *, learned: bool = False
@@ -181,13 +183,14 @@ class MultiTaskSurvivalLoss(nn.Module):
         self.log_variances = None
         if learned:
             for name, weight in task_weights.items():
+                _expect_parameter_name(name)
                 if not 0 < float(weight) < float("inf"):
                     raise ValueError(
                         f"task_weights[{name!r}]: expected a finite number above 0, as it is to "
                         f"be learned, got {float(weight):g}"
                     )
-            first = torch.tensor([float(weight) for weight in task_weights.values()])
-            self.log_variances = nn.Parameter(-first.log())
+            first = {name: torch.tensor(float(weight)) for name, weight in task_weights.items()}
+            self.log_variances = nn.ParameterDict({name: -w.log() for name, w in first.items()})
 
     def extra_repr(self) -> str:
         learned = "" if self.log_variances is None else ", learned=True"
@@ -221,13 +224,29 @@ class MultiTaskSurvivalLoss(nn.Module):
             raise ValueError(
                 f"task_losses: expected losses of one shape, got {sorted(map(list, shapes))}"
             )
-        return torch.stack(weighted).sum(0)
+        total = torch.stack(weighted).sum(0)
+        if self.log_variances is not None:
+            # a gradient of 0: DistributedDataParallel waits for one of every parameter
+            for name, log_variance in self.log_variances.items():
+                if name not in task_losses:
+                    total = total + log_variance * 0
+        return total
 
     def _weighted(self, name: str, loss: Tensor) -> Tensor:
         if self.log_variances is None:
             return self.task_weights[name] * loss
-        log_variance = self.log_variances[list(self.task_weights).index(name)]
+        log_variance = self.log_variances[name]
         return (-log_variance).exp() * loss + log_variance / 2
+
+
+def _expect_parameter_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"task_weights: expected names that are strings, got {name!r:.50}")
+    if not name or "." in name or hasattr(nn.ParameterDict, name):
+        raise ValueError(
+            f"task_weights: expected names that a parameter can have (not empty, without dots, no "
+            f"attribute of ParameterDict), got {name!r:.50}"
+        )
 
 
 def compute_masked_loss(

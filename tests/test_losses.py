@@ -341,28 +341,40 @@ def test_masked_loss_under_vmap():
 
 def test_weights_learned_by_uncertainty():
     module = MultiTaskSurvivalLoss({"a": 1.0, "b": 0.5}, learned=True)
-    assert [name for name, _ in module.named_parameters()] == ["log_variances"]
+    assert list(module.state_dict()) == ["log_variances.a", "log_variances.b"]
     assert "learned" in repr(module)
     losses = {"a": torch.tensor(2.0), "b": torch.tensor(4.0), "unknown": torch.tensor(torch.nan)}
     total = module(losses)
     torch.testing.assert_close(total.item(), 2.0 + 0.5 * 4.0 + math.log(2) / 2)
-    (grad,) = torch.autograd.grad(total, module.log_variances)
-    torch.testing.assert_close(grad, torch.tensor([0.5 - 2.0, 0.5 - 2.0]))
-    # what is missing adds nothing
+    grads = torch.autograd.grad(total, list(module.parameters()))
+    torch.testing.assert_close(torch.stack(grads), torch.tensor([0.5 - 2.0, 0.5 - 2.0]))
+    # what is missing adds nothing, and has the gradient that a distributed module waits for
     module({"b": torch.tensor(4.0)}).backward()
-    assert module.log_variances.grad[0] == 0
+    assert module.log_variances["a"].grad == 0
     # the least sum has exp(s) = 2 L
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
     for _ in range(500):
         optimizer.zero_grad()
         module(losses).backward()
         optimizer.step()
-    torch.testing.assert_close(
-        module.log_variances.exp(), torch.tensor([4.0, 8.0]), rtol=1e-2, atol=0
-    )
-    other = MultiTaskSurvivalLoss({"a": 1.0, "b": 1.0}, learned=True)
+    learned = torch.stack(list(module.parameters())).exp()
+    torch.testing.assert_close(learned, torch.tensor([4.0, 8.0]), rtol=1e-2, atol=0)
+    # by name, not by order
+    other = MultiTaskSurvivalLoss({"b": 1.0, "a": 1.0}, learned=True)
     other.load_state_dict(module.state_dict())
-    assert torch.equal(other(losses), module(losses))
+    torch.testing.assert_close(other(losses), module(losses))
+    with pytest.raises(RuntimeError, match=r"log_variances\.c"):
+        MultiTaskSurvivalLoss({"c": 1.0, "a": 1.0}, learned=True).load_state_dict(
+            other.state_dict()
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("a.b", ValueError), ("", ValueError), ("keys", ValueError), (1, TypeError)]
+)
+def test_names_that_cannot_be_learned(name, error):
+    with pytest.raises(error, match="task_weights: expected names that"):
+        MultiTaskSurvivalLoss({name: 1.0}, learned=True)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
