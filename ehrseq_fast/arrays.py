@@ -176,13 +176,32 @@ def truth(array: Array) -> npt.NDArray[np.bool_]:
 
 def integers(name: str, values: ArrayLike) -> Array:
     """int32 or int64 ``[n]``, not copied."""
-    array = as_array(name, values)
-    array = _typed(array)
+    array = _column(name, values)
+    if array.dtype not in (np.int64, np.int32):
+        raise TypeError(f"{name}: expected int32 or int64, got {got(array)}")
+    return array
+
+
+def any_integers(name: str, values: ArrayLike) -> Array:
+    """Integers ``[n]`` of any width, with a sign or without, not copied."""
+    array = _column(name, values)
+    if array.dtype.kind not in "iu" or not array.dtype.isnative:
+        raise TypeError(f"{name}: expected integers, got {got(array)}")
+    return array
+
+
+def clamped_longs(array: Array) -> Array:
+    """Integers as int64, not copied where they are; the largest int64 for what it does not hold."""
+    if array.dtype == np.uint64:
+        array = np.minimum(array, np.uint64(LONGS.max))
+    return array.astype(np.int64, copy=False)
+
+
+def _column(name: str, values: ArrayLike) -> Array:
+    array = _typed(as_array(name, values))
     if array.ndim != 1:
         raise ValueError(f"{name}: expected 1 dimension, got shape {list(array.shape)}")
     _refuse_huge(name, values, array)
-    if array.dtype not in (np.int64, np.int32):
-        raise TypeError(f"{name}: expected int32 or int64, got {got(array)}")
     return array
 
 

@@ -31,7 +31,11 @@ LOSSY = {
     "a nullable column": (pandas.array([0, None, 0], dtype="Int64"), (TypeError, ValueError), ""),
     "too large for int64": ([0, 2**63, 0], ValueError, "9223372036854775808, at"),
     "far too large": ([0, 2**70, 0], ValueError, "1180591620717411303424, at 1"),
-    "unsigned": (np.array([0, 2**63, 0], np.uint64), (TypeError, ValueError), ""),
+    "unsigned": (
+        np.array([0, 2**63, 0], np.uint64),
+        (TypeError, ValueError, IndexError),  # a code may be unsigned: this one is too large
+        "",
+    ),
     "booleans beside integers": ([0, True, 0], TypeError, "got bool beside int"),
     "lists of other lengths": ([[0], [0, 1], 0], ValueError, "lists of equal lengths"),
     "too deep": ([[0], [0], [0]], ValueError, "shape"),

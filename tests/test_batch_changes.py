@@ -210,7 +210,7 @@ BAD = {
         IndexError,
         r"Found 2 codes outside the vocabulary: expected 0 <= code < 13\. The first is 13: codes\[",
     ),
-    "float codes": (lambda b: b.with_codes(torch.ones(7)), TypeError, "expected int32 or int64"),
+    "float codes": (lambda b: b.with_codes(torch.ones(7)), TypeError, "expected integers"),
     "integers to keep": (lambda b: b.with_codes(keep=[1] * 7), TypeError, "expected booleans"),
     "tensor to keep": (lambda b: b.with_codes(keep=torch.ones(7)), TypeError, "expected booleans"),
     "keep of another number": (

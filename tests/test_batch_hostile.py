@@ -259,7 +259,7 @@ def padded_arguments(**changed):
 
 
 RAW = {
-    "codes of another dtype": flat_arguments(codes=np.ones(3, np.uint8)),
+    "codes of another dtype": flat_arguments(codes=np.ones(3, np.bool_)),
     "float codes": flat_arguments(codes=np.ones(3)),
     "codes of two dimensions": flat_arguments(codes=np.ones((3, 1), INT)),
     "no dimension": flat_arguments(visit_offsets=np.array(3)),

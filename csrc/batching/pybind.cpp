@@ -29,14 +29,37 @@ std::string shape_of(const py::array& array) {
   return shape + "]";
 }
 
-void expect_integers(const char* name, const py::array& array, py::ssize_t ndim) {
+void expect_dimensions(const char* name, const py::array& array, py::ssize_t ndim) {
   if (array.ndim() != ndim)
     refuse_value(std::string(name) + ": expected " + text(ndim) +
                  (ndim == 1 ? " dimension" : " dimensions") + ", got shape " + shape_of(array));
+}
+
+void expect_integers(const char* name, const py::array& array, py::ssize_t ndim) {
+  expect_dimensions(name, array, ndim);
   if (!array.dtype().equal(py::dtype::of<int32_t>()) &&
       !array.dtype().equal(py::dtype::of<int64_t>()))
     throw py::type_error(std::string(name) + ": expected int32 or int64, got " +
                          std::string(py::str(array.dtype())));
+}
+
+// None for what is no integer of the machine's byte order.
+std::optional<IntKind> kind_of(const py::dtype& dtype) {
+  if (dtype.equal(py::dtype::of<int64_t>())) return IntKind::kInt64;
+  if (dtype.equal(py::dtype::of<int32_t>())) return IntKind::kInt32;
+  if (dtype.equal(py::dtype::of<int16_t>())) return IntKind::kInt16;
+  if (dtype.equal(py::dtype::of<int8_t>())) return IntKind::kInt8;
+  if (dtype.equal(py::dtype::of<uint64_t>())) return IntKind::kUint64;
+  if (dtype.equal(py::dtype::of<uint32_t>())) return IntKind::kUint32;
+  if (dtype.equal(py::dtype::of<uint16_t>())) return IntKind::kUint16;
+  if (dtype.equal(py::dtype::of<uint8_t>())) return IntKind::kUint8;
+  return std::nullopt;
+}
+
+void expect_codes(const py::array& codes) {
+  expect_dimensions("codes", codes, 1);
+  if (!kind_of(codes.dtype()))
+    throw py::type_error("codes: expected integers, got " + std::string(py::str(codes.dtype())));
 }
 
 void expect_offset(const char* name, const py::array& array) {
@@ -63,12 +86,12 @@ Vocabulary vocabulary_of(int64_t size) {
 
 IntColumn column(const py::array& array) {
   return {static_cast<const char*>(array.data()), array.strides(0), array.size(),
-          array.itemsize() == sizeof(int64_t)};
+          *kind_of(array.dtype())};
 }
 
 IntColumn column(const std::vector<int64_t>& values) {
   return {reinterpret_cast<const char*>(values.data()), sizeof(int64_t),
-          static_cast<int64_t>(values.size()), true};
+          static_cast<int64_t>(values.size()), IntKind::kInt64};
 }
 
 template <typename Array>
@@ -106,7 +129,7 @@ py::tuple pack_flat(const py::array& codes, const py::array& visit_offsets,
                     int64_t vocab_size, const OptionalLongs& event_times,
                     const OptionalLongs& event_indicators, const OptionalLongs& event_types,
                     bool with_source_rows) {
-  expect_integers("codes", codes, 1);
+  expect_codes(codes);
   expect_offset("visit_offsets", visit_offsets);
   expect_offset("patient_offsets", patient_offsets);
   if (patients) expect_shape("patients", patients, {patients->size()});

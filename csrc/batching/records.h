@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,24 +31,43 @@ struct Vocabulary {
   bool holds(int64_t code) const { return code >= 0 && code < size; }
 };
 
-// A one-dimensional array of int32 or int64 with any stride, read in place: the big arrays may
-// be memory-mapped and must not be copied, not even when they are a column of a table.
+enum class IntKind : uint8_t { kInt64, kInt32, kInt16, kInt8, kUint64, kUint32, kUint16, kUint8 };
+
+template <typename int_t>
+int_t read_int(const char* at) {
+  int_t value;
+  std::memcpy(&value, at, sizeof(value));
+  return value;
+}
+
+// Of a uint64 that no int64 holds the largest int64, which is outside every vocabulary as well.
+inline int64_t read_other_int(IntKind kind, const char* at) {
+  switch (kind) {
+    case IntKind::kInt16: return read_int<int16_t>(at);
+    case IntKind::kInt8: return read_int<int8_t>(at);
+    case IntKind::kUint32: return read_int<uint32_t>(at);
+    case IntKind::kUint16: return read_int<uint16_t>(at);
+    case IntKind::kUint8: return read_int<uint8_t>(at);
+    default: {
+      constexpr uint64_t kMost = std::numeric_limits<int64_t>::max();
+      return static_cast<int64_t>(std::min(read_int<uint64_t>(at), kMost));
+    }
+  }
+}
+
+// A one-dimensional array of integers with any stride, read in place: the big arrays may be
+// memory-mapped and must not be copied, not even when they are a column of a table.
 struct IntColumn {
   const char* data = nullptr;
   int64_t stride = 0;
   int64_t size = 0;
-  bool wide = true;
+  IntKind kind = IntKind::kInt64;
 
   int64_t operator[](int64_t i) const {
     const char* at = data + i * stride;
-    if (wide) {
-      int64_t value;
-      std::memcpy(&value, at, sizeof(value));
-      return value;
-    }
-    int32_t value;
-    std::memcpy(&value, at, sizeof(value));
-    return value;
+    if (kind == IntKind::kInt64) return read_int<int64_t>(at);
+    if (kind == IntKind::kInt32) return read_int<int32_t>(at);
+    return read_other_int(kind, at);
   }
 
   // Asks for a patient's part of the array, which is at a random place in memory, ahead of its use.

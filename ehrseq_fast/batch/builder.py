@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import backend
-from ..arrays import Array, ArrayLike, as_array, integers
+from ..arrays import Array, ArrayLike, any_integers, as_array
 from . import reference
 from .checks import (
     check_padded,
@@ -27,6 +27,7 @@ from .checks import (
     offsets,
     outcomes_of,
     patient_numbers,
+    wide_codes,
 )
 from .device import pack_on_device
 from .gather import (
@@ -40,6 +41,7 @@ from .gather import (
 )
 from .layout import Layout, layout_of
 from .rows import Rows
+from .slots import real_slots_first
 
 Outcomes = tuple["ArrayLike | None", "ArrayLike | None", "ArrayLike | None"]
 
@@ -118,7 +120,7 @@ def from_flat(
     targets: Mapping[str, ArrayLike] | None,
     visit_targets: Mapping[str, ArrayLike] | None,
 ) -> Contents:
-    codes = integers("codes", codes)
+    codes = any_integers("codes", codes)
     visit_offsets = offsets("visit_offsets", visit_offsets)
     patient_offsets = offsets("patient_offsets", patient_offsets)
     n_records = patient_offsets.shape[0] - 1
@@ -193,18 +195,34 @@ def from_padded(
     visit_features: Tensor | None,
     targets: Mapping[str, ArrayLike] | None,
     visit_targets: Mapping[str, Tensor] | None,
+    side: str = "right",
+    holes: str = "refuse",
 ) -> Contents:
     check_padded(visit_codes, visit_mask, sequence_mask)
+    visit_codes = wide_codes("visit_codes", visit_codes)
     shape = visit_codes.shape[:2]
-    packed = _pack_padded(visit_codes, visit_mask, sequence_mask, lengths, vocab_size, outcomes)
+    given = None if lengths is None else host_lengths(lengths, shape[0])
+    slots = real_slots_first(visit_codes, sequence_mask, given, side, holes)
+    triple = (visit_codes, visit_mask, sequence_mask)
+    if slots is not None:
+        triple = (
+            _in_slots(visit_codes, slots),
+            None if visit_mask is None else _in_slots(visit_mask, slots),
+            None if sequence_mask is None else sequence_mask.gather(1, slots),
+        )
+    packed = _pack_padded(*triple, given, vocab_size, outcomes)
     rows = Rows(*packed)
+
+    def pack(values: Tensor) -> Tensor:
+        return rows.pack(values if slots is None else _in_slots(values, slots))
+
     features = None
     device = visit_codes.device
     gathered = gather_all(targets, None, shape[0], "patients", device)
     if visit_features is not None:
         values = as_tensor(as_values("visit_features", visit_features), device)
         check_features(values, values.shape[:2], shape)
-        features = rows.pack(values)
+        features = pack(values)
     by_visit = {}
     for key, target in by_name("visit_targets", visit_targets).items():
         name = f"visit_targets[{key!r}]"
@@ -213,19 +231,25 @@ def from_padded(
             raise ValueError(
                 f"{name}: expected shape [{shape[0]}, {shape[1]}, ...], got {list(values.shape)}"
             )
-        by_visit[key] = rows.pack(values)
+        by_visit[key] = pack(values)
     return Contents(*packed, vocab_size, features, gathered, by_visit)
+
+
+def _in_slots(values: Tensor, slots: Tensor) -> Tensor:
+    """Padded values ``[B, V, ...]`` with each patient's slots in another order."""
+    patients, visits = slots.shape
+    flat = slots + torch.arange(patients, device=slots.device)[:, None] * visits
+    return values.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, (patients, visits))
 
 
 def _pack_padded(
     visit_codes: Tensor,
     visit_mask: Tensor | None,
     sequence_mask: Tensor | None,
-    lengths: ArrayLike | None,
+    given: Array | None,
     vocab_size: int | None,
     outcomes: Outcomes,
 ) -> tuple[Layout, Tensor, Tensor]:
-    given = None if lengths is None else host_lengths(lengths, visit_codes.shape[0])
     code_states, visit_states = mask_states(visit_mask), mask_states(sequence_mask)
     if visit_codes.device.type != "cpu":
         packed = pack_on_device(visit_codes, code_states, visit_states, given, vocab_size, outcomes)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..arrays import ArrayLike, as_array, integers, truth
+from ..arrays import ArrayLike, any_integers, as_array, clamped_longs, truth
 from ..autograd import outside_inference
 from ..checks import refuse_codes_outside
-from .checks import code_limit, outcome
+from .checks import code_limit, outcome, wide_codes
 from .gather import as_tensor, as_values, gather_all, gather_features
 from .layout import LONGS, OUTCOMES, Layout
 from .reference_checks import Names, check_outcomes
 from .rows import Rows
+from .visits import Visits
 
 Batch = TypeVar("Batch", bound="Changes")
 
@@ -35,7 +36,7 @@ class Keep(Enum):
 KEEP = Keep.KEEP
 
 
-class Changes(Rows):
+class Changes(Visits):
     """A batch is immutable; these make another one of it."""
 
     def with_outcomes(
@@ -117,7 +118,7 @@ class Changes(Rows):
         Raises:
             ValueError: a wrong shape.
             IndexError: a code below 0 or not below ``vocab_size``.
-            TypeError: codes that are not int32 or int64, or ``keep`` that is not boolean.
+            TypeError: codes that are no integers, or ``keep`` that is not boolean.
 
         Example:
             >>> import torch
@@ -212,10 +213,10 @@ class Changes(Rows):
     def _new_codes(self, codes: ArrayLike) -> Tensor:
         if isinstance(codes, Tensor):
             new = as_tensor(as_values("codes", codes), self.device).detach()
-            if new.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"codes: expected int32 or int64, got {new.dtype}")
+            new = wide_codes("codes", new)
         else:
-            new = torch.from_numpy(np.array(integers("codes", codes))).to(self.device)
+            new = torch.from_numpy(np.array(clamped_longs(any_integers("codes", codes))))
+            new = new.to(self.device)
         if new.shape != (self.n_codes,):
             raise ValueError(f"codes: expected shape [{self.n_codes}], got {list(new.shape)}")
         refuse_codes_outside(new, code_limit(self.vocab_size))

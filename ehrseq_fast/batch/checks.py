@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from ..arrays import Array, ArrayLike, as_array, integer, integers, longs, selection, truth, whole
+from ..checks import INTEGER
 from .layout import MOST_CODES
+
+CODES = INTEGER | {torch.uint16, torch.uint32, torch.uint64}
 
 
 def listed(patients: Any) -> tuple[Any, ...]:
@@ -115,14 +118,26 @@ def resolve_index(index: Any, n_patients: int) -> Array:
     return np.where(numbers < 0, numbers + n_patients, numbers)
 
 
+def wide_codes(name: str, codes: Tensor) -> Tensor:
+    """Codes of any integer dtype in int32 or int64; the largest int64 for what it does not hold."""
+    if codes.dtype in (torch.int32, torch.int64):
+        return codes
+    if codes.dtype not in CODES:
+        raise TypeError(f"{name}: expected integers, got {codes.dtype}")
+    if codes.dtype == torch.uint64:
+        longs = codes.view(torch.int64)
+        return torch.where(longs < 0, torch.iinfo(torch.int64).max, longs)
+    return codes.to(torch.int64 if codes.dtype == torch.uint32 else torch.int32)
+
+
 def check_padded(codes: Tensor, visit_mask: Tensor | None, sequence_mask: Tensor | None) -> None:
     _check_dense("visit_codes", codes)
     if codes.is_meta:
         raise ValueError("visit_codes: expected values, got a tensor on meta, which holds none")
     if codes.dim() != 3:
         raise ValueError(f"visit_codes: expected shape [B, V, C], got {list(codes.shape)}")
-    if codes.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"visit_codes: expected int32 or int64, got {codes.dtype}")
+    if codes.dtype not in CODES:
+        raise TypeError(f"visit_codes: expected integers, got {codes.dtype}")
     masks = {
         "visit_mask": (visit_mask, codes.shape),
         "sequence_mask": (sequence_mask, codes.shape[:2]),

@@ -26,9 +26,14 @@ class _Flat(NamedTuple):
     chosen: Array  # which patient of the batch each patient was
 
 
-def _flatten(batch: Rows, chosen: Array) -> _Flat:
-    lengths = batch.lengths.numpy()[chosen]
+def _flatten(
+    batch: Rows, chosen: Array, first: Array | None = None, kept: Array | None = None
+) -> _Flat:
+    """All visits of the chosen patients, or of each ``kept`` visits from ``first`` on."""
+    lengths = batch.lengths.numpy()[chosen] if kept is None else kept
     time = np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
+    if first is not None:
+        time = time + np.repeat(first, lengths)
     ranks = batch.unsorted_indices.numpy()[chosen]
     rows = batch.row_starts.numpy()[time] + np.repeat(ranks, lengths)
     batch._codes_per_row()  # refuses offsets that fall
@@ -61,9 +66,6 @@ def join(batches: Sequence[Rows], chosen: Sequence[Array]) -> Contents:
     def of_visits(values: list[Any]) -> Tensor:
         return gather(values, [part.rows for part in parts])[order]
 
-    def offsets(counts: list[Array]) -> Array:
-        return np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-
     outcomes = [
         of_patients([getattr(b, name) for b in batches]).cpu().numpy()
         if name in first._layout.outcomes
@@ -72,8 +74,8 @@ def join(batches: Sequence[Rows], chosen: Sequence[Array]) -> Contents:
     ]
     sizes, host, fields, rows = batch_builder().pack_flat(
         np.concatenate([part.codes for part in parts]),
-        offsets([part.codes_per_visit for part in parts]),
-        offsets([part.visits_per_patient for part in parts]),
+        _offsets([part.codes_per_visit for part in parts]),
+        _offsets([part.visits_per_patient for part in parts]),
         None,
         code_limit(first.vocab_size),
         *outcomes,
@@ -90,6 +92,44 @@ def join(batches: Sequence[Rows], chosen: Sequence[Array]) -> Contents:
         {name: of_patients([b.targets[name] for b in batches]) for name in first.targets},
         {name: of_visits([b.visit_targets[name] for b in batches]) for name in first.visit_targets},
     )
+
+
+def cut(
+    batch: Rows,
+    first: Array,
+    kept: Array,
+    outcomes: tuple[Array | None, Array | None, Array | None],
+) -> Contents:
+    """A batch of ``kept`` visits of each patient from visit ``first`` on, with these outcomes."""
+    flat = _flatten(batch.to("cpu"), np.arange(len(batch)), first, kept)
+    sizes, host, fields, order = batch_builder().pack_flat(
+        flat.codes,
+        _offsets([flat.codes_per_visit]),
+        _offsets([flat.visits_per_patient]),
+        None,
+        code_limit(batch.vocab_size),
+        *outcomes,
+        True,
+    )
+    source = torch.from_numpy(flat.rows[order])
+
+    def gather(values: Tensor) -> Tensor:
+        return values.index_select(0, source.to(values.device))
+
+    features = batch.visit_features
+    return Contents(
+        layout_of(sizes, outcomes),
+        torch.from_numpy(host),
+        torch.from_numpy(fields).to(batch.device),
+        batch.vocab_size,
+        None if features is None else gather(features),
+        dict(batch.targets),
+        {name: gather(values) for name, values in batch.visit_targets.items()},
+    )
+
+
+def _offsets(counts: list[Array]) -> Array:
+    return np.concatenate([[0], np.cumsum(np.concatenate(counts))])
 
 
 def check_alike(batches: Sequence[Rows]) -> None:

@@ -15,18 +15,19 @@ from torch import Tensor
 from ..arrays import ArrayLike, kind_of
 from ..autograd import outside_transforms
 from . import builder
-from .changes import Changes
 from .checks import resolve_index
 from .join import check_alike, join
+from .sources import Sources
 
 
-class PackedVisits(Changes):
+class PackedVisits(Sources):
     """A batch of patients' visits with nothing padded, in ``PackedSequence`` order.
 
     Visits are rows, time-major: the first visits of all patients (those with the most visits first;
     ties keep the caller's order), then the second visits of all who have one, and so on. Whatever
     is per patient stays in the caller's order. Build one with :meth:`from_lists`,
-    :meth:`from_flat` or :meth:`from_padded`.
+    :meth:`from_flat` or :meth:`from_padded`; of a data frame, of objects or of nested ragged arrays
+    with :meth:`from_frame`, :meth:`from_objects` or :meth:`from_nested_ragged`.
 
     A batch is immutable: its fields belong together, so they can neither be assigned nor written
     to. A change in place of codes, offsets, index, lengths or outcomes is noticed, and refused with
@@ -152,7 +153,7 @@ class PackedVisits(Changes):
         meanwhile.
 
         Args:
-            codes: int32 or int64 ``[all codes]``.
+            codes: integers ``[all codes]`` of any width, with a sign or without.
             visit_offsets: int32 or int64 ``[all visits + 1]``; visit ``v`` holds
                 ``codes[visit_offsets[v]:visit_offsets[v + 1]]``.
             patient_offsets: int32 or int64 ``[all patients + 1]``; the visits of patient ``p`` are
@@ -208,6 +209,8 @@ class PackedVisits(Changes):
         visit_features: Tensor | None = None,
         targets: Mapping[str, ArrayLike] | None = None,
         visit_targets: Mapping[str, Tensor] | None = None,
+        side: str = "right",
+        holes: str = "refuse",
     ) -> PackedVisits:
         """Pack the padded triple of tensors. Padding is not read: it may hold any code.
 
@@ -218,10 +221,10 @@ class PackedVisits(Changes):
         last are skipped. (A batch built in a data-loader worker needs no wait at all.)
 
         Args:
-            visit_codes: int32 or int64 ``[B, V, C]``.
+            visit_codes: integers ``[B, V, C]`` of any width.
             visit_mask: ``[B, V, C]``, bool or numeric 0/1: which codes are real; without it all.
-            sequence_mask: ``[B, V]``, bool or numeric 0/1, ones first: which visits are real;
-                without it and without ``lengths`` all are.
+            sequence_mask: ``[B, V]``, bool or numeric 0/1, ones first (see ``side``): which visits
+                are real; without it and without ``lengths`` all are.
             lengths: integers ``[B]`` on the host, instead of ``sequence_mask`` or beside it. Beside
                 it, the two are compared on the CPU; on a GPU ``lengths`` are believed.
             vocab_size: codes must be below it.
@@ -229,13 +232,19 @@ class PackedVisits(Changes):
             visit_features: floating ``[B, V, F]``; gradients flow back to it.
             targets: ``[B, ...]`` by name.
             visit_targets: ``[B, V, ...]`` by name.
+            side: where the padding visits are: ``"right"`` of the real ones, or ``"left"``.
+            holes: what to do with padding between real visits: ``"refuse"`` it, or ``"pack"`` the
+                real visits in their order, wherever the padding is.
+
+        Event times, and the visits that errors name, are counted among a patient's real visits.
 
         Raises:
             ValueError: as :meth:`from_lists`; a mask that is neither 0 nor 1 on a real visit (a
-                weighted mask needs the padded tensors), a ``sequence_mask`` with holes, lengths
-                that disagree with it, lengths on a GPU, tensors on different devices.
+                weighted mask needs the padded tensors), a ``sequence_mask`` with holes or with its
+                padding on the other side, lengths that disagree with it, lengths on a GPU, tensors
+                on different devices.
             IndexError: a code outside the vocabulary.
-            TypeError: codes that are not int32 or int64.
+            TypeError: codes that are no integers.
 
         Example:
             >>> import torch
@@ -246,6 +255,10 @@ class PackedVisits(Changes):
             ... )
             >>> batch.codes, batch.lengths
             (tensor([1, 2, 4, 3], dtype=torch.int32), tensor([1, 2]))
+            >>> PackedVisits.from_padded(
+            ...     visit_codes, visit_codes > 0, torch.tensor([[0, 1], [1, 1]]), side="left"
+            ... ).codes
+            tensor([1, 2, 3], dtype=torch.int32)
         """
         with outside_transforms():
             contents = builder.from_padded(
@@ -258,6 +271,8 @@ class PackedVisits(Changes):
                 visit_features,
                 targets,
                 visit_targets,
+                side,
+                holes,
             )
         return cls(*contents)
 

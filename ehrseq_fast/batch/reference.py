@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import clamped_longs
 from .patient_order import Longs, PatientOrder, offsets_of
 from .reference_checks import (
     Names,
@@ -25,6 +26,7 @@ from .reference_checks import (
     check_visit_count,
     check_visit_offsets,
     check_vocabulary,
+    expect_codes,
     expect_integers,
     expect_offsets,
     expect_outcomes,
@@ -53,7 +55,7 @@ def pack_flat(
     with_source_rows: bool,
 ) -> Packed:
     """Pack the chosen patients of flat records, reading no other patient's rows."""
-    expect_integers("codes", codes, 1)
+    expect_codes(codes)
     expect_offsets("visit_offsets", visit_offsets)
     expect_offsets("patient_offsets", patient_offsets)
     if patients is not None:
@@ -91,7 +93,7 @@ def _pack_flat(
     return _pack(
         order,
         counts,
-        np.take(codes, positions),
+        clamped_longs(np.take(codes, positions)),
         vocab_size,
         outcomes,
         names,

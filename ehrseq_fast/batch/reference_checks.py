@@ -15,10 +15,20 @@ MOST = 2**31 - 2  # codes, and visits, that int32 offsets can count
 FRACTIONAL = 2  # of a mask's states: 0 padding, 1 real, from 2 on neither
 
 
-def expect_integers(name: str, array: npt.NDArray[Any], ndim: int) -> None:
+def expect_codes(codes: npt.NDArray[Any]) -> None:
+    _expect_dimensions("codes", codes, 1)
+    if codes.dtype.kind not in "iu" or not codes.dtype.isnative:
+        raise TypeError(f"codes: expected integers, got {codes.dtype}")
+
+
+def _expect_dimensions(name: str, array: npt.NDArray[Any], ndim: int) -> None:
     if array.ndim != ndim:
         dimensions = "1 dimension" if ndim == 1 else f"{ndim} dimensions"
         raise ValueError(f"{name}: expected {dimensions}, got shape {list(array.shape)}")
+
+
+def expect_integers(name: str, array: npt.NDArray[Any], ndim: int) -> None:
+    _expect_dimensions(name, array, ndim)
     if array.dtype not in (np.int32, np.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {array.dtype}")
 

@@ -135,8 +135,23 @@ class Rows(Storage):
         visit_codes.view(-1).index_copy_(0, slots, self.codes.long())
         visit_mask = torch.zeros_like(visit_codes, dtype=torch.bool)
         visit_mask.view(-1).index_fill_(0, slots, True)
+        return visit_codes, visit_mask, self.sequence_mask(n_visits)
+
+    def sequence_mask(self, total_length: int | None = None) -> Tensor:
+        """bool ``[B, V]``: which slots are visits, in the caller's order of patients; ``V`` is
+        ``max_visits`` or ``total_length``.
+
+        Raises:
+            ValueError: if ``total_length`` is too small.
+
+        Example:
+            >>> from ehrseq_fast.batch import PackedVisits
+            >>> PackedVisits.from_lists([[[1]], [[2], [3]]]).sequence_mask()
+            tensor([[ True, False],
+                    [ True,  True]])
+        """
         rows = torch.ones(self.n_visits, dtype=torch.bool, device=self.device)
-        return visit_codes, visit_mask, self.pad(rows, False, n_visits)
+        return self.pad(rows, False, total_length)
 
     def as_packed_sequence(self, data: Tensor) -> PackedSequence:
         """Rows ``[n_visits, ...]`` as a ``PackedSequence``, without a copy.

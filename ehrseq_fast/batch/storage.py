@@ -155,6 +155,21 @@ class Storage:
         """The batch's device (``batch_sizes`` and ``lengths`` are always on the CPU)."""
         return self._fields.device
 
+    def same_visits(self, other: Storage) -> bool:
+        """Whether the rows of ``other`` are those of this batch: it is this one, or one of both was
+        made from the other by :meth:`with_outcomes`, :meth:`with_codes`, :meth:`with_features`,
+        :meth:`to` or :meth:`pin_memory`. What was copied or loaded from a file is another batch.
+
+        Example:
+            >>> from ehrseq_fast.batch import PackedVisits
+            >>> batch = PackedVisits.from_lists([[[1]], [[2], [3]]])
+            >>> batch.same_visits(batch.with_outcomes(event_times=[0, 1]))
+            True
+            >>> batch.same_visits(PackedVisits.from_lists([[[1]], [[2], [3]]]))
+            False
+        """
+        return self._host is other._host
+
     def __repr__(self) -> str:
         return (
             f"PackedVisits(patients={self.n_patients}, visits={self.n_visits}, "

@@ -1,0 +1,99 @@
+"""Rows of a table, (person, time, code), as flat records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..arrays import Array, kind_of
+from .frames import read_columns
+
+
+class FlatRecords(NamedTuple):
+    """Persons' visits and codes end to end, as :meth:`PackedVisits.from_flat` takes them."""
+
+    codes: Array
+    visit_offsets: Array
+    patient_offsets: Array
+    chosen: Array | None
+
+
+def records_of(
+    frame: Any,
+    columns: tuple[str, str, str],
+    persons: Iterable[Any] | None,
+    vocabulary: Mapping[Any, int] | None,
+    unknown: int | None,
+) -> FlatRecords:
+    """Persons in the order of their first row, visits by time, codes by row."""
+    person, time, code = columns
+    read = read_columns(frame, columns)
+    codes = _codes(code, read[code], vocabulary, unknown)
+    ids, number = _numbered(person, read[person])
+    times = read[time]
+    if times.dtype.kind not in "iuf":
+        raise TypeError(f"column {time!r}: expected times or numbers, got text")
+    order = np.lexsort((times, number))  # stable: rows of one visit keep their order
+    number, times, codes = number[order], times[order], codes[order]
+    new_person = np.ones(len(number), np.bool_)
+    new_person[1:] = number[1:] != number[:-1]
+    new_visit = new_person.copy()
+    new_visit[1:] |= times[1:] != times[:-1]
+    starts = np.flatnonzero(new_visit)
+    visit_offsets = np.append(starts, len(number))
+    patient_offsets = np.append(np.flatnonzero(new_person[starts]), len(starts))
+    return FlatRecords(codes, visit_offsets, patient_offsets, _chosen(persons, ids, person))
+
+
+def _numbered(name: str, column: Array) -> tuple[list[Any], Array]:
+    """The distinct ids in the order of their first rows, and the number of each row's."""
+    if column.dtype.kind == "f":
+        raise TypeError(f"column {name!r}: expected integers or text, got {column.dtype}")
+    distinct, first, inverse = np.unique(column, return_index=True, return_inverse=True)
+    by_row = np.argsort(first)
+    number = np.empty_like(by_row)
+    number[by_row] = np.arange(len(by_row))
+    return distinct[by_row].tolist(), number[inverse]
+
+
+def _codes(
+    name: str, column: Array, vocabulary: Mapping[Any, int] | None, unknown: int | None
+) -> Array:
+    if vocabulary is None:
+        if column.dtype.kind not in "iu":
+            what = "text" if column.dtype.kind == "O" else str(column.dtype)
+            raise TypeError(
+                f"column {name!r}: expected integer codes, got {what}; vocabulary={{code: number}} "
+                "says which number each code has"
+            )
+        return column
+    if not isinstance(vocabulary, Mapping):
+        raise TypeError(f"vocabulary: expected a mapping, got {kind_of(vocabulary)}")
+    distinct, first, inverse = np.unique(column, return_index=True, return_inverse=True)
+    numbers = [vocabulary.get(code, unknown) for code in distinct.tolist()]
+    absent = [i for i, number in enumerate(numbers) if number is None]
+    if absent:
+        row = min(int(first[i]) for i in absent)
+        raise IndexError(
+            f"column {name!r}, row {row}: expected a code of the vocabulary, got {column[row]!r} "
+            f"({len(absent)} codes of the frame are not in it; unknown=NUMBER is taken for them)"
+        )
+    return np.array(numbers, np.int64)[inverse]
+
+
+def _chosen(persons: Iterable[Any] | None, ids: list[Any], name: str) -> Array | None:
+    if persons is None:
+        return None
+    if isinstance(persons, (str, bytes)):
+        raise TypeError(f"persons: expected a list of ids, got {kind_of(persons)}")
+    place = {person: at for at, person in enumerate(ids)}
+    wanted = persons.tolist() if hasattr(persons, "tolist") else list(persons)
+    for at, person in enumerate(wanted):
+        if person not in place:
+            raise ValueError(
+                f"persons: expected ids of column {name!r}, got {person!r}, at {at}, which has no "
+                "row"
+            )
+    return np.array([place[person] for person in wanted], np.int64)
