@@ -43,11 +43,16 @@ int_t read_int(const char* at) {
 // Of a uint64 that no int64 holds the largest int64, which is outside every vocabulary as well.
 inline int64_t read_other_int(IntKind kind, const char* at) {
   switch (kind) {
-    case IntKind::kInt16: return read_int<int16_t>(at);
-    case IntKind::kInt8: return read_int<int8_t>(at);
-    case IntKind::kUint32: return read_int<uint32_t>(at);
-    case IntKind::kUint16: return read_int<uint16_t>(at);
-    case IntKind::kUint8: return read_int<uint8_t>(at);
+    case IntKind::kInt16:
+      return read_int<int16_t>(at);
+    case IntKind::kInt8:
+      return read_int<int8_t>(at);
+    case IntKind::kUint32:
+      return read_int<uint32_t>(at);
+    case IntKind::kUint16:
+      return read_int<uint16_t>(at);
+    case IntKind::kUint8:
+      return read_int<uint8_t>(at);
     default: {
       constexpr uint64_t kMost = std::numeric_limits<int64_t>::max();
       return static_cast<int64_t>(std::min(read_int<uint64_t>(at), kMost));
