@@ -1,0 +1,1 @@
+"""The binary cross-entropy of a visit's codes over a vocabulary."""
