@@ -19,6 +19,7 @@ from .deephit_ranking import (
     deephit_ranking_loss,
 )
 from .dropin import accelerate, restore
+from .next_codes import NextCodesLoss, next_codes_bce
 from .packed_gru import PackedGRU, packed_gru
 from .packed_lstm import PackedLSTM, packed_lstm
 from .pmf_nll import PMFCompetingRisksLoss, PMFLoss, pmf_competing_risks_nll, pmf_nll
@@ -43,6 +44,7 @@ __all__ = [
     "DeepHitLoss",
     "DeepHitRankingLoss",
     "DiscreteTimeSurvivalLoss",
+    "NextCodesLoss",
     "PMFCompetingRisksLoss",
     "PMFLoss",
     "PackedGRU",
@@ -58,6 +60,7 @@ __all__ = [
     "deephit_ranking_loss",
     "discrete_time_survival_nll",
     "masked_pool",
+    "next_codes_bce",
     "packed_competing_risks_nll",
     "packed_gru",
     "packed_lstm",

@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hazard_head_backward(
     torch::stable::zero_(sums);
     results = backward_products<T>(
         input, shape, operands.as<T>(input), operands.as<T>(weight), need_input, need_weights,
-        [&](const Backward<T>& layer, int64_t from, int64_t to) {
+        [&](const Backward<T>& layer, int64_t from, int64_t to, int64_t) {
           run.head_gradients(layer, head, logit_gradients, hidden_units, from, to);
         },
         [&](const Backward<T>& layer, int64_t row, int64_t rows, int64_t from, int64_t to) {

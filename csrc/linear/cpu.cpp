@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_layer_backward(Tensor grad, Tensor inp
     const T* outs = operands.as<T>(out);
     results = backward_products<T>(
         input, shape, operands.as<T>(input), operands.as<T>(weight), need_input, need_weights,
-        [&](const Backward<T>& layer, int64_t from, int64_t to) {
+        [&](const Backward<T>& layer, int64_t from, int64_t to, int64_t) {
           kernels<T>().layer_gradients(layer, static_cast<Activation>(activation), grads, outs,
                                        from, to);
         },

@@ -72,8 +72,9 @@ struct Gradients {
   Tensor bias;    // [units], or nothing
 };
 
-// gradients(layer, from, to) makes those of the units of rows [from, to); also(layer, row, rows,
-// from, to) is called for rows of a chunk and blocks of units [from, to) where weights are wanted.
+// gradients(layer, from, to, share) makes those of the units of rows [from, to); also(layer, row,
+// rows, from, to) is called for rows of a chunk and blocks of units [from, to) where weights are
+// wanted.
 template <typename T, typename UnitGradients, typename Also>
 Gradients backward_products(const Tensor& like, const Shape& shape, const T* input, const T* weight,
                             bool need_input, bool need_weights, const UnitGradients& gradients,
@@ -120,8 +121,8 @@ Gradients backward_products(const Tensor& like, const Shape& shape, const T* inp
   for (int64_t row = 0; row < shape.rows; row += chunk_size) {
     const int64_t rows = std::min(chunk_size, shape.rows - row);
     layer.chunk_row = row;
-    share_out(rows, threads, [&](int64_t from, int64_t to, int64_t) {
-      gradients(layer, row + from, row + to);
+    share_out(rows, threads, [&](int64_t from, int64_t to, int64_t share) {
+      gradients(layer, row + from, row + to, share);
       if (need_input) run.grad_input(layer, row + from, row + to);
     });
     if (!need_weights) continue;

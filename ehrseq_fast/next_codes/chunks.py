@@ -1,4 +1,5 @@
-"""Loss and gradients of a visit's codes by chunks of rows; ``[n_visits, K]`` is never whole."""
+"""Loss and gradients of a visit's codes by chunks of rows, in plain PyTorch: ``[n_visits, K]`` is
+never whole. The backend ``reference`` computes by it."""
 
 from __future__ import annotations
 
@@ -6,48 +7,89 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import target_rows
+from ..checks import accumulator
+from .reference import places
+
+_LOGITS_AT_ONCE = {"cpu": 640_000}  # which the second-level cache holds
+_ELSEWHERE = 1 << 24
 
 
-def loss_and_gradients(
+def next_codes_bce(
     states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     codes: Tensor,
-    offsets: Tensor,
-    scale: Tensor,
-    *,
-    pos_weight: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    chunk_rows: int = 256,
+    code_offsets: Tensor,
+    pos_weight: Tensor | None,
+    class_weight: Tensor | None,
+    row_scale: Tensor | None,
+    total: bool,
+    sampled: bool,
+    need_states: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss of each visit, and the gradients of ``(scale * loss).sum()``.
+    """As the operator of that name; without a wait for the device on a GPU."""
+    with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+        wide = accumulator(states.dtype)
+        n_rows, classes = len(states), len(weight)
+        weight = weight.to(wide)
+        bias, pos_weight, class_weight, row_scale = (
+            None if x is None else x.to(wide) for x in (bias, pos_weight, class_weight, row_scale)
+        )
+        place = places(codes, code_offsets, classes, sampled)
+        of_code = codes.clamp(min=0).long()
+        losses = weight.new_empty(n_rows)
+        grad_states = weight.new_empty(states.shape if need_states else 0)
+        grad_weight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
+        grad_bias = weight.new_zeros(classes if need_weight else 0)
+        at_once = _LOGITS_AT_ONCE.get(states.device.type, _ELSEWHERE)
+        step = max(1, at_once // max(1, classes))
+        bounds = _bounds(code_offsets)
+        for begin in range(0, n_rows, step):
+            end = min(begin + step, n_rows)
+            span = slice(None) if bounds is None else slice(bounds[begin], bounds[end])
+            chunk = states[begin:end].to(wide)
+            n_logits = (end - begin) * classes
+            # one more, for codes of other rows
+            buffer = weight.new_zeros(n_logits + 1)
+            logits = buffer[:-1].view(end - begin, classes)
+            torch.mm(chunk, weight.t(), out=logits)
+            if bias is not None:
+                logits += bias
+            local = place[span] - begin * classes
+            elsewhere = (local < 0) | ((local >= n_logits) & (place[span] <= n_rows * classes))
+            local = torch.where(elsewhere, n_logits, local)
+            positive = buffer[local]
+            # Assigned, not added: a duplicate counts once, and inf - inf cannot arise.
+            values = F.logsigmoid(-buffer).neg_()  # exact where softplus is cut off at 20
+            values.masked_fill_(buffer == -torch.inf, torch.nan)  # as PyTorch's: not hidden
+            slopes = buffer.sigmoid_()
+            if sampled:
+                values[local], slopes[local] = 0, 0
+            else:
+                loss = positive * 0 - F.logsigmoid(positive)
+                slope = -torch.sigmoid(-positive)
+                if pos_weight is not None:
+                    loss *= pos_weight[of_code[span]]
+                    slope *= pos_weight[of_code[span]]
+                values[local], slopes[local] = loss, slope
+            by_row = values[:-1].view(end - begin, classes)
+            slopes = slopes[:-1].view(end - begin, classes)
+            if class_weight is not None:
+                by_row, slopes = by_row * class_weight, slopes * class_weight
+            losses[begin:end] = by_row.sum(1)
+            if row_scale is not None:
+                slopes *= row_scale[begin:end, None]
+            if need_states:
+                torch.mm(slopes, weight, out=grad_states[begin:end])
+            if need_weight:
+                grad_weight.addmm_(slopes.t(), chunk)
+                grad_bias += slopes.sum(0)
+        if total:
+            losses = (losses if row_scale is None else losses * row_scale).sum()
+        return losses, grad_states, grad_weight, grad_bias
 
-    Returns:
-        ``[n_visits]``, ``[n_visits, H]``, ``[K, H]`` and ``[K]``.
-    """
-    rows = target_rows(offsets, len(codes))
-    losses = states.new_empty(len(states))
-    grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight)
-    grad_bias = weight.new_zeros(len(weight))
-    for begin in range(0, len(states), chunk_rows):
-        end = min(begin + chunk_rows, len(states))
-        logits = F.linear(states[begin:end], weight, bias)
-        first, last = int(offsets[begin]), int(offsets[end])
-        where = (rows[first:last] - begin, codes[first:last])
-        positive = logits[where]
-        # Assigned, not added: a duplicate counts once, and inf - inf cannot arise.
-        values = F.logsigmoid(-logits).neg_()  # exact where softplus is cut off at 20
-        slopes = logits.sigmoid_()
-        loss, slope = -F.logsigmoid(positive), -torch.sigmoid(-positive)
-        if pos_weight is not None:
-            loss, slope = loss * pos_weight[where[1]], slope * pos_weight[where[1]]
-        values[where], slopes[where] = loss, slope
-        if class_weight is not None:
-            values, slopes = values.mul_(class_weight), slopes.mul_(class_weight)
-        losses[begin:end] = values.sum(1)
-        slopes.mul_(scale[begin:end, None])
-        torch.mm(slopes, weight, out=grad_states[begin:end])
-        grad_weight.addmm_(slopes.t(), states[begin:end])
-        grad_bias += slopes.sum(0)
-    return losses, grad_states, grad_weight, grad_bias
+
+def _bounds(code_offsets: Tensor) -> list[int] | None:
+    """Where each row's codes begin, on the host: elsewhere asking would be a wait."""
+    return code_offsets.tolist() if code_offsets.device.type == "cpu" else None

@@ -15,6 +15,7 @@ from ehrseq_fast import PackedVisits, operations
 from ehrseq_fast.deephit_ranking import reference as ranking_reference
 from ehrseq_fast.hazard_head import reference as head_reference
 from ehrseq_fast.linear import reference as linear_reference
+from ehrseq_fast.next_codes import reference as next_codes_reference
 from ehrseq_fast.packed_gru import reference as gru_reference
 from ehrseq_fast.packed_lstm import reference as lstm_reference
 from ehrseq_fast.pmf_nll import reference as pmf_reference
@@ -403,3 +404,35 @@ def _head(draw: Draw, ops: Any, name: str) -> Call:
     needs = [draw.chance(0.7) for _ in range(2)]
     grad = draw.floats((rows,), dtype)
     return Call(ops.hazard_head_backward, [grad, hazards, hidden, *operands, kept, scale, *needs])
+
+
+@makes("next_codes_bce")
+def _next_codes(draw: Draw, ops: Any, name: str) -> Call:
+    rows, width, classes = draw.whole(0, 9), draw.whole(0, 20), draw.one_of((1, 7, 16, 33, 70))
+    kinds = (torch.float64,) if draw.chance(0.3) else (torch.float32, *FLOATING[2:])
+    counts = draw.integers(0, 5, (rows + 1,))  # the first are of no row
+    starts = counts.cumsum(0).int()
+    sampled, total = draw.chance(0.3), draw.chance(0.5)
+    codes = draw.integers(-sampled, classes, (int(starts[-1]),), torch.int32)
+    operands = [
+        draw.floats(shape, draw.one_of(kinds)) * 0.2 if draw.chance(0.8) or at < 2 else None
+        for at, shape in enumerate([(rows, width), (classes, width), (classes,)])
+    ]
+    weights = [
+        draw.floats((size,), draw.one_of(FLOATING)).abs() if draw.chance(0.5) else None
+        for size in (classes, classes, rows)
+    ]
+
+    def expected() -> list[Tensor]:
+        leaves = [None if x is None else x.double().requires_grad_() for x in operands]
+        wide = [None if x is None else x.double() for x in weights]
+        losses = next_codes_reference.next_codes(
+            leaves[0], leaves[1], leaves[2], codes, starts, wide[0], wide[1], sampled
+        )
+        scaled = (losses if wide[2] is None else losses * wide[2]).sum()
+        given = [x for x in leaves if x is not None]
+        found = torch.autograd.grad(scaled, given, allow_unused=True)
+        return [(scaled if total else losses).detach(), *found]
+
+    arguments = [*operands, codes, starts, *weights, total, sampled, True, True]
+    return Call(ops.next_codes_bce, arguments, expected)

@@ -1,0 +1,103 @@
+"""Losses computed by kernels or by chunks, and their gradients; or by the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..autograd import transformed
+from ..backend import operators
+from . import chunks, reference
+
+
+class Inputs(NamedTuple):
+    """What the operator takes: rows of states that count, and their ragged codes."""
+
+    states: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    codes: Tensor
+    code_offsets: Tensor
+    pos_weight: Tensor | None
+    class_weight: Tensor | None
+    row_scale: Tensor | None
+
+
+def losses(chosen: str, inputs: Inputs, *, total: bool, sampled: bool = False) -> Tensor:
+    """The loss of each row, or with ``total`` the sum of ``row_scale * loss``.
+
+    ``chosen`` is the backend. Under a transform of ``torch.func`` or in forward mode the definition
+    computes, which is dense; and where ``reference`` is compiled, as a loop over chunks is none for
+    a graph of any number of rows.
+    """
+    is_plain = chosen == "reference"
+    if transformed(*inputs) or (is_plain and torch.compiler.is_compiling()):
+        return _define(inputs, total, sampled)
+    differentiated = inputs[:3]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiated):
+        return _NextCodes.apply(chosen, total, sampled, *inputs)
+    return _compute(chosen)(*inputs, total, sampled, False, False)[0]
+
+
+def _compute(chosen: str) -> Callable[..., Any]:
+    if chosen == "reference":
+        return chunks.next_codes_bce
+    return operators(chosen).next_codes_bce.default
+
+
+def _define(inputs: Inputs, total: bool, sampled: bool) -> Tensor:
+    value = reference.next_codes(*inputs[:-1], sampled)
+    scale = inputs.row_scale
+    if not total:
+        return value
+    return (value if scale is None else value * scale.to(value.dtype)).sum()
+
+
+class _NextCodes(torch.autograd.Function):
+    """Of a sum the gradients are computed along with it, while the logits are there, and backward
+    scales them. Of losses by row they need the incoming gradient: backward computes the logits
+    again."""
+
+    @staticmethod
+    def forward(ctx: Any, chosen: str, total: bool, sampled: bool, *given: Any) -> Tensor:
+        inputs = Inputs(*given)
+        need_states = total and inputs.states.requires_grad
+        bias = inputs.bias
+        learns = inputs.weight.requires_grad or (bias is not None and bias.requires_grad)
+        value, *gradients = _compute(chosen)(*inputs, total, sampled, need_states, total and learns)
+        ctx.save_for_backward(*inputs, *(gradients if total else ()))
+        ctx.options = chosen, total, sampled
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        chosen, total, sampled = ctx.options
+        inputs = Inputs(*ctx.saved_tensors[:8])
+        needs = ctx.needs_input_grad[3:6]
+        found: list[Tensor | None]
+        if torch.is_grad_enabled() or transformed(grad):
+            # create_graph=True: a gradient that has a gradient itself; or several gradients at once
+            with torch.enable_grad():
+                value = _define(inputs, total, sampled)
+            differentiable = zip(inputs[:3], needs, strict=True)
+            wanted = [x for x, need in differentiable if need and x is not None]
+            taken = iter(
+                torch.autograd.grad(value, wanted, grad, create_graph=torch.is_grad_enabled())
+            )
+            found = [next(taken) if need else None for need in needs]
+        else:
+            with torch.no_grad():
+                if total:
+                    gradients = [x * grad for x in ctx.saved_tensors[8:]]
+                else:
+                    given = inputs._replace(row_scale=grad)
+                    learns = needs[1] or needs[2]
+                    _, *gradients = _compute(chosen)(*given, False, sampled, needs[0], learns)
+                found = [
+                    x.to(like.dtype) if need and like is not None else None
+                    for x, like, need in zip(gradients, inputs[:3], needs, strict=True)
+                ]
+        return None, None, None, *found, None, None, None, None, None
