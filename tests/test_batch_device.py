@@ -91,7 +91,9 @@ WRONG_ON_A_DEVICE = {
     "lengths past the padding": {"lengths": [2, 1, 4]},
     "holes": {"triple": masks(holes=[(0, 0)])},
     "fractional sequence mask": {"triple": masks(fractions=[(1, 0)])},
-    "fractional visit mask": {"triple": masks(fractions=[(0, 1, 1)])},
+    "visit mask that is not a number": {
+        "triple": masks(fractions=[(0, 1, 1)], visit_value=float("nan"))
+    },
     "code above the vocabulary": {"vocab_size": 7},
     "code below 0": {"triple": (masks()[0] - 2, *masks()[1:])},
     "event in padding": {"event_times": torch.tensor([1, 1, 2])},

@@ -262,8 +262,13 @@ BAD = {
         ValueError,
         "sequence_mask must be 0 or 1. Found 2 other values. The first is at patient 1, visit 0.",
     ),
-    "fractional visit mask": (
-        lambda: from_padded(*masks(fractions=[(2, 1, 0), (0, 1, 1), (1, 2, 0)])),
+    "visit mask of other integers": (
+        lambda: from_padded(
+            *(
+                mask.int()
+                for mask in masks(fractions=[(2, 1, 0), (0, 1, 1), (1, 2, 0)], visit_value=2)
+            )
+        ),
         ValueError,
         "visit_mask must be 0 or 1 to be packed. Found 2 other values. "
         "The first is at patient 0, visit 1, code 1. Weighted masks need the padded tensors.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,13 @@ from .gather import (
 from .layout import Layout, layout_of
 from .rows import Rows
 from .slots import real_slots_first
+from .weights import (
+    checked_padded,
+    gather_weights,
+    listed_weights,
+    padded_weights,
+    weights_of_codes,
+)
 
 Outcomes = tuple["ArrayLike | None", "ArrayLike | None", "ArrayLike | None"]
 
@@ -74,6 +81,7 @@ class Contents(NamedTuple):
     visit_features: Tensor | None
     targets: dict[str, Tensor]
     visit_targets: dict[str, Tensor]
+    code_weights: Tensor | None = None
 
 
 def from_lists(
@@ -83,17 +91,20 @@ def from_lists(
     visit_features: ArrayLike | Sequence[ArrayLike] | None,
     targets: Mapping[str, ArrayLike] | None,
     visit_targets: Mapping[str, ArrayLike | Sequence[ArrayLike]] | None,
+    code_weights: Any = None,
 ) -> Contents:
     patients = listed(patients)
     longs = outcomes_of(*outcomes, len(patients))
     visit_targets = by_name("visit_targets", visit_targets)
-    per_visit = visit_features is not None or bool(visit_targets)
+    weighted = code_weights is not None
+    per_visit = visit_features is not None or bool(visit_targets) or weighted
     sizes, host, fields, rows = batch_builder().pack_lists(
         patients, code_limit(vocab_size), *longs, per_visit
     )
     layout = layout_of(sizes, longs)
     total = layout.n_visits
     lengths = host[layout.max_visits :].tolist() if per_visit else []
+    views = layout.views(torch.from_numpy(host), torch.from_numpy(fields)) if weighted else {}
     by_visit = {
         name: joined(f"visit_targets[{name!r}]", values, lengths)
         for name, values in by_name("visit_targets", visit_targets).items()
@@ -106,6 +117,7 @@ def from_lists(
         gather_features(joined("visit_features", visit_features, lengths), rows, total),
         gather_all(targets, None, len(patients), "patients"),
         gather_all(by_visit, rows, total),
+        listed_weights(code_weights, lengths, rows, views["code_offsets"]) if weighted else None,
     )
 
 
@@ -119,6 +131,7 @@ def from_flat(
     visit_features: ArrayLike | None,
     targets: Mapping[str, ArrayLike] | None,
     visit_targets: Mapping[str, ArrayLike] | None,
+    code_weights: ArrayLike | None = None,
 ) -> Contents:
     codes = any_integers("codes", codes)
     visit_offsets = offsets("visit_offsets", visit_offsets)
@@ -128,7 +141,8 @@ def from_flat(
     chosen = None if patients is None else patient_numbers(patients, n_records)
     longs = outcomes_of(*outcomes, n_records, chosen)
     visit_targets = by_name("visit_targets", visit_targets)
-    per_visit = visit_features is not None or bool(visit_targets)
+    weighted = code_weights is not None
+    per_visit = visit_features is not None or bool(visit_targets) or weighted
     sizes, host, fields, rows = batch_builder().pack_flat(
         codes,
         visit_offsets,
@@ -138,14 +152,21 @@ def from_flat(
         *longs,
         per_visit,
     )
+    layout = layout_of(sizes, longs)
+    weights = None
+    if weighted:
+        of_all = weights_of_codes(code_weights, (codes.shape[0],))
+        views = layout.views(torch.from_numpy(host), torch.from_numpy(fields))
+        weights = gather_weights(of_all, rows, visit_offsets, views["code_offsets"])
     return Contents(
-        layout_of(sizes, longs),
+        layout,
         torch.from_numpy(host),
         torch.from_numpy(fields),
         vocab_size,
         gather_features(visit_features, rows, n_rows),
         gather_all(targets, chosen, n_records, "patients"),
         gather_all(visit_targets, rows, n_rows),
+        weights,
     )
 
 
@@ -197,6 +218,7 @@ def from_padded(
     visit_targets: Mapping[str, Tensor] | None,
     side: str = "right",
     holes: str = "refuse",
+    code_weights: ArrayLike | None = None,
 ) -> Contents:
     check_padded(visit_codes, visit_mask, sequence_mask)
     visit_codes = wide_codes("visit_codes", visit_codes)
@@ -210,12 +232,21 @@ def from_padded(
             None if visit_mask is None else _in_slots(visit_mask, slots),
             None if sequence_mask is None else sequence_mask.gather(1, slots),
         )
-    packed = _pack_padded(*triple, given, vocab_size, outcomes)
+    fractions = code_weights is None and visit_mask is not None and visit_mask.is_floating_point()
+    packed, weighted = _pack_padded(*triple, given, vocab_size, outcomes, fractions)
     rows = Rows(*packed)
 
     def pack(values: Tensor) -> Tensor:
         return rows.pack(values if slots is None else _in_slots(values, slots))
 
+    weights = None
+    if weighted or code_weights is not None:
+        of_slots = checked_padded(visit_mask if weighted else code_weights, visit_codes)
+        weights = padded_weights(
+            pack(of_slots), None if visit_mask is None else pack(visit_mask), rows
+        )
+        if weighted and bool((weights.detach() == 1).all()):
+            weights = None  # padded visits alone had fractions
     features = None
     device = visit_codes.device
     gathered = gather_all(targets, None, shape[0], "patients", device)
@@ -232,7 +263,7 @@ def from_padded(
                 f"{name}: expected shape [{shape[0]}, {shape[1]}, ...], got {list(values.shape)}"
             )
         by_visit[key] = pack(values)
-    return Contents(*packed, vocab_size, features, gathered, by_visit)
+    return Contents(*packed, vocab_size, features, gathered, by_visit, weights)
 
 
 def _in_slots(values: Tensor, slots: Tensor) -> Tensor:
@@ -249,16 +280,25 @@ def _pack_padded(
     given: Array | None,
     vocab_size: int | None,
     outcomes: Outcomes,
-) -> tuple[Layout, Tensor, Tensor]:
+    fractions: bool,
+) -> tuple[tuple[Layout, Tensor, Tensor], bool]:
+    """Layout, buffers, and whether the mask of codes weighs them, which is refused without
+    ``fractions``."""
     code_states, visit_states = mask_states(visit_mask), mask_states(sequence_mask)
-    if visit_codes.device.type != "cpu":
+    device = visit_codes.device
+    if device.type != "cpu":
         packed = pack_on_device(visit_codes, code_states, visit_states, given, vocab_size, outcomes)
         if packed is not None:
-            return packed
-        # something is wrong: the builder on the host says what
+            return packed, False
+        # the mask weighs codes, or something is wrong: the builder on the host says what
         visit_codes = visit_codes.cpu()
         code_states = None if code_states is None else code_states.cpu()
         visit_states = None if visit_states is None else visit_states.cpu()
+    weighted = False
+    if fractions and code_states is not None and visit_mask is not None:
+        numbers = (code_states > 1) & ~visit_mask.detach().to("cpu").isnan()
+        weighted = bool(numbers.any())
+        code_states = torch.where(numbers, 1, code_states) if weighted else code_states
     longs = outcomes_of(*outcomes, visit_codes.shape[0])
     sizes, host, fields, _ = batch_builder().pack_padded(
         visit_codes.detach().contiguous().numpy(),
@@ -268,4 +308,5 @@ def _pack_padded(
         code_limit(vocab_size),
         *longs,
     )
-    return layout_of(sizes, longs), torch.from_numpy(host), torch.from_numpy(fields)
+    on_device = torch.from_numpy(fields).to(device)
+    return (layout_of(sizes, longs), torch.from_numpy(host), on_device), weighted

@@ -1,4 +1,4 @@
-"""Changed copies of a batch: with other outcomes, other codes, other features."""
+"""Changed copies of a batch: with other outcomes, codes, features or weights of codes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..arrays import ArrayLike, any_integers, as_array, clamped_longs, truth
 from ..autograd import outside_inference
 from ..checks import refuse_codes_outside
 from .checks import code_limit, outcome, wide_codes
-from .gather import as_tensor, as_values, gather_all, gather_features
-from .layout import LONGS, OUTCOMES, Layout
+from .gather import as_tensor, as_values, gather, gather_all, gather_features
+from .layout import LONGS, OUTCOMES
 from .reference_checks import Names, check_outcomes
 from .rows import Rows
 from .visits import Visits
+from .weights import weights_of_codes
 
 Batch = TypeVar("Batch", bound="Changes")
 
@@ -100,6 +101,7 @@ class Changes(Visits):
                 self.visit_features,
                 self.targets if isinstance(targets, Keep) else targets,
                 self.visit_targets if isinstance(visit_targets, Keep) else visit_targets,
+                self.code_weights,
             )
 
     def with_codes(
@@ -107,8 +109,8 @@ class Changes(Visits):
     ) -> Batch:
         """A copy with other codes in the same visits, and the code index that belongs to them.
 
-        For augmentation: code dropout (``keep``), masking (``codes``). All else stays, and is the
-        same tensors in both batches. On a GPU this waits for the device, for the numbers of codes.
+        For augmentation: code dropout (``keep``), masking (``codes``). Weights of codes follow
+        their codes. All else stays, and is the same tensors in both batches. On a GPU this waits for the device, for the numbers of codes.
 
         Args:
             codes: integers ``[n_codes]`` in place of :attr:`PackedVisits.codes`.
@@ -151,7 +153,19 @@ class Changes(Visits):
             ]
             packed = torch.cat([part.to(torch.int32) for part in ints]).view(torch.int64)
             fields = torch.cat([self._fields[: -self._layout.longs()[-1]], packed])
-            return self._with_fields(layout, fields)
+            weights = self.code_weights
+            if weights is not None and keep is not None:
+                weights = weights[kept]
+            return type(self)(
+                layout,
+                self._host,
+                fields,
+                self.vocab_size,
+                self.visit_features,
+                self.targets,
+                self.visit_targets,
+                weights,
+            )
 
     def with_features(self: Batch, visit_features: ArrayLike | None) -> Batch:
         """A copy with other visit features, ``[n_visits, F]`` in the order of the batch's rows (as
@@ -178,17 +192,38 @@ class Changes(Visits):
             features,
             self.targets,
             self.visit_targets,
+            self.code_weights,
         )
 
-    def _with_fields(self: Batch, layout: Layout, fields: Tensor) -> Batch:
+    def with_code_weights(self: Batch, code_weights: ArrayLike | None) -> Batch:
+        """A copy with other weights of codes, ``[n_codes]`` in the order of
+        :attr:`PackedVisits.codes`, or with none. They are copied; gradients flow back to a tensor.
+
+        Raises:
+            ValueError: a wrong shape.
+            TypeError: weights that are not floating.
+
+        Example:
+            >>> import torch
+            >>> from ehrseq_fast import PackedVisits, packed_visit_pool
+            >>> batch = PackedVisits.from_lists([[[1, 2]]])
+            >>> weighted = batch.with_code_weights(torch.tensor([3.0, 1.0]))
+            >>> packed_visit_pool(weighted, torch.tensor([[0.0], [2.0], [4.0]]))
+            tensor([[2.5000]])
+        """
+        self.refuse_changes()
+        if code_weights is not None:
+            checked = weights_of_codes(code_weights, (self.n_codes,))
+            code_weights = gather(checked, None, self.device)
         return type(self)(
-            layout,
+            self._layout,
             self._host,
-            fields,
+            self._fields,
             self.vocab_size,
             self.visit_features,
             self.targets,
             self.visit_targets,
+            code_weights,
         )
 
     def _outcome(self, name: str, values: ArrayLike | None) -> Tensor | None:

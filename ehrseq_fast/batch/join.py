@@ -14,6 +14,7 @@ from .builder import Contents, batch_builder
 from .checks import code_limit
 from .layout import OUTCOMES, layout_of
 from .rows import Rows
+from .weights import gather_weights
 
 
 class _Flat(NamedTuple):
@@ -24,6 +25,7 @@ class _Flat(NamedTuple):
     visits_per_patient: Array
     rows: Array  # which row of the batch each visit was
     chosen: Array  # which patient of the batch each patient was
+    places: Array  # which code of the batch each code was
 
 
 def _flatten(
@@ -40,7 +42,7 @@ def _flatten(
     offsets = batch.code_offsets.numpy().astype(np.int64)
     counts = offsets[rows + 1] - offsets[rows]
     places = np.repeat(offsets[rows] - _starts(counts), counts) + np.arange(counts.sum())
-    return _Flat(batch.codes.numpy()[places], counts, lengths, rows, chosen)
+    return _Flat(batch.codes.numpy()[places], counts, lengths, rows, chosen, places)
 
 
 def _starts(counts: Array) -> Array:
@@ -72,9 +74,10 @@ def join(batches: Sequence[Rows], chosen: Sequence[Array]) -> Contents:
         else None
         for name in OUTCOMES
     ]
+    code_offsets = _offsets([part.codes_per_visit for part in parts])
     sizes, host, fields, rows = batch_builder().pack_flat(
         np.concatenate([part.codes for part in parts]),
-        _offsets([part.codes_per_visit for part in parts]),
+        code_offsets,
         _offsets([part.visits_per_patient for part in parts]),
         None,
         code_limit(first.vocab_size),
@@ -83,14 +86,21 @@ def join(batches: Sequence[Rows], chosen: Sequence[Array]) -> Contents:
     )
     order = torch.from_numpy(rows).to(first.device)
     features = [b.visit_features for b in batches]
+    layout = layout_of(sizes, outcomes)
+    weights = None
+    if first.code_weights is not None:
+        views = layout.views(torch.from_numpy(host), torch.from_numpy(fields))
+        in_order = gather([b.code_weights for b in batches], [part.places for part in parts])
+        weights = gather_weights(in_order, rows, code_offsets, views["code_offsets"], first.device)
     return Contents(
-        layout_of(sizes, outcomes),
+        layout,
         torch.from_numpy(host),
         torch.from_numpy(fields).to(first.device),
         first.vocab_size,
         None if first.visit_features is None else of_visits(features),
         {name: of_patients([b.targets[name] for b in batches]) for name in first.targets},
         {name: of_visits([b.visit_targets[name] for b in batches]) for name in first.visit_targets},
+        weights,
     )
 
 
@@ -102,9 +112,10 @@ def cut(
 ) -> Contents:
     """A batch of ``kept`` visits of each patient from visit ``first`` on, with these outcomes."""
     flat = _flatten(batch.to("cpu"), np.arange(len(batch)), first, kept)
+    code_offsets = _offsets([flat.codes_per_visit])
     sizes, host, fields, order = batch_builder().pack_flat(
         flat.codes,
-        _offsets([flat.codes_per_visit]),
+        code_offsets,
         _offsets([flat.visits_per_patient]),
         None,
         code_limit(batch.vocab_size),
@@ -117,14 +128,22 @@ def cut(
         return values.index_select(0, source.to(values.device))
 
     features = batch.visit_features
+    layout = layout_of(sizes, outcomes)
+    weights = batch.code_weights
+    if weights is not None:
+        views = layout.views(torch.from_numpy(host), torch.from_numpy(fields))
+        in_order = weights.index_select(0, torch.from_numpy(flat.places).to(weights.device))
+        offsets = views["code_offsets"]
+        weights = gather_weights(in_order, order, code_offsets, offsets, batch.device)
     return Contents(
-        layout_of(sizes, outcomes),
+        layout,
         torch.from_numpy(host),
         torch.from_numpy(fields).to(batch.device),
         batch.vocab_size,
         None if features is None else gather(features),
         dict(batch.targets),
         {name: gather(values) for name, values in batch.visit_targets.items()},
+        weights,
     )
 
 
@@ -135,12 +154,14 @@ def _offsets(counts: list[Array]) -> Array:
 def check_alike(batches: Sequence[Rows]) -> None:
     def holds(batch: Rows) -> tuple[Any, ...]:
         names = sorted(batch.targets), sorted(batch.visit_targets)
-        return batch._layout.outcomes, batch.visit_features is not None, *names, batch.vocab_size
+        weighted = batch.code_weights is not None
+        features = batch.visit_features is not None
+        return batch._layout.outcomes, features, *names, batch.vocab_size, weighted
 
     for at, batch in enumerate(batches):
         if holds(batch) != holds(batches[0]):
             raise ValueError(
                 "PackedVisits.cat expects batches that hold the same (outcomes, features, targets, "
-                f"visit targets, vocab_size): batch 0 holds {holds(batches[0])}, "
+                f"visit targets, vocab_size, code weights): batch 0 holds {holds(batches[0])}, "
                 f"batch {at} {holds(batch)}"
             )

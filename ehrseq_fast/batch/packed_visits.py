@@ -32,11 +32,12 @@ class PackedVisits(Sources):
     A batch is immutable: its fields belong together, so they can neither be assigned nor written
     to. A change in place of codes, offsets, index, lengths or outcomes is noticed, and refused with
     ``RuntimeError``, when the batch is next used, unless it is made through ``.numpy()`` or
-    ``.data``. One of ``visit_features`` or of a tensor in ``targets`` or ``visit_targets`` is not
-    noticed, and changes every batch that holds the tensor. Whatever a batch is made from is copied:
-    writing to it later changes no batch. :meth:`with_outcomes`, :meth:`with_codes` and
-    :meth:`with_features` make changed copies. ``copy.deepcopy``, ``pickle``, slices, :meth:`cat`,
-    :meth:`pin_memory` and :meth:`to` keep outcomes, features and targets.
+    ``.data``. One of ``visit_features``, ``code_weights`` or a tensor in ``targets`` or
+    ``visit_targets`` is not noticed, and changes every batch that holds the tensor. Whatever a
+    batch is made from is copied: writing to it later changes no batch. :meth:`with_outcomes`,
+    :meth:`with_codes`, :meth:`with_features` and :meth:`with_code_weights` make changed copies.
+    ``copy.deepcopy``, ``pickle``, slices, :meth:`cat`, :meth:`pin_memory` and :meth:`to` keep
+    outcomes, features, weights and targets.
 
     ``torch.export`` takes no batch as an input: the sizes of a batch are Python numbers, which a
     graph would hold as constants. Export a model with ``path="padded"`` and padded tensors.
@@ -61,6 +62,9 @@ class PackedVisits(Sources):
         event_indicators: int64 ``[n_patients]``, 1 where the event was seen, 0 censored, or None.
         event_types: int64 ``[n_patients]``, 0 censored, 1.. which of competing events, or None.
         visit_features: ``[n_visits, F]``, floating, in row order, or None.
+        code_weights: ``[n_codes]``, floating, in the order of ``codes``, or None: what each code
+            counts for (a dose, a lab value, TF-IDF, a decay over time) where the codes of a visit
+            are pooled by mean or sum; see :func:`~ehrseq_fast.packed_visit_pool`.
         targets: tensors ``[n_patients, ...]`` by name, in a read-only mapping.
         visit_targets: tensors ``[n_visits, ...]`` in row order, by name.
         vocab_size: the range that the codes were checked against, or None.
@@ -90,6 +94,7 @@ class PackedVisits(Sources):
         visit_features: ArrayLike | Sequence[ArrayLike] | None = None,
         targets: Mapping[str, ArrayLike] | None = None,
         visit_targets: Mapping[str, ArrayLike | Sequence[ArrayLike]] | None = None,
+        code_weights: ArrayLike | Sequence[Sequence[ArrayLike]] | None = None,
     ) -> PackedVisits:
         """Pack nested sequences: patients -> visits -> code ids.
 
@@ -102,6 +107,8 @@ class PackedVisits(Sources):
                 the patients one after the other.
             targets: ``[n_patients, ...]`` by name.
             visit_targets: like ``visit_features``, of any dtype and shape ``[..., ...]``, by name.
+            code_weights: floats, one per code: nested as ``patients`` are, or flat, all codes of
+                patient 0, then of patient 1, ... See :attr:`code_weights`.
 
         Raises:
             ValueError: a patient without visits, an event time outside a patient's visits, an event
@@ -126,7 +133,13 @@ class PackedVisits(Sources):
         outcomes = (event_times, event_indicators, event_types)
         return cls(
             *builder.from_lists(
-                patients, vocab_size, outcomes, visit_features, targets, visit_targets
+                patients,
+                vocab_size,
+                outcomes,
+                visit_features,
+                targets,
+                visit_targets,
+                code_weights,
             )
         )
 
@@ -145,6 +158,7 @@ class PackedVisits(Sources):
         visit_features: ArrayLike | None = None,
         targets: Mapping[str, ArrayLike] | None = None,
         visit_targets: Mapping[str, ArrayLike] | None = None,
+        code_weights: ArrayLike | None = None,
     ) -> PackedVisits:
         """Pack the chosen patients of a whole data set in flat arrays.
 
@@ -164,6 +178,7 @@ class PackedVisits(Sources):
             visit_features: floats ``[all visits, F]``.
             targets: ``[all patients, ...]`` by name.
             visit_targets: ``[all visits, ...]`` by name.
+            code_weights: floats ``[all codes]``. See :attr:`code_weights`.
 
         Raises:
             ValueError: as :meth:`from_lists`, and offsets that fall or point outside.
@@ -191,6 +206,7 @@ class PackedVisits(Sources):
                 visit_features,
                 targets,
                 visit_targets,
+                code_weights,
             )
         )
 
@@ -211,6 +227,7 @@ class PackedVisits(Sources):
         visit_targets: Mapping[str, Tensor] | None = None,
         side: str = "right",
         holes: str = "refuse",
+        code_weights: ArrayLike | None = None,
     ) -> PackedVisits:
         """Pack the padded triple of tensors. Padding is not read: it may hold any code.
 
@@ -222,7 +239,10 @@ class PackedVisits(Sources):
 
         Args:
             visit_codes: integers ``[B, V, C]`` of any width.
-            visit_mask: ``[B, V, C]``, bool or numeric 0/1: which codes are real; without it all.
+            visit_mask: ``[B, V, C]``, bool or numeric 0/1: which codes are real; without it all. A
+                floating mask with other values than 0 and 1 weighs codes, as in
+                :func:`~ehrseq_fast.visit_mean_pool`, and becomes :attr:`code_weights`; on a GPU
+                such a batch is built on the host.
             sequence_mask: ``[B, V]``, bool or numeric 0/1, ones first (see ``side``): which visits
                 are real; without it and without ``lengths`` all are.
             lengths: integers ``[B]`` on the host, instead of ``sequence_mask`` or beside it. Beside
@@ -235,14 +255,16 @@ class PackedVisits(Sources):
             side: where the padding visits are: ``"right"`` of the real ones, or ``"left"``.
             holes: what to do with padding between real visits: ``"refuse"`` it, or ``"pack"`` the
                 real visits in their order, wherever the padding is.
+            code_weights: floats ``[B, V, C]``, read where ``visit_mask`` is not zero; gradients
+                flow back to them. See :attr:`code_weights`.
 
         Event times, and the visits that errors name, are counted among a patient's real visits.
 
         Raises:
-            ValueError: as :meth:`from_lists`; a mask that is neither 0 nor 1 on a real visit (a
-                weighted mask needs the padded tensors), a ``sequence_mask`` with holes or with its
-                padding on the other side, lengths that disagree with it, lengths on a GPU, tensors
-                on different devices.
+            ValueError: as :meth:`from_lists`; a mask of integers, or one beside ``code_weights``,
+                that is neither 0 nor 1 on a real visit, a NaN in a mask, a ``sequence_mask`` with
+                holes or with its padding on the other side, lengths that disagree with it, lengths
+                on a GPU, tensors on different devices.
             IndexError: a code outside the vocabulary.
             TypeError: codes that are no integers.
 
@@ -273,6 +295,7 @@ class PackedVisits(Sources):
                 visit_targets,
                 side,
                 holes,
+                code_weights,
             )
         return cls(*contents)
 
@@ -280,9 +303,9 @@ class PackedVisits(Sources):
     def cat(cls, batches: Iterable[PackedVisits]) -> PackedVisits:
         """One batch of all the batches' patients, in that order.
 
-        The batches must agree in what they hold: outcomes, features, names of targets. The result
-        lies where the first one lies; a batch on a GPU is brought to the host and back, which waits
-        for the device.
+        The batches must agree in what they hold: outcomes, features, weights, names of targets.
+        The result lies where the first one lies; a batch on a GPU is brought to the host and back,
+        which waits for the device.
 
         Raises:
             ValueError: no batches, or batches that hold different things.

@@ -103,9 +103,10 @@ class Rows(Storage):
         On a GPU this waits for the device, for the number of codes of the largest visit.
 
         Returns:
-            visit_codes int64 ``[B, V, C]`` (0 where padded), visit_mask bool ``[B, V, C]``,
-            sequence_mask bool ``[B, V]``; ``V`` is ``max_visits`` or ``total_length``, ``C`` the
-            largest visit's number of codes.
+            visit_codes int64 ``[B, V, C]`` (0 where padded), visit_mask bool ``[B, V, C]`` or, of
+            a batch with weights of codes, these weights (0 where padded), sequence_mask bool
+            ``[B, V]``; ``V`` is ``max_visits`` or ``total_length``, ``C`` the largest visit's
+            number of codes.
 
         Raises:
             ValueError: if ``total_length`` is too small.
@@ -133,8 +134,12 @@ class Rows(Storage):
         slots = self._slots_within(n_visits)[row_of_code] * n_slots + place
         visit_codes = slots.new_zeros(len(self), n_visits, n_slots)
         visit_codes.view(-1).index_copy_(0, slots, self.codes.long())
-        visit_mask = torch.zeros_like(visit_codes, dtype=torch.bool)
-        visit_mask.view(-1).index_fill_(0, slots, True)
+        if self.code_weights is None:
+            visit_mask = torch.zeros_like(visit_codes, dtype=torch.bool)
+            visit_mask.view(-1).index_fill_(0, slots, True)
+        else:
+            zeros = self.code_weights.new_zeros(visit_codes.numel())
+            visit_mask = zeros.index_copy(0, slots, self.code_weights).view_as(visit_codes)
         return visit_codes, visit_mask, self.sequence_mask(n_visits)
 
     def sequence_mask(self, total_length: int | None = None) -> Tensor:

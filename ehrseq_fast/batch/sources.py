@@ -96,6 +96,7 @@ class Sources(Windows):
         visit_features: Of | ArrayLike | Sequence[ArrayLike] | None = None,
         targets: Mapping[str, Of | ArrayLike] | None = None,
         visit_targets: Mapping[str, Of | ArrayLike | Sequence[ArrayLike]] | None = None,
+        code_weights: Of | ArrayLike | None = None,
     ) -> Batch:
         """Pack patients that are objects of yours, by functions that say what each of them has.
 
@@ -106,6 +107,7 @@ class Sources(Windows):
             event_times, event_indicators, event_types, visit_features: of a patient (a number; or
                 an array ``[V, F]``), or all of them as in :meth:`from_lists`.
             targets, visit_targets: such functions, or arrays, by name.
+            code_weights: of a patient, the weights of its visits' codes, or all of them.
             vocab_size: codes must be below it.
 
         Raises:
@@ -142,6 +144,7 @@ class Sources(Windows):
             each(visit_features),
             by_name(targets),
             by_name(visit_targets),
+            each(code_weights),
         )
         return cls(*contents)
 
@@ -158,6 +161,7 @@ class Sources(Windows):
         event_types: ArrayLike | None = None,
         targets: Iterable[str] = (),
         visit_targets: Iterable[str] = (),
+        code_weights: str | None = None,
     ) -> Batch:
         """Pack arrays in the layout of the ``nested_ragged_tensors`` package: codes
         ``"dim2/<code>"`` of all visits end to end, ``"dim2/bounds"`` where each visit's end, and
@@ -172,6 +176,7 @@ class Sources(Windows):
             targets: names of arrays with a value for each patient, which the batch's targets are to
                 hold.
             visit_targets: names of arrays with a value for each visit.
+            code_weights: the name of an array with a weight for each code (of values, say).
             vocab_size: codes must be below it.
 
         Raises:
@@ -216,6 +221,7 @@ class Sources(Windows):
             None,
             {name: _named(arrays, level - 2, name) for name in targets},
             {name: _named(arrays, level - 1, name) for name in visit_targets},
+            None if code_weights is None else _named(arrays, level, code_weights),
         )
         return cls(*contents)
 

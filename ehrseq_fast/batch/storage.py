@@ -60,6 +60,7 @@ class Storage:
     event_indicators: Tensor | None = _view("event_indicators")
     event_types: Tensor | None = _view("event_types")
     visit_features: Tensor | None
+    code_weights: Tensor | None
     targets: dict[str, Tensor]
     visit_targets: dict[str, Tensor]
     vocab_size: int | None
@@ -79,9 +80,10 @@ class Storage:
         visit_features: Tensor | None = None,
         targets: Mapping[str, Tensor] | None = None,
         visit_targets: Mapping[str, Tensor] | None = None,
+        code_weights: Tensor | None = None,
     ) -> None:
-        # Two buffers hold everything but features and targets: `host` never leaves the host, and
-        # `fields` moves to a device, to pinned memory or to another process in one piece.
+        # Two buffers hold everything but features, weights and targets: `host` never leaves the
+        # host, and `fields` moves to a device, to pinned memory or to another process in one piece.
         layout = Layout(*layout)
         host, fields = trainable(host), trainable(fields)
         of_visits = {k: trainable(v) for k, v in (visit_targets or {}).items()}
@@ -95,6 +97,7 @@ class Storage:
             ("_versions", (host._version, fields._version)),
             ("vocab_size", None if vocab_size is None else int(vocab_size)),
             ("visit_features", None if visit_features is None else trainable(visit_features)),
+            ("code_weights", None if code_weights is None else trainable(code_weights)),
             ("targets", ReadOnly({k: trainable(v) for k, v in (targets or {}).items()})),
             ("visit_targets", ReadOnly(of_visits)),
         ):
@@ -103,7 +106,7 @@ class Storage:
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(
             f"a PackedVisits is immutable, so {name!r} cannot be set: make a changed copy with "
-            "with_outcomes(...), with_codes(...) or with_features(...)"
+            "with_outcomes(...), with_codes(...), with_features(...) or with_code_weights(...)"
         )
 
     def __delattr__(self, name: str) -> NoReturn:
@@ -185,8 +188,8 @@ class Storage:
         dtype: None = None,
     ) -> Batch:
         """This batch on ``device``; itself where it already is. ``batch_sizes`` and ``lengths``
-        stay on the CPU. One copy carries all but the features and targets, without waiting for the
-        device if the batch is pinned (:meth:`pin_memory`) and ``non_blocking`` is set.
+        stay on the CPU. One copy carries all but features, weights and targets, without waiting for
+        the device if the batch is pinned (:meth:`pin_memory`) and ``non_blocking`` is set.
 
         Raises:
             TypeError: for a dtype, or a tensor in place of a device. A batch has no dtype: codes,
@@ -222,7 +225,7 @@ class Storage:
         return self._fields.is_pinned()
 
     def _map(self: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
-        features = self.visit_features
+        features, weights = self.visit_features, self.code_weights
         return type(self)(
             self._layout,
             self._host,
@@ -231,12 +234,14 @@ class Storage:
             None if features is None else move(features),
             {name: move(target) for name, target in self.targets.items()},
             {name: move(target) for name, target in self.visit_targets.items()},
+            None if weights is None else move(weights),
         )
 
     def _holds_the_same_tensors(self, other: Storage) -> bool:
         return (
             self._fields is other._fields
             and self.visit_features is other.visit_features
+            and self.code_weights is other.code_weights
             and all(self.targets[name] is other.targets[name] for name in self.targets)
             and all(self.visit_targets[k] is other.visit_targets[k] for k in self.visit_targets)
         )
@@ -253,6 +258,7 @@ class Storage:
             self.visit_features,
             dict(self.targets),
             dict(self.visit_targets),
+            self.code_weights,
         )
 
 

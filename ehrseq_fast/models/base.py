@@ -92,6 +92,11 @@ class VisitSequenceModel(nn.Module):
         """Codes ``[B, V, C]`` → visit vectors ``[B, V, E]``, in plain PyTorch."""
         return plain_pool(self.embedding(codes), mask, "mean")
 
+    def _pooling_mode(self) -> str | None:
+        """How codes of a visit are pooled: ``"mean"``, ``"sum"``, ...; None where that is up to a
+        module that was put in."""
+        return "mean"
+
     def _lstm_input(self, vectors: Tensor, visit_features: Tensor | None) -> Tensor:
         """Visit vectors ``[..., E]`` and what else is known of the visits → LSTM input."""
         return vectors
@@ -161,6 +166,11 @@ class VisitSequenceModel(nn.Module):
     def _run_batch(self, batch: PackedVisits) -> HiddenStates:
         if len(batch) == 0:
             raise ValueError("batch: expected at least one patient, got none")
+        if batch.code_weights is not None and self._pooling_mode() in ("max", "attention"):
+            raise ValueError(
+                f"code_weights: expected none with visits pooled by {self._pooling_mode()}, which "
+                "has no use for them: pass batch.with_code_weights(None)"
+            )
 
         def packed(values: Tensor) -> PackedRows:
             return PackedRows(values, batch)

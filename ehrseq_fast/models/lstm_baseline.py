@@ -239,6 +239,9 @@ class LSTMBaseline(VisitSequenceModel):
             return self.visit_encoder.encode_batch(batch, self.embedding)
         return self.visit_encoder(*padded_embeddings(self.embedding, batch))
 
+    def _pooling_mode(self) -> str | None:
+        return getattr(self.visit_encoder, "aggregation", None)
+
     def _pool_weighted_rows(self, codes: Tensor, mask: Tensor) -> Tensor:
         if is_plain(self.visit_encoder, VisitEncoder):
             return self.visit_encoder.encode_weighted(codes, mask, self.embedding)

@@ -38,7 +38,14 @@ def pool_rows(batch: PackedVisits, rows: Tensor, mode: str, scores: Tensor | Non
     ``[n_codes]`` for attention."""
     ids = torch.arange(batch.n_codes + 1, dtype=torch.int32, device=batch.codes.device)
     # The rows are a table of which each code takes its own row.
-    codes = PackedCodes(ids[:-1], batch.code_offsets, ids[:-1], ids, batch.row_of_code.int())
+    codes = PackedCodes(
+        ids[:-1],
+        batch.code_offsets,
+        ids[:-1],
+        ids,
+        batch.row_of_code.int(),
+        batch.code_weights,
+    )
     return packed_visit_pool(codes, rows, mode=mode, scores=scores)
 
 
@@ -71,7 +78,8 @@ def embed_real(embedding: nn.Module, codes: Tensor, mask: Tensor) -> Tensor:
 
 def padded_embeddings(embedding: nn.Module, batch: PackedVisits) -> tuple[Tensor, Tensor]:
     """``embedding`` called on the flat codes of a batch: ``[n_visits, C, E]`` with zeros where a
-    visit has fewer codes than the largest, and the mask of real codes ``[n_visits, C]``.
+    visit has fewer codes than the largest, and the mask of real codes ``[n_visits, C]``, which
+    holds the weights of codes of a batch that has any.
 
     For a visit encoder that has to be called, and takes no other form. Waits for a GPU, for C.
     """
@@ -81,6 +89,10 @@ def padded_embeddings(embedding: nn.Module, batch: PackedVisits) -> tuple[Tensor
     place = torch.arange(batch.n_codes, device=batch.device) - batch.code_offsets[row_of_code]
     slots = row_of_code * width + place
     embeddings = _spread(embed(embedding, batch.codes), slots, (batch.n_visits, width))
+    if batch.code_weights is not None:
+        zeros = batch.code_weights.new_zeros(batch.n_visits * width)
+        mask = zeros.index_copy(0, slots, batch.code_weights)
+        return embeddings, mask.unflatten(0, (batch.n_visits, width))
     return embeddings, torch.arange(width, device=batch.device) < counts.unsqueeze(1)
 
 

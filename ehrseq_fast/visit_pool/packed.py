@@ -10,7 +10,7 @@ from torch import Tensor
 from ..arrays import expect_tensor, kind_of
 from ..autograd import once, values_are_hidden
 from ..backend import must_check_values, operators
-from ..checks import expect_floating, expect_option, refuse_codes_outside
+from ..checks import expect_device, expect_floating, expect_option, refuse_codes_outside
 from . import reference
 from .op import choose, padding_row, sparse_rows
 from .operators import MODES
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..batch import PackedVisits
 
 PACKED_MODES = (*MODES, "attention")
+WEIGHTED_MODES = ("mean", "sum")
 
 
 class PackedCodes(NamedTuple):
@@ -29,6 +30,7 @@ class PackedCodes(NamedTuple):
     index_codes: Tensor
     index_offsets: Tensor
     index_visits: Tensor
+    code_weights: Tensor | None = None
 
 
 def codes_in_use(batch: PackedVisits) -> PackedCodes:
@@ -50,7 +52,9 @@ def codes_in_use(batch: PackedVisits) -> PackedCodes:
     codes = torch.searchsorted(batch.index_codes, batch.codes, out_int32=True)
     if codes.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_in_index(batch, codes)
-    return PackedCodes(codes, batch.code_offsets, ids, batch.index_offsets, batch.index_visits)
+    return PackedCodes(
+        codes, batch.code_offsets, ids, batch.index_offsets, batch.index_visits, batch.code_weights
+    )
 
 
 def packed_visit_pool(
@@ -59,6 +63,7 @@ def packed_visit_pool(
     *,
     mode: str = "mean",
     scores: Tensor | None = None,
+    code_weights: Tensor | None = None,
     padding_idx: int | None = None,
     sparse_grad: bool = False,
     validate: bool = False,
@@ -74,11 +79,27 @@ def packed_visit_pool(
     where the score of a code depends on the code alone, so that it is computed once per code
     (``[K]``) and not once per slot.
 
+    With weights of codes :math:`w` (a dose, a lab value, TF-IDF, a decay over time), those of the
+    batch or ``code_weights``, a visit is
+
+    .. math:: \sum_c w_c W_c \,/\, \max(\sum_c w_c, 1)
+
+    for ``mode="mean"``, and ``mode="sum"`` leaves the division out: the numbers of
+    :func:`visit_mean_pool` with a mask that holds the weights. So weights that sum to less than 1
+    in a visit are not scaled up, negative ones are taken as they are, and a code of weight 0 adds
+    nothing, whatever its row holds; NaN and infinity reach the result. A code that a visit holds
+    twice counts with both of its weights. The weights are differentiable,
+    :math:`\partial L / \partial w_c = g \cdot (W_c - y) / \sum_c w_c` for the mean :math:`y` of
+    gradient :math:`g` where the weights sum to 1 or more, and :math:`g \cdot W_c` elsewhere. Modes
+    max and attention take none.
+
     Args:
         batch: the codes, grouped by visit, in the order of ``PackedSequence.data``.
         weight: ``[K, E]`` float32, float64, bfloat16 or float16: the embedding table.
         mode: ``"mean"``, ``"sum"``, ``"max"`` or ``"attention"``.
         scores: ``[K]`` of ``weight``'s dtype, for ``mode="attention"``.
+        code_weights: ``[n_codes]``, floating, in the order of ``batch.codes``, in place of those of
+            the batch. For none at all, pool ``batch.with_code_weights(None)``.
         padding_idx: this row of ``weight`` gets no gradient. It is not a mask.
         sparse_grad: give ``weight`` a coalesced sparse gradient (not with attention). With
             ``padding_idx`` on a GPU its computation waits for the device, to learn its size.
@@ -89,8 +110,9 @@ def packed_visit_pool(
         gives zeros in every mode.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown mode, attention without scores.
-        TypeError: a table that is not floating.
+        ValueError: shapes that do not fit, an unknown mode, attention without scores, weights of
+            codes in mode max or attention.
+        TypeError: a table or weights that are not floating.
         IndexError: a code, or ``padding_idx``, outside the vocabulary.
 
     Derivatives are those of :func:`visit_mean_pool`.
@@ -104,10 +126,20 @@ def packed_visit_pool(
         tensor([[3., 2.],
                 [2., 4.],
                 [4., 0.]])
+        >>> packed_visit_pool(batch, table, code_weights=torch.tensor([1.0, 3.0, 1.0, 2.0]))
+        tensor([[3.5000, 1.0000],
+                [2.0000, 4.0000],
+                [4.0000, 0.0000]])
     """
+    if code_weights is None:
+        code_weights = getattr(batch, "code_weights", None)
     row = _check_arguments(batch, weight, mode, scores, padding_idx, sparse_grad)
+    if code_weights is not None:
+        _check_code_weights(batch, code_weights, mode)
     operation = "packed_attention_pool" if mode == "attention" else "packed_visit_pool"
-    chosen = choose(operation, weight, scores)
+    chosen = choose(operation, weight, scores, code_weights)
+    if code_weights is not None:
+        chosen = "reference"
     must_check = must_check_values(chosen, weight.device.type, validate)
     if must_check and not values_are_hidden(batch.codes, batch.code_offsets):
         _check_packed_codes(batch, weight.shape[0])
@@ -118,6 +150,7 @@ def packed_visit_pool(
             weight,
             mode=mode,
             scores=scores,
+            code_weights=code_weights,
             padding_idx=padding_idx,
             sparse_grad=sparse_grad,
         )
@@ -243,6 +276,22 @@ def _check_arguments(
         if sparse_grad:
             raise ValueError("sparse_grad: expected False with mode='attention', got True")
     return padding_row(padding_idx, weight.shape[0])
+
+
+def _check_code_weights(batch: PackedVisits | PackedCodes, code_weights: Tensor, mode: str) -> None:
+    if mode not in WEIGHTED_MODES:
+        raise ValueError(
+            f"code_weights: expected none with mode={mode!r}, which has no use for them, got "
+            f"{kind_of(code_weights)}: pool batch.with_code_weights(None)"
+        )
+    expect_tensor("code_weights", code_weights, "a tensor or None")
+    expect_floating("code_weights", code_weights)
+    if code_weights.shape != batch.codes.shape:
+        raise ValueError(
+            f"code_weights: expected [n_codes] = {list(batch.codes.shape)}, got "
+            f"{list(code_weights.shape)}"
+        )
+    expect_device("code_weights", code_weights, batch.codes.device, "batch.codes")
 
 
 def _check_in_index(batch: PackedVisits | PackedCodes, places: Tensor) -> None:

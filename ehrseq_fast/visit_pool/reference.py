@@ -66,10 +66,12 @@ def packed_visit_pool(
     *,
     mode: str = "mean",
     scores: Tensor | None = None,
+    code_weights: Tensor | None = None,
     padding_idx: int | None = None,
     sparse_grad: bool = False,
 ) -> Tensor:
-    """Codes grouped by visit (``code_offsets`` ``[n_visits + 1]``) to ``[n_visits, E]``."""
+    """Codes grouped by visit (``code_offsets`` ``[n_visits + 1]``) to ``[n_visits, E]``;
+    ``code_weights`` ``[n_codes]`` in mode mean or sum."""
     counts = code_offsets.diff()
     n_visits = counts.shape[0]
     visit = torch.arange(n_visits, device=codes.device).repeat_interleave(
@@ -87,10 +89,57 @@ def packed_visit_pool(
         exponential = torch.exp(score - highest[visit])
         total = score.new_zeros(n_visits).index_add(0, visit, exponential)
         rows = rows * (exponential / total[visit]).unsqueeze(-1)
+    total_weights = counts
+    if code_weights is not None:
+        weights = code_weights.to(rows.dtype)
+        rows = _weighted(rows, weights)
+        total_weights = weights.new_zeros(n_visits).index_add(0, visit, weights)
     pooled = rows.new_zeros(n_visits, weight.shape[1]).index_add(0, visit, rows)
     if mode == "mean":
-        pooled = pooled / counts.clamp(min=1).unsqueeze(-1)
+        pooled = pooled / total_weights.clamp(min=1).unsqueeze(-1)
     return pooled.to(weight.dtype)
+
+
+def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows ``[n, E]`` times ``weights`` ``[n]``; zeros where a weight is zero, as of a slot that a
+    mask leaves out, whatever the row holds."""
+    if not torch.compiler.is_compiling():
+        return _Weighted.apply(rows, weights)
+    # of a row that holds a NaN and has no weight, this has no derivative by the weight
+    nothing = (weights == 0).unsqueeze(-1)
+    return torch.where(nothing, rows.nan_to_num(), rows) * weights.unsqueeze(-1)
+
+
+class _Weighted(torch.autograd.Function):
+    """A product that is zero at a weight of zero, with the derivatives of a product everywhere: by
+    its weight too where that is zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows, weights):
+        weights = weights.unsqueeze(-1)
+        return torch.where(weights == 0, 0, rows * weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weights = ctx.saved_tensors
+        return _Weighted.apply(grad, weights), (grad * rows).sum(-1)
+
+    @staticmethod
+    def jvp(ctx, rows_tangent, weights_tangent):
+        rows, weights = ctx.saved_tensors
+        tangent = torch.zeros_like(rows)
+        if rows_tangent is not None:
+            tangent = tangent + _Weighted.apply(rows_tangent, weights)
+        if weights_tangent is not None:
+            tangent = tangent + rows * weights_tangent.unsqueeze(-1)
+        return tangent
 
 
 def _largest_of_visits(rows: Tensor, visit: Tensor, n_visits: int) -> Tensor:
