@@ -19,6 +19,7 @@ from .deephit_ranking import (
     deephit_ranking_loss,
 )
 from .dropin import accelerate, restore
+from .fixed_horizon import fixed_horizon_bce, fixed_horizon_labels
 from .next_codes import NextCodesLoss, next_codes_bce
 from .packed_gru import PackedGRU, packed_gru
 from .packed_lstm import PackedLSTM, packed_lstm
@@ -35,6 +36,7 @@ from .survival_nll import (
     packed_survival_nll,
     piecewise_hazard_nll,
 )
+from .visit_cross_entropy import VisitCrossEntropyLoss, visit_cross_entropy
 from .visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
 from .visit_pool.module import VisitPool
 from .warmup import warmup
@@ -52,6 +54,7 @@ __all__ = [
     "PackedRows",
     "PackedVisits",
     "PiecewiseHazardLoss",
+    "VisitCrossEntropyLoss",
     "VisitPool",
     "accelerate",
     "competing_risks_nll",
@@ -59,6 +62,8 @@ __all__ = [
     "deephit_competing_ranking_loss",
     "deephit_ranking_loss",
     "discrete_time_survival_nll",
+    "fixed_horizon_bce",
+    "fixed_horizon_labels",
     "masked_pool",
     "next_codes_bce",
     "packed_competing_risks_nll",
@@ -71,6 +76,7 @@ __all__ = [
     "pmf_nll",
     "restore",
     "use_backend",
+    "visit_cross_entropy",
     "visit_mean_pool",
     "warmup",
 ]

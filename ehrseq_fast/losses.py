@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arrays import expect_tensor, kind_of, whole
-from .autograd import outside_transforms, unwrapped, values_are_hidden
-from .backend import validate_on_device
-from .checks import accumulator
+from .autograd import outside_transforms, transformed, unwrapped, values_are_hidden
+from .backend import choose, validate_on_device
+from .checks import REAL
+from .fixed_horizon.checks import check_horizon
+from .fixed_horizon.op import MaskedBCE, fixed_horizon_bce
+from .fixed_horizon.reference import masked_bce
 from .models.sequences import refuse_zero_lengths
 from .rows import PackedRows
+from .survival_nll.fused import PADDED, nll
 
 
 class FixedHorizonProgressionLoss(nn.Module):
@@ -25,8 +29,18 @@ class FixedHorizonProgressionLoss(nn.Module):
     a label of −1 or a NaN logit, matters neither forward nor backward; without a mask it would, so
     the mask is required. Computed in float32 for 16-bit logits, and returned in their dtype.
 
+    Labels may be given, or be made from event times:
+    ``loss(logits, event_times=..., event_indicators=..., sequence_mask=...)`` is
+    :func:`~ehrseq_fast.fixed_horizon_bce`, whose :func:`~ehrseq_fast.fixed_horizon_labels` says
+    which visits are valid.
+
     Args:
-        horizon_days: the horizon, for the record; the labels already hold it.
+        horizon_days: the horizon in days (of ``visit_times``). Where labels are given it is there
+            for the record: they already hold it.
+        horizon_visits: the horizon in visits, in place of days.
+
+    Raises:
+        ValueError: for both horizons, or one that is not above 0.
 
     Example:
         >>> import torch
@@ -35,52 +49,149 @@ class FixedHorizonProgressionLoss(nn.Module):
         >>> logits = torch.tensor([[0.0, 0.0, float("nan")]])
         >>> loss(logits, torch.tensor([[1, 0, -1]]), torch.tensor([[1, 1, 0]]))
         tensor(0.6931)
+        >>> loss(
+        ...     logits,
+        ...     event_times=torch.tensor([400.0]),
+        ...     event_indicators=torch.tensor([1]),
+        ...     visit_times=torch.tensor([[0.0, 300.0, 400.0]]),
+        ... )
+        tensor(0.6931)
     """
 
-    def __init__(self, horizon_days: int | None = None) -> None:
+    def __init__(
+        self, horizon_days: float | None = None, *, horizon_visits: float | None = None
+    ) -> None:
         super().__init__()
+        if horizon_days is not None and horizon_visits is not None:
+            raise ValueError(
+                "horizon_days and horizon_visits: expected one of them, got "
+                f"{horizon_days} and {horizon_visits}"
+            )
+        for name, horizon in (("horizon_days", horizon_days), ("horizon_visits", horizon_visits)):
+            if horizon is not None:
+                check_horizon(horizon, name)
         self.horizon_days = horizon_days
+        self.horizon_visits = horizon_visits
 
     def extra_repr(self) -> str:
+        if self.horizon_visits is not None:
+            return f"horizon_visits={self.horizon_visits}"
         return f"horizon_days={self.horizon_days}"
 
-    def forward(self, logits: Tensor, labels: Tensor, valid_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor | PackedRows,
+        labels: Tensor | None = None,
+        valid_mask: Tensor | None = None,
+        *,
+        event_times: Tensor | None = None,
+        event_indicators: Tensor | None = None,
+        sequence_mask: Tensor | None = None,
+        visit_times: Tensor | None = None,
+        visit_weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
         """Scalar loss; 0 where no visit is valid.
 
         Args:
-            logits: ``[B, V]`` floating (any shape, the same for all three).
+            logits: ``[B, V]`` floating; with labels any shape, the same for all three. Without
+                labels it may be :class:`~ehrseq_fast.PackedRows` ``[n_visits]``.
             labels: ``[B, V]`` bool or numeric, in [0, 1] at valid visits.
             valid_mask: ``[B, V]`` bool or numeric; a fraction is a weight.
+            event_times, event_indicators, sequence_mask, visit_times, visit_weight, sample_weight:
+                in place of labels, as for :func:`~ehrseq_fast.fixed_horizon_bce`. Of packed rows
+                the outcomes may be left out: with ``horizon_visits`` they are
+                ``batch.event_times`` and ``batch.event_indicators``, with ``horizon_days``
+                ``batch.visit_targets["days_to_end"]``, the days from each visit to the event or
+                the end of observation, and ``batch.event_indicators``.
 
         Raises:
             ValueError: for shapes that differ, labels outside [0, 1] at valid visits, and a mask
                 that is negative or not finite (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``; under
-                ``vmap`` those of all samples are looked at).
-            TypeError: for anything but tensors of real numbers; of
-                :class:`~ehrseq_fast.PackedRows` pass ``to_padded()``.
+                ``vmap`` those of all samples are looked at); labels and event times at once;
+                without labels, a loss that was made without a horizon, and what
+                :func:`~ehrseq_fast.fixed_horizon_bce` refuses.
+            TypeError: for anything but tensors of real numbers, and
+                :class:`~ehrseq_fast.PackedRows` with labels: pass ``to_padded()``.
         """
-        _refuse_rows(logits=logits, labels=labels, valid_mask=valid_mask)
-        for name, tensor in (("logits", logits), ("labels", labels), ("valid_mask", valid_mask)):
-            expect_tensor(name, tensor)
-            if tensor.is_complex():
-                raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
-            if tensor.shape != logits.shape:
-                raise ValueError(
-                    f"{name}: expected the shape of logits, {list(logits.shape)}, "
-                    f"got {list(tensor.shape)}"
-                )
-        if not logits.is_floating_point():
-            raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
-        _check_weights(valid_mask)
-        wide = accumulator(logits.dtype)
-        valid = valid_mask != 0
-        targets = labels.to(wide).masked_fill(~valid, 0.0)
-        _check_targets(targets)
-        loss = F.binary_cross_entropy_with_logits(
-            logits.to(wide).masked_fill(~valid, 0.0), targets, reduction="none"
+        of_outcomes = {
+            "event_times": event_times,
+            "event_indicators": event_indicators,
+            "sequence_mask": sequence_mask,
+            "visit_times": visit_times,
+            "visit_weight": visit_weight,
+            "sample_weight": sample_weight,
+        }
+        if labels is None and valid_mask is None:
+            return self._from_outcomes(logits, of_outcomes)
+        for name, given in of_outcomes.items():
+            if given is not None:
+                raise ValueError(f"{name}: expected None with labels, which hold it, got a value")
+        return _loss_of_labels(logits, labels, valid_mask)
+
+    def _from_outcomes(
+        self, logits: Tensor | PackedRows, given: dict[str, Tensor | None]
+    ) -> Tensor:
+        horizon = self.horizon_days if self.horizon_visits is None else self.horizon_visits
+        if horizon is None:
+            raise ValueError(
+                "horizon_days or horizon_visits: expected with FixedHorizonProgressionLoss where "
+                "no labels are given, got None"
+            )
+        if self.horizon_visits is not None:
+            if given["visit_times"] is not None:
+                raise ValueError("visit_times: expected None with horizon_visits, got a tensor")
+        elif given["visit_times"] is None:
+            given.update(self._days_of(logits, given["event_times"]))
+        loss = fixed_horizon_bce(logits, horizon=horizon, **given)  # type: ignore[arg-type]
+        return loss.to(logits.dtype)
+
+    @staticmethod
+    def _days_of(logits: Tensor | PackedRows, event_times: Tensor | None) -> dict[str, Tensor]:
+        """Times on an axis that has its 0 at the end of each patient's observation."""
+        if isinstance(logits, PackedRows) and event_times is None:
+            days = logits.batch.visit_targets.get("days_to_end")
+            if days is not None:
+                zeros = days.new_zeros(len(logits.batch))
+                return {"event_times": zeros, "visit_times": 0 - days}
+        raise ValueError(
+            "visit_times: expected with horizon_days, the day of each visit, or packed rows "
+            "whose batch has visit_targets['days_to_end'], got None"
         )
-        weight = valid_mask.to(wide)
-        return ((loss * weight).sum() / weight.sum().clamp(min=1)).to(logits.dtype)
+
+
+def _loss_of_labels(logits: Any, labels: Any, valid_mask: Any) -> Tensor:
+    _refuse_rows(logits=logits, labels=labels, valid_mask=valid_mask)
+    tensors: list[Tensor] = []
+    for name, tensor in (("logits", logits), ("labels", labels), ("valid_mask", valid_mask)):
+        expect_tensor(name, tensor)
+        if tensor.is_complex():
+            raise TypeError(f"{name}: expected real numbers, got {tensor.dtype}")
+        tensors.append(tensor)
+        if tensor.shape != tensors[0].shape:
+            raise ValueError(
+                f"{name}: expected the shape of logits, {list(tensors[0].shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+    scores, targets, weights = tensors
+    if not scores.is_floating_point():
+        raise TypeError(f"logits: expected a floating dtype, got {scores.dtype}")
+    chosen = "reference"
+    if scores.numel() and all(tensor.dtype in REAL for tensor in tensors):
+        chosen = choose("masked_bce", scores.device.type, scores.dtype)
+    learned = (targets.requires_grad or weights.requires_grad) and torch.is_grad_enabled()
+    if learned or transformed(*tensors):
+        chosen = "reference"
+    if chosen == "reference":
+        _check_values(targets, weights)
+        return masked_bce(*tensors).to(scores.dtype)
+    row = scores.shape[-1] if scores.dim() > 1 else scores.numel()
+    flat: Any = tuple(tensor.reshape(-1, row) for tensor in tensors)
+    try:
+        return nll(chosen, PADDED, flat, MaskedBCE()).to(scores.dtype)
+    except ValueError:  # the kernel has seen that a value is wrong; this says which
+        _check_values(targets, weights)
+        raise
 
 
 def _refuse_rows(**arguments: object) -> None:
@@ -98,6 +209,11 @@ def _reads_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or validate_on_device()
 
 
+def _check_values(labels: Tensor, valid_mask: Tensor) -> None:
+    _check_weights(valid_mask)
+    _check_targets(labels, valid_mask)
+
+
 def _check_weights(valid_mask: Tensor) -> None:
     if valid_mask.dtype in (torch.bool, torch.uint8) or not _reads_values(valid_mask):
         return
@@ -109,9 +225,10 @@ def _check_weights(valid_mask: Tensor) -> None:
         )
 
 
-def _check_targets(targets: Tensor) -> None:
-    if not _reads_values(targets):
+def _check_targets(labels: Tensor, valid_mask: Tensor) -> None:
+    if not _reads_values(labels):
         return
+    targets = labels.masked_fill(valid_mask == 0, 0)
     found = _first_wrong(targets, lambda values: ~((values >= 0) & (values <= 1)))
     if found:
         raise ValueError(

@@ -18,7 +18,14 @@ from ehrseq_fast.visit_pool.packed import PACKED_MODES
 
 ROWS = registry.modes()
 # These compute nothing, or are plain PyTorch.
-NO_OPERATION = {"cumulative_incidence", "use_backend", "warmup", "accelerate", "restore"}
+NO_OPERATION = {
+    "accelerate",
+    "cumulative_incidence",
+    "fixed_horizon_labels",
+    "restore",
+    "use_backend",
+    "warmup",
+}
 DIRECTIONS = ("one direction", "both directions")
 LAYERS = {"packed_lstm": DIRECTIONS, "packed_gru": DIRECTIONS}
 ONE_RISK = tuple(link for link in LINKS if link != "softmax")

@@ -76,7 +76,7 @@ def check_tensors(
     )
     if sequence_mask is not None:
         of_mask = ("sequence_mask", sequence_mask, REAL, "a bool or numeric")
-        _check_companion(hazards, name, hazards.shape[:2], *of_mask)
+        check_companion(hazards, name, hazards.shape[:2], *of_mask)
 
 
 def check_hazards(hazards: Tensor, layout: tuple[str, ...], name: str = "hazards") -> None:
@@ -99,18 +99,18 @@ def check_companions(
 ) -> None:
     """Refuse what is known of each patient, where it does not fit ``hazards``."""
     shape = (patients,)
-    _check_companion(
+    check_companion(
         hazards, name_of_hazards, shape, "event_times", event_times, INTEGER, "an integer"
     )
     name, types, allowed = event_types
     kind = "a bool, integer or floating-point" if allowed is REAL else "an integer or bool"
-    _check_companion(hazards, name_of_hazards, shape, name, types, allowed, kind)
+    check_companion(hazards, name_of_hazards, shape, name, types, allowed, kind)
     if entry_times is not None:
-        _check_companion(
+        check_companion(
             hazards, name_of_hazards, shape, "entry_times", entry_times, INTEGER, "an integer"
         )
     if sample_weight is not None:
-        _check_companion(
+        check_companion(
             hazards, name_of_hazards, shape, "sample_weight", sample_weight, REAL, "a real"
         )
         learns = sample_weight.requires_grad and torch.is_grad_enabled()
@@ -130,10 +130,10 @@ def check_column(
     patients: int,
 ) -> None:
     """Refuse anything but one number per patient, of these dtypes, beside logits ``hazards``."""
-    _check_companion(hazards, "logits", (patients,), name, tensor, dtypes, kind)
+    check_companion(hazards, "logits", (patients,), name, tensor, dtypes, kind)
 
 
-def _check_companion(
+def check_companion(
     hazards: Tensor,
     name_of_hazards: str,
     shape: tuple[int, ...],
@@ -141,14 +141,17 @@ def _check_companion(
     tensor: Tensor,
     dtypes: frozenset[torch.dtype],
     kind: str,
+    dims: tuple[str, ...] = ("B", "V"),
 ) -> None:
+    """Refuse a tensor beside ``hazards`` that is on another device, or not of these dtypes and this
+    shape, whose dimensions ``dims`` names."""
     expect_tensor(name, tensor)
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {kind} dtype, got {tensor.dtype}")
     if tensor.shape != shape:
-        dims = ("B", "V")[: len(shape)]
+        names = ", ".join(dims[: len(shape)])
         raise ValueError(
-            f"{name}: expected shape [{', '.join(dims)}] = {list(shape)} "
+            f"{name}: expected shape [{names}] = {list(shape)} "
             f"for {name_of_hazards} {list(hazards.shape)}, got {list(tensor.shape)}"
         )
     expect_device(name, tensor, hazards.device, name_of_hazards)
@@ -158,7 +161,7 @@ def check_outcomes(inputs: Inputs, link: str) -> None:
     """Refuse malformed masks, empty sequences and outcomes outside a patient's visits, of padded
     hazards; nothing where a transform hides the values."""
     hazards, event_times, event_types, sequence_mask, entry_times, _ = inputs
-    if _vmapped():
+    if vmapped():
         return
     competing = hazards.dim() == 3
     slots = hazards.shape[1]
@@ -167,19 +170,8 @@ def check_outcomes(inputs: Inputs, link: str) -> None:
     times, types = event_times.long(), event_types.double()
     visits = torch.full_like(times, slots)
     if sequence_mask is not None:
-        mask = sequence_mask.double()
-        before = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)[:, :slots]
-        faults = ((mask != 0) & (mask != 1)) | (mask > before)
-        if (patient := _first(wrong := faults.any(1))) is not None:
-            visit = int(faults[patient].to(torch.int8).argmax())
-            value = float(mask[patient, visit])
-            _refuse(
-                "sequence_mask must be 1 on a patient's visits and 0 on the padding after them",
-                patient,
-                f"{value:g} at visit {visit}" + (", after a 0" if value == 1 else ""),
-                wrong,
-            )
-        visits = mask.long().sum(1)
+        check_mask(sequence_mask)
+        visits = (sequence_mask != 0).sum(1)
     if (patient := _first(wrong := visits == 0)) is not None:
         raise zero_lengths(int(wrong.sum()), f"patient {patient}")
     if (patient := _first(wrong := (times < 0) | (times >= visits))) is not None:
@@ -209,7 +201,24 @@ def check_outcomes(inputs: Inputs, link: str) -> None:
         )
 
 
-def _vmapped() -> bool:
+def check_mask(sequence_mask: Tensor) -> None:
+    """Refuse a mask ``[B, V]`` that is anything but ones first and zeros after them."""
+    mask = sequence_mask.double()
+    before = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)[:, : mask.shape[1]]
+    faults = ((mask != 0) & (mask != 1)) | (mask > before)
+    if (patient := _first(wrong := faults.any(1))) is not None:
+        visit = int(faults[patient].to(torch.int8).argmax())
+        value = float(mask[patient, visit])
+        _refuse(
+            "sequence_mask must be 1 on a patient's visits and 0 on the padding after them",
+            patient,
+            f"{value:g} at visit {visit}" + (", after a 0" if value == 1 else ""),
+            wrong,
+        )
+
+
+def vmapped() -> bool:
+    """Whether a ``torch.func.vmap`` is active, which may hide values."""
     return torch._C._are_functorch_transforms_active() and any(
         interpreter.key() == torch._C._functorch.TransformType.Vmap
         for interpreter in torch._C._functorch.get_interpreter_stack() or ()

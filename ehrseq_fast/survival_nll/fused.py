@@ -18,7 +18,8 @@ from .options import Options
 # row_starts, unsorted_indices, last_rows of a packed batch; None for padded hazards
 Rows = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]
 PADDED = (None, None, None)
-# hazards, event_times, event_types, sequence_mask, entry_times, sample_weight
+# hazards, event_times, event_types, sequence_mask, entry_times, sample_weight; a loss with rows of
+# PADDED may have others after the hazards, which nothing here looks at
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -121,11 +122,14 @@ class _Nll(torch.autograd.Function):
             except IndexError:
                 _, own = ctx.loss.compute(operators(ctx.chosen), rows, inputs, True)
             grad = _scaled_in_place(own, grad_nll, rows, hazards.dtype)
-        return *(None,) * 5, grad, *(None,) * 5
+        return *(None,) * 5, grad, *(None,) * (len(inputs) - 1)
 
 
 def _scaled(chosen: str, grad: Tensor, grad_nll: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-    """The saved gradient times that of the loss: a number, or one per patient."""
+    """The saved gradient times that of the loss: a number, one per patient, or one per visit."""
+    if grad_nll.dim() == 2:
+        flat = _scaled(chosen, grad.flatten(0, 1), grad_nll.flatten(), rows, dtype)
+        return flat.view(grad.shape)
     return operators(chosen).survival_nll_scale.default(grad, grad_nll, *rows, dtype)
 
 

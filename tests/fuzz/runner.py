@@ -12,7 +12,11 @@ from torch import Tensor
 
 from .. import cuda_on_cpu
 from ..tolerances import tolerance
-from . import batches, operators
+from . import (
+    batches,
+    operators,
+    visitwise,  # noqa: F401  (which adds to the operators that are known)
+)
 from .arguments import FLOATING, Call, Draw, change
 
 # What bad arguments may raise. Whatever else comes out is a defect.

@@ -1,5 +1,5 @@
-// One number per patient, whatever its dtype: times, indicators, weights. Shapes and dtypes have
-// been checked (arguments.h).
+// One number per patient or per visit, whatever its dtype: times, indicators, weights, labels.
+// Shapes and dtypes have been checked (arguments.h).
 #pragma once
 
 #include <cstdint>
@@ -51,15 +51,24 @@ void dispatch_real(ScalarType dtype, Body&& body) {
 
 class Column {
  public:
-  explicit Column(const Tensor& tensor) : tensor_(tensor), dtype_(tensor.scalar_type()) {}
+  explicit Column(const Tensor& tensor) : Column(tensor, tensor.stride(0)) {}
+
+  // One number per visit, [B, V] or [n_visits], in the order of memory.
+  static Column of_visits(const Tensor& tensor) {
+    return Column(torch::stable::contiguous(tensor), 1);
+  }
 
   // The values of patients begin..end, as numbers of type T.
   template <typename T>
   void read(int64_t begin, int64_t end, T* values) const {
-    const int64_t stride = tensor_.stride(0);
+    const int64_t stride = stride_;
     dispatch_real(dtype_, [&](auto tag) {
       using stored_t = typename decltype(tag)::type;
-      const stored_t* stored = static_cast<const stored_t*>(tensor_.const_data_ptr());
+      const stored_t* stored = static_cast<const stored_t*>(data_);
+      if (stride == 1) {  // known when compiled, so that it is done in vectors
+        for (int64_t i = begin; i < end; ++i) values[i - begin] = static_cast<T>(stored[i]);
+        return;
+      }
       for (int64_t i = begin; i < end; ++i) values[i - begin] = static_cast<T>(stored[i * stride]);
     });
   }
@@ -71,9 +80,31 @@ class Column {
     return value;
   }
 
+  // body(at) with at(i) value number begin + i as it is stored; what has no arithmetic of its own
+  // is a double.
+  template <typename Body>
+  void typed(int64_t begin, Body&& body) const {
+    dispatch_real(dtype_, [&](auto tag) {
+      using stored_t = typename decltype(tag)::type;
+      using number_t = std::conditional_t<std::is_arithmetic_v<stored_t>, stored_t, double>;
+      const stored_t* stored = static_cast<const stored_t*>(data_) + begin * stride_;
+      const int64_t stride = stride_;
+      if (stride == 1) return body([=](int64_t i) { return static_cast<number_t>(stored[i]); });
+      body([=](int64_t i) { return static_cast<number_t>(stored[i * stride]); });
+    });
+  }
+
  private:
+  Column(const Tensor& tensor, int64_t stride)
+      : tensor_(tensor),
+        data_(tensor.const_data_ptr()),
+        dtype_(tensor.scalar_type()),
+        stride_(stride) {}
+
   Tensor tensor_;
+  const void* data_;  // asking the tensor for it at every read would cost more than the read
   ScalarType dtype_;
+  int64_t stride_;
 };
 
 }  // namespace ehrseq::survival

@@ -1,0 +1,297 @@
+// fixed_horizon_bce and masked_bce on the CPU: loss and gradient in one call. The loops over visits
+// are in row_kernels.h, that over patients in common/survival/visit_loss.h.
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "common/dtypes.h"
+#include "common/operators.h"
+#include "common/survival/arguments.h"
+#include "common/survival/columns.h"
+#include "common/survival/faults.h"
+#include "common/survival/groups.h"
+#include "common/survival/transposed_visits.h"
+#include "common/survival/visit_loss.h"
+#include "common/tensors.h"
+#include "fixed_horizon/reader.h"
+#include "fixed_horizon/rows.h"
+
+namespace ehrseq::fixed_horizon {
+namespace {
+
+// The sum of the weights, and the ranges of the visits that count.
+template <typename Layout>
+struct RangeWorker {
+  const Layout& layout;
+  const Settings& settings;
+  GroupReader reader;
+  Range* ranges;
+
+  bool group(int64_t first, int64_t count, double* sums) {
+    bool possible = reader.read(layout, first, count);
+    if (!possible) return false;
+    bool has_visits = reader.ranges_need_visits(layout);
+    if (has_visits) reader.read_visits(layout);
+    for (int64_t i = 0; i < count; ++i) {
+      const Range range = ranges[first + i] = reader.range(layout, settings, i);
+      if (range.end < 0) {
+        if (!has_visits) reader.read_visits(layout);
+        has_visits = true;
+        sums[i] = weight_of_visits(settings, reader.patient(i), &possible);
+      } else {
+        sums[i] = range.end == 0 ? 0.0 : static_cast<double>(range.end) * reader.weight(i);
+      }
+    }
+    return possible;
+  }
+};
+
+// The loss of one patient of a group that was read.
+template <typename scalar_t, typename Layout>
+class PatientLoss {
+ public:
+  PatientLoss(const Layout& layout, const Settings& settings, const Targets& targets,
+              const Range* ranges)
+      : layout_(layout), settings_(settings), reader_(targets), ranges_(ranges) {}
+
+  bool read(int64_t first, int64_t count) {
+    first_ = first;
+    const Range* ranges = ranges_ + first;
+    const auto is_none = [](const Range& range) { return range.end < 0; };
+    if (std::none_of(ranges, ranges + count, is_none)) {
+      reader_.read_weights(layout_, first, count);
+      return true;
+    }
+    const bool possible = reader_.read(layout_, first, count);
+    if (possible) reader_.read_visits(layout_);
+    return possible;
+  }
+
+  double of(int64_t i, const Row<scalar_t>& row, bool* possible) const {
+    const Range& range = ranges_[first_ + i];
+    if (range.end >= 0) return loss_of_range(settings_, range, reader_.weight(i), row);
+    return loss_of_visits(settings_, reader_.patient(i), row, possible);
+  }
+
+  int64_t slots() const { return reader_.slots(); }
+
+  // How many visits of a patient will be read.
+  int64_t visits(int64_t i) const { return std::max<int64_t>(0, ranges_[first_ + i].end); }
+
+ private:
+  const Layout& layout_;
+  const Settings& settings_;
+  GroupReader reader_;
+  const Range* ranges_;
+  int64_t first_ = 0;
+};
+
+template <typename scalar_t>
+struct Data {
+  const scalar_t* logits;
+  saved_grad_t<scalar_t>* grad;    // null where no gradient is needed
+  accumulator_t<scalar_t>* terms;  // of each visit; null where they are summed
+};
+
+template <typename scalar_t, typename Layout>
+class TermWorker;
+
+template <typename scalar_t>
+class TermWorker<scalar_t, PaddedVisits> {
+ public:
+  TermWorker(const PaddedVisits& layout, PatientLoss<scalar_t, PaddedVisits> loss,
+             const Data<scalar_t>& data)
+      : layout_(layout), loss_(std::move(loss)), data_(data) {}
+
+  bool group(int64_t first, int64_t count, double* sums) {
+    bool possible = loss_.read(first, count);
+    if (!possible) return false;
+    for (int64_t i = 0; i < kPatientsAhead; ++i) prefetch(first, i, count);
+    for (int64_t i = 0; i < count; ++i) {
+      prefetch(first, i + kPatientsAhead, count);
+      const int64_t at = (first + i) * layout_.slots();
+      const Row<scalar_t> row{data_.logits + at, data_.grad ? data_.grad + at : nullptr,
+                              data_.terms ? data_.terms + at : nullptr, layout_.slots()};
+      sums[i] = loss_.of(i, row, &possible);
+    }
+    return possible;
+  }
+
+ private:
+  // Only parts of rows are read, which the processor's own prefetcher cannot follow.
+  static constexpr int64_t kPatientsAhead = 8;
+
+  void prefetch(int64_t first, int64_t i, int64_t count) const {
+    if (i >= count) return;
+    const scalar_t* row = data_.logits + (first + i) * layout_.slots();
+    constexpr int64_t kLine = 64 / sizeof(scalar_t);
+    for (int64_t at = 0; at < loss_.visits(i); at += kLine) __builtin_prefetch(row + at);
+  }
+
+  const PaddedVisits& layout_;
+  PatientLoss<scalar_t, PaddedVisits> loss_;
+  Data<scalar_t> data_;
+};
+
+// Visits of a packed batch are transposed into rows, and what comes of them back.
+template <typename scalar_t>
+class TermWorker<scalar_t, PackedPatients> {
+ public:
+  TermWorker(const PackedPatients& layout, PatientLoss<scalar_t, PackedPatients> loss,
+             const Data<scalar_t>& data)
+      : layout_(layout), loss_(std::move(loss)), data_(data), visits_(layout.ranks(), 1) {}
+
+  bool group(int64_t first, int64_t count, double* sums) {
+    bool possible = loss_.read(first, count);
+    if (!possible) return false;
+    const int64_t slots = loss_.slots();
+    visits_.gather(data_.logits, first, count, slots);
+    auto* grads = data_.grad ? visits_.zero_gradients() : nullptr;
+    if (data_.terms) terms_.resize(count * slots);
+    for (int64_t i = 0; i < count; ++i) {
+      const Row<scalar_t> row{visits_.values() + i * slots, grads ? grads + i * slots : nullptr,
+                              data_.terms ? &terms_[i * slots] : nullptr, slots};
+      sums[i] = loss_.of(i, row, &possible);
+    }
+    if (grads) visits_.scatter_gradients(data_.grad);
+    for (int64_t visit = 0; visit < (data_.terms ? slots : 0); ++visit) {
+      const int64_t present =
+          std::clamp<int64_t>(layout_.ranks().ranks_at(visit) - first, 0, count);
+      auto* to = data_.terms + layout_.ranks().row(first, visit);
+      for (int64_t i = 0; i < present; ++i) to[i] = terms_[i * slots + visit];
+    }
+    return possible;
+  }
+
+ private:
+  const PackedPatients& layout_;
+  PatientLoss<scalar_t, PackedPatients> loss_;
+  Data<scalar_t> data_;
+  TransposedVisits<scalar_t> visits_;
+  std::vector<accumulator_t<scalar_t>> terms_;
+};
+
+// `share_of(total weight)` is what the sum of the terms is multiplied by for the mean.
+template <typename Layout, typename ShareOf>
+std::tuple<Tensor, Tensor> loss_of(const Layout& layout, const Targets& targets, Settings settings,
+                                   const Tensor& logits, Reduction reduction, bool needs_grad,
+                                   const ShareOf& share_of) {
+  const Tensor rows = torch::stable::contiguous(logits);
+  bool possible = true;
+  std::vector<Range> ranges(layout.patients());
+  const auto make_reader = [&] {
+    return RangeWorker<Layout>{layout, settings, GroupReader(targets), ranges.data()};
+  };
+  const double total = sum_of_patients(layout, layout.rows(), make_reader, &possible);
+  if (!possible) refuse_values(targets, layout);
+  if (reduction == Reduction::kMean) settings.share = share_of(total);
+  std::tuple<Tensor, Tensor> result;
+  dispatch_floating(rows.scalar_type(), targets.operation, [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    using T = accumulator_t<scalar_t>;
+    const bool reduces = reduction != Reduction::kNone;
+    const Tensor loss = empty(rows, reduces ? std::vector<int64_t>{} : shape_of(rows), kDtypeOf<T>);
+    const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
+    const Data<scalar_t> given{data<const scalar_t>(rows),
+                               needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr,
+                               reduces ? nullptr : data<T>(loss)};
+    const auto make_worker = [&] {
+      return TermWorker<scalar_t, Layout>(
+          layout, PatientLoss<scalar_t, Layout>(layout, settings, targets, ranges.data()), given);
+    };
+    const double sum = sum_of_patients(layout, layout.rows(), make_worker, &possible);
+    if (!possible) refuse_values(targets, layout);
+    if (reduces) *data<T>(loss) = static_cast<T>(sum * settings.share);
+    result = {loss, grad};
+  });
+  return result;
+}
+
+std::optional<Column> column_of(const OptionalTensor& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return Column(*tensor);
+}
+
+std::tuple<Tensor, Tensor> fixed_horizon_bce(
+    Tensor logits, Tensor event_times, Tensor event_indicators, OptionalTensor sequence_mask,
+    OptionalTensor row_starts, OptionalTensor unsorted_indices, OptionalTensor last_rows,
+    OptionalTensor visit_times, OptionalTensor visit_weight, OptionalTensor sample_weight,
+    double horizon, double pos_weight, int64_t reduction, bool needs_grad) {
+  constexpr const char* kName = "fixed_horizon_bce";
+  expect_on_cpu(kName, logits, event_times, event_indicators, sequence_mask, row_starts,
+                unsorted_indices, last_rows, visit_times, visit_weight, sample_weight);
+  const bool packed = expect_layout(kName, sequence_mask, row_starts, unsorted_indices, last_rows);
+  expect_dim(logits, kName, "logits", packed ? 1 : 2, packed ? "[n_visits]" : "[B, V]");
+  expect_floating(logits, kName, "logits");
+  expect_option(reduction, kName, "reduction", 0, static_cast<int64_t>(Reduction::kSum));
+  if (!(horizon > 0)) refuse(kName, "horizon", "a number above 0", short_text(horizon));
+  if (!(pos_weight >= 0)) refuse(kName, "pos_weight", "a weight from 0", short_text(pos_weight));
+  const std::vector<int64_t> of_visits = shape_of(logits);
+  const char* names = packed ? "[n_visits]" : "[B, V]";
+  const int64_t patients = packed ? unsorted_indices->size(0) : logits.size(0);
+  expect_shape(event_times, kName, "event_times", {patients}, "[B]");
+  expect_real(event_times, kName, "event_times");
+  expect_shape(event_indicators, kName, "event_indicators", {patients}, "[B]");
+  expect_real(event_indicators, kName, "event_indicators");
+  if (visit_times.has_value()) {
+    expect_shape(*visit_times, kName, "visit_times", of_visits, names);
+    expect_real(*visit_times, kName, "visit_times");
+  }
+  expect_weights(kName, of_visits, names, patients, visit_weight, sample_weight);
+  const Targets targets{kName,
+                        Column(event_times),
+                        Column(event_indicators),
+                        VisitColumn(visit_times),
+                        VisitColumn(std::nullopt),
+                        VisitColumn(visit_weight),
+                        column_of(sample_weight)};
+  const Settings settings{horizon, pos_weight, 1.0};
+  const auto as_reduction = static_cast<Reduction>(reduction);
+  // without a visit that counts the mean is 0; a NaN weight stays one
+  const auto share_of = [](double total) { return total == 0 ? 0.0 : 1 / total; };
+  if (packed) {
+    const RankLayout ranks(kName, logits.size(0), *row_starts, *unsorted_indices, *last_rows);
+    return loss_of(PackedPatients(ranks), targets, settings, logits, as_reduction, needs_grad,
+                   share_of);
+  }
+  expect_sequence_mask(kName, sequence_mask, patients, logits.size(1));
+  const PaddedVisits visits(patients, logits.size(1), VisitMask(sequence_mask, logits.size(1)));
+  return loss_of(visits, targets, settings, logits, as_reduction, needs_grad, share_of);
+}
+
+std::tuple<Tensor, Tensor> masked_bce(Tensor logits, Tensor labels, Tensor weights,
+                                      bool needs_grad) {
+  constexpr const char* kName = "masked_bce";
+  expect_on_cpu(kName, logits, labels, weights);
+  expect_dim(logits, kName, "logits", 2, "[B, V]");
+  expect_floating(logits, kName, "logits");
+  for (const auto& [name, tensor] : {std::pair{"labels", labels}, std::pair{"weights", weights}}) {
+    expect_shape(tensor, kName, name, shape_of(logits), "the shape of logits");
+    expect_real(tensor, kName, name);
+  }
+  const PaddedVisits visits(logits.size(0), logits.size(1),
+                            VisitMask(std::nullopt, logits.size(1)));
+  const Targets targets{kName,
+                        std::nullopt,
+                        std::nullopt,
+                        VisitColumn(std::nullopt),
+                        VisitColumn(labels),
+                        VisitColumn(weights),
+                        std::nullopt};
+  const auto share_of = [](double total) { return total < 1 ? 1.0 : 1 / total; };
+  return loss_of(visits, targets, Settings{0.0, 1.0, 1.0}, logits, Reduction::kMean, needs_grad,
+                 share_of);
+}
+
+}  // namespace
+}  // namespace ehrseq::fixed_horizon
+
+STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
+  m.impl("fixed_horizon_bce", EHRSEQ_BOX(&ehrseq::fixed_horizon::fixed_horizon_bce));
+  m.impl("masked_bce", EHRSEQ_BOX(&ehrseq::fixed_horizon::masked_bce));
+}

@@ -1,0 +1,46 @@
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "fixed_horizon/rows.h"
+
+#define EHRSEQ_ISA_FILE "fixed_horizon/row_kernels.h"
+#include "common/each_isa.h"
+
+namespace ehrseq::fixed_horizon {
+
+double weight_of_visits(const Settings& settings, const Visits& visits, bool* possible) {
+  static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::fixed_horizon, weight_of_visits);
+  return kernel(settings, visits, possible);
+}
+
+template <typename scalar_t>
+double loss_of_visits(const Settings& settings, const Visits& visits, const Row<scalar_t>& row,
+                      bool* possible) {
+  static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::fixed_horizon, loss_of_visits<scalar_t>);
+  return kernel(settings, visits, row, possible);
+}
+
+template <typename scalar_t>
+double loss_of_range(const Settings& settings, const Range& range, double weight,
+                     const Row<scalar_t>& row) {
+  static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::fixed_horizon, loss_of_range<scalar_t>);
+  return kernel(settings, range, weight, row);
+}
+
+#define EHRSEQ_LOSSES(scalar_t)                                                                \
+  template double loss_of_visits(const Settings&, const Visits&, const Row<scalar_t>&, bool*); \
+  template double loss_of_range(const Settings&, const Range&, double, const Row<scalar_t>&);
+
+EHRSEQ_LOSSES(float)
+EHRSEQ_LOSSES(double)
+EHRSEQ_LOSSES(BFloat16)
+EHRSEQ_LOSSES(Half)
+
+#undef EHRSEQ_LOSSES
+
+}  // namespace ehrseq::fixed_horizon

@@ -1,0 +1,293 @@
+// What the CPU's losses of a horizon read of patients and visits, padded or packed: event times,
+// labels and weights, and which visits count.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "common/survival/columns.h"
+#include "common/survival/faults.h"
+#include "common/survival/visit_blocks.h"
+#include "fixed_horizon/rows.h"
+
+namespace ehrseq::fixed_horizon {
+
+using namespace ehrseq::survival;  // NOLINT: what the losses of visits share
+
+// Numbers of visits [B, V] or [n_visits], as those of one patient after the other.
+class VisitColumn {
+ public:
+  explicit VisitColumn(const OptionalTensor& tensor) {
+    if (tensor.has_value()) column_ = Column::of_visits(*tensor);
+  }
+
+  bool given() const { return column_.has_value(); }
+  double at(int64_t row) const { return column_->at<double>(row); }
+
+  // As Column::typed.
+  template <typename Body>
+  void typed(int64_t row, Body&& body) const {
+    column_->typed(row, body);
+  }
+
+  // Visits first..first + count of row number `row`, of a padded tensor.
+  void read(int64_t row, int64_t count, double* to) const { column_->read(row, row + count, to); }
+
+  // The visits of `count` ranks from `first` on, `slots` of each.
+  void gather(const RankLayout& ranks, int64_t first, int64_t count, int64_t slots,
+              double* to) const {
+    double at_visit[kGroupPatients];
+    for (int64_t visit = 0; visit < slots; ++visit) {
+      const int64_t present = std::clamp<int64_t>(ranks.ranks_at(visit) - first, 0, count);
+      const int64_t row = ranks.row(first, visit);
+      column_->read(row, row + present, at_visit);
+      for (int64_t i = 0; i < present; ++i) to[i * slots + visit] = at_visit[i];
+    }
+  }
+
+ private:
+  std::optional<Column> column_;
+};
+
+// What is known of the visits: labels, or event times to make them of.
+struct Targets {
+  const char* operation;
+  std::optional<Column> event_times;  // where labels are made
+  std::optional<Column> seen;
+  VisitColumn visit_times;
+  VisitColumn labels;
+  VisitColumn visit_weights;
+  std::optional<Column> sample_weights;
+
+  bool by_index() const { return !labels.given() && !visit_times.given(); }
+};
+
+inline constexpr Range kNoRange{-1, 0};
+
+// The range of the patient's visits that count, at the times at(visit); kNoRange unless these are
+// numbers in ascending order.
+template <typename At>
+Range range_of_times(const Outcome& outcome, int64_t visits, const At& at) {
+  int falls = visits > 0 && !(at(0) <= at(0));
+  for (int64_t visit = 0; visit + 1 < visits; ++visit) falls |= !(at(visit) <= at(visit + 1));
+  if (falls != 0) return kNoRange;
+  const auto first_not = [&](int64_t end, const auto& holds) {
+    int64_t begin = 0;
+    while (begin < end) {
+      const int64_t middle = begin + (end - begin) / 2;
+      if (holds(static_cast<double>(at(middle)))) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return begin;
+  };
+  const int64_t end = first_not(visits, [&](double now) { return outcome.counts(now); });
+  return {end, first_not(end, [&](double now) { return !outcome.within(now); })};
+}
+
+// Where visits are their own times: found from a guess, which rounding may put one off.
+inline Range range_of(const Outcome& outcome, int64_t visits) {
+  const auto first_not = [](double guess, int64_t end, const auto& holds) {
+    const double within = guess > 0 ? std::min(guess, static_cast<double>(end)) : 0;
+    int64_t at = static_cast<int64_t>(within);
+    while (at < end && holds(static_cast<double>(at))) ++at;
+    while (at > 0 && !holds(static_cast<double>(at - 1))) --at;
+    return at;
+  };
+  const double last = std::min(outcome.time, outcome.observed - outcome.horizon);
+  const int64_t end = first_not(last, visits, [&](double now) { return outcome.counts(now); });
+  return {end, first_not(outcome.event - outcome.horizon, end,
+                         [&](double now) { return !outcome.within(now); })};
+}
+
+// The patients of a group: what is known of them and of their visits.
+class GroupReader {
+ public:
+  explicit GroupReader(const Targets& targets) : targets_(targets) {}
+
+  // False where a patient's outcome is impossible or a mask malformed.
+  template <typename Layout>
+  bool read(const Layout& layout, int64_t first, int64_t count) {
+    read_weights(layout, first, count);
+    count_visits(layout);
+    if (targets_.event_times) read_column(layout, *targets_.event_times, event_times_);
+    if (targets_.seen) read_column(layout, *targets_.seen, seen_);
+    bool possible = true;
+    for (int64_t i = 0; i < count; ++i) {
+      possible &= visits_[i] != kMalformed && (seen_[i] == 0 || seen_[i] == 1);
+      possible &= targets_.by_index() ? event_times_[i] >= 0 : !std::isnan(event_times_[i]);
+      possible &= !(sample_weights_[i] < 0);
+    }
+    return possible;
+  }
+
+  // What is enough for patients whose ranges are known.
+  template <typename Layout>
+  void read_weights(const Layout& layout, int64_t first, int64_t count) {
+    first_ = first;
+    count_ = count;
+    slots_ = layout.visits_at_most(first);
+    if (targets_.sample_weights) {
+      read_column(layout, *targets_.sample_weights, sample_weights_);
+    } else {
+      std::fill_n(sample_weights_, count, 1.0);
+    }
+  }
+
+  // Those of the visits of all patients, for patient().
+  void read_visits(const PaddedVisits&) {
+    read_numbers([&](const VisitColumn& column, double* to) {
+      for (int64_t i = 0; i < count_; ++i) {
+        column.read((first_ + i) * slots_, visits_[i], to + i * slots_);
+      }
+    });
+  }
+
+  void read_visits(const PackedPatients& layout) {
+    read_numbers([&](const VisitColumn& column, double* to) {
+      column.gather(layout.ranks(), first_, count_, slots_, to);
+    });
+  }
+
+  // The visits that count, where that is a range; kNoRange otherwise. Of packed visits after
+  // read_visits.
+  Range range(const PaddedVisits&, const Settings& settings, int64_t i) const {
+    if (targets_.labels.given() || targets_.visit_weights.given()) return kNoRange;
+    const Outcome outcome(settings, event_times_[i], seen_[i] != 0);
+    if (targets_.by_index()) return range_of(outcome, visits_[i]);
+    Range range = kNoRange;
+    targets_.visit_times.typed((first_ + i) * slots_, [&](const auto& at) {
+      range = range_of_times(outcome, visits_[i], at);
+    });
+    return range;
+  }
+
+  Range range(const PackedPatients&, const Settings& settings, int64_t i) const {
+    if (targets_.labels.given() || targets_.visit_weights.given()) return kNoRange;
+    const Outcome outcome(settings, event_times_[i], seen_[i] != 0);
+    if (targets_.by_index()) return range_of(outcome, visits_[i]);
+    const double* times = &times_[i * slots_];
+    return range_of_times(outcome, visits_[i], [=](int64_t visit) { return times[visit]; });
+  }
+
+  // Whether a range depends on what read_visits reads.
+  bool ranges_need_visits(const PaddedVisits&) const { return false; }
+  bool ranges_need_visits(const PackedPatients&) const { return targets_.visit_times.given(); }
+
+  int64_t slots() const { return slots_; }
+  double weight(int64_t i) const { return sample_weights_[i]; }
+
+  Visits patient(int64_t i) const {
+    const auto of = [&](const VisitColumn& column, const std::vector<double>& values) {
+      return column.given() ? &values[i * slots_] : nullptr;
+    };
+    const double* times = targets_.by_index() ? times_.data() : of(targets_.visit_times, times_);
+    return {visits_[i],
+            of(targets_.labels, labels_),
+            times,
+            of(targets_.visit_weights, weights_),
+            event_times_[i],
+            seen_[i] != 0,
+            sample_weights_[i]};
+  }
+
+ private:
+  void read_column(const PaddedVisits&, const Column& column, double* to) const {
+    column.read(first_, first_ + count_, to);
+  }
+
+  void read_column(const PackedPatients& layout, const Column& column, double* to) const {
+    for (int64_t i = 0; i < count_; ++i) to[i] = column.at<double>(layout.patient(first_ + i));
+  }
+
+  void count_visits(const PaddedVisits& layout) {
+    layout.mask().count_visits(first_, first_ + count_, visits_);
+  }
+
+  void count_visits(const PackedPatients& layout) {
+    for (int64_t i = 0; i < count_; ++i) visits_[i] = layout.visits(layout.patient(first_ + i));
+  }
+
+  template <typename Read>
+  void read_numbers(const Read& read) {
+    const auto take = [&](const VisitColumn& column, std::vector<double>& to) {
+      if (!column.given()) return;
+      to.resize(count_ * slots_ + 1);  // whose begin exists
+      read(column, to.data());
+    };
+    take(targets_.labels, labels_);
+    take(targets_.visit_times, times_);
+    take(targets_.visit_weights, weights_);
+    if (!targets_.by_index()) return;
+    times_.resize(slots_ + 1);
+    std::iota(times_.begin(), times_.end(), 0.0);
+  }
+
+  const Targets& targets_;
+  int64_t first_ = 0;
+  int64_t count_ = 0;
+  int64_t slots_ = 0;
+  int64_t visits_[kGroupPatients] = {};
+  double event_times_[kGroupPatients] = {};
+  double seen_[kGroupPatients] = {};
+  double sample_weights_[kGroupPatients] = {};
+  std::vector<double> labels_;
+  std::vector<double> times_;
+  std::vector<double> weights_;
+};
+
+// Throws std::invalid_argument: the first patient at fault, and how many there are.
+template <typename Layout>
+[[noreturn]] void refuse_values(const Targets& targets, const Layout& layout) {
+  if (targets.labels.given()) {
+    refuse(targets.operation, "labels and weights",
+           "labels in [0, 1] where weights are not 0, and finite weights from 0", "others");
+  }
+  refuse_malformed(layout);
+  Faults impossible, unknown, timeless, of_visits, of_patients;
+  const bool by_index = targets.by_index();
+  for (int64_t patient = 0; patient < layout.patients(); ++patient) {
+    if (targets.event_times) {
+      const double time = targets.event_times->at<double>(patient);
+      if (by_index ? !(time >= 0) : std::isnan(time)) impossible.add(patient);
+      const double kind = targets.seen->at<double>(patient);
+      if (kind != 0 && kind != 1) unknown.add(patient);
+    }
+    if (targets.sample_weights && targets.sample_weights->at<double>(patient) < 0) {
+      of_patients.add(patient);
+    }
+  }
+  for_each_visit(layout, [&](int64_t patient, int64_t visit, int64_t row) {
+    if (targets.visit_times.given() && std::isnan(targets.visit_times.at(row))) {
+      timeless.add(patient, visit);
+    }
+    if (targets.visit_weights.given() && targets.visit_weights.at(row) < 0) {
+      of_visits.add(patient, visit);
+    }
+  });
+  if (impossible.count() > 0) {
+    impossible.refuse(
+        by_index ? "event_times must be visits, counted from 0" : "event_times must not be NaN",
+        short_text(targets.event_times->at<double>(impossible.patient())));
+  }
+  if (unknown.count() > 0) {
+    unknown.refuse("event_indicators must be 0 (censored) or 1 (event)",
+                   short_text(targets.seen->at<double>(unknown.patient())));
+  }
+  if (timeless.count() > 0) timeless.refuse("visit_times must not be NaN", "nan");
+  if (of_visits.count() > 0) {
+    const int64_t row = layout.row(of_visits.patient(), of_visits.visit());
+    of_visits.refuse("visit_weight must not be negative",
+                     short_text(targets.visit_weights.at(row)));
+  }
+  of_patients.refuse("sample_weight must not be negative",
+                     short_text(targets.sample_weights->at<double>(of_patients.patient())));
+}
+
+}  // namespace ehrseq::fixed_horizon

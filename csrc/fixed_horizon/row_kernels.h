@@ -1,0 +1,248 @@
+// Binary cross-entropy of a patient's visits and its gradient, with labels that are given or are
+// made of a horizon and the patient's event time.
+//
+// With q = e^-|x|, the term is x (1 - y) + max(-x, 0) + log(1 + q), and its derivative q / (1 + q)
+// - y or, for x >= 0, (1 - y) - q / (1 + q): exact where the logit is far on the label's side.
+//
+// Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
+
+#include "common/simd.h"
+#include "common/vector_math.h"
+#include "fixed_horizon/rows.h"
+
+namespace ehrseq::fixed_horizon::EHRSEQ_ISA {
+
+using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
+
+EHRSEQ_INLINE Doubles load_some(const double* from, int64_t count) {
+  if (count >= kLanes<double>) return load(from);
+  double some[kLanes<double>] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = from[i];
+  return load(some);
+}
+
+// Eight visits: labels, weights with those of the label, and which visits count.
+struct Eight {
+  Doubles label;
+  Doubles weight;
+  Mask<double> counts;
+};
+
+// Numbers of a patient's visits, eight at a time.
+class Labels {
+ public:
+  Labels(const Settings& settings, const Visits& visits)
+      : visits_(visits), outcome_(settings, visits.event_time, visits.seen) {}
+
+  // Visits at..at + 8. Of those from the last one on, none counts.
+  EHRSEQ_INLINE Eight at(int64_t at) {
+    const int64_t left = visits_.count - at;
+    const Mask<double> exists = lane_numbers<double>() < broadcast<int64_t>(left);
+    Eight eight;
+    eight.weight = broadcast(visits_.weight);
+    if (visits_.weights != nullptr) {
+      const Doubles weights = load_some(visits_.weights + at, left);
+      wrong_ |= weights < 0.0;
+      eight.weight *= weights;
+    }
+    if (visits_.labels != nullptr) {
+      eight.label = load_some(visits_.labels + at, left);
+      eight.counts = exists & (eight.weight != 0.0);
+      const Mask<double> fits = (eight.label >= 0.0) & (eight.label <= 1.0) &
+                                (eight.weight >= 0.0) & (eight.weight <= DBL_MAX);
+      wrong_ |= eight.counts & ~fits;
+      return eight;
+    }
+    const Doubles now = load_some(visits_.times + at, left);
+    const Doubles end = now + outcome_.horizon;
+    wrong_ |= now != now;
+    eight.counts = exists & (now < outcome_.time) & (end <= outcome_.observed);
+    eight.label = (Doubles)((Mask<double>)broadcast(1.0) & (end >= outcome_.event));
+    return eight;
+  }
+
+  // Whether no time was NaN, no weight negative and no given label outside [0, 1], of the visits
+  // that were asked for.
+  bool possible() const {
+    return join_lanes<int64_t>(wrong_, [](const auto& a, const auto& b)
+                                           __attribute__((always_inline)) { return a | b; }) == 0;
+  }
+
+ private:
+  const Visits& visits_;
+  Outcome outcome_;
+  Mask<double> wrong_{};
+};
+
+inline double weight_of_visits(const Settings& settings, const Visits& visits, bool* possible) {
+  Labels labels(settings, visits);
+  Doubles sums{};
+  for (int64_t at = 0; at < visits.count; at += kLanes<double>) {
+    const Eight eight = labels.at(at);
+    sums += eight.counts ? eight.weight : Doubles{};
+  }
+  *possible &= labels.possible();
+  return sum_of_lanes<double>(sums);
+}
+
+// log(1 + q) for q in [0, 1]: 2 artanh(s) with s = q / (2 + q), as its series.
+EHRSEQ_INLINE Lanes<float> log1p_below_one(const Lanes<float>& q) {
+  const Lanes<float> s = q / (q + 2.0f);
+  const Lanes<float> z = s * s;
+  Lanes<float> series = broadcast(1.0f / 13);
+  for (const float coefficient : {1.0f / 11, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3}) {
+    series = series * z + coefficient;
+  }
+  const Lanes<float> twice = s + s;
+  return twice + twice * (series * z);
+}
+
+EHRSEQ_INLINE Lanes<double> log1p_below_one(const Lanes<double>& q) { return log1p_nonnegative(q); }
+
+// The terms of visits with labels y and their derivatives, before weights; where a logit does not
+// count it is 0.
+template <typename T>
+struct Terms {
+  Lanes<T> term;
+  Lanes<T> slope;
+};
+
+template <typename T>
+EHRSEQ_INLINE Terms<T> terms_of(const Lanes<T>& x, const Lanes<T>& y) {
+  const Mask<T> positive = x >= T(0);
+  const Lanes<T> q = exp_nonpositive<T>(positive ? -x : x);
+  const Lanes<T> rest = q / (q + T(1));
+  return {x * (T(1) - y) + (positive ? Lanes<T>{} : -x) + log1p_below_one(q),
+          positive ? (T(1) - y) - rest : rest - y};
+}
+
+// A derivative of 0 that counts is -0: the backward pass tells it from the +0 of what does not
+// count (survival_nll/scale_cpu.cpp).
+template <typename T>
+EHRSEQ_INLINE Lanes<T> marked(const Mask<T>& counts, const Lanes<T>& slope) {
+  return counts ? (slope == T(0) ? broadcast(T(-0.0)) : slope) : Lanes<T>{};
+}
+
+// A row in vectors of T, of which the last may be in part beyond the visits.
+template <typename T, typename scalar_t>
+class RowLanes {
+ public:
+  RowLanes(const Row<scalar_t>& row, int64_t visits) : row_(row), visits_(visits) {}
+
+  EHRSEQ_INLINE Lanes<T> logits(int64_t at) const {
+    if (at + kLanes<T> <= visits_) return load(row_.logits + at);
+    T some[kLanes<T>] = {};
+    for (int64_t i = at; i < visits_; ++i) some[i - at] = static_cast<T>(row_.logits[i]);
+    return load(some);
+  }
+
+  EHRSEQ_INLINE void set_grad(int64_t at, const Lanes<T>& grad) const {
+    if (row_.grad != nullptr) set(row_.grad, at, grad);
+  }
+
+  EHRSEQ_INLINE void set_terms(int64_t at, const Lanes<T>& terms) const {
+    if (row_.terms != nullptr) set(row_.terms, at, terms);
+  }
+
+  bool wants_grad() const { return row_.grad != nullptr; }
+  bool wants_terms() const { return row_.terms != nullptr; }
+
+  // Zeros after the visits.
+  void finish() const {
+    if (row_.grad)
+      std::fill(row_.grad + visits_, row_.grad + row_.slots, saved_grad_t<scalar_t>(0));
+    if (row_.terms) std::fill(row_.terms + visits_, row_.terms + row_.slots, T(0));
+  }
+
+ private:
+  template <typename stored_t>
+  EHRSEQ_INLINE void set(stored_t* to, int64_t at, const Lanes<T>& lanes) const {
+    if (at + kLanes<T> <= visits_) return store(to + at, lanes);
+    T some[kLanes<T>];
+    store(some, lanes);
+    for (int64_t i = at; i < visits_; ++i) to[i] = static_cast<stored_t>(some[i - at]);
+  }
+
+  Row<scalar_t> row_;
+  int64_t visits_;
+};
+
+template <typename T>
+EHRSEQ_INLINE double sum_of_all(const Wide<T>& sums) {
+  double sum = 0;
+  for (const Doubles& part : sums.part) sum += sum_of_lanes<double>(part);
+  return sum;
+}
+
+template <typename scalar_t>
+double loss_of_visits(const Settings& settings, const Visits& visits, const Row<scalar_t>& row,
+                      bool* possible) {
+  using T = accumulator_t<scalar_t>;
+  constexpr int kParts = Wide<T>::kParts;
+  const RowLanes<T, scalar_t> lanes(row, visits.count);
+  Labels labels(settings, visits);
+  Wide<T> sums{};
+  for (int64_t at = 0; at < visits.count; at += kLanes<T>) {
+    Wide<T> label;
+    Wide<T> weight;
+    Mask<double> counts_of[kParts];
+    for (int i = 0; i < kParts; ++i) {
+      const Eight eight = labels.at(at + i * kLanes<double>);
+      counts_of[i] = eight.counts;
+      label.part[i] = eight.counts ? eight.label : Doubles{};
+      weight.part[i] = eight.counts ? eight.weight : Doubles{};
+      if (settings.pos_weight != 1.0) {
+        weight.part[i] *= label.part[i] == 1.0 ? broadcast(settings.pos_weight) : broadcast(1.0);
+      }
+    }
+    lanes_t<int64_t, kLanes<T>> wide_counts;
+    std::memcpy(&wide_counts, counts_of, sizeof wide_counts);
+    const Mask<T> counts = __builtin_convertvector(wide_counts, Mask<T>);
+    const Terms<T> terms = terms_of<T>(counts ? lanes.logits(at) : Lanes<T>{}, narrow(label));
+
+    Wide<T> weighted = widen(terms.term);
+    for (int i = 0; i < kParts; ++i) {
+      const Doubles product = weighted.part[i] * weight.part[i];
+      weighted.part[i] = counts_of[i] ? product : Doubles{};
+      sums.part[i] += weighted.part[i];
+      weight.part[i] *= settings.share;
+    }
+    lanes.set_grad(at, marked<T>(counts, terms.slope * narrow(weight)));
+    if (lanes.wants_terms()) lanes.set_terms(at, narrow(weighted));
+  }
+  *possible &= labels.possible();
+  lanes.finish();
+  return sum_of_all<T>(sums);
+}
+
+template <typename scalar_t>
+double loss_of_range(const Settings& settings, const Range& range, double weight,
+                     const Row<scalar_t>& row) {
+  using T = accumulator_t<scalar_t>;
+  const RowLanes<T, scalar_t> lanes(row, range.end);
+  const bool has_pos_weight = settings.pos_weight != 1.0;
+  const bool wants_terms = row.terms != nullptr;
+  const T scale = static_cast<T>(weight * settings.share);
+  const T pos_weight = static_cast<T>(settings.pos_weight);
+  Wide<T> sums{};
+  for (int64_t at = 0; at < range.end; at += kLanes<T>) {
+    const Mask<T> visit = lane_numbers<T>() + static_cast<bits_t<T>>(at);
+    const Mask<T> counts = visit < static_cast<bits_t<T>>(range.end);
+    const Mask<T> within = visit >= static_cast<bits_t<T>>(range.first);
+    Terms<T> terms = terms_of<T>(lanes.logits(at), within ? broadcast(T(1)) : Lanes<T>{});
+    if (has_pos_weight) {
+      const Lanes<T> factor = within ? broadcast(pos_weight) : broadcast(T(1));
+      terms.term *= factor;
+      terms.slope *= factor;
+    }
+    const Lanes<T> term = counts ? terms.term : Lanes<T>{};
+    const Wide<T> wide = widen(term);
+    for (int i = 0; i < Wide<T>::kParts; ++i) sums.part[i] += wide.part[i];
+    lanes.set_grad(at, marked<T>(counts, terms.slope * scale));
+    if (wants_terms) lanes.set_terms(at, term * static_cast<T>(weight));
+  }
+  lanes.finish();
+  return range.end == 0 ? 0.0 : sum_of_all<T>(sums) * weight;
+}
+
+}  // namespace ehrseq::fixed_horizon::EHRSEQ_ISA
