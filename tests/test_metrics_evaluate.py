@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,16 +276,6 @@ def test_refuses(changes, error, message):
             horizons_days=HORIZONS,
             train=TrainingOutcomes([0], [1], days_to_end=[3.0]),
         )
-
-
-def test_the_guide_runs(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="the guide plots")
-    guide = (Path(__file__).parent.parent / "docs" / "evaluate.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    exec(snippet, {})
-    assert "C_td" in capsys.readouterr().out
-    assert (tmp_path / "calibration.png").stat().st_size > 1000
 
 
 def every_visit_by_loops(r, horizon, censored_visit):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-import doctest
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -488,8 +486,3 @@ def test_the_numbers_of_the_omop_readers_own_outcome(tmp_path):
     assert outcomes.n_visits.tolist() == records.visits_per_patient.tolist()
     removed = records.left_out["persons with the event in their first visit"]
     assert store.n_patients - len(outcomes) == removed > 0
-
-
-def test_the_documentation_runs():
-    tasks = Path(__file__).parent.parent / "docs" / "tasks.md"
-    assert doctest.testfile(str(tasks), module_relative=False) == (0, 12)
