@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ehrseq_fast import NextCodesLoss, PackedRows, PackedVisits, next_codes_bce
+from ehrseq_fast import NextCodesLoss, PackedRows, PackedVisits, next_codes_bce, use_backend
+from ehrseq_fast import backend as backends
 from ehrseq_fast.next_codes import chunks
 from ehrseq_fast.next_codes.fused import Inputs
 from ehrseq_fast.next_codes.sampling import draw, sampled_losses
@@ -20,7 +21,8 @@ from .tolerances import assert_matches
 pytestmark = pytest.mark.operation("next_codes")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [(0, 3, 5), (1, 1, 1), (6, 4, 40), (70, 17, 33), (41, 9, 300)]  # n_visits, H, K
+SHAPES = [(0, 3, 5), (1, 1, 1), (6, 4, 40)]  # n_visits, H, K
+LARGER = [(70, 17, 33), (41, 9, 300)]
 
 
 class Given(NamedTuple):
@@ -116,12 +118,57 @@ def check(given: Given, weighted: bool, reduction: str):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_agrees_with_the_dense_loss(unemulated, shape, dtype):
+def test_agrees_with_the_dense_loss(backend, shape, dtype):
     given = make(*shape, dtype)
     check(given, True, "none")
     check(given, False, "sum")
     if shape[0]:
         check(given, True, "mean")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", LARGER)
+def test_larger_ones_agree_with_the_dense_loss(unemulated, shape, dtype):
+    given = make(*shape, dtype)
+    check(given, True, "none")
+    check(given, False, "sum")
+
+
+def test_tiles_of_triton(monkeypatch):
+    """More classes than a block has, and visits with more codes than are read at once."""
+    if backends.why_not_loaded("triton") is not None:
+        pytest.skip(str(backends.why_not_loaded("triton")))
+    from ehrseq_fast.next_codes.triton import launch
+
+    monkeypatch.setattr(launch, "BLOCK", 16)
+    monkeypatch.setattr(launch, "CODES", 2)
+    with torch.device(backends.kernels("triton").device), use_backend("triton"):
+        check(make(5, 4, 40), True, "sum")
+
+
+def test_the_raw_operator_in_triton():
+    """A code outside the vocabulary makes its row NaN; nothing is indexed by it."""
+    if backends.why_not_loaded("triton") is not None:
+        pytest.skip(str(backends.why_not_loaded("triton")))
+    operator = torch.ops.ehrseq_fast_triton.next_codes_bce.default
+    with torch.device(backends.kernels("triton").device):
+        given = make(4, 3, 10)
+        codes, offsets = torch.tensor([1, 11, 3]).int(), torch.tensor([0, 1, 2, 3, 3]).int()
+        too_wide = torch.ones(10, 4)
+    last = (None, None, None, False, False, True, True)
+    loss, grad_states, *_ = operator(*given.leaves, codes, offsets, *last)
+    assert loss.isnan().tolist() == [False, True, False, False]
+    assert grad_states.isnan().any(1).tolist() == [False, True, False, False]
+    for at, wrong, match in (
+        (1, too_wide, r"weight: expected shape \[K, H\] = \[10, 3\], got \[10, 4\]"),
+        (3, codes.long(), "codes: expected int32, got torch.int64"),
+        (4, offsets[1:], r"code_offsets: expected shape .* = \[5\], got \[4\]"),
+        (1, given.weight.double(), "weight: expected float64 where states are"),
+    ):
+        arguments = [*given.leaves, codes, offsets, *last]
+        arguments[at] = wrong
+        with pytest.raises(ValueError, match=match):
+            operator(*arguments)
 
 
 def test_chunks_agree_with_the_dense_loss(monkeypatch):
@@ -151,7 +198,7 @@ def test_chunks_agree_with_the_dense_loss(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
-def test_logits_of_any_size(unemulated, scale, dtype):
+def test_logits_of_any_size(backend, scale, dtype):
     given = make(12, 4, 50, dtype)
     given = given._replace(bias=(torch.linspace(-scale, scale, 50)).to(dtype))
     got = with_gradients(ours, given, False, "none")
@@ -160,7 +207,7 @@ def test_logits_of_any_size(unemulated, scale, dtype):
     assert_matches(got[0], wide[0], scale=wide[0].abs() + 4, terms=4)
 
 
-def test_small_losses_keep_their_digits(unemulated):
+def test_small_losses_keep_their_digits(backend):
     given = make(3, 2, 20, torch.float32)._replace(
         bias=torch.full((20,), -15.0), codes=torch.zeros(0, dtype=torch.int64),
         offsets=torch.zeros(4, dtype=torch.int64),
@@ -247,7 +294,7 @@ def test_codes_and_offsets_with_padded_states(unemulated):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_seen(unemulated, value):
+def test_what_is_not_finite_is_seen(backend, value):
     """In the loss and in all gradients where the dense loss has it."""
     for which, at in (("states", (2, 1)), ("weight", (7, 1)), ("bias", (7,))):
         given = make(6, 4, 40)
@@ -431,7 +478,7 @@ def test_sampled_derivatives(unemulated):
 # Edges and errors ---------------------------------------------------------------------------------
 
 
-def test_no_patients_and_no_next_visits(unemulated):
+def test_no_patients_and_no_next_visits(backend):
     layer = torch.nn.Linear(3, 5)
     for patients in ([], [[[1]], [[2, 3]]]):
         batch = PackedVisits.from_lists(patients).to(torch.get_default_device())

@@ -124,6 +124,18 @@ def _packed_loss(
     return run
 
 
+def _next_codes(visits: int = 40, **options: Any) -> Callable[[torch.dtype], torch.Tensor]:
+    from ehrseq_fast import PackedRows, PackedVisits, next_codes_bce
+
+    def run(dtype: torch.dtype) -> torch.Tensor:
+        batch = PackedVisits.from_lists([[[1, 2, 3]] * visits] * 64)
+        states = torch.zeros(batch.n_visits, 16, dtype=dtype)
+        weight = torch.zeros(1000, 16, dtype=dtype, requires_grad=True)
+        return next_codes_bce(PackedRows(states, batch), weight, **options)
+
+    return run
+
+
 def cases() -> Iterator[Case]:
     """Every kernel, in the dtypes and shapes in which it differs."""
     softmax = {"from_logits": True, "link": "softmax"}
@@ -165,6 +177,11 @@ def cases() -> Iterator[Case]:
         yield Case(f"packed pooling, attention, E {WIDE}", dtype, attention, HOPPER)
         yield Case("padded loss", dtype, _single_risk("mean"), HOPPER)
         yield Case("packed loss, softmax", dtype, _packed_loss("mean", 4, **softmax), HOPPER)
+    yield Case("next codes", single, _next_codes())
+    yield Case("next codes", torch.float64, _next_codes(), HOPPER)
+    weights = {"pos_weight": torch.ones(1000), "class_weight": torch.ones(1000)}
+    yield Case("next codes, weights", torch.bfloat16, _next_codes(**weights), HOPPER)
+    yield Case("next codes, sampled", single, _next_codes(n_negatives=100), HOPPER)
     yield Case(
         "packed loss of logits", torch.bfloat16, _packed_loss("mean", None, from_logits=True)
     )
@@ -263,6 +280,7 @@ def compiled_again() -> list[str]:
         lambda patients, visits: _packed_pool("attention", patients=patients, visits=visits),
         lambda patients, visits: _packed_loss("mean", 2, patients=patients, visits=visits),
         lambda patients, visits: _packed_loss("none", None, patients=patients, visits=visits),
+        lambda patients, visits: _next_codes(visits),
     ):
         of_first = None
         for size in sizes:
