@@ -2,16 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
-#include <mutex>
-#include <stdexcept>
+#include <optional>
 #include <tuple>
-#include <utility>
-#include <vector>
 
 #include "common/cuda/launch.h"
 #include "common/operators.h"
+#include "common/survival/layouts_cuda.h"
 #include "common/survival/outcomes_cuda.h"
+#include "common/survival/sums_cuda.h"
 #include "survival_nll/arguments.h"
 #include "survival_nll/kernels.cuh"
 #include "survival_nll/scaling.cuh"
@@ -21,86 +19,21 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// A float16 gradient that is still to be multiplied by a loss scale would lose its small values.
-template <typename scalar_t>
-using saved_grad_t = std::conditional_t<std::is_same_v<scalar_t, __half>, float, scalar_t>;
-
-// --- the sum over patients -------------------------------------------------------------------
-
-// A counter of the blocks of a launch that are done. Launches on one stream run one after another,
-// so they can share a counter: the last block of each resets it to zero. A captured launch may run
-// on any stream, where its graph is replayed, and so has a counter of its own, which the graph
-// clears (`cleared`). So do launches on cudaStreamPerThread, one handle for a stream per host
-// thread, and those on a stream that `stream_tickets` has no counter for.
-struct Ticket {
-  int stream = 0;
-  Tensor cleared;
-  bool is_own = false;
-};
-
-int number_of_stream(int device, cudaStream_t stream) {
-  static std::mutex guard;
-  static auto& numbers = *new std::map<std::pair<int, cudaStream_t>, int>;  // outlives the process
-  const std::lock_guard<std::mutex> lock(guard);
-  return numbers.emplace(std::pair(device, stream), static_cast<int>(numbers.size())).first->second;
-}
-
-Ticket ticket_for(const OnDeviceOf& device, const Tensor& like) {
-  const auto per_thread = reinterpret_cast<cudaStream_t>(uintptr_t{2});  // cudaStreamPerThread
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(device.stream(), &status), "stream");
-  Ticket ticket;
-  if (status == cudaStreamCaptureStatusNone && device.stream() != per_thread) {
-    ticket.stream = number_of_stream(device.device(), device.stream());
-    if (ticket.stream < kTickets) return ticket;
-  }
-  ticket.is_own = true;
-  ticket.cleared = empty(like, {1}, ScalarType::Int);
-  fill_zero(ticket.cleared, device.stream());
-  return ticket;
-}
-
 // --- forward ---------------------------------------------------------------------------------
-
-// About four values for each lane: enough to have in flight, and a warp for all but short rows.
-int lanes_for(int64_t values) {
-  int lanes = 1;
-  while (lanes < kWarp && lanes * kInFlight < values) lanes *= 2;
-  return lanes;
-}
 
 template <typename Model, typename Layout, typename scalar_t>
 std::tuple<Tensor, Tensor> launch_nll(const char* operation, const KernelSettings& settings,
                                       const Layout& layout, const OutcomeColumns& outcomes,
                                       const Tensor& hazards, bool needs_grad) {
-  using nll_t = accumulator_t<scalar_t>;
   using grad_t = saved_grad_t<scalar_t>;
   const OnDeviceOf device(operation, hazards);
-  const std::vector<int64_t> one{};
-  Tensor nll =
-      empty(hazards, settings.reduces ? one : std::vector{settings.patients}, kDtypeOf<nll_t>);
-  Tensor grad =
-      empty(hazards, needs_grad ? shape_of(hazards) : std::vector<int64_t>{0}, kDtypeOf<grad_t>);
-
-  unsigned blocks =
-      std::min<int64_t>(kMostBlocks, blocks_for(settings.patients, kThreads / settings.lanes));
-  if (settings.reduces) blocks = std::max(blocks, 1u);  // the sum of no patients, too, is written
-
-  Result<nll_t> result{mutable_data_of<nll_t>(nll), nullptr, nullptr, 0};
-  Tensor partials;
-  Ticket ticket;
-  if (settings.reduces && blocks > 1) {
-    partials = empty(hazards, {blocks}, ScalarType::Double);
-    result.partials = mutable_data_of<double>(partials);
-    ticket = ticket_for(device, hazards);
-    result.stream = ticket.stream;
-    if (ticket.is_own) result.ticket = mutable_data_of<unsigned>(ticket.cleared);
-  }
-  const Hazards<scalar_t, grad_t> values{data_of<scalar_t>(hazards),
-                                         needs_grad ? mutable_data_of<grad_t>(grad) : nullptr};
-  launch(nll_and_grad<Model, Layout, scalar_t, grad_t>, dim3(blocks), dim3(kThreads), 0,
-         device.stream(), settings, layout, outcomes, values, result);
-  return {nll, grad};
+  const LossTensors<accumulator_t<scalar_t>, grad_t> tensors(
+      device, hazards, settings.patients, settings.lanes, settings.reduces, needs_grad);
+  const Hazards<scalar_t, grad_t> values{
+      data_of<scalar_t>(hazards), needs_grad ? mutable_data_of<grad_t>(tensors.grad) : nullptr};
+  launch(nll_and_grad<Model, Layout, scalar_t, grad_t>, dim3(tensors.blocks()), dim3(kThreads), 0,
+         device.stream(), settings, layout, outcomes, values, tensors.result());
+  return {tensors.nll, tensors.grad};
 }
 
 template <typename Layout>
@@ -135,11 +68,6 @@ std::tuple<Tensor, Tensor> nll_and_gradient(const char* operation, KernelSetting
     }
   });
   return both;
-}
-
-PaddedLayout padded_layout(const OptionalTensor& mask) {
-  if (!mask.has_value()) return {};
-  return {numbers_of(*mask, mask->stride(1)), mask->stride(0)};
 }
 
 std::tuple<Tensor, Tensor> padded_nll(const char* operation, bool competing, const Tensor& hazards,
@@ -195,21 +123,6 @@ std::tuple<Tensor, Tensor> competing_risks_nll(const Tensor& hazards, const Tens
                     entry_times, sample_weight, link, censored_included, eps, reduction,
                     needs_grad);
 }
-
-// The row numbers of a packed batch, as tensors that live while a kernel is launched.
-struct RowTensors {
-  Tensor starts;
-  Tensor ranks;
-
-  RowTensors(const Tensor& row_starts, const Tensor& unsorted_indices)
-      : starts(made_contiguous(row_starts)), ranks(made_contiguous(unsorted_indices)) {}
-
-  int64_t slots() const { return starts.numel() - 1; }
-  int64_t patients() const { return ranks.numel(); }
-  PackedLayout layout(int64_t n_visits) const {
-    return {data_of<int64_t>(starts), data_of<int64_t>(ranks), n_visits, patients()};
-  }
-};
 
 std::tuple<Tensor, Tensor> packed_survival_nll(
     const Tensor& hazards, const Tensor& row_starts, const Tensor& unsorted_indices,

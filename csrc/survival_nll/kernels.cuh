@@ -9,15 +9,13 @@
 #include <cstdint>
 
 #include "common/cuda/device.cuh"
+#include "common/survival/layouts.cuh"
 #include "common/survival/outcomes.cuh"
+#include "common/survival/sums.cuh"
 
 namespace ehrseq::survival::cuda {
 
 using namespace ehrseq::cuda;  // NOLINT: what all kernels share
-
-constexpr int kThreads = 256;
-constexpr int kMostBlocks = 1024;
-constexpr int kInFlight = 4;  // values that a lane loads before it uses the first
 
 struct KernelSettings {
   int64_t patients;
@@ -29,70 +27,6 @@ struct KernelSettings {
   double nll_of_eps;  // -log(eps)
   double share;       // of one patient in the result: 1 / patients for the mean, else 1
   int lanes;          // that share a patient: a power of two, at most a warp
-};
-
-// --- where a patient's visits are ------------------------------------------------------------
-
-// [B, V, classes], contiguous, with a mask [B, V] or none.
-struct PaddedLayout {
-  Numbers mask;  // of any row; `stride` is that of the visits
-  int64_t mask_row_stride;
-
-  struct Visits {
-    const PaddedLayout& layout;
-    int64_t patient;
-    unsigned slots;
-
-    // Every slot has a place, and its gradient has to be written.
-    __device__ bool has(unsigned) const { return true; }
-    __device__ int64_t row(unsigned visit) const { return patient * slots + visit; }
-    __device__ bool counts(unsigned visit) const {
-      if (layout.mask.data == nullptr) return true;
-      Numbers mask = layout.mask;
-      const int64_t offset = patient * layout.mask_row_stride * mask.bytes;
-      mask.data = static_cast<const char*>(mask.data) + offset;
-      return is_set(mask, visit);
-    }
-  };
-
-  __device__ Visits visits_of(int64_t patient, unsigned slots) const {
-    return {*this, patient, slots};
-  }
-};
-
-// Visit t of patient p is row row_starts[t] + ranks[p], if the patient has that many visits.
-struct PackedLayout {
-  const int64_t* row_starts;  // [slots + 1]
-  const int64_t* ranks;
-  int64_t n_visits;
-  int64_t patients;
-
-  struct Visits {
-    const PackedLayout& layout;
-    int64_t rank;
-
-    __device__ bool has(unsigned visit) const {
-      return rank < layout.row_starts[visit + 1] - layout.row_starts[visit];
-    }
-    __device__ int64_t row(unsigned visit) const {
-      const int64_t row = layout.row_starts[visit] + rank;
-      require(row >= 0 && row < layout.n_visits);
-      return row;
-    }
-    __device__ bool counts(unsigned visit) const { return has(visit); }
-  };
-
-  // The patients' rows make up the batch if its ends fit, the sizes do not rise and the ranks
-  // differ. The last two are not checked: that would take a kernel of its own.
-  __device__ Visits visits_of(int64_t patient, unsigned slots) const {
-    if (patient == 0) {
-      const int64_t all_start = slots == 0 ? patients : row_starts[1];
-      require(row_starts[0] == 0 && row_starts[slots] == n_visits && all_start == patients);
-    }
-    const int64_t rank = ranks[patient];
-    require(rank >= 0 && rank < patients);
-    return {*this, rank};
-  }
 };
 
 // --- one visit's part ------------------------------------------------------------------------
@@ -323,64 +257,6 @@ __device__ accumulator_t<scalar_t> nll_of_classes(const Visits& visits,
 }
 
 // --- all patients ----------------------------------------------------------------------------
-
-// One counter for each stream (cuda.cu). Each block of a launch increments it when it is done, and
-// the last of them resets it to zero for the next launch on that stream.
-constexpr int kTickets = 1024;
-__device__ unsigned stream_tickets[kTickets];
-
-template <typename nll_t>
-struct Result {
-  nll_t* nll;        // one number, or one per patient
-  double* partials;  // one per block; null where the patients are not summed
-  unsigned* ticket;  // null for that of the stream
-  int stream;
-};
-
-// The butterfly leaves the same bits in each of the lanes that are summed.
-template <typename T>
-__device__ T sum_of_lanes(T value, int lanes) {
-  for (int step = lanes / 2; step > 0; step /= 2) {
-    value += __shfl_xor_sync(kWholeWarp, value, step);
-  }
-  return value;
-}
-
-// Over a block, in a fixed order; the sum is thread 0's.
-__device__ inline double sum_of_block(double value) {
-  __shared__ double warps[kThreads / kWarp];
-  value = sum_of_lanes(value, kWarp);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  double sum = 0;
-  for (const double warp : warps) sum += warp;
-  return sum;
-}
-
-// The last block to finish adds the blocks' sums in their order: whichever block that is, the same
-// bits.
-template <typename nll_t>
-__device__ void finish_sum(const Result<nll_t>& result, double block_sum, double share) {
-  if (gridDim.x == 1) {
-    if (threadIdx.x == 0) *result.nll = static_cast<nll_t>(block_sum * share);
-    return;
-  }
-  __shared__ bool is_last;
-  if (threadIdx.x == 0) {
-    unsigned* ticket = result.ticket ? result.ticket : &stream_tickets[result.stream];
-    result.partials[blockIdx.x] = block_sum;
-    __threadfence();  // the partial sum is seen before the counter
-    is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
-  double sum = 0;
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) sum += __ldcg(result.partials + i);
-  sum = sum_of_block(sum);
-  if (threadIdx.x == 0) *result.nll = static_cast<nll_t>(sum * share);
-}
 
 // What the values of a visit are: logits of classes, or trials of a Likelihood.
 struct SoftmaxModel {};

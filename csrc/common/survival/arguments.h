@@ -81,4 +81,50 @@ inline void expect_row_numbers(const char* operation, const Tensor& row_starts,
   expect_dtype(last_rows, operation, "last_rows", {ScalarType::Long});
 }
 
+// Of logits over time: [B, V] with a mask, or the rows of a packed batch, [n_visits]; with
+// competing risks there is one more dimension, of the causes.
+struct LogitsShape {
+  bool packed;
+  int64_t patients;
+  int64_t slots;    // the most visits that a patient can have
+  int64_t classes;  // a visit's values
+};
+
+// Logits over time and all that comes with them.
+inline LogitsShape expect_logits(const char* operation, bool competing, const Tensor& logits,
+                                 const Tensor& event_times, const Tensor& event_types,
+                                 const OptionalTensor& sequence_mask,
+                                 const OptionalTensor& row_starts,
+                                 const OptionalTensor& unsorted_indices,
+                                 const OptionalTensor& last_rows, const OptionalTensor& entry_times,
+                                 const OptionalTensor& sample_weight) {
+  const bool packed = row_starts.has_value();
+  if (packed != unsorted_indices.has_value() || packed != last_rows.has_value()) {
+    refuse(operation, "row_starts, unsorted_indices, last_rows", "all or none of them", "some");
+  }
+  const int64_t dims = (packed ? 1 : 2) + (competing ? 1 : 0);
+  expect_dim(
+      logits, operation, "logits", dims,
+      packed ? (competing ? "[n_visits, K]" : "[n_visits]") : (competing ? "[B, V, K]" : "[B, V]"));
+  expect_floating(logits, operation, "logits");
+  LogitsShape shape{packed, 0, 0, competing ? logits.size(dims - 1) : 1};
+  if (shape.classes < 1) refuse(operation, "logits", "at least one cause", "0 values per visit");
+  if (packed) {
+    if (sequence_mask.has_value()) {
+      refuse(operation, "sequence_mask", "none with a packed batch", "one");
+    }
+    expect_row_numbers(operation, *row_starts, *unsorted_indices, *last_rows);
+    shape.patients = unsorted_indices->size(0);
+    shape.slots = row_starts->size(0) - 1;
+  } else {
+    shape.patients = logits.size(0);
+    shape.slots = logits.size(1);
+    expect_sequence_mask(operation, sequence_mask, shape.patients, shape.slots);
+  }
+  expect_row_length(operation, shape.slots, shape.classes);
+  expect_outcomes(operation, shape.patients, competing, event_times, event_types, entry_times,
+                  sample_weight);
+  return shape;
+}
+
 }  // namespace ehrseq::survival
