@@ -15,13 +15,15 @@ def _refuse(operation: str, name: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{operation}: {name}: expected {expected}, got {got}")
 
 
-def check_hazards(operation: str, hazards: Tensor, dims: tuple[int, ...], shape: str) -> None:
+def check_hazards(
+    operation: str, hazards: Tensor, dims: tuple[int, ...], shape: str, name: str = "hazards"
+) -> None:
     """Dimensions and dtype."""
     if hazards.dim() not in dims:
-        _refuse(operation, "hazards", f"shape {shape}", list(hazards.shape))
+        _refuse(operation, name, f"shape {shape}", list(hazards.shape))
     if hazards.dtype not in FLOATING:
         expected = "float32, float64, bfloat16 or float16"
-        _refuse(operation, "hazards", expected, hazards.dtype)
+        _refuse(operation, name, expected, hazards.dtype)
 
 
 def check_options(
@@ -30,12 +32,17 @@ def check_options(
     """The numbers that encode options."""
     if not 0 <= link <= 3 or (link == 2 and not competing):
         _refuse(operation, "link", "0..3" if competing else "0, 1 or 3", link)
-    if not 0 <= reduction <= 2:
-        _refuse(operation, "reduction", "0..2", reduction)
+    check_reduction(operation, reduction)
     if not 0 <= eps < 0.5:
         _refuse(operation, "eps", "[0, 0.5)", eps)
     if classes - (link == 2) < 1:
         _refuse(operation, "hazards", "at least one cause", f"{classes} values per visit")
+
+
+def check_reduction(operation: str, reduction: int) -> None:
+    """The number that encodes it."""
+    if not 0 <= reduction <= 2:
+        _refuse(operation, "reduction", "0..2", reduction)
 
 
 def check_row_length(operation: str, slots: int, classes: int) -> None:
@@ -103,6 +110,36 @@ def check_rows(operation: str, hazards: Tensor, *rows: Tensor) -> None:
         _refuse(operation, "last_rows", f"shape [B] = {list(ranks.shape)}", list(last.shape))
 
 
+def check_logits(
+    operation: str,
+    logits: Tensor,
+    competing: bool,
+    sequence_mask: Tensor | None,
+    rows: tuple[Tensor | None, ...],
+    outcomes: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+) -> tuple[int, int, int]:
+    """Logits over time, ``[B, V]`` with a mask or rows of a packed batch, ``[n_visits]``, with a
+    last dimension of causes where there are competing ones; ``rows`` and ``outcomes`` are what
+    comes with them. Returns how many patients, slots and classes there are."""
+    given = _all_or_none(operation, rows)
+    shape = ("[n_visits]", "[n_visits, K]") if given else ("[B, V]", "[B, V, K]")
+    check_hazards(operation, logits, (2 - bool(given) + competing,), shape[competing], "logits")
+    classes = logits.shape[-1] if competing else 1
+    if classes < 1:
+        _refuse(operation, "logits", "at least one cause", "0 values per visit")
+    if given:
+        if sequence_mask is not None:
+            _refuse(operation, "sequence_mask", "none with a packed batch", "one")
+        check_rows(operation, logits, *given)
+        patients, slots = len(given[1]), len(given[0]) - 1
+    else:
+        patients, slots = logits.shape[:2]
+        check_mask(operation, logits, sequence_mask)
+    check_row_length(operation, slots, classes)
+    check_patients(operation, logits, patients, competing, *outcomes)
+    return patients, slots, classes
+
+
 def check_scale(
     grad: Tensor, grad_nll: Tensor, rows: tuple[Tensor | None, ...], dtype: torch.dtype
 ) -> None:
@@ -118,14 +155,19 @@ def check_scale(
     if grad_nll.dtype != accumulator(grad.dtype):
         _refuse(name, "grad_nll", str(accumulator(grad.dtype)), grad_nll.dtype)
     _check_device(name, grad, grad_nll)
-    given = [tensor for tensor in rows if tensor is not None]
-    if len(given) not in (0, 3):
-        _refuse(name, "row_starts, unsorted_indices, last_rows", "all or none of them", "some")
+    given = _all_or_none(name, rows)
     if given:
         check_rows(name, grad, *given)
     patients = len(given[1]) if given else grad.shape[0]
     if grad_nll.dim() and grad_nll.shape != (patients,):
         _refuse(name, "grad_nll", f"shape [] or [B] = [{patients}]", list(grad_nll.shape))
+
+
+def _all_or_none(operation: str, rows: tuple[Tensor | None, ...]) -> list[Tensor]:
+    given = [tensor for tensor in rows if tensor is not None]
+    if len(given) not in (0, 3):
+        _refuse(operation, "row_starts, unsorted_indices, last_rows", "all or none of them", "some")
+    return given
 
 
 def _check_device(operation: str, like: Tensor, tensor: Tensor) -> None:

@@ -13,37 +13,15 @@ patients, and the last to finish adds those up.
 import triton
 import triton.language as tl
 
+from .columns import present, real, whole
 from .rows import rows_of
+from .sums import add_up_when_last
 from .terms import nll_of_cloglog, nll_of_logits, nll_of_probabilities, nll_of_softmax
 
 # as the operators take them (operators.py)
 PROBABILITIES: tl.constexpr = tl.constexpr(0)
 SOFTMAX: tl.constexpr = tl.constexpr(2)
 CLOGLOG: tl.constexpr = tl.constexpr(3)
-
-# So that the last program adds all the others' sums in one load.
-MOST_PROGRAMS: tl.constexpr = tl.constexpr(1024)
-
-
-@triton.jit
-def _whole(column, patient, stride, exists, lowest, highest):
-    """One integer per patient, of any dtype, clamped to bounds that keep what matters distinct."""
-    wide = tl.load(column + patient * stride, mask=exists, other=0).to(tl.int64)
-    return tl.minimum(tl.maximum(wide, lowest), highest).to(tl.int32)
-
-
-@triton.jit
-def _real(column, patient, stride, exists):
-    """One number per patient, of any dtype."""
-    values = tl.load(column + patient * stride, mask=exists, other=0)
-    if values.dtype == tl.bfloat16:
-        values = values.to(tl.float32)
-    return values.to(tl.float64)
-
-
-@triton.jit
-def _present(mask, where, wanted):
-    return wanted & (tl.load(mask + where, mask=wanted, other=0) != 0)
 
 
 @triton.jit
@@ -66,28 +44,6 @@ def _softmax_trials(
     if CENSORED_INCLUDED:
         counts = counts | (kind == 0)
     return tl.where(at_time, kind, 0), (before | (at_time & counts)) & (class_of >= 0)
-
-
-@triton.jit
-def _add_up_when_last(loss, partials, ticket, nll, share):
-    """Store this program's sum; the last program adds them all, in their order.
-
-    ``ticket`` counts the programs that are done. It is an integer: who is last depends on the
-    schedule, what is added does not. Incrementing it releases the sum that this program wrote and
-    acquires those of the programs before; the barriers extend both from the one thread that does
-    so to the others. The sums are read past the first-level cache, which is not coherent. The last
-    program resets the counter to zero for the next launch on this stream.
-    """
-    programs = tl.num_programs(0)
-    tl.store(partials + tl.program_id(0), loss)
-    tl.debug_barrier()
-    finished_before = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
-    if finished_before == programs - 1:
-        tl.debug_barrier()
-        program = tl.arange(0, MOST_PROGRAMS)
-        sums = tl.load(partials + program, mask=program < programs, other=0.0, cache_modifier=".cg")
-        tl.store(nll, (tl.sum(sums, axis=0) * share).to(nll.dtype.element_ty))
-        tl.store(ticket, 0)
 
 
 # Alignment and divisibility buy nothing here, since a patient's row starts anywhere; without them
@@ -149,17 +105,17 @@ def survival_nll_kernel(
     for group in range(tl.program_id(0), tl.cdiv(patients, PATIENTS), tl.num_programs(0)):
         patient = tl.cast(group, tl.int64) * PATIENTS + tl.arange(0, PATIENTS)
         exists = patient < patients
-        time = tl.where(exists, _whole(times, patient, times_stride, exists, -1, slots), -1)
+        time = tl.where(exists, whole(times, patient, times_stride, exists, -1, slots), -1)
         entry = tl.zeros([PATIENTS], tl.int32)
         if entries is not None:
-            entry = _whole(entries, patient, entries_stride, exists, -1, slots)
+            entry = whole(entries, patient, entries_stride, exists, -1, slots)
         if COMPETING:
-            kind = _whole(types, patient, types_stride, exists, -1, CLASSES + 1)
+            kind = whole(types, patient, types_stride, exists, -1, CLASSES + 1)
         else:
-            kind = (_real(types, patient, types_stride, exists) != 0.0).to(tl.int32)
+            kind = (real(types, patient, types_stride, exists) != 0.0).to(tl.int32)
         weight = tl.full([PATIENTS], 1.0, tl.float64)
         if weights is not None:
-            weight = _real(weights, patient, weights_stride, exists)
+            weight = real(weights, patient, weights_stride, exists)
         scale = (weight * share).to(ACCUMULATOR)[:, None, None]
 
         terms_of_visits = tl.zeros([PATIENTS, VISITS], ACCUMULATOR)
@@ -173,8 +129,8 @@ def survival_nll_kernel(
             at_time = inside & (visit[None, :] == time[:, None])
             if mask is not None:
                 of_mask = patient[:, None] * mask_patient + visit.to(tl.int64)[None, :] * mask_visit
-                before = _present(mask, of_mask, before)
-                at_time = _present(mask, of_mask, at_time)
+                before = present(mask, of_mask, before)
+                at_time = present(mask, of_mask, at_time)
             if row_starts is None:
                 of_hazard = (
                     patient[:, None] * hazards_patient + visit.to(tl.int64)[None, :] * hazards_visit
@@ -241,4 +197,4 @@ def survival_nll_kernel(
             tl.store(nll + patient, weighted.to(nll.dtype.element_ty), mask=exists)
 
     if REDUCES:
-        _add_up_when_last(tl.sum(loss, axis=0), partials, ticket, nll, share)
+        add_up_when_last(tl.sum(loss, axis=0), partials, ticket, nll, share)

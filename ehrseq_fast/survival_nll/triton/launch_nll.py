@@ -12,10 +12,11 @@ from torch import Tensor
 from ...checks import accumulator
 from ...operations import implemented_in_triton
 from ...triton_support import launch
-from ..operators import REDUCTIONS, empty_nll_and_grad
+from ..operators import empty_nll_and_grad
 from ..reference import rounds_to_one
 from . import arguments
-from .kernel_nll import MOST_PROGRAMS, PROBABILITIES, survival_nll_kernel
+from .kernel_nll import PROBABILITIES, survival_nll_kernel
+from .sums import MOST_PROGRAMS, share_of_patient
 from .tiles import WARPS, accumulator_of, tile_of
 from .workspace import workspace
 
@@ -24,12 +25,6 @@ def _nll_of_eps(eps: float, dtype: torch.dtype) -> float:
     """-log(eps) where 1 - eps is rounded to 1, else 0."""
     to_one = rounds_to_one(1 - eps, accumulator(dtype))
     return -math.log(eps) if eps > 0 and to_one else 0.0
-
-
-def _share(reduction: int, patients: int) -> float:
-    if reduction != REDUCTIONS["mean"]:
-        return 1.0
-    return 1.0 / patients if patients else math.inf  # the mean of none is 0 * inf: nan
 
 
 # row_starts, unsorted_indices, last_rows of a packed batch
@@ -90,7 +85,7 @@ def _launch_nll(
         patients,
         slots,
         n_rows,
-        _share(reduction, patients),
+        share_of_patient(reduction, patients),
         ACCUMULATOR=accumulator_of(hazards.dtype),
         COMPETING=competing,
         CLASSES=classes,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...triton_support import current
-from .kernel_nll import MOST_PROGRAMS
+from .sums import MOST_PROGRAMS
 
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
