@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ehrseq_fast import (
+    PackedRows,
     PackedVisits,
     competing_risks_nll,
     discrete_time_survival_nll,
@@ -17,6 +18,8 @@ from ehrseq_fast import (
     packed_competing_risks_nll,
     packed_survival_nll,
     packed_visit_pool,
+    pmf_competing_risks_nll,
+    pmf_nll,
     use_backend,
     visit_mean_pool,
 )
@@ -149,6 +152,19 @@ def _packed_competing_loss(device: str) -> Case:
     return Case(hazards_of_shape(batch.n_visits, 2), lambda h: packed_competing_risks_nll(h, batch))
 
 
+def _mass_loss(device: str) -> Case:
+    args = _outcomes(device, "event_times", "event_indicators")
+    return Case(normal(PATIENTS, VISITS), lambda x: pmf_nll(x, *args))
+
+
+def _packed_competing_mass_loss(device: str) -> Case:
+    batch = make_batch(device)
+    return Case(
+        normal(batch.n_visits, 2),
+        lambda x: pmf_competing_risks_nll(PackedRows(x, batch), reduction="none"),
+    )
+
+
 # name -> operation as the backends register it, how to make a case, kernels launched forward and
 # (at most) backward, where that is promised
 CASES: dict[str, tuple[str, Callable[[str], Case], int, int | None]] = {
@@ -164,6 +180,8 @@ CASES: dict[str, tuple[str, Callable[[str], Case], int, int | None]] = {
     "packed loss": ("packed_survival_nll", _packed_loss("mean"), 1, 1),
     "packed loss of each": ("packed_survival_nll", _packed_loss("none"), 1, 1),
     "packed competing": ("packed_survival_nll", _packed_competing_loss, 1, 1),
+    "mass": ("pmf_nll", _mass_loss, 1, 1),
+    "packed competing mass": ("pmf_nll", _packed_competing_mass_loss, 1, 1),
 }
 
 

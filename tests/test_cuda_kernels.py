@@ -13,6 +13,7 @@ from ehrseq_fast import (
     discrete_time_survival_nll,
     packed_survival_nll,
     packed_visit_pool,
+    pmf_nll,
 )
 from ehrseq_fast import backend as backends
 from ehrseq_fast.survival_nll import competing_risks_nll
@@ -59,6 +60,18 @@ def test_a_loss_is_one_launch_each_way(shim, reduction, count):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_of_a_mass_is_one_launch_each_way(shim, reduction):
+    patients = draw_patients(300, 50)
+    logits = torch.randn(300, 50).requires_grad_()
+    args = patients.times, patients.types, patients.mask
+    nll, launched = counted(shim, lambda: pmf_nll(logits, *args, reduction=reduction))
+    assert launched == Counts(kernels=1, memsets=0)
+    grad_nll = torch.ones(()).expand(nll.shape)
+    _, launched = counted(shim, lambda: torch.autograd.grad(nll, logits, grad_nll))
+    assert launched == Counts(kernels=1, memsets=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_packed_loss_is_one_launch_each_way(shim, reduction):
     lengths = [1 + i % 37 for i in range(500)]
     batch = PackedVisits.from_lists(
@@ -93,13 +106,14 @@ def results(shim, call):
         yield call()
 
 
-def test_no_order_of_blocks_changes_a_bit(shim):
-    patients = draw_patients(3000, 20)
-    hazards = draw_hazards((3000, 20), torch.float32, logits=False).requires_grad_()
+@pytest.mark.parametrize(("loss", "count"), [(discrete_time_survival_nll, 3000), (pmf_nll, 600)])
+def test_no_order_of_blocks_changes_a_bit(shim, loss, count):
+    patients = draw_patients(count, 20)
+    hazards = draw_hazards((count, 20), torch.float32, logits=False).requires_grad_()
     args = patients.times, patients.types, patients.mask
 
     def run():
-        nll = discrete_time_survival_nll(hazards, *args)
+        nll = loss(hazards, *args)
         return nll, *torch.autograd.grad(nll, hazards)
 
     first, *others = results(shim, run)

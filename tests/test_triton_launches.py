@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from ehrseq_fast import (
+    PackedRows,
     PackedVisits,
     backend,
     competing_risks_nll,
     discrete_time_survival_nll,
     packed_competing_risks_nll,
     packed_survival_nll,
+    pmf_competing_risks_nll,
+    pmf_nll,
     use_backend,
     warmup,
 )
@@ -77,7 +80,20 @@ def packed_competing(**options):
     return x, lambda: packed_competing_risks_nll(x, batch, **options)
 
 
-LOSSES = (padded, competing, packed, packed_competing)
+def mass(**options):
+    patients = draw_patients(60, 21)
+    x = torch.randn(60, 21, requires_grad=True)
+    args = patients.times, patients.types.to(torch.float16), patients.mask.float()
+    return x, lambda: pmf_nll(x, *args, entry_times=patients.entries, **options)
+
+
+def packed_competing_mass(**options):
+    batch = records()
+    x = torch.full((batch.n_visits, 2), 0.25, requires_grad=True)
+    return x, lambda: pmf_competing_risks_nll(PackedRows(x, batch), **options)
+
+
+LOSSES = (padded, competing, packed, packed_competing, mass, packed_competing_mass)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -86,7 +102,8 @@ def test_one_launch_gives_loss_and_gradient_and_one_scales_it(loss, reduction):
     x, nll = loss(reduction=reduction)
     with watching_launches() as launches:
         value = nll()
-    assert [launch.name for launch in launches] == ["survival_nll_kernel"]
+    kernel = "pmf_nll_kernel" if "mass" in loss.__name__ else "survival_nll_kernel"
+    assert [launch.name for launch in launches] == [kernel]
     grad_nll = torch.ones(()).expand(value.shape)  # of any strides
     with watching_launches() as launches:
         torch.autograd.grad(value, x, grad_nll)

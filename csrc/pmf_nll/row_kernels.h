@@ -105,11 +105,12 @@ EHRSEQ_INLINE Loss loss_of(double apart, double others, double outcome) {
     const double none = outcome == 0 ? NAN : outcome - outcome;  // 0; a NaN stays one
     return {none, none, none};
   }
-  if (apart > 600) {  // e^apart would be too large
-    return {apart + std::log(others / outcome), 1 / others, -1 / outcome};
+  if (apart > 600) {                         // e^apart would be too large
+    const double certain = others / others;  // 1; a NaN stays one
+    return {apart + std::log(others / outcome), certain / others, -certain / outcome};
   }
   const double odds = (apart == 0 ? 1.0 : std::exp(apart)) * (others / outcome);
-  const double chance = odds / (1 + odds);  // of the others
+  const double chance = outcome == 0 ? 1 : odds / (1 + odds);  // of the others
   return {std::log1p(odds), chance / others, -chance / outcome};
 }
 

@@ -63,4 +63,5 @@ def _log_sum(x: Tensor, which: Tensor, beyond: Tensor) -> Tensor:
     values = torch.where(which, x, -torch.inf).flatten(1)
     last = torch.where(beyond | none, 0.0, -torch.inf).to(x.dtype)
     total = torch.cat([values, last], 1).logsumexp(1)
-    return torch.where(total == torch.inf, torch.nan, total)  # as a softmax of an infinite logit
+    # NaN, derivatives too, as a softmax of an infinite logit
+    return total * torch.where(total == torch.inf, torch.nan, 1.0)

@@ -136,6 +136,26 @@ def _next_codes(visits: int = 40, **options: Any) -> Callable[[torch.dtype], tor
     return run
 
 
+def _mass(
+    causes: int | None, packed: bool, reduction: str = "mean", patients: int = 64, visits: int = 100
+) -> Callable[[torch.dtype], torch.Tensor]:
+    from ehrseq_fast import PackedRows, PackedVisits, pmf_competing_risks_nll, pmf_nll
+
+    def run(dtype: torch.dtype) -> torch.Tensor:
+        shape = (patients, visits) if causes is None else (patients, visits, causes)
+        logits = torch.full(shape, 0.5, dtype=dtype, requires_grad=True)
+        times = torch.zeros(patients, dtype=torch.int64)
+        loss = pmf_nll if causes is None else pmf_competing_risks_nll
+        if not packed:
+            mask = torch.ones(patients, visits, dtype=torch.bool)
+            return loss(logits, times, times, mask, reduction=reduction)
+        batch = PackedVisits.from_lists([[[1]] * visits] * patients)
+        rows = PackedRows(logits.flatten(0, 1), batch)
+        return loss(rows, times, times, reduction=reduction)
+
+    return run
+
+
 def cases() -> Iterator[Case]:
     """Every kernel, in the dtypes and shapes in which it differs."""
     softmax = {"from_logits": True, "link": "softmax"}
@@ -168,6 +188,8 @@ def cases() -> Iterator[Case]:
     yield Case("packed loss, softmax", single, _packed_loss("mean", 4, **softmax))
     yield Case("padded loss, one a patient", single, _single_risk("none"))
     yield Case("packed loss, one a patient", single, _packed_loss("none", None))
+    yield Case("padded loss of a mass", single, _mass(None, packed=False))
+    yield Case("packed loss of a mass, competing", single, _mass(4, packed=True), HOPPER)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         pool = "max" if dtype == torch.float16 else "mean"
         yield Case(f"padded pooling, {pool}, E {WIDE}", dtype, _padded_pool(pool), HOPPER)
@@ -176,6 +198,7 @@ def cases() -> Iterator[Case]:
         attention = _packed_pool("attention")
         yield Case(f"packed pooling, attention, E {WIDE}", dtype, attention, HOPPER)
         yield Case("padded loss", dtype, _single_risk("mean"), HOPPER)
+        yield Case("packed loss of a mass", dtype, _mass(None, packed=True), HOPPER)
         yield Case("packed loss, softmax", dtype, _packed_loss("mean", 4, **softmax), HOPPER)
     yield Case("next codes", single, _next_codes())
     yield Case("next codes", torch.float64, _next_codes(), HOPPER)
@@ -281,6 +304,7 @@ def compiled_again() -> list[str]:
         lambda patients, visits: _packed_loss("mean", 2, patients=patients, visits=visits),
         lambda patients, visits: _packed_loss("none", None, patients=patients, visits=visits),
         lambda patients, visits: _next_codes(visits),
+        lambda patients, visits: _mass(2, True, patients=patients, visits=visits),
     ):
         of_first = None
         for size in sizes:
