@@ -13,6 +13,8 @@ from ehrseq_fast import (
     PackedRows,
     PackedVisits,
     competing_risks_nll,
+    deephit_competing_ranking_loss,
+    deephit_ranking_loss,
     discrete_time_survival_nll,
     masked_pool,
     packed_competing_risks_nll,
@@ -165,6 +167,19 @@ def _packed_competing_mass_loss(device: str) -> Case:
     )
 
 
+def _ranking_loss(device: str) -> Case:
+    args = _outcomes(device, "event_times", "event_indicators")
+    return Case(normal(PATIENTS, VISITS), lambda x: deephit_ranking_loss(x, *args))
+
+
+def _packed_competing_ranking_loss(device: str) -> Case:
+    batch = make_batch(device)
+    return Case(
+        normal(batch.n_visits, 2),
+        lambda x: deephit_competing_ranking_loss(PackedRows(x, batch)),
+    )
+
+
 # name -> operation as the backends register it, how to make a case, kernels launched forward and
 # (at most) backward, where that is promised
 CASES: dict[str, tuple[str, Callable[[str], Case], int, int | None]] = {
@@ -182,6 +197,8 @@ CASES: dict[str, tuple[str, Callable[[str], Case], int, int | None]] = {
     "packed competing": ("packed_survival_nll", _packed_competing_loss, 1, 1),
     "mass": ("pmf_nll", _mass_loss, 1, 1),
     "packed competing mass": ("pmf_nll", _packed_competing_mass_loss, 1, 1),
+    "ranking": ("deephit_ranking", _ranking_loss, 3, 1),
+    "packed competing ranking": ("deephit_ranking", _packed_competing_ranking_loss, 3, 1),
 }
 
 

@@ -10,12 +10,15 @@ import torch
 
 from ehrseq_fast import (
     PackedVisits,
+    deephit_competing_ranking_loss,
+    deephit_ranking_loss,
     discrete_time_survival_nll,
     packed_survival_nll,
     packed_visit_pool,
     pmf_nll,
 )
 from ehrseq_fast import backend as backends
+from ehrseq_fast.deephit_ranking import reference as ranking_reference
 from ehrseq_fast.survival_nll import competing_risks_nll
 
 from . import cuda_on_cpu
@@ -239,3 +242,78 @@ def test_competing_risks_take_many_blocks(shim):
     value = competing_risks_nll(hazards, patients.times, patients.types, from_logits=True)
     expected = definition(hazards, patients.times, patients.types, from_logits=True)
     torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_a_ranking_loss_is_three_launches_and_one_back(shim, count):
+    patients = draw_patients(count, 50)
+    logits = torch.randn(count, 50)
+    args = patients.times, patients.types, patients.mask
+    _, launched = counted(shim, lambda: deephit_ranking_loss(logits, *args))
+    assert launched == Counts(kernels=2, memsets=0)
+    logits.requires_grad_()
+    value, launched = counted(shim, lambda: deephit_ranking_loss(logits, *args))
+    assert launched == Counts(kernels=3, memsets=0)
+    _, launched = counted(shim, lambda: torch.autograd.grad(value, logits))
+    assert launched == Counts(kernels=1, memsets=0)
+
+
+def test_no_order_of_blocks_changes_a_bit_of_a_ranking_loss(shim):
+    patients = draw_patients(150, 40, causes=2)
+    logits = torch.randn(150, 40, 2).requires_grad_()
+    args = patients.times, patients.types, patients.mask
+
+    def run():
+        value = deephit_competing_ranking_loss(logits, *args, sigma=0.01)
+        return value, *torch.autograd.grad(value, logits)
+
+    first, *others = results(shim, run)
+    assert not first[0].isnan()
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+def ranked(logits, *rest):
+    """The raw operator's loss and gradient, and the definition's in float64."""
+    times, types, mask, entries, weights = rest
+    competing = logits.dim() == 3
+    got = ops().deephit_ranking(
+        logits, times, types, mask, None, None, None, entries, weights, competing, True, 0.1, True
+    )
+    x = logits.double().requires_grad_()
+    options = {"entry_times": entries, "sample_weight": weights}
+    value = ranking_reference.deephit_ranking(x, times, types, mask, **options)
+    torch.testing.assert_close(got[0].double(), value.detach(), rtol=1e-5, atol=1e-7)
+    (expected,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(got[1].double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("causes", [None, 3])
+def test_impossible_outcomes_of_a_ranking_loss_stay_within_memory_and_the_formula(shim, causes):
+    logits = torch.randn((8, 40) if causes is None else (8, 40, causes))
+    times = torch.tensor([-(2**40), -1, 0, 3, 39, 40, 2**40, 37])
+    types = torch.tensor([1, 0, 1, 0, 7, -3, 1, 2] if causes else [1, 0, 1, 0, 1, 0, 1, 1])
+    entries = torch.tensor([0, 0, -5, 4, 2**40, 1, 2, -(2**40)])
+    mask = torch.rand(8, 40) < 0.7
+    mask[4] = False
+    ranked(logits, times, types, mask, entries, torch.tensor([1.0, 2, -1, 0, 1, 1, 0.5, 1]))
+
+
+def test_a_ranking_loss_of_many_patients_and_of_many_visits(shim):
+    """More than the groups and the blocks that there are at most."""
+    for count, slots in ((8300, 2), (2, 33_000)):
+        p = draw_patients(count, slots)
+        ranked(torch.randn(count, slots), p.times, p.types, p.mask, p.entries, p.weights)
+
+
+def test_a_tampered_batch_ends_a_ranking_loss(shim, capfd):
+    batch = PackedVisits.from_lists([[[1]] * n for n in (3, 1, 5)])
+    starts = batch.row_starts.clone()
+    starts[1:3] += 2**40
+    times = torch.zeros(3, dtype=torch.long)
+    rows = starts, batch.unsorted_indices, batch.last_rows
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        ops().deephit_ranking(
+            torch.zeros(9), times, times, None, *rows, None, None, False, True, 0.1, True
+        )
+    assert "__trap()" in capfd.readouterr().err

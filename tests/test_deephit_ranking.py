@@ -62,7 +62,7 @@ def pairs(x, times, types, mask, entries, weights, sigma, included):
 @pytest.mark.parametrize("causes", [None, 3])
 @pytest.mark.parametrize("included", [True, False])
 @pytest.mark.parametrize("sigma", [10.0, 0.1, 1e-2, 1e-3])
-def test_every_pair(unemulated, causes, included, sigma):
+def test_every_pair(backend, causes, included, sigma):
     x, p = draw(23, 7, causes)
     more = {"entry_times": p.entries, "sample_weight": p.weights, "sigma": sigma}
     more["censored_visit"] = "included" if included else "excluded"
@@ -76,7 +76,7 @@ def test_every_pair(unemulated, causes, included, sigma):
 @pytest.mark.parametrize(
     ("patients", "slots", "causes"), [(1, 1, None), (200, 37, None), (130, 19, 3), (65, 16, 1)]
 )
-def test_agrees_with_the_reference_in_float64(unemulated, patients, slots, causes, dtype):
+def test_agrees_with_the_reference_in_float64(backend, patients, slots, causes, dtype):
     x, p = draw(patients, slots, causes, dtype)
     more = {"entry_times": p.entries, "sample_weight": p.weights}
     value, grad = value_and_grad(loss_of(causes), x, p.times, p.types, p.mask, **more)
@@ -88,7 +88,7 @@ def test_agrees_with_the_reference_in_float64(unemulated, patients, slots, cause
     assert_matches(grad, wide[1], scale=size, terms=40)
 
 
-def test_a_small_sigma_does_not_overflow_where_the_result_is_finite(unemulated):
+def test_a_small_sigma_does_not_overflow_where_the_result_is_finite(backend):
     # both incidences are near 1: e^(F / sigma) alone would be e^1000
     x = torch.tensor([[9.0, 0.0], [8.9995, 0.0]])
     times, seen = torch.tensor([0, 1]), torch.tensor([1, 0])
@@ -100,7 +100,7 @@ def test_a_small_sigma_does_not_overflow_where_the_result_is_finite(unemulated):
 
 
 @pytest.mark.parametrize("causes", [None, 2])
-def test_packed_rows_and_padding(unemulated, causes):
+def test_packed_rows_and_padding(backend, causes):
     x, p = draw(30, 8, causes)
     loss = loss_of(causes)
     expected = value_and_grad(loss, x, p.times, p.types, p.mask)
@@ -120,7 +120,7 @@ def test_packed_rows_and_padding(unemulated, causes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 # at the second and the third e to the difference just overflows float32 and float64
 @pytest.mark.parametrize("sigma", [0.1, 7.536e-3, 9.4203e-4, 1e-4])
-def test_a_patient_of_weight_0_is_left_out(unemulated, dtype, sigma):
+def test_a_patient_of_weight_0_is_left_out(backend, dtype, sigma):
     # whose exponent is by far the largest, and the others' vanish beside it
     x = torch.tensor([[0.0, 0.0], [9.0, 0.0], [-0.01, 0.0], [-9.0, 1.0], [9.0, 9.0]], dtype=dtype)
     times, seen = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([1, 0, 0, 1, 0])
@@ -143,7 +143,7 @@ def test_a_patient_of_weight_0_is_left_out(unemulated, dtype, sigma):
     ],
 )
 @pytest.mark.parametrize("convention", ["included", "excluded"])
-def test_what_is_not_finite(unemulated, where, value, convention):
+def test_what_is_not_finite(backend, where, value, convention):
     """It shows where the definition shows it."""
     x, p = draw(9, 19, None, torch.float32)
     for patient in range(9):
@@ -168,7 +168,7 @@ def test_what_is_not_finite(unemulated, where, value, convention):
             assert torch.equal(ours.isinf(), theirs.isinf())
 
 
-def test_a_nan_stays_with_the_pairs_of_its_patient(unemulated):
+def test_a_nan_stays_with_the_pairs_of_its_patient(backend):
     x = torch.zeros(4, 2)
     times, seen = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 0, 1])
     x[0, 1] = torch.nan
@@ -178,7 +178,7 @@ def test_a_nan_stays_with_the_pairs_of_its_patient(unemulated):
     assert grad.isnan().tolist() == [[True] * 2, [False] * 2, [True] * 2, [True] * 2]
 
 
-def test_large_logits(unemulated):
+def test_large_logits(backend):
     x = torch.tensor([[1e4, -1e4, 3.0], [-1e4, 1e4, -1e4], [-1e4] * 3, [1e4] * 3])
     times, seen = torch.tensor([1, 2, 2, 1]), torch.tensor([1, 1, 0, 0])
     for dtype in DTYPES:
@@ -189,7 +189,7 @@ def test_large_logits(unemulated):
             assert_matches(ours, theirs, scale=10, terms=4)
 
 
-def test_strides(unemulated):
+def test_strides(backend):
     x, p = draw(12, 5)
     strided = x.t().contiguous().t()
     assert not strided.is_contiguous()
@@ -283,7 +283,7 @@ def test_memory_is_linear_in_patients():
     assert max(sizes) <= 300 * 4
 
 
-def test_modules_and_empty_batches(unemulated):
+def test_modules_and_empty_batches(backend):
     none = torch.zeros(0, dtype=torch.int64)
     assert deephit_ranking_loss(torch.zeros(0, 3), none, none).isnan()
     x, p = draw(9, 5)

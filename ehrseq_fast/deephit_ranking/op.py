@@ -107,8 +107,7 @@ def deephit_ranking_loss(
     Returns:
         The mean over all B² pairs, those that are not comparable counting 0; nan for B = 0.
         float64 for float64 and float32 otherwise. Second derivatives, forward mode and the
-        transforms of ``torch.func`` are computed by the plain PyTorch definition, as is all on a
-        GPU.
+        transforms of ``torch.func`` are computed by the plain PyTorch definition.
 
     Raises:
         ValueError: as for :func:`~ehrseq_fast.pmf_nll`, and for a sigma that is not above 0.
