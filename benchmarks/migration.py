@@ -3,6 +3,7 @@
     python -m benchmarks.migration                  # generated outpatients, some minutes
     python -m benchmarks.migration C --batch-size 128
     python -m benchmarks.migration --quick          # a few short records, in seconds
+    python -m benchmarks.migration --cpu-time       # beside other programs
     python -m benchmarks.migration --write          # the table of docs/from-ehrsequencing.md
 
 It begins with the structure of the ``ehrsequencing`` models in plain PyTorch (a model of
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -222,29 +223,35 @@ class Training:
         self.model = size.made(level)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
 
-    def epoch(self, of: list[np.ndarray]) -> Epoch:
+    def epoch(self, of: list[np.ndarray], clock: Callable[[], float]) -> Epoch:
         building = steps = 0.0
         for chosen in of:
-            start = perf_counter()
+            start = clock()
             batch = self.level.collate(chosen)
-            built = perf_counter()
+            built = clock()
             self.optimizer.zero_grad(set_to_none=True)
             self.level.loss(self.model, batch).backward()
             self.optimizer.step()
-            steps += perf_counter() - built
+            steps += clock() - built
             building += built - start
         return Epoch(building, steps)
 
 
-def measured(found: list[Level], size: Size, of: list[np.ndarray], rounds: int) -> list[Epoch]:
+def measured(
+    found: list[Level],
+    size: Size,
+    of: list[np.ndarray],
+    rounds: int,
+    clock: Callable[[], float] = perf_counter,
+) -> list[Epoch]:
     """The median epoch of each level; the levels take turns."""
     trainings = [Training(level, size) for level in found]
     for training in trainings:
-        training.epoch(of[:1])
+        training.epoch(of[:1], clock)
     samples: list[list[Epoch]] = [[] for _ in found]
     for round_ in range(rounds):
         for i in np.roll(np.arange(len(found)), round_):
-            samples[i].append(trainings[i].epoch(of))
+            samples[i].append(trainings[i].epoch(of, clock))
     return [
         Epoch(median(e.building for e in epochs), median(e.steps for e in epochs))
         for epochs in samples
@@ -272,6 +279,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the seconds of the CPU, on one thread: for a machine that others use too",
+    )
     parser.add_argument("--quick", action="store_true", help="a few patients and a small model")
     parser.add_argument(
         "--write", action="store_true", help="put the table into docs/from-ehrsequencing.md"
@@ -279,7 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.quick:
         options.workload, options.patients, options.batch_size, options.rounds = "B", 24, 8, 1
-    torch.set_num_threads(options.threads)
+    threads = 1 if options.cpu_time else options.threads
+    torch.set_num_threads(threads)
     workload = WORKLOADS[options.workload]
     data = Data.of(workload.draw(options.patients, 0))
     vocabulary = len(data.records.vocabulary)
@@ -287,14 +300,16 @@ def main(arguments: list[str] | None = None) -> None:
     of = batches(min(options.patients, data.records.n_patients), options.batch_size)
     found = levels(data)
     largest = refuse_differences(found, size, [chosen[:16] for chosen in of[:3]])
-    epochs = measured(found, size, of, options.rounds)
+    clock = process_time if options.cpu_time else perf_counter
+    epochs = measured(found, size, of, options.rounds, clock)
     table = markdown(list(rows(found, epochs)))
     said = (
         f"Workload {workload.letter} ({workload.title}, drawn at random), "
         f"{sum(len(chosen) for chosen in of):,} patients in batches of {options.batch_size}, "
         f"E {size.embedding_dim}, H {size.hidden_dim}, float32, Adam; "
-        f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of "
-        f"{options.rounds} epochs that took turns. Losses and parameters after {len(of[:3])} steps "
+        f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}; "
+        f"{'CPU time, ' if options.cpu_time else ''}medians of {options.rounds} epochs that took "
+        f"turns. Losses and parameters after {len(of[:3])} steps "
         f"in float64 were found equal within {largest:.0e}."
     )
     print(f"{said}\n\n{table}")
