@@ -171,6 +171,7 @@ class VisitSequenceModel(nn.Module):
                 f"code_weights: expected none with visits pooled by {self._pooling_mode()}, which "
                 "has no use for them: pass batch.with_code_weights(None)"
             )
+        self._check_features(batch)
 
         def packed(values: Tensor) -> PackedRows:
             return PackedRows(values, batch)
@@ -180,6 +181,22 @@ class VisitSequenceModel(nn.Module):
         features = None if batch.visit_features is None else batch.pad(batch.visit_features)
         states = self._hidden_states(*batch.to_padded(), features)
         return HiddenStates(batch.pack(states.values), states.final, packed)
+
+    def _check_features(self, batch: PackedVisits) -> None:
+        """Refuse a batch whose visit features the model would not see, or that lacks them."""
+        given = batch.visit_features
+        width = self._n_visit_features
+        name = type(self).__name__
+        if given is None and width:
+            raise ValueError(
+                f"batch.visit_features: expected [n_visits, {width}], which {name} reads, got "
+                "None; batch.with_features(features) adds them"
+            )
+        if given is not None and type(self)._lstm_input is VisitSequenceModel._lstm_input:
+            raise ValueError(
+                f"batch.visit_features: expected None, as {name} reads none, got "
+                f"{list(given.shape)}; batch.with_features(None) leaves them out"
+            )
 
     def _run_fused(
         self,

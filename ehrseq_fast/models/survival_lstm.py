@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arrays import expect_tensor
+from ..arrays import expect_tensor, integer
 from ..batch import PackedVisits
 from ..checks import accumulator
 from ..rows import PackedRows
@@ -219,6 +219,8 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         vocab_size, embedding_dim, hidden_dim, num_layers, dropout, cell, path: as in the base
             class.
         time_encoding_dim: width of the encoded time features.
+        time_features: how many features a visit has: any numbers of yours (lab values, days, age)
+            may take the place of the three.
 
     Example:
         >>> import torch
@@ -230,8 +232,6 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         torch.Size([1, 2])
     """
 
-    _n_visit_features = TIME_FEATURES
-
     def __init__(
         self,
         vocab_size: int,
@@ -241,14 +241,16 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         dropout: float = 0.1,
         time_encoding_dim: int = 16,
         *,
+        time_features: int = TIME_FEATURES,
         cell: str = "lstm",
         path: str = "fused",
     ) -> None:
         super().__init__(
             vocab_size, embedding_dim, hidden_dim, num_layers, dropout, cell=cell, path=path
         )
+        self._n_visit_features = integer("time_features", time_features, 1, 2**31 - 1)
         self.time_encoder = nn.Sequential(
-            nn.Linear(TIME_FEATURES, time_encoding_dim),
+            nn.Linear(self._n_visit_features, time_encoding_dim),
             nn.ReLU(),
             nn.Linear(time_encoding_dim, time_encoding_dim),
         )
@@ -259,12 +261,14 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         )
 
     def _lstm_input(self, vectors: Tensor, visit_features: Tensor | None) -> Tensor:
+        width = self._n_visit_features
         if visit_features is None:
-            visit_features = vectors.new_zeros(*vectors.shape[:-1], TIME_FEATURES)
-        if visit_features.shape[-1] != TIME_FEATURES:
+            visit_features = vectors.new_zeros(*vectors.shape[:-1], width)
+        if visit_features.shape[-1] != width:
+            meaning = " (time since the last visit, since the first, index)"
             raise ValueError(
-                f"visit_features: expected {TIME_FEATURES} features (time since the last visit, "
-                f"since the first, index), got {visit_features.shape[-1]}"
+                f"visit_features: expected {width} features"
+                f"{meaning if width == TIME_FEATURES else ''}, got {visit_features.shape[-1]}"
             )
         encoded = self._apply_network(self.time_encoder, visit_features.to(vectors.dtype))
         return torch.cat([vectors, encoded.to(vectors.dtype)], dim=-1)
@@ -276,25 +280,27 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         sequence_mask: Tensor | None = None,
         time_features: Tensor | None = None,
     ) -> Any:
-        """Hazards ``[B, V]``, exactly 0 on padding; of a packed batch, which holds its own
-        ``visit_features`` ``[n_visits, 3]``, packed rows.
+        """Hazards ``[B, V]``, exactly 0 on padding; of a packed batch, which must hold its own
+        ``visit_features`` ``[n_visits, F]``, packed rows. F is 3, or the class's ``time_features``.
 
         Args:
             visit_codes, visit_mask, sequence_mask: as in the base class.
-            time_features: ``[B, V, 3]`` numeric: time since the last visit, time since the first,
-                index of the visit. Padded visits' features are not read on the fused path. None
-                means zeros.
+            time_features: ``[B, V, F]`` numeric: time since the last visit, time since the first,
+                index of the visit, or what the model was trained with. Padded visits' features are
+                not read on the fused path. None means zeros.
 
         Raises:
-            ValueError: also for time features that are not ``[B, V, 3]``; else as the base class.
+            ValueError: also for time features that are not ``[B, V, F]``, and a packed batch
+                without them; else as the base class.
         """
         if time_features is not None:
-            expect_tensor("time_features", time_features, "a tensor [B, V, 3] or None")
+            kind = f"a tensor [B, V, {self._n_visit_features}] or None"
+            expect_tensor("time_features", time_features, kind)
         if time_features is not None and isinstance(visit_codes, Tensor):
-            expected = (*visit_codes.shape[:2], TIME_FEATURES)
+            expected = (*visit_codes.shape[:2], self._n_visit_features)
             if time_features.shape != expected:
                 raise ValueError(
-                    f"time_features: expected [B, V, {TIME_FEATURES}] = {list(expected)} as "
+                    f"time_features: expected [B, V, {expected[2]}] = {list(expected)} as "
                     f"visit_codes, got shape {list(time_features.shape)}"
                 )
         return self._hazards(visit_codes, visit_mask, sequence_mask, time_features)
