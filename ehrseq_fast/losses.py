@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from .arrays import expect_tensor, kind_of, whole
 from .autograd import outside_transforms, transformed, unwrapped, values_are_hidden
 from .backend import choose, validate_on_device
+from .batch import PackedVisits
 from .checks import REAL
 from .fixed_horizon.checks import check_horizon
 from .fixed_horizon.op import MaskedBCE, fixed_horizon_bce
 from .fixed_horizon.reference import masked_bce
 from .models.sequences import refuse_zero_lengths
 from .rows import PackedRows
+from .rows.beside import values_beside, with_batch
 from .survival_nll.fused import PADDED, nll
 
 
@@ -81,8 +83,8 @@ class FixedHorizonProgressionLoss(nn.Module):
     def forward(
         self,
         logits: Tensor | PackedRows,
-        labels: Tensor | None = None,
-        valid_mask: Tensor | None = None,
+        labels: Tensor | PackedRows | PackedVisits | None = None,
+        valid_mask: Tensor | PackedRows | None = None,
         *,
         event_times: Tensor | None = None,
         event_indicators: Tensor | None = None,
@@ -94,10 +96,13 @@ class FixedHorizonProgressionLoss(nn.Module):
         """Scalar loss; 0 where no visit is valid.
 
         Args:
-            logits: ``[B, V]`` floating; with labels any shape, the same for all three. Without
-                labels it may be :class:`~ehrseq_fast.PackedRows` ``[n_visits]``.
-            labels: ``[B, V]`` bool or numeric, in [0, 1] at valid visits.
-            valid_mask: ``[B, V]`` bool or numeric; a fraction is a weight.
+            logits: ``[B, V]`` floating; with labels any shape, the same for all three. Or
+                :class:`~ehrseq_fast.PackedRows` ``[n_visits]``.
+            labels: ``[B, V]`` bool or numeric, in [0, 1] at valid visits; beside packed rows such
+                rows or ``[n_visits]``. Or in their place the batch of packed logits, with
+                outcomes: ``loss(rows, batch)``.
+            valid_mask: ``[B, V]`` bool or numeric; a fraction is a weight. Beside packed rows such
+                rows or ``[n_visits]``, and without it all of their visits are valid.
             event_times, event_indicators, sequence_mask, visit_times, visit_weight, sample_weight:
                 in place of labels, as for :func:`~ehrseq_fast.fixed_horizon_bce`. Of packed rows
                 the outcomes may be left out: with ``horizon_visits`` they are
@@ -111,9 +116,9 @@ class FixedHorizonProgressionLoss(nn.Module):
                 ``vmap`` those of all samples are looked at); labels and event times at once;
                 without labels, a loss that was made without a horizon, and what
                 :func:`~ehrseq_fast.fixed_horizon_bce` refuses.
-            TypeError: for anything but tensors of real numbers, and
-                :class:`~ehrseq_fast.PackedRows` with labels: pass ``to_padded()``.
+            TypeError: for anything but tensors of real numbers and packed rows.
         """
+        logits, labels = with_batch(logits, labels, "logits", "labels")
         of_outcomes = {
             "event_times": event_times,
             "event_indicators": event_indicators,
@@ -161,7 +166,12 @@ class FixedHorizonProgressionLoss(nn.Module):
 
 
 def _loss_of_labels(logits: Any, labels: Any, valid_mask: Any) -> Tensor:
-    _refuse_rows(logits=logits, labels=labels, valid_mask=valid_mask)
+    labels = values_beside(logits, labels, "labels")
+    valid_mask = values_beside(logits, valid_mask, "valid_mask")
+    if isinstance(logits, PackedRows):
+        logits = logits.values
+        if valid_mask is None:
+            valid_mask = torch.ones_like(logits, dtype=torch.bool)
     tensors: list[Tensor] = []
     for name, tensor in (("logits", logits), ("labels", labels), ("valid_mask", valid_mask)):
         expect_tensor(name, tensor)
@@ -192,15 +202,6 @@ def _loss_of_labels(logits: Any, labels: Any, valid_mask: Any) -> Tensor:
     except ValueError:  # the kernel has seen that a value is wrong; this says which
         _check_values(targets, weights)
         raise
-
-
-def _refuse_rows(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if isinstance(value, PackedRows):
-            raise TypeError(
-                f"{name}: expected a padded tensor, got PackedRows: pass {name}.to_padded(), or "
-                f"call a PyTorch criterion on {name}.values, which are real visits alone"
-            )
 
 
 def _reads_values(tensor: Tensor) -> bool:
@@ -368,9 +369,9 @@ def _expect_parameter_name(name: object) -> None:
 
 def compute_masked_loss(
     criterion: Callable[[Tensor, Tensor], Tensor],
-    predictions: Tensor,
-    labels: Tensor,
-    lengths: Tensor | Sequence[int],
+    predictions: Tensor | PackedRows,
+    labels: Tensor | PackedRows,
+    lengths: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """A PyTorch criterion on the real visits alone, averaged over them.
 
@@ -385,17 +386,19 @@ def compute_masked_loss(
     Args:
         criterion: ``criterion(predictions, labels)`` on rows, such as ``nn.BCEWithLogitsLoss()`` or
             ``nn.CrossEntropyLoss()``. An unreduced result (``reduction="none"``) is averaged.
-        predictions: ``[B, T]`` or ``[B, T, K]``, padded.
+        predictions: ``[B, T]`` or ``[B, T, K]``, padded; or :class:`~ehrseq_fast.PackedRows`
+            ``[n_visits]`` or ``[n_visits, K]``, which are real visits alone.
         labels: of the shape of ``predictions`` (BCE, MSE; or class probabilities), or, for
             ``[B, T, K]``, integer class indices ``[B, T]``. Bool and integer labels of the shape of
             ``predictions`` are converted to their dtype.
-        lengths: ``[B]``, real visits of each patient, from 1 to T.
+            Beside packed rows such rows, or a tensor with one row per visit.
+        lengths: ``[B]``, real visits of each patient, from 1 to T; None beside packed rows.
 
     Raises:
         RuntimeError: where ``vmap`` runs over ``lengths`` (it may run over the other two).
         ValueError: for shapes other than these three, and lengths outside [1, T].
-        TypeError: for class indices that are not integers, and for
-            :class:`~ehrseq_fast.PackedRows`, whose values are real visits already.
+        TypeError: for class indices that are not integers, lengths beside packed rows, and none
+            beside padded tensors.
 
     Example:
         >>> import torch
@@ -404,34 +407,45 @@ def compute_masked_loss(
         >>> compute_masked_loss(torch.nn.BCEWithLogitsLoss(), scores, torch.ones(2, 2), [2, 1])
         tensor(0.6931)
     """
-    _refuse_rows(predictions=predictions, labels=labels)
-    expect_tensor("predictions", predictions)
-    expect_tensor("labels", labels)
-    if predictions.dim() not in (2, 3):
-        raise ValueError(
-            f"predictions: expected [B, T] or [B, T, K], got shape {list(predictions.shape)}"
+    wanted: Any = values_beside(predictions, labels, "labels")
+    packed = isinstance(predictions, PackedRows)
+    if packed != (lengths is None):
+        raise TypeError(
+            "lengths: expected None beside PackedRows, whose batch has them"
+            if packed
+            else "lengths: expected one per patient beside padded predictions, got None"
         )
-    class_indices = predictions.dim() == 3 and labels.shape == predictions.shape[:2]
-    if not class_indices and labels.shape != predictions.shape:
+    found = predictions.values if isinstance(predictions, PackedRows) else predictions
+    expect_tensor("predictions", found)
+    expect_tensor("labels", wanted)
+    leading = 1 if packed else 2
+    slots = "n_visits" if packed else "B, T"
+    if found.dim() not in (leading, leading + 1):
         raise ValueError(
-            f"labels: expected the shape of predictions, {list(predictions.shape)}, or class "
-            f"indices [B, T] for predictions [B, T, K], got shape {list(labels.shape)}"
+            f"predictions: expected [{slots}] or [{slots}, K], got shape {list(found.shape)}"
+        )
+    class_indices = found.dim() > leading and wanted.shape == found.shape[:leading]
+    if not class_indices and wanted.shape != found.shape:
+        raise ValueError(
+            f"labels: expected the shape of predictions, {list(found.shape)}, or class "
+            f"indices [{slots}] for predictions [{slots}, K], got shape {list(wanted.shape)}"
         )
     if class_indices:
-        if labels.is_floating_point() or labels.is_complex():
+        if wanted.is_floating_point() or wanted.is_complex():
             raise TypeError(
-                f"labels: expected integers, class indices [B, T] for predictions [B, T, K], "
-                f"got {labels.dtype}"
+                f"labels: expected integers, class indices [{slots}] for predictions [{slots}, K], "
+                f"got {wanted.dtype}"
             )
-        labels = labels.long()
-    elif not labels.is_floating_point():
-        labels = labels.to(predictions.dtype)
+        wanted = wanted.long()
+    elif not wanted.is_floating_point():
+        wanted = wanted.to(found.dtype)
 
-    rows = _rows_of_real_visits(lengths, predictions.shape[0], predictions.shape[1])
-    rows = rows.to(predictions.device, non_blocking=True)
-    loss = criterion(
-        predictions.flatten(0, 1).index_select(0, rows), labels.flatten(0, 1).index_select(0, rows)
-    )
+    if lengths is not None:
+        rows = _rows_of_real_visits(lengths, found.shape[0], found.shape[1])
+        rows = rows.to(found.device, non_blocking=True)
+        found = found.flatten(0, 1).index_select(0, rows)
+        wanted = wanted.flatten(0, 1).index_select(0, rows)
+    loss = criterion(found, wanted)
     return loss.mean() if loss.dim() else loss
 
 

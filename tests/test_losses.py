@@ -12,8 +12,6 @@ from torch import nn
 from torch.func import vmap
 
 from ehrseq_fast import (
-    PackedRows,
-    PackedVisits,
     discrete_time_survival_nll,
     packed_survival_nll,
 )
@@ -159,16 +157,6 @@ def test_survival_losses_under_another_default_device(backend):
             torch.testing.assert_close(loss, wanted)
             assert torch.autograd.grad(loss, given, create_graph=True)[0].isfinite().all()
         torch.func.jacfwd(lambda h: packed_survival_nll(h, batch))(rows)
-
-
-def test_losses_on_padded_predictions_say_what_to_do_with_packed_rows():
-    batch = PackedVisits.from_lists([[[1]] * n for n in LENGTHS])
-    rows = PackedRows(torch.randn(batch.n_visits), batch)
-    labels = torch.ones(3, 4)
-    with pytest.raises(TypeError, match=r"predictions: expected a padded tensor.*to_padded\(\)"):
-        compute_masked_loss(nn.BCEWithLogitsLoss(), rows, labels, LENGTHS)
-    with pytest.raises(TypeError, match=r"logits: expected a padded tensor, got PackedRows"):
-        FixedHorizonProgressionLoss()(rows, labels, labels)
 
 
 @pytest.mark.parametrize("lengths", [[2.5, 1, 4], [float("nan"), 1, 4]])

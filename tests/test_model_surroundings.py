@@ -57,11 +57,11 @@ def watched(model):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", MODELS)
 def test_inference_leaves_nothing_behind_that_cannot_be_trained_on(name, path):
-    model, packed = build(name, path=path), batch()
+    model, packed = build(name, path=path), batch(name)
     expected = build(name, path=path).loss(packed)
     with torch.inference_mode():
         everything(model, packed, train=False)
-        built_inside, state = batch(), model.start(2)
+        built_inside, state = batch(name), model.start(2)
     for given in (packed, built_inside):
         model.zero_grad()
         loss = model.loss(given)
@@ -76,7 +76,7 @@ def test_inference_leaves_nothing_behind_that_cannot_be_trained_on(name, path):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_default_device_is_not_where_the_batch_lies(name, path):
     """Whatever is made without a device would be on "meta", and meet tensors on the host."""
-    packed = batch()
+    packed = batch(name)
     for change in (lambda model: model, watched):
         model = change(build(name, path=path))
         expected = everything(model, packed)
@@ -88,7 +88,7 @@ def test_a_default_device_is_not_where_the_batch_lies(name, path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_default_dtype_changes_no_bit(name, dtype):
-    packed = batch()
+    packed = batch(name)
     for path in PATHS:
         model = build(name, path=path)
         expected = everything(model, packed)
@@ -124,7 +124,7 @@ def test_no_visit_at_all_under_a_default_device():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_anomaly_mode_and_deterministic_algorithms(name):
-    model, packed = build(name), batch()
+    model, packed = build(name), batch(name)
     expected = model.loss(packed)
     torch.use_deterministic_algorithms(True)
     try:
@@ -140,7 +140,7 @@ def test_a_batch_of_one_patient_without_codes():
         model = build(name)
         packed = PackedVisits.from_lists(
             [[[]]],
-            visit_features=torch.ones(1, 3),
+            visit_features=torch.ones(1, 3) if name == "with time" else None,
             event_times=[0],
             event_indicators=[1],
             event_types=[1],

@@ -139,10 +139,10 @@ def test_layers_that_are_not_recurrent_are_refused(path):
     model = build("survival", path=path)
     model.lstm = nn.Linear(6, 7)
     with pytest.raises(TypeError, match=r"model.lstm: expected a recurrent layer .*got Linear"):
-        model(batch())
+        model(batch(model))
     model.lstm = Wrapped(nn.ModuleList([nn.LSTM(6, 7), nn.LSTM(6, 7)]))
     with pytest.raises(TypeError, match=r"expected .* exactly one, got Wrapped, which holds 2"):
-        model(batch())
+        model(batch(model))
 
     class OutputAlone(nn.LSTM):
         def forward(self, input, hx=None):
@@ -150,7 +150,7 @@ def test_layers_that_are_not_recurrent_are_refused(path):
 
     model.lstm = OutputAlone(6, 7, batch_first=True)
     with pytest.raises(TypeError, match=r"must return one and its final states.*OutputAlone"):
-        model(batch())
+        model(batch(model))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -161,7 +161,7 @@ def test_backward_hooks_of_the_layer_are_called_once(layer, path):
     model.lstm.register_full_backward_hook(
         lambda module, inputs, outputs: calls.append((len(inputs), len(outputs)))
     )
-    model.loss(batch()).backward()
+    model.loss(batch(model)).backward()
     assert calls == [(1, 2)]
 
 

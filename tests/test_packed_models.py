@@ -26,9 +26,17 @@ VOCABULARY = 13
 RECORDS = [[[1, 2], [3], [], [4, 4, 5]], [[6]], [[7, 8, 9], [1, 10]], [[2], [], [12]]]
 
 
-def batch(**fields):
+def reads_features(of):
+    """Whether a model, or one of a name, reads features of visits."""
+    return of == "with time" or bool(getattr(of, "_n_visit_features", 0))
+
+
+def batch(of=None, **fields):
+    """For the model ``of``, or one of that name."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     features = [torch.rand(len(visits), 3, generator=generator) for visits in RECORDS]
+    if not reads_features(of):
+        features = None
     outcomes = {
         "event_times": torch.tensor([3, 0, 1, 1]),
         "event_indicators": torch.tensor([1, 0, 1, 0]),
@@ -95,7 +103,7 @@ def padded_loss(name, model, packed):
 @pytest.mark.parametrize("path", ["fused", "packed", "padded"])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_the_padded_ones(unemulated, name, path):
-    packed = batch()
+    packed = batch(name)
     model, plain = build(name, path=path), build(name, path="padded")
     loss, expected = model.loss(packed), padded_loss(name, plain, packed)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
@@ -107,7 +115,7 @@ def test_loss_and_gradients_are_the_padded_ones(unemulated, name, path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_packed_rows(unemulated, name):
-    packed = batch()
+    packed = batch(name)
     model = build(name)
     codes, visit_mask, sequence_mask = packed.to_padded()
     if name.startswith("baseline"):
@@ -276,7 +284,7 @@ BAD = {
         "masks and features: expected none",
     ),
     "features beside a packed batch": (
-        lambda: build("with time")(batch(), time_features=torch.ones(4, 4, 3)),
+        lambda: build("with time")(batch("with time"), time_features=torch.ones(4, 4, 3)),
         ValueError,
         "masks and features: expected none",
     ),
@@ -360,8 +368,47 @@ def test_bad_input(unemulated, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_models_train_from_codes(unemulated, dtype):
     model, wide = build("survival").to(dtype), build("survival")
-    loss = model.loss(batch())
+    loss = model.loss(batch(model))
     loss.backward()
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, wide.loss(batch()), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(loss, wide.loss(batch(wide)), rtol=0.05, atol=0.05)
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("path", ["fused", "packed", "padded"])
+@pytest.mark.parametrize("name", MODELS | OF_DAYS)
+def test_features_that_a_model_would_not_see_are_refused(unemulated, name, path):
+    """Ignored, they would look like a model that learnt nothing from them."""
+    model = build(name, path=path)
+    others = batch(None if name == "with time" else "with time")
+    message = (
+        r"visit_features: expected \[n_visits, 3\], which .*WithTime reads, got None"
+        if name == "with time"
+        else r"visit_features: expected None, as .* reads none, got \[10, 3\]; batch.with_features"
+    )
+    for call in (model, model.loss):
+        with pytest.raises(ValueError, match=message):
+            call(others)
+    wanted = torch.ones(others.n_visits, 3) if name == "with time" else None
+    model.loss(others.with_features(wanted))
+
+
+@pytest.mark.parametrize("path", ["fused", "packed", "padded"])
+@pytest.mark.parametrize("width", [1, 5])
+def test_features_of_any_width(unemulated, width, path):
+    model = build("with time", path=path, time_features=width)
+    packed = batch().with_features(torch.rand(batch().n_visits, width))
+    rows = model(packed)
+    padded = model(*packed.to_padded(), time_features=packed.pad(packed.visit_features))
+    torch.testing.assert_close(rows.to_padded(), padded)
+    rows.values.sum().backward()
+    assert model.time_encoder[0].weight.grad.shape == (16, width)
+    with pytest.raises(ValueError, match=rf"\[B, V, {width}\]"):
+        model(*packed.to_padded(), time_features=torch.ones(4, 4, 3))
+    other = packed.with_features(torch.ones(packed.n_visits, width + 1))
+    with pytest.raises(ValueError, match=f"expected {width} features, got {width + 1}"):
+        model(other)
+    state = model.start(4)
+    model.step(state, [[1]] * 4, torch.ones(4, width))
+    with pytest.raises(ValueError, match="time_features: expected 1 to"):
+        build("with time", time_features=0)

@@ -30,7 +30,7 @@ def as_function(name, path="fused"):
     """The loss as a function of the parameters, those, and the gradients by backward()."""
     training = ModelWithLoss(build(name, path=path))
     parameters = {key: p.detach().clone() for key, p in training.named_parameters()}
-    packed = batch()
+    packed = batch(name)
     expected = gradients(training, training(packed))
     return lambda given: functional_call(training, given, (packed,)), parameters, expected
 
@@ -43,7 +43,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpointed(unemulated, name, path, reentrant):
-    model, packed = build(name, path=path), batch()
+    model, packed = build(name, path=path), batch(name)
     expected = gradients(model, model.loss(packed))
 
     def run(wanted):  # reentrant checkpoints need an input that asks for a gradient
@@ -105,7 +105,7 @@ def test_second_derivatives(unemulated, name):
     def penalty(path):
         model = build(name, path=path)
         parameters = list(model.parameters())
-        first = torch.autograd.grad(model.loss(batch()), parameters, create_graph=True)
+        first = torch.autograd.grad(model.loss(batch(model)), parameters, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
 
     with use_backend("reference"):

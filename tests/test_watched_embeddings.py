@@ -140,7 +140,7 @@ def test_max_norm_writes_the_rows_in_use(name):
         model = build(name, path=path)
         model.embedding.max_norm = 0.5
         before = model.embedding.weight.detach().clone()
-        model.loss(batch())
+        model.loss(batch(model))
         tables[path] = model.embedding.weight.detach()
         assert (tables[path].norm(dim=1) < 0.51)[batch().index_codes.long()].all()
         assert not torch.equal(tables[path], before)
@@ -161,7 +161,7 @@ def test_offloaded_layers(name, path):
         for module in model.modules()
         if any(True for _ in module.parameters(recurse=False))
     ]
-    torch.testing.assert_close(model.loss(batch()), expected.loss(batch()))
+    torch.testing.assert_close(model.loss(batch(model)), expected.loss(batch(expected)))
     assert all(leaf.calls for leaf in offloaded)
     state = model.start(2)
     features = torch.ones(2, 3) if model._n_visit_features else None
@@ -197,7 +197,7 @@ def test_a_watched_embedding_is_given_real_codes_alone():
     for name in MODELS:
         model, seen = build(name), []
         model.embedding.register_forward_pre_hook(lambda m, inputs, seen=seen: seen.extend(inputs))
-        model.loss(batch())
+        model.loss(batch(model))
         assert [codes.shape for codes in seen] == [(batch().n_codes,)]
 
 
@@ -205,7 +205,7 @@ def test_a_watched_embedding_is_given_real_codes_alone():
 def test_records_without_codes(unemulated, name):
     empty = from_lists(
         [[[], []], [[]]],
-        visit_features=torch.ones(3, 3),
+        visit_features=torch.ones(3, 3) if name == "with time" else None,
         **{"event_times": [1, 0], "event_indicators": [1, 0], "event_types": [1, 0]},
         targets={"labels": torch.ones(2)},
     )

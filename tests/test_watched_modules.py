@@ -176,7 +176,7 @@ def test_hooks_on_all_modules(name):
     fused = build(name)
     handle = every_module.register_module_forward_hook(hook)
     seen.clear()
-    fused.loss(batch())
+    fused.loss(batch(fused))
     handle.remove()
     expected = {type(module) for module in fused.modules()} - {nn.ModuleList, nn.Identity}
     assert set(seen) >= expected - {type(fused.activation)} if hasattr(fused, "activation") else 1
@@ -189,10 +189,10 @@ def test_hooks_on_all_modules(name):
 def test_copies_keep_their_hooks(name):
     model = build(name)
     model.embedding.register_forward_hook(_scale)
-    expected = model.loss(batch())
-    assert not torch.allclose(expected, build(name).loss(batch()))
+    expected = model.loss(batch(model))
+    assert not torch.allclose(expected, build(name).loss(batch(name)))
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(copied.loss(batch()), expected)
+        torch.testing.assert_close(copied.loss(batch(copied)), expected)
 
 
 def _scale(module, inputs, output):
@@ -213,14 +213,16 @@ def test_functional_calls(name, path):
         out = model(*args)
         return out["logits"] if isinstance(out, dict) else out.values
 
-    out = torch.func.functional_call(model, given, (batch(),))
+    out = torch.func.functional_call(model, given, (batch(model),))
     out = out["logits"] if isinstance(out, dict) else out.values
-    expected = output(other, batch())
+    expected = output(other, batch(other))
     torch.testing.assert_close(out, expected)
     gradients = torch.autograd.grad(out.sum(), list(given.values()))
     wanted = torch.autograd.grad(expected.sum(), list(other.parameters()))
     torch.testing.assert_close(gradients, wanted)
-    torch.testing.assert_close(output(model, batch()), output(build(name, path=path), batch()))
+    torch.testing.assert_close(
+        output(model, batch(name)), output(build(name, path=path), batch(name))
+    )
 
 
 def calls_scaled(owner, attribute):

@@ -29,7 +29,7 @@ def scaled(output):
 def results(model, **options):
     """Loss, gradients by name (dense), and what the model says after one step."""
     model.zero_grad(set_to_none=True)
-    loss = model.loss(batch(), **options)
+    loss = model.loss(batch(model), **options)
     loss.backward()
     gradients = {
         name: None if p.grad is None else p.grad.to_dense() for name, p in model.named_parameters()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..batch import PackedVisits
 from ..pmf_nll import pmf_competing_risks_nll, pmf_nll
 from ..rows import PackedRows
 from .op import deephit_competing_ranking_loss, deephit_ranking_loss
@@ -34,7 +35,7 @@ class DeepHitRankingLoss(nn.Module):
     def forward(
         self,
         logits: Tensor | PackedRows,
-        event_times: Tensor | None = None,
+        event_times: Tensor | PackedVisits | None = None,
         event_types: Tensor | None = None,
         sequence_mask: Tensor | None = None,
         *,
@@ -95,7 +96,7 @@ class DeepHitLoss(nn.Module):
     def forward(
         self,
         logits: Tensor | PackedRows,
-        event_times: Tensor | None = None,
+        event_times: Tensor | PackedVisits | None = None,
         event_types: Tensor | None = None,
         sequence_mask: Tensor | None = None,
         *,

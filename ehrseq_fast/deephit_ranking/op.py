@@ -10,8 +10,10 @@ from torch import Tensor
 from .. import backend
 from ..autograd import transformed
 from ..backend import must_check_values
+from ..batch import PackedVisits
 from ..checks import INTEGER, REAL, expect_option
 from ..rows import PackedRows
+from ..rows.beside import with_batch
 from ..survival_nll.checks import (
     check_column,
     check_companions,
@@ -62,7 +64,7 @@ class _Ranking(NamedTuple):
 
 def deephit_ranking_loss(
     logits: Tensor | PackedRows,
-    event_times: Tensor | None = None,
+    event_times: Tensor | PackedVisits | None = None,
     event_indicators: Tensor | None = None,
     sequence_mask: Tensor | None = None,
     *,
@@ -128,7 +130,7 @@ def deephit_ranking_loss(
 
 def deephit_competing_ranking_loss(
     logits: Tensor | PackedRows,
-    event_times: Tensor | None = None,
+    event_times: Tensor | PackedVisits | None = None,
     event_types: Tensor | None = None,
     sequence_mask: Tensor | None = None,
     *,
@@ -163,7 +165,7 @@ def deephit_competing_ranking_loss(
 
 def _ranking(
     logits: Tensor | PackedRows,
-    times: Tensor | None,
+    times: Any,
     event_types: tuple[str, Tensor | None],
     more: tuple[Tensor | None, Tensor | None, Tensor | None],
     loss: _Ranking,
@@ -175,6 +177,7 @@ def _ranking(
     allowed = INTEGER | {torch.bool} if loss.competing else REAL
     rows: Rows = PADDED
     # a weight may have a gradient here, which check_tensors would refuse: check_column does not
+    logits, times = with_batch(logits, times, "logits")
     if isinstance(logits, PackedRows):
         refuse_mask(mask)
         batch = logits.batch

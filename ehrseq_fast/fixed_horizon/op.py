@@ -10,8 +10,10 @@ from torch import Tensor
 from .. import backend
 from ..autograd import transformed
 from ..backend import must_check_values
+from ..batch import PackedVisits
 from ..checks import expect_option
 from ..rows import PackedRows
+from ..rows.beside import values_beside, with_batch
 from ..survival_nll.checks import check_hazards, require_outcomes, vmapped
 from ..survival_nll.fused import PADDED, nll
 from ..survival_nll.operators import REDUCTIONS
@@ -68,7 +70,7 @@ class MaskedBCE(NamedTuple):
 
 def fixed_horizon_bce(
     logits: Tensor | PackedRows,
-    event_times: Tensor | None = None,
+    event_times: Tensor | PackedVisits | None = None,
     event_indicators: Tensor | None = None,
     horizon: float = 1.0,
     sequence_mask: Tensor | None = None,
@@ -143,18 +145,20 @@ def fixed_horizon_bce(
         ... )
         tensor([[0.6931, 0.6931, 0.6931]])
     """
+    times: Any
+    logits, times = with_batch(logits, event_times, "logits")
+    visit_times = values_beside(logits, visit_times, "visit_times")
+    visit_weight = values_beside(logits, visit_weight, "visit_weight")
     if isinstance(logits, PackedRows):
         batch = logits.batch
-        if visit_times is None and event_times is None:
-            event_times = batch.event_times
+        if visit_times is None and times is None:
+            times = batch.event_times
         event_indicators = batch.event_indicators if event_indicators is None else event_indicators
     logits, visits, patients = layout_of(logits, sequence_mask)
-    event_times, event_indicators = require_outcomes(
-        event_times=event_times, event_indicators=event_indicators
-    )
+    times, event_indicators = require_outcomes(event_times=times, event_indicators=event_indicators)
     check_hazards(logits, ("n_visits",) if visits.packed else ("B", "V"), "logits")
     patients = logits.shape[0] if patients is None else patients
-    outcomes = (event_times, event_indicators, visit_times)
+    outcomes = (times, event_indicators, visit_times)
     check_outcomes(logits, "logits", visits, patients, *outcomes)
     check_companions(logits, visits, patients, visit_weight, sample_weight)
     loss = HorizonBCE(horizon, 1.0 if pos_weight is None else pos_weight, reduction)
@@ -168,7 +172,7 @@ def fixed_horizon_bce(
         check_weights(visits, visit_weight, sample_weight)
     inputs: Any = (
         logits,
-        event_times,
+        times,
         event_indicators,
         *visits,
         visit_times,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..arrays import expect_tensor
+from ..batch import PackedVisits
 from ..losses import FixedHorizonProgressionLoss, MultiTaskSurvivalLoss
 from ..metrics.harrell import concordance_index
+from ..rows import PackedRows
+from ..rows.beside import with_batch
 from ..survival_nll import DiscreteTimeSurvivalLoss
+from ..survival_nll.checks import require_outcomes
 
 __all__ = [
     "DiscreteTimeSurvivalLoss",
@@ -107,11 +113,11 @@ class HybridSurvivalLoss(nn.Module):
 
     def forward(
         self,
-        hazards: Tensor,
+        hazards: Tensor | PackedRows,
         risk_scores: Tensor,
-        event_times: Tensor,
-        event_indicators: Tensor,
-        sequence_mask: Tensor,
+        event_times: Tensor | PackedVisits | None = None,
+        event_indicators: Tensor | None = None,
+        sequence_mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and ``total``, ``nll`` and ``rank`` without a gradient, for logging.
 
@@ -119,15 +125,24 @@ class HybridSurvivalLoss(nn.Module):
         wait for a GPU at every step. ``float(parts["nll"])`` reads one.
 
         Args:
-            hazards: ``[B, V]`` in (0, 1).
-            risk_scores: ``[B]``.
+            hazards: ``[B, V]`` in (0, 1); or :class:`~ehrseq_fast.PackedRows`, without a mask,
+                whose batch's outcomes are taken where none are given.
+            risk_scores: ``[B]``, such as ``hazards.sum(1)``, or of packed rows ``hazards.sum()``.
             event_times, event_indicators: ``[B]``.
             sequence_mask: ``[B, V]``, non-zero for real visits.
 
         Raises:
             ValueError, TypeError: as the two losses.
         """
-        nll = self.nll_loss(hazards, event_times, event_indicators, sequence_mask)
-        rank = self.rank_loss(risk_scores, event_times, event_indicators)
+        times: Any
+        hazards, times = with_batch(hazards, event_times, "hazards")
+        if isinstance(hazards, PackedRows):
+            batch = hazards.batch
+            times = batch.event_times if times is None else times
+            if event_indicators is None:
+                event_indicators = batch.event_indicators
+        times, seen = require_outcomes(event_times=times, event_indicators=event_indicators)
+        nll = self.nll_loss(hazards, times, seen, sequence_mask)
+        rank = self.rank_loss(risk_scores, times, seen)
         total = self.lambda_nll * nll + self.lambda_rank * rank
         return total, {"total": total.detach(), "nll": nll.detach(), "rank": rank.detach()}

@@ -232,6 +232,8 @@ class DiscreteTimeSurvivalLSTMWithTime(DiscreteTimeSurvivalLSTM):
         torch.Size([1, 2])
     """
 
+    _n_visit_features = TIME_FEATURES
+
     def __init__(
         self,
         vocab_size: int,

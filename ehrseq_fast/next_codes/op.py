@@ -11,6 +11,7 @@ from ..autograd import transformed, values_are_hidden
 from ..backend import must_check_values
 from ..checks import REAL, accumulator, expect_device, expect_floating, expect_option
 from ..rows import PackedRows
+from ..rows.beside import values_beside
 from . import operators  # noqa: F401  (which defines what is called here)
 from .fused import Inputs, losses
 from .sampling import draw, sampled_losses
@@ -108,6 +109,7 @@ def next_codes_bce(
         tensor([2.0794, 2.0794, 2.0794], grad_fn=<ViewBackward0>)
     """
     expect_option("reduction", reduction, REDUCTIONS)
+    visit_weight = values_beside(states, visit_weight, "visit_weight")
     values = states.values if isinstance(states, PackedRows) else states
     _check_layers(values, weight, bias, isinstance(states, PackedRows))
     hidden = values_are_hidden(values, weight, visit_weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..batch import PackedVisits
 from ..rows import PackedRows
 from .op import pmf_competing_risks_nll, pmf_nll
 
@@ -36,7 +37,7 @@ class PMFLoss(nn.Module):
     def forward(
         self,
         logits: Tensor | PackedRows,
-        event_times: Tensor | None = None,
+        event_times: Tensor | PackedVisits | None = None,
         event_indicators: Tensor | None = None,
         sequence_mask: Tensor | None = None,
         *,
@@ -89,7 +90,7 @@ class PMFCompetingRisksLoss(nn.Module):
     def forward(
         self,
         logits: Tensor | PackedRows,
-        event_times: Tensor | None = None,
+        event_times: Tensor | PackedVisits | None = None,
         event_types: Tensor | None = None,
         sequence_mask: Tensor | None = None,
         *,

@@ -10,8 +10,10 @@ from torch import Tensor
 from .. import backend
 from ..autograd import transformed
 from ..backend import must_check_values
+from ..batch import PackedVisits
 from ..checks import INTEGER, REAL, expect_option
 from ..rows import PackedRows
+from ..rows.beside import with_batch
 from ..survival_nll.checks import (
     check_companions,
     check_hazards,
@@ -62,7 +64,7 @@ class PmfNll(NamedTuple):
 
 def pmf_nll(
     logits: Tensor | PackedRows,
-    event_times: Tensor | None = None,
+    event_times: Tensor | PackedVisits | None = None,
     event_indicators: Tensor | None = None,
     sequence_mask: Tensor | None = None,
     *,
@@ -131,7 +133,7 @@ def pmf_nll(
 
 def pmf_competing_risks_nll(
     logits: Tensor | PackedRows,
-    event_times: Tensor | None = None,
+    event_times: Tensor | PackedVisits | None = None,
     event_types: Tensor | None = None,
     sequence_mask: Tensor | None = None,
     *,
@@ -166,7 +168,7 @@ def pmf_competing_risks_nll(
 
 def _loss(
     logits: Tensor | PackedRows,
-    times: Tensor | None,
+    times: Any,
     types: Tensor | None,
     others: tuple[Tensor | None, Tensor | None, Tensor | None],
     loss: PmfNll,
@@ -176,6 +178,7 @@ def _loss(
     name = "event_types" if loss.competing else "event_indicators"
     allowed = INTEGER | {torch.bool} if loss.competing else REAL
     rows: Rows = PADDED
+    logits, times = with_batch(logits, times, "logits")
     if isinstance(logits, PackedRows):
         refuse_mask(mask)
         batch = logits.batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..batch import PackedVisits
 from ..rows import PackedRows
 from .op import competing_risks_nll, discrete_time_survival_nll
 
@@ -48,7 +49,7 @@ class DiscreteTimeSurvivalLoss(nn.Module):
     def forward(
         self,
         hazards: Tensor | PackedRows,
-        event_times: Tensor | None = None,
+        event_times: Tensor | PackedVisits | None = None,
         event_indicators: Tensor | None = None,
         sequence_mask: Tensor | None = None,
         *,
@@ -118,7 +119,7 @@ class CompetingRisksSurvivalLoss(nn.Module):
     def forward(
         self,
         hazards: Tensor | PackedRows,
-        event_times: Tensor | None = None,
+        event_times: Tensor | PackedVisits | None = None,
         event_types: Tensor | None = None,
         sequence_mask: Tensor | None = None,
         *,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import backend
 from ..autograd import transformed
 from ..backend import must_check_values
+from ..batch import PackedVisits
 from ..checks import INTEGER, REAL
 from ..rows import PackedRows
+from ..rows.beside import with_batch
 from .checks import (
     check_link,
     check_outcomes,
@@ -24,7 +28,7 @@ from .packed import packed_competing_risks_nll, packed_survival_nll
 
 def discrete_time_survival_nll(
     hazards: Tensor | PackedRows,
-    event_times: Tensor | None = None,
+    event_times: Tensor | PackedVisits | None = None,
     event_indicators: Tensor | None = None,
     sequence_mask: Tensor | None = None,
     *,
@@ -54,7 +58,8 @@ def discrete_time_survival_nll(
         hazards: ``[B, V]`` float32, float64, bfloat16 or float16: probabilities, clamped to
             ``[eps, 1 - eps]``, or logits with ``from_logits=True`` (never clamped). Or
             :class:`~ehrseq_fast.PackedRows`, as the models give them for a packed batch: then as
-            :func:`packed_survival_nll`, whose outcomes may be left out, and without a mask.
+            :func:`packed_survival_nll`, without a mask. Their batch has the outcomes, or a batch
+            that is given in the place of ``event_times``: ``loss(rows, batch)``.
         link: of logits: ``"sigmoid"``, or ``"cloglog"``: h = 1 - exp(-e^x), whose coefficients are
             those of proportional hazards in continuous time grouped into visits (Prentice and
             Gloeckler, Biometrics 34, 1978). There the loss of a survived visit is e^x, which
@@ -93,11 +98,13 @@ def discrete_time_survival_nll(
         >>> discrete_time_survival_nll(hazards, times, seen, mask, reduction="none")
         tensor([1.0217, 0.1054])
     """
+    times: Any
+    hazards, times = with_batch(hazards, event_times, "hazards")
     if isinstance(hazards, PackedRows):
         refuse_mask(sequence_mask)
         return packed_survival_nll(
             hazards,
-            event_times=event_times,
+            event_times=times,
             event_indicators=event_indicators,
             from_logits=from_logits,
             link=link,
@@ -108,13 +115,11 @@ def discrete_time_survival_nll(
             reduction=reduction,
             validate=validate,
         )
-    event_times, event_indicators = require_outcomes(
-        event_times=event_times, event_indicators=event_indicators
-    )
+    times, event_indicators = require_outcomes(event_times=times, event_indicators=event_indicators)
     check_tensors(
         hazards,
         ("B", "V"),
-        event_times,
+        times,
         ("event_indicators", event_indicators, REAL),
         sequence_mask,
         entry_times,
@@ -122,7 +127,7 @@ def discrete_time_survival_nll(
     )
     check_single_link(link, from_logits)
     return _nll(
-        (hazards, event_times, event_indicators, sequence_mask, entry_times, sample_weight),
+        (hazards, times, event_indicators, sequence_mask, entry_times, sample_weight),
         SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction),
         validate,
     )
@@ -130,7 +135,7 @@ def discrete_time_survival_nll(
 
 def competing_risks_nll(
     hazards: Tensor | PackedRows,
-    event_times: Tensor | None = None,
+    event_times: Tensor | PackedVisits | None = None,
     event_types: Tensor | None = None,
     sequence_mask: Tensor | None = None,
     *,
@@ -179,11 +184,13 @@ def competing_risks_nll(
         >>> competing_risks_nll(hazards, torch.tensor([1]), torch.tensor([1]))
         tensor(1.0217)
     """
+    times: Any
+    hazards, times = with_batch(hazards, event_times, "hazards")
     if isinstance(hazards, PackedRows):
         refuse_mask(sequence_mask)
         return packed_competing_risks_nll(
             hazards,
-            event_times=event_times,
+            event_times=times,
             event_types=event_types,
             from_logits=from_logits,
             link=link,
@@ -194,11 +201,11 @@ def competing_risks_nll(
             reduction=reduction,
             validate=validate,
         )
-    event_times, event_types = require_outcomes(event_times=event_times, event_types=event_types)
+    times, event_types = require_outcomes(event_times=times, event_types=event_types)
     check_tensors(
         hazards,
         ("B", "V", "K" if link != "softmax" else "K + 1"),
-        event_times,
+        times,
         ("event_types", event_types, INTEGER | {torch.bool}),
         sequence_mask,
         entry_times,
@@ -206,7 +213,7 @@ def competing_risks_nll(
     )
     check_link(hazards, link, from_logits)
     return _nll(
-        (hazards, event_times, event_types, sequence_mask, entry_times, sample_weight),
+        (hazards, times, event_types, sequence_mask, entry_times, sample_weight),
         SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction),
         validate,
     )

@@ -141,8 +141,7 @@ def _rows_and_batch(
         return hazards, batch
     if batch is None or batch is hazards.batch:
         return hazards.values, hazards.batch
-    # a copy with other outcomes has the same tensors for its rows
-    if batch.unsorted_indices is not hazards.batch.unsorted_indices:
+    if not batch.same_visits(hazards.batch):
         raise ValueError(
             "batch: expected that of the PackedRows in hazards, got another; pass hazards.values "
             "for rows of another batch with the same layout"

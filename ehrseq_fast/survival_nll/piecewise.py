@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from ..autograd import values_are_hidden
 from ..backend import must_check_values
+from ..batch import PackedVisits
 from ..checks import FLOATING, REAL, expect_option
 from ..rows import PackedRows
+from ..rows.beside import with_batch
 from .checks import check_column, refuse_mask, require_outcomes
 from .op import discrete_time_survival_nll
 from .operators import REDUCTIONS
@@ -21,7 +25,7 @@ _LINKS = {"softplus": "sigmoid", "exp": "cloglog"}
 
 def piecewise_hazard_nll(
     logits: Tensor | PackedRows,
-    event_times: Tensor | None = None,
+    event_times: Tensor | PackedVisits | None = None,
     event_indicators: Tensor | None = None,
     fraction: Tensor | None = None,
     sequence_mask: Tensor | None = None,
@@ -77,12 +81,14 @@ def piecewise_hazard_nll(
     """
     expect_option("link", link, _LINKS)
     expect_option("reduction", reduction, REDUCTIONS)
+    given: Any
+    logits, given = with_batch(logits, event_times, "logits")
     if isinstance(logits, PackedRows):
         refuse_mask(sequence_mask)
         batch = logits.batch
-        event_times = batch.event_times if event_times is None else event_times
+        given = batch.event_times if given is None else given
         event_indicators = batch.event_indicators if event_indicators is None else event_indicators
-    times, indicators = require_outcomes(event_times=event_times, event_indicators=event_indicators)
+    times, indicators = require_outcomes(event_times=given, event_indicators=event_indicators)
     # the sum over the intervals before T: a censoring there, of which interval T says nothing
     nll = discrete_time_survival_nll(
         logits,
@@ -176,7 +182,7 @@ class PiecewiseHazardLoss(nn.Module):
     def forward(
         self,
         logits: Tensor | PackedRows,
-        event_times: Tensor | None = None,
+        event_times: Tensor | PackedVisits | None = None,
         event_indicators: Tensor | None = None,
         fraction: Tensor | None = None,
         sequence_mask: Tensor | None = None,

@@ -43,7 +43,7 @@ class VisitCrossEntropyLoss(nn.Module):
     def forward(
         self,
         logits: Tensor | PackedRows,
-        labels: Tensor,
+        labels: Tensor | PackedRows,
         sequence_mask: Tensor | None = None,
         *,
         visit_weight: Tensor | None = None,

@@ -11,6 +11,7 @@ from ..autograd import transformed
 from ..backend import must_check_values
 from ..checks import INTEGER, REAL, expect_option
 from ..rows import PackedRows
+from ..rows.beside import values_beside
 from ..survival_nll.checks import check_companion, check_hazards, vmapped
 from ..survival_nll.fused import PADDED, nll
 from ..survival_nll.operators import REDUCTIONS
@@ -64,7 +65,7 @@ class CrossEntropy(NamedTuple):
 
 def visit_cross_entropy(
     logits: Tensor | PackedRows,
-    labels: Tensor,
+    labels: Tensor | PackedRows,
     sequence_mask: Tensor | None = None,
     *,
     class_weight: Tensor | None = None,
@@ -91,7 +92,7 @@ def visit_cross_entropy(
         logits: ``[B, V, K]`` float32, float64, bfloat16 or float16. Or
             :class:`~ehrseq_fast.PackedRows` ``[n_visits, K]``.
         labels: ``[B, V]`` integer, in [0, K); of packed rows ``[n_visits]`` in their order, such as
-            ``batch.visit_targets["..."]``. What padding holds is never read.
+            ``batch.visit_targets["..."]``, or PackedRows. What padding holds is never read.
         sequence_mask: ``[B, V]`` bool or number: 1 on a patient's visits, 0 on the padding after
             them. Without it every slot is a visit. A patient may have none.
         class_weight: ``[K]``, not negative.
@@ -125,9 +126,11 @@ def visit_cross_entropy(
         >>> visit_cross_entropy(logits, labels, torch.tensor([[1, 1, 1], [1, 1, 0]]))
         tensor(1.3863)
     """
+    classes_of: Any = values_beside(logits, labels, "labels")
+    visit_weight = values_beside(logits, visit_weight, "visit_weight")
     logits, visits, patients = layout_of(logits, sequence_mask)
     check_hazards(logits, ("n_visits", "K") if visits.packed else ("B", "V", "K"), "logits")
-    check_of_visits(logits, visits, "labels", labels, INTEGER, "an integer")
+    check_of_visits(logits, visits, "labels", classes_of, INTEGER, "an integer")
     patients = logits.shape[0] if patients is None else patients
     check_companions(logits, visits, patients, visit_weight, sample_weight)
     classes = logits.shape[-1]
@@ -145,9 +148,9 @@ def visit_cross_entropy(
     if transformed(logits, class_weight, visit_weight, sample_weight):
         chosen = "reference"
     if must_check_values(chosen, device, validate) and not vmapped():
-        _check_values(visits, labels, classes, ignore_index, class_weight)
+        _check_values(visits, classes_of, classes, ignore_index, class_weight)
         check_weights(visits, visit_weight, sample_weight)
-    inputs: Any = (logits, labels, *visits, class_weight, visit_weight, sample_weight)
+    inputs: Any = (logits, classes_of, *visits, class_weight, visit_weight, sample_weight)
     return nll(chosen, PADDED, inputs, loss)
 
 
