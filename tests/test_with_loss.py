@@ -221,10 +221,10 @@ def test_without_gradients_nobody_is_asked(processes):
 def test_in_one_process_it_is_the_models_loss(name, across_processes):
     model = build(name)
     training = ModelWithLoss(model, across_processes=across_processes)
-    assert torch.equal(training(batch()), model.loss(batch()))
+    assert torch.equal(training(batch(name)), model.loss(batch(name)))
     seen = []
     model.register_forward_hook(lambda *call: seen.append(call))
-    training(batch())
+    training(batch(name))
     assert len(seen) == 1
 
 
