@@ -17,6 +17,7 @@ from ehrseq_fast import (
     deephit_ranking_loss,
     discrete_time_survival_nll,
     masked_pool,
+    next_codes_bce,
     packed_competing_risks_nll,
     packed_survival_nll,
     packed_visit_pool,
@@ -180,9 +181,25 @@ def _packed_competing_ranking_loss(device: str) -> Case:
     )
 
 
+def _next_codes(reduction: str) -> Callable[[str], Case]:
+    def make(device: str) -> Case:
+        batch = make_batch(device)
+        code, column = torch.arange(VOCABULARY)[:, None], torch.arange(WIDTH)
+        weight = ((code * 171 + column * 29) % 9 - 4) / 64  # exact in 16 bits
+        weights = {dtype: weight.to(dtype).to(device) for dtype in DTYPES}
+
+        def run(states: Tensor) -> Tensor:
+            rows = PackedRows(states, batch)
+            return next_codes_bce(rows, weights[states.dtype], reduction=reduction)
+
+        return Case(normal(batch.n_visits, WIDTH), run)
+
+    return make
+
+
 # name -> operation as the backends register it, how to make a case, kernels launched forward and
 # (at most) backward, where that is promised
-CASES: dict[str, tuple[str, Callable[[str], Case], int, int | None]] = {
+CASES: dict[str, tuple[str, Callable[[str], Case], int | None, int | None]] = {
     "padded mean": ("visit_pool", _padded_pool("mean"), 1, None),
     "padded max": ("visit_pool", _padded_pool("max"), 1, None),
     "packed mean": ("packed_visit_pool", _packed_pool("mean"), 1, 3),
@@ -199,6 +216,8 @@ CASES: dict[str, tuple[str, Callable[[str], Case], int, int | None]] = {
     "packed competing mass": ("pmf_nll", _packed_competing_mass_loss, 1, 1),
     "ranking": ("deephit_ranking", _ranking_loss, 3, 1),
     "packed competing ranking": ("deephit_ranking", _packed_competing_ranking_loss, 3, 1),
+    "next codes": ("next_codes", _next_codes("mean"), None, None),
+    "next codes of each": ("next_codes", _next_codes("none"), None, None),
 }
 
 

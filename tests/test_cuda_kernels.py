@@ -21,7 +21,7 @@ from ehrseq_fast import backend as backends
 from ehrseq_fast.deephit_ranking import reference as ranking_reference
 from ehrseq_fast.survival_nll import competing_risks_nll
 
-from . import cuda_on_cpu
+from . import cuda_on_cpu, next_codes_cases
 from .cuda_on_cpu import Counts
 from .survival_cases import definition, draw_hazards, draw_patients
 
@@ -317,3 +317,18 @@ def test_a_tampered_batch_ends_a_ranking_loss(shim, capfd):
             torch.zeros(9), times, times, None, *rows, None, None, False, True, 0.1, True
         )
     assert "__trap()" in capfd.readouterr().err
+
+
+def test_the_orders_and_codes_of_next_codes(shim):
+    """In chunks of a few rows; every code that is indexed by is checked."""
+    given = next_codes_cases.make(9, 4, 40)
+    first, *others = results(
+        shim, lambda: next_codes_cases.with_gradients(next_codes_cases.ours, given, True, "sum")
+    )
+    for other in others:
+        assert all(map(torch.equal, first, other))
+    last = (None, None, None, True, False, True, True)
+    for codes, offsets in (([40], [0, 1]), ([-1], [0, 1]), ([3], [0, 2]), ([3], [1, 0])):
+        pair = torch.tensor(codes).int(), torch.tensor(offsets).int()
+        with pytest.raises(RuntimeError, match=r"__trap\(\)"):
+            ops().next_codes_bce(given.states[:1], *given.leaves[1:], *pair, *last)

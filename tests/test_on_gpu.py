@@ -296,7 +296,8 @@ def test_launches_per_call(name):
     _, _, forward, backward = CASES[name]
     values = []
     launched = kernels_of(lambda: values.append(step.forward()))
-    assert len(launched) == forward, launched
+    if forward is not None:
+        assert len(launched) == forward, launched
     if backward is not None:
         launched = kernels_of(lambda: step.backward(values[0]))
         assert len(launched) <= backward, launched

@@ -3,13 +3,13 @@
 // number of threads; the loop over a row of logits is in row_kernels.h.
 
 #include <algorithm>
-#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "common/operators.h"
 #include "linear/products.h"
+#include "next_codes/arguments.h"
 #include "next_codes/row.h"
 
 namespace ehrseq::next_codes {
@@ -19,8 +19,6 @@ using linear::Backward;
 using linear::Forward;
 using linear::Kernels;
 using linear::Shape;
-
-constexpr const char* kName = "next_codes_bce";
 
 // The ragged targets of the rows of states.
 struct Targets {
@@ -41,10 +39,6 @@ struct Targets {
 // Checked at every call: wrong offsets and codes would lead out of bounds.
 Targets read_targets(const Tensor& codes, const Tensor& code_offsets, const Shape& shape,
                      bool sampled) {
-  expect_dim(codes, kName, "codes", 1, "[n_codes]");
-  expect_dtype(codes, kName, "codes", {ScalarType::Int});
-  expect_shape(code_offsets, kName, "code_offsets", {shape.rows + 1}, "[n_visits + 1]");
-  expect_dtype(code_offsets, kName, "code_offsets", {ScalarType::Int});
   Targets targets{torch::stable::contiguous(codes), torch::stable::contiguous(code_offsets),
                   nullptr, nullptr};
   targets.codes = data<const int32_t>(targets.codes_tensor);
@@ -184,39 +178,16 @@ Tensor sum_of(const Tensor& loss, const T* row_scale) {
   return total;
 }
 
-void expect_classes(const OptionalTensor& tensor, const char* name, int64_t classes) {
-  if (!tensor) return;
-  expect_shape(*tensor, kName, name, {classes}, "[K]");
-  expect_floating(*tensor, kName, name);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> next_codes_bce(
     Tensor states, Tensor weight, OptionalTensor bias, Tensor codes, Tensor code_offsets,
     OptionalTensor pos_weight, OptionalTensor class_weight, OptionalTensor row_scale, bool total,
     bool sampled, bool need_states, bool need_weight) {
   expect_on_cpu(kName, states, weight, bias, codes, code_offsets, pos_weight, class_weight,
                 row_scale);
-  expect_dim(states, kName, "states", 2, "[n_visits, H]");
-  expect_floating(states, kName, "states");
-  expect_dim(weight, kName, "weight", 2, "[K, H]");
-  const Shape shape{states.size(0), states.size(1), weight.size(0)};
-  expect_shape(weight, kName, "weight", {shape.units, shape.inputs}, "[K, H]");
-  expect_floating(weight, kName, "weight");
+  const Sizes sizes = expect_arguments(states, weight, bias, codes, code_offsets, pos_weight,
+                                       class_weight, row_scale);
+  const Shape shape{sizes.rows, sizes.inputs, sizes.classes};
   const bool is_double = states.scalar_type() == ScalarType::Double;
-  if (is_double != (weight.scalar_type() == ScalarType::Double)) {
-    refuse(kName, "weight", "float64 where states are, and only there",
-           as_text(weight.scalar_type()));
-  }
-  if (shape.units >= std::numeric_limits<int32_t>::max()) {
-    refuse(kName, "weight", "fewer than 2^31 - 1 codes", std::to_string(shape.units));
-  }
-  expect_classes(bias, "bias", shape.units);
-  expect_classes(pos_weight, "pos_weight", shape.units);
-  expect_classes(class_weight, "class_weight", shape.units);
-  if (row_scale) {
-    expect_shape(*row_scale, kName, "row_scale", {shape.rows}, "[n_visits]");
-    expect_floating(*row_scale, kName, "row_scale");
-  }
   const Targets targets = read_targets(codes, code_offsets, shape, sampled);
   const auto compute = [&](auto tag) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using T = typename decltype(tag)::type;

@@ -39,13 +39,16 @@ def losses(chosen: str, inputs: Inputs, *, total: bool, sampled: bool = False) -
     differentiated = inputs[:3]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiated):
         return _NextCodes.apply(chosen, total, sampled, *inputs)
-    return _compute(chosen)(*inputs, total, sampled, False, False)[0]
+    return _compute(chosen, inputs, total, sampled, False, False)[0]
 
 
-def _compute(chosen: str) -> Callable[..., Any]:
-    if chosen == "reference":
-        return chunks.next_codes_bce
-    return operators(chosen).next_codes_bce.default
+def _compute(chosen: str, inputs: Inputs, *options: bool) -> Any:
+    compute: Callable[..., Any] = chunks.next_codes_bce
+    if chosen != "reference":
+        compute = operators(chosen).next_codes_bce.default
+    # the products within, of a GPU's kernels too, are in the accumulator's dtype
+    with torch.autocast(inputs.states.device.type, enabled=False):
+        return compute(*inputs, *options)
 
 
 def _define(inputs: Inputs, total: bool, sampled: bool) -> Tensor:
@@ -67,7 +70,8 @@ class _NextCodes(torch.autograd.Function):
         need_states = total and inputs.states.requires_grad
         bias = inputs.bias
         learns = inputs.weight.requires_grad or (bias is not None and bias.requires_grad)
-        value, *gradients = _compute(chosen)(*inputs, total, sampled, need_states, total and learns)
+        needs = (need_states, total and learns)
+        value, *gradients = _compute(chosen, inputs, total, sampled, *needs)
         ctx.save_for_backward(*inputs, *(gradients if total else ()))
         ctx.options = chosen, total, sampled
         return value
@@ -94,8 +98,8 @@ class _NextCodes(torch.autograd.Function):
                     gradients = [x * grad for x in ctx.saved_tensors[8:]]
                 else:
                     given = inputs._replace(row_scale=grad)
-                    learns = needs[1] or needs[2]
-                    _, *gradients = _compute(chosen)(*given, False, sampled, needs[0], learns)
+                    computed = (needs[0], needs[1] or needs[2])
+                    _, *gradients = _compute(chosen, given, False, sampled, *computed)
                 found = [
                     x.to(like.dtype) if need and like is not None else None
                     for x, like, need in zip(gradients, inputs[:3], needs, strict=True)

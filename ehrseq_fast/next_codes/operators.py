@@ -7,7 +7,7 @@ from typing import Any
 from ..checks import accumulator
 from ..operations import operator, register
 
-register("next_codes", "cpu", "triton", package=__package__)
+register("next_codes", "cpu", "cuda", "triton", package=__package__)
 
 
 # The loss of each row of states, or with `total` (row_scale * loss).sum(); and the gradients of

@@ -112,12 +112,10 @@ def _of_batch(
     if not next_visit:
         return Targets(batch.codes, batch.code_offsets, batch.n_visits, rows, shape, batch)
     first = len(batch)  # every patient has a first visit, which follows on none
-    later = torch.arange(first, batch.n_visits, device=values.device)
-    time = torch.searchsorted(batch.row_starts[1:], later, right=True)
-    before = later - (batch.row_starts[time] - batch.row_starts[time - 1])
+    before = batch.rows_with_next()
     rows = before if rows is None else rows.index_select(0, before)
     offsets = batch.code_offsets[first:]
-    return Targets(batch.codes, offsets, len(later), rows, shape, batch, first)
+    return Targets(batch.codes, offsets, len(before), rows, shape, batch, first)
 
 
 def _rows_of_batch(
