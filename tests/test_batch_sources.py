@@ -67,6 +67,18 @@ FRAMES = {
     "arrow, dates": lambda: pyarrow.table(ROWS).set_column(
         1, "time", pyarrow.array([time.date() for time in ROWS["time"]])
     ),
+    # as Polars gives its texts and categories
+    "arrow, views": lambda: pyarrow.table(ROWS).set_column(
+        2, "code", pyarrow.array(ROWS["code"]).cast(pyarrow.string_view())
+    ),
+    "arrow, categories of views": lambda: pyarrow.table(ROWS).set_column(
+        2,
+        "code",
+        pyarrow.DictionaryArray.from_arrays(
+            pyarrow.array([0, 1, 2, 0, 2, 0], pyarrow.uint32()),
+            pyarrow.array(["E11", "I10", "J45"]).cast(pyarrow.string_view()),
+        ),
+    ),
     "arrow, milliseconds": lambda: pyarrow.table(ROWS).set_column(
         1, "time", pyarrow.array(ROWS["time"], pyarrow.timestamp("ms", "UTC"))
     ),
@@ -217,6 +229,11 @@ REFUSED = {
         lambda: pandas.DataFrame(changed(code=[4, "a", 6])),
         TypeError,
         "column 'code': expected integers, floats, times or text",
+    ),
+    "an Arrow column of lists": (
+        lambda: pyarrow.table(changed(code=[[4], [5], [6]])),
+        TypeError,
+        "column 'code': expected integers, floats, times or text: ",
     ),
     "times of a zone in a list": (
         lambda: changed(time=[DAY.replace(tzinfo=datetime.timezone.utc)] * 3),

@@ -45,7 +45,7 @@ class Sources(Windows):
 
         Args:
             frame: a data frame of pandas, Polars, Arrow or another library that has
-                ``__dataframe__`` (or ``__arrow_c_stream__``, which needs pyarrow), or a mapping of
+                ``__dataframe__``, or ``__arrow_c_stream__`` (Polars 2), which needs pyarrow; or a mapping of
                 names to arrays. Other columns are not read.
             person: the column of persons: integers or text (categories too).
             time: the column of times: timestamps, dates or numbers.
