@@ -45,8 +45,8 @@ class Sources(Windows):
 
         Args:
             frame: a data frame of pandas, Polars, Arrow or another library that has
-                ``__dataframe__``, or ``__arrow_c_stream__`` (Polars 2), which needs pyarrow; or a mapping of
-                names to arrays. Other columns are not read.
+                ``__dataframe__``, or ``__arrow_c_stream__`` (Polars 2), which needs pyarrow; or a
+                mapping of names to arrays. Other columns are not read.
             person: the column of persons: integers or text (categories too).
             time: the column of times: timestamps, dates or numbers.
             code: the column of codes: integers, or with ``vocabulary`` text.
