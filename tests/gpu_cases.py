@@ -117,6 +117,12 @@ def _attention_pool(device: str) -> Case:
     )
 
 
+def _weighted_pool(device: str) -> Case:
+    batch = make_batch(device)
+    batch = batch.with_code_weights(torch.linspace(0, 2, batch.n_codes, device=device))
+    return Case(_table(), lambda weight: packed_visit_pool(batch, weight))
+
+
 def _masked_pool(device: str) -> Case:
     mask = (torch.arange(CODES) < torch.arange(PATIENTS)[:, None] % (CODES + 1)).to(device)
     return Case(normal(PATIENTS, CODES, WIDTH), lambda embeddings: masked_pool(embeddings, mask))
@@ -204,6 +210,7 @@ CASES: dict[str, tuple[str, Callable[[str], Case], int | None, int | None]] = {
     "padded max": ("visit_pool", _padded_pool("max"), 1, None),
     "packed mean": ("packed_visit_pool", _packed_pool("mean"), 1, 3),
     "packed max": ("packed_visit_pool", _packed_pool("max"), 1, 3),
+    "packed weighted": ("packed_weighted_pool", _weighted_pool, 1, None),  # an index is sorted
     "packed attention": ("packed_attention_pool", _attention_pool, 1, 3),
     "masked": ("masked_pool", _masked_pool, 1, 1),
     "loss": ("survival_nll", _loss("mean"), 1, 1),

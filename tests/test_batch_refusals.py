@@ -271,13 +271,13 @@ BAD = {
         ),
         ValueError,
         "visit_mask must be 0 or 1 to be packed. Found 2 other values. "
-        "The first is at patient 0, visit 1, code 1. Weighted masks need the padded tensors.",
+        "The first is at patient 0, visit 1, code 1. Weights go in as code_weights.",
     ),
     "visit mask that is not a number": (
         lambda: from_padded(*masks(fractions=[(2, 1, 0)], visit_value=float("nan"))),
         ValueError,
         "visit_mask must be 0 or 1 to be packed. Found 1 other values. "
-        "The first is at patient 2, visit 1, code 0. Weighted masks need the padded tensors.",
+        "The first is at patient 2, visit 1, code 0. Weights go in as code_weights.",
     ),
     "lengths that disagree": (
         lambda: from_padded(*masks(), lengths=[2, 1, 2]),

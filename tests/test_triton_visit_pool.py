@@ -26,6 +26,7 @@ from ehrseq_fast.visit_pool.triton import (  # noqa: E402
     launch_gradient,
     launch_index,
     launch_pool,
+    launch_weights,
     tiles,
 )
 
@@ -104,6 +105,29 @@ def test_launches_of_attention():
         )
     )
     assert backward == ["find_segments", "sum_attention", "sum_pieces"]
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_launches_with_weights_of_codes(mode):
+    batch = packed([[[1, 2, 3]] * 40] * 9)
+    weight, grad = torch.randn(50, 8), torch.randn(batch.n_visits, 8)
+    weights, totals = torch.rand(batch.n_codes), torch.rand(batch.n_visits)
+    index = (batch.index_codes, batch.index_offsets, batch.index_visits, batch.index_visits)
+    of_visits = (batch.codes, batch.code_offsets)
+    forward = launched(lambda: launch_pool.packed_weighted_pool(*of_visits, weight, weights, mode))
+    assert forward == ["pool_contiguous"]
+    backward = launched(
+        lambda: launch_weights.packed_weighted_pool_backward(
+            grad, *of_visits, weights, totals, *index, 50, mode, 0
+        )
+    )
+    assert backward == ["find_segments", "sum_segments", "sum_pieces"]
+    of_weights = launched(
+        lambda: launch_weights.packed_weighted_pool_backward_weights(
+            grad, grad, totals, *of_visits, weight, mode
+        )
+    )
+    assert of_weights == ["weight_gradients"]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -43,6 +43,8 @@ def arguments(ops, name, mode=2):
             "scores": scores,
             "padding_idx": 0,
         }
+    if "weighted" in name:
+        return weighted_arguments(ops, name, batch, weight, grad)
     return {
         "visit_pool": {"codes": codes, "weight": weight, "visit_mask": mask, "mode": mode},
         "visit_pool_backward": padded,
@@ -62,6 +64,31 @@ def arguments(ops, name, mode=2):
     }[name]
 
 
+def weighted_arguments(ops, name, batch, weight, grad):
+    codes = {"codes": batch.codes, "code_offsets": batch.code_offsets}
+    code_weights = torch.rand(batch.n_codes)
+    forward = {**codes, "weight": weight, "code_weights": code_weights, "mode": 0}
+    if name == "packed_weighted_pool":
+        return forward
+    pooled, totals = ops.packed_weighted_pool(*forward.values())
+    if name == "packed_weighted_pool_backward_weights":
+        kept = {"grad": grad, "pooled": pooled, "totals": totals}
+        return {**kept, **codes, "weight": weight, "mode": 0}
+    return {
+        "grad": grad,
+        **codes,
+        "code_weights": code_weights,
+        "totals": totals,
+        "index_codes": batch.index_codes,
+        "index_offsets": batch.index_offsets,
+        "index_visits": batch.index_visits,
+        "index_positions": torch.sort(batch.codes, stable=True).indices.int(),
+        "vocabulary": K,
+        "mode": 0,
+        "padding_idx": 0,
+    }
+
+
 OPERATORS = (
     "visit_pool",
     "visit_pool_backward",
@@ -71,6 +98,10 @@ OPERATORS = (
     "packed_visit_pool",
     "packed_visit_pool_backward",
     "packed_visit_pool_backward_sparse",
+    "packed_weighted_pool",
+    "packed_weighted_pool_backward",
+    "packed_weighted_pool_backward_sparse",
+    "packed_weighted_pool_backward_weights",
     "packed_attention_pool",
     "packed_attention_pool_backward",
 )
@@ -98,6 +129,9 @@ VALID = {
     ("visit_pool", "weight", "one element less"),
     ("packed_visit_pool", "weight", "one column less"),
     ("packed_attention_pool", "weight", "one column less"),
+    ("packed_weighted_pool", "weight", "one column less"),
+    ("packed_weighted_pool_backward", "grad", "one column less"),
+    ("packed_weighted_pool_backward_sparse", "grad", "one column less"),
     ("masked_pool", "embeddings", "one column less"),
 }
 
@@ -154,6 +188,18 @@ def test_without_winners_a_maximum_has_no_gradient(kernels, name):
         getattr(ops, name)(*{**valid, "arg_max": None}.values())
     for mode in (0, 1):
         getattr(ops, name)(*{**valid, "arg_max": None, "mode": mode}.values())
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "weighted" in name])
+def test_of_a_mean_and_on_a_gpu_more_is_needed(kernels, name):
+    ops = operators(kernels)
+    valid = arguments(ops, name)
+    needed = {"pooled", "totals"} | (set() if kernels == "cpu" else {"index_positions"})
+    for argument in needed & set(valid):
+        with pytest.raises(ValueError, match=argument):
+            getattr(ops, name)(*{**valid, argument: None}.values())
+    of_a_sum = dict.fromkeys(valid.keys() & {"pooled", "totals"})
+    getattr(ops, name)(*{**valid, **of_a_sum, "mode": 1}.values())
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if "backward" in name])

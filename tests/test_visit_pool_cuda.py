@@ -9,13 +9,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ehrseq_fast import PackedVisits, backend, masked_pool, packed_visit_pool, visit_mean_pool
+from ehrseq_fast import (
+    PackedVisits,
+    backend,
+    masked_pool,
+    packed_visit_pool,
+    use_backend,
+    visit_mean_pool,
+)
 from ehrseq_fast.visit_pool import reference
 
 from . import cuda_on_cpu
 from .conftest import ON_GPU, _running
 from .pool_cases import check_against_definition, gradients, ragged_batch
 from .test_packed_visit_pool import check as check_packed
+from .tolerances import assert_close
 
 pytestmark = pytest.mark.operation("visit_pool")
 
@@ -252,6 +260,42 @@ def test_launches_of_a_packed_batch(emulator, mode, n_visits):
         emulator, lambda: torch.autograd.grad(pooled, inputs, torch.ones_like(pooled))
     )
     assert (forward, backward) == (1, 3 if mode == "attention" else 2)
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum"])
+@pytest.mark.parametrize("n_visits", [1, 900])
+def test_launches_with_weights_of_codes(emulator, mode, n_visits):
+    """One forward; three backward for the table, and one for the weights."""
+    batch = packed([numbered(1 + i % 5, 40) for i in range(n_visits)])
+    inputs = torch.randn(50, 24, requires_grad=True), torch.rand(batch.n_codes, requires_grad=True)
+    pooled, forward = launches(
+        emulator, lambda: packed_visit_pool(batch, inputs[0], mode=mode, code_weights=inputs[1])
+    )
+    _, backward = launches(
+        emulator, lambda: torch.autograd.grad(pooled, inputs, torch.ones_like(pooled))
+    )
+    assert (forward, backward) == (1, 4)
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum"])
+@pytest.mark.parametrize("width", [1, 8, 66])
+@pytest.mark.parametrize("n_short", [0, 150])
+def test_weighted_visits_longer_than_what_is_staged_at_once(cuda, mode, width, n_short):
+    """With zeros among the weights, which are not staged; and one code over many runs."""
+    batch = packed([numbered(700, 17), *[[5]] * n_short, [], numbered(65, 17)])
+    weights = torch.rand(batch.n_codes)
+    weights[torch.rand(batch.n_codes) < 0.3] = 0
+    table, grad = torch.randn(18, width), torch.randn(batch.n_visits, width)
+    results = []
+    for name in ("cuda", "reference"):
+        dtype = torch.float32 if name == "cuda" else torch.float64
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (table, weights)]
+        with use_backend(name):
+            pooled = packed_visit_pool(batch, inputs[0], mode=mode, code_weights=inputs[1])
+            gradients = torch.autograd.grad(pooled, inputs, grad.to(dtype))
+        results.append([pooled.detach(), *gradients])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours / 8, theirs / 8, terms=1024)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -264,6 +264,17 @@ def test_compile(backend, mode):
             torch.testing.assert_close(actual, expected)
 
 
+def test_codes_far_apart(backend):
+    """Of a vocabulary much larger than the batch."""
+    batch = from_lists([[[90_000, 5, 90_000], [5]], [[70_000]]])
+    weights, grad = torch.rand(5), torch.randn(3, 2)
+    table = torch.randn(100_000, 2)
+    actual = pooled_and_gradients(batch, table, weights, grad, sparse_grad=True)
+    expected = by_formula(batch, table, weights, grad, "mean")
+    assert_close(actual[1].to_dense(), expected[1], terms=8)
+    assert_close(actual[2], expected[2], terms=8)
+
+
 def test_same_bits_on_every_run_and_for_any_number_of_threads(compiled):
     batch = PackedVisits.from_lists(PATIENTS * 200)
     weights = torch.rand(batch.n_codes)

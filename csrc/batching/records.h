@@ -445,7 +445,7 @@ class PaddedRecords {
     refuse_value("visit_mask must be 0 or 1 to be packed. Found " + text(fractional.count) +
                  " other values. The first is at " + name(fractional.patient) + ", visit " +
                  text(fractional.visit) + ", code " + text(fractional.code) +
-                 ". Weighted masks need the padded tensors.");
+                 ". Weights go in as code_weights.");
   }
 
   const code_t* codes_;

@@ -113,6 +113,44 @@ inline void expect_scores(const Tensor& scores, const Tensor& weight, const char
   expect_dtype(scores, operation, "scores", {weight.scalar_type()});
 }
 
+// Weights per code, which modes mean and sum take, in the dtype that sums have.
+inline void expect_weighted_mode(int64_t mode, const char* operation) {
+  expect_option(mode, operation, "mode", kMean, kSum);
+}
+
+inline ScalarType sum_dtype(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void expect_code_weights(const Tensor& code_weights, const Tensor& codes, ScalarType dtype,
+                                const char* operation) {
+  expect_shape(code_weights, operation, "code_weights", shape_of(codes), "[n_codes]");
+  expect_dtype(code_weights, operation, "code_weights", {dtype});
+}
+
+// The sums of the weights of each visit, which the mean is divided by.
+inline void expect_totals(const OptionalTensor& totals, int64_t n_visits, ScalarType dtype,
+                          int64_t mode, const char* operation) {
+  if (mode != kMean) return;
+  if (!totals.has_value()) refuse(operation, "totals", "a tensor in mode mean", "None");
+  expect_shape(*totals, operation, "totals", {n_visits}, "[n_visits]");
+  expect_dtype(*totals, operation, "totals", {dtype});
+}
+
+// Of the weights: the gradient of what was pooled, and in mode mean what was pooled.
+inline void expect_weights_gradient(const Tensor& grad, const OptionalTensor& pooled,
+                                    const OptionalTensor& totals, int64_t n_visits,
+                                    const Tensor& weight, int64_t mode, const char* operation) {
+  expect_weighted_mode(mode, operation);
+  expect_shape(grad, operation, "grad", {n_visits, weight.size(1)}, "[n_visits, E]");
+  expect_dtype(grad, operation, "grad", {weight.scalar_type()});
+  expect_totals(totals, n_visits, sum_dtype(weight), mode, operation);
+  if (mode != kMean) return;
+  if (!pooled.has_value()) refuse(operation, "pooled", "a tensor in mode mean", "None");
+  expect_shape(*pooled, operation, "pooled", shape_of(grad), "the shape of grad");
+  expect_dtype(*pooled, operation, "pooled", {weight.scalar_type()});
+}
+
 inline void expect_attention_gradient(const Tensor& grad, const Tensor& pooled,
                                       const Tensor& highest, const Tensor& inverse,
                                       const Tensor& weight, const char* operation) {

@@ -92,9 +92,10 @@ __device__ void combine_parts(Pooled& pooled, typename Pooled::acc_t& total, voi
 //           one visit
 //   shared  GatherMemory: kStagedPerLane codes and weights per thread; then, where several groups
 //           take one visit, the partial sums of every thread
-//   reads   codes and masks (padded) or offsets (packed), scores (attention), rows of the table
+//   reads   codes and masks (padded) or offsets (packed), weights or scores of codes, rows of the
+//           table
 //   writes  out [n_visits, row_size]; mode max: arg_max of that shape; attention: the softmax
-//           statistics of visits
+//           statistics of visits; weights of codes and mode mean: their sums
 template <typename Pooled, typename Source>
 __global__ void __launch_bounds__(kGatherThreads, Pooled::kBlocks)
     pool_visits(Source source, int64_t n_visits, int parts_log2, RowShape shape,
@@ -127,6 +128,9 @@ __global__ void __launch_bounds__(kGatherThreads, Pooled::kBlocks)
       total = source.total(cursor, lanes);
     }
     if (parts_log2 > 0) combine_parts(pooled, total, memory, lanes, part);
+    if (part.index == 0 && visit < n_visits && lanes.lane == 0 && blockIdx.y == 0) {
+      source.keep_total(visit, total);
+    }
     if (part.index == 0 && visit < n_visits && has_columns) {
       pooled.write(shape.offset(visit) + column, out, arg_max, source.scale(total));
     }

@@ -36,6 +36,19 @@ struct VisitGradients {
   }
 };
 
+// With weights of codes, which leave out what has a weight of zero, whatever its visit's gradient.
+template <typename scalar_t, int kColumns_>
+struct WeightedGradients : VisitGradients<scalar_t, kColumns_> {
+  using Base = VisitGradients<scalar_t, kColumns_>;
+  using typename Base::acc_t;
+
+  __device__ static __forceinline__ void add(acc_t (&sums)[kColumns_],
+                                             const typename Base::Loaded& row, int32_t code,
+                                             acc_t weight) {
+    if (!(weight == acc_t(0))) Base::add(sums, row, code, weight);
+  }
+};
+
 // Mode max: the columns that the code won. A code that a visit holds twice wins once.
 template <typename scalar_t_, int kColumns_>
 struct WonGradients {

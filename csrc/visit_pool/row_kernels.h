@@ -269,6 +269,59 @@ void sum_score_gradients(const scalar_t* grad, const scalar_t* table, const scal
   }
 }
 
+// g . w or g . (w - o), in sixteen running sums that are added in pairs.
+template <bool kSubtracts, typename scalar_t>
+EHRSEQ_INLINE accumulator_t<scalar_t> dot_of_rows(const scalar_t* g, const scalar_t* w,
+                                                  const scalar_t* o, int64_t size) {
+  using acc_t = accumulator_t<scalar_t>;
+  constexpr int64_t kVectors = 16 / kWidth<acc_t>;
+  Native<acc_t> sums[kVectors] = {};
+  int64_t i = 0;
+  for (; i + 16 <= size; i += 16) {
+    for (int64_t vector = 0; vector < kVectors; ++vector) {
+      const int64_t at = i + vector * kWidth<acc_t>;
+      Native<acc_t> row = load_native(w + at);
+      if constexpr (kSubtracts) row -= load_native(o + at);
+      sums[vector] += rounded(load_native(g + at) * row);
+    }
+  }
+  acc_t lanes[16];
+  std::memcpy(lanes, sums, sizeof lanes);
+  for (int lane = 0; i < size; ++i, ++lane) {
+    acc_t row = static_cast<acc_t>(w[i]);
+    if constexpr (kSubtracts) row -= static_cast<acc_t>(o[i]);
+    lanes[lane] += rounded(static_cast<acc_t>(g[i]) * row);
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+template <typename scalar_t>
+void sum_weight_gradients(const scalar_t* grad, const scalar_t* table, const scalar_t* pooled,
+                          const accumulator_t<scalar_t>* totals, int64_t row_size,
+                          const int32_t* rows, const int32_t* offsets, int64_t first, int64_t last,
+                          accumulator_t<scalar_t>* grad_weights) {
+  using acc_t = accumulator_t<scalar_t>;
+  for (int64_t visit = first; visit < last; ++visit) {
+    const acc_t total = totals == nullptr ? acc_t(0) : totals[visit];
+    const scalar_t* g = grad + visit * row_size;
+    if (total < acc_t(1)) {
+      for (int32_t i = offsets[visit]; i < offsets[visit + 1]; ++i) {
+        grad_weights[i] = dot_of_rows<false>(g, table + rows[i] * row_size, g, row_size);
+      }
+    } else {
+      const acc_t scale = acc_t(1) / total;
+      const scalar_t* mean = pooled + visit * row_size;
+      for (int32_t i = offsets[visit]; i < offsets[visit + 1]; ++i) {
+        const acc_t dot = dot_of_rows<true>(g, table + rows[i] * row_size, mean, row_size);
+        grad_weights[i] = scale * dot;
+      }
+    }
+  }
+}
+
 template <typename scalar_t>
 RowKernels<scalar_t> kernels() {
   return {sum_segments<scalar_t, scalar_t>,
@@ -277,7 +330,8 @@ RowKernels<scalar_t> kernels() {
           sum_won_columns<scalar_t>,
           scale_row<scalar_t>,
           keep_won_columns<scalar_t>,
-          sum_score_gradients<scalar_t>};
+          sum_score_gradients<scalar_t>,
+          sum_weight_gradients<scalar_t>};
 }
 
 }  // namespace ehrseq::pooling::EHRSEQ_ISA

@@ -73,6 +73,14 @@ struct RowKernels {
   void (*sum_score_gradients)(const scalar_t* grad, const scalar_t* table, const scalar_t* pooled,
                               int64_t row_size, const IndexView<acc_t>& index, int64_t first,
                               int64_t last, scalar_t* grad_scores);
+
+  // d weight[i] of the entries i of each segment, a visit of gradient g: g . table[row], of a mean
+  // m by `totals` (null for a sum) g . (table[row] - m) / total. Where a total is below 1, and the
+  // sum was not divided by it, m is left out.
+  void (*sum_weight_gradients)(const scalar_t* grad, const scalar_t* table, const scalar_t* pooled,
+                               const acc_t* totals, int64_t row_size, const int32_t* rows,
+                               const int32_t* offsets, int64_t first, int64_t last,
+                               acc_t* grad_weights);
 };
 
 template <typename scalar_t>

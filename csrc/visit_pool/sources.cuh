@@ -213,6 +213,7 @@ struct PaddedVisits {
     return lanes.sum(cursor.weight_seen);
   }
   __device__ acc_t scale(acc_t total) const { return mean ? mean_scale(total) : acc_t(1); }
+  __device__ void keep_total(int64_t, acc_t) const {}
   // Rows are counted from here: a visit's own embeddings, or one table for all.
   __device__ int64_t first_row(int64_t visit) const {
     return codes.data == nullptr ? visit * n_slots : 0;
@@ -276,6 +277,65 @@ struct PackedVisits {
     return cursor.weight_seen;
   }
   __device__ acc_t scale(acc_t total) const { return mean ? mean_scale(total) : acc_t(1); }
+  __device__ void keep_total(int64_t, acc_t) const {}
+  __device__ int64_t first_row(int64_t) const { return 0; }
+};
+
+// The codes of a visit with weights of their own; one of zero leaves its code out.
+template <typename acc_t_>
+struct WeightedVisits {
+  using acc_t = acc_t_;
+
+  PackedCodes packed;
+  const acc_t* weights;
+  acc_t* totals;  // null in mode sum
+
+  __device__ Cursor<acc_t> open(int64_t visit, const Part& part, const Lanes&) const {
+    return packed.open<acc_t>(visit, part);
+  }
+
+  __device__ int stage(Cursor<acc_t>& cursor, const Staged<acc_t>& staged,
+                       const Lanes& lanes) const {
+    constexpr int kSlots = 4;
+    int count = 0;
+    while (cursor.next < cursor.end && count <= (kStagedPerLane - kSlots) * lanes.count) {
+      const int64_t first = cursor.base + cursor.next + lanes.lane;
+      const int32_t left = cursor.end - cursor.next - lanes.lane;
+      acc_t read[kSlots];
+      int32_t codes[kSlots];
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        const bool exists = i * lanes.count < left;
+        read[i] = exists ? weights[first + i * lanes.count] : acc_t(0);
+        codes[i] = exists ? packed.at(first + i * lanes.count) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        const bool counts = !(read[i] == acc_t(0));
+        const unsigned real = lanes.vote(counts);
+        if (counts) {
+          const int at = count + __popc(real & lanes.earlier());
+          staged.codes[at] = codes[i];
+          staged.weights[at] = read[i];
+          cursor.weight_seen += read[i];
+        }
+        count += __popc(real);
+      }
+      cursor.next += kSlots * lanes.count;
+    }
+    return count;
+  }
+
+  __device__ acc_t weight(const Staged<acc_t>& staged, int at) const { return staged.weights[at]; }
+  __device__ acc_t total(const Cursor<acc_t>& cursor, const Lanes& lanes) const {
+    return lanes.sum(cursor.weight_seen);
+  }
+  __device__ acc_t scale(acc_t total) const {
+    return totals != nullptr ? mean_scale(total) : acc_t(1);
+  }
+  __device__ void keep_total(int64_t visit, acc_t total) const {
+    if (totals != nullptr) totals[visit] = total;
+  }
   __device__ int64_t first_row(int64_t) const { return 0; }
 };
 
@@ -362,6 +422,7 @@ struct AttentiveVisits {
   __device__ acc_t weight(const Staged<acc_t>& staged, int at) const { return staged.weights[at]; }
   __device__ acc_t total(const Cursor<acc_t>&, const Lanes&) const { return acc_t(1); }
   __device__ acc_t scale(acc_t) const { return acc_t(1); }
+  __device__ void keep_total(int64_t, acc_t) const {}
   __device__ int64_t first_row(int64_t) const { return 0; }
 };
 

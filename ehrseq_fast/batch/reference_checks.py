@@ -180,8 +180,7 @@ def refuse_fractional(states: npt.NDArray[np.uint8], order: PatientOrder, names:
         ]
         raise ValueError(
             f"visit_mask must be 0 or 1 to be packed. Found {len(rows)} other values. The first is "
-            f"at {names[patient]}, visit {visit}, code {slot}. Weighted masks need the padded "
-            "tensors."
+            f"at {names[patient]}, visit {visit}, code {slot}. Weights go in as code_weights."
         )
 
 

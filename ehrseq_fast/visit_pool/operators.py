@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import accumulator
 from ..operations import operator, register
 
-for _name in ("visit_pool", "masked_pool", "packed_visit_pool", "packed_attention_pool"):
+for _name in (
+    "visit_pool",
+    "masked_pool",
+    "packed_visit_pool",
+    "packed_weighted_pool",
+    "packed_attention_pool",
+):
     register(_name, "cpu", "cuda", "triton", package=__package__)
 
 # as the operators take them
@@ -116,6 +123,81 @@ def _(
         grad.new_empty((n_rows,), dtype=torch.int64),
         grad.new_empty((n_rows, grad.shape[1])),
     )
+
+
+def _sums(like, size):
+    return like.new_empty(size, dtype=accumulator(like.dtype))
+
+
+# Of modes mean and sum. ``code_weights`` and ``totals``, the sums of each visit's weights, which
+# mode mean alone has, are of the dtype that sums have. ``index_positions`` says of each entry of
+# the index which of ``codes`` it is; a GPU needs it, and the CPU finds it.
+@operator(
+    "packed_weighted_pool(Tensor codes, Tensor code_offsets, Tensor weight, Tensor code_weights,"
+    " int mode) -> (Tensor pooled, Tensor totals)"
+)
+def _(codes, code_offsets, weight, code_weights, mode):
+    n_visits = code_offsets.shape[0] - 1
+    totals = _sums(weight, (n_visits if mode == MODES["mean"] else 0,))
+    return weight.new_empty((n_visits, weight.shape[1])), totals
+
+
+@operator(
+    "packed_weighted_pool_backward(Tensor grad, Tensor codes, Tensor code_offsets,"
+    " Tensor code_weights, Tensor? totals, Tensor index_codes, Tensor index_offsets,"
+    " Tensor index_visits, Tensor? index_positions, SymInt vocabulary, int mode, int padding_idx)"
+    " -> Tensor"
+)
+def _(
+    grad,
+    codes,
+    code_offsets,
+    code_weights,
+    totals,
+    index_codes,
+    index_offsets,
+    index_visits,
+    index_positions,
+    vocabulary,
+    mode,
+    padding_idx,
+):
+    return grad.new_empty((vocabulary, grad.shape[1]))
+
+
+@operator(
+    "packed_weighted_pool_backward_sparse(Tensor grad, Tensor codes, Tensor code_offsets,"
+    " Tensor code_weights, Tensor? totals, Tensor index_codes, Tensor index_offsets,"
+    " Tensor index_visits, Tensor? index_positions, SymInt vocabulary, int mode, int padding_idx)"
+    " -> (Tensor code_ids, Tensor rows)"
+)
+def _(
+    grad,
+    codes,
+    code_offsets,
+    code_weights,
+    totals,
+    index_codes,
+    index_offsets,
+    index_visits,
+    index_positions,
+    vocabulary,
+    mode,
+    padding_idx,
+):
+    n_rows = torch.library.get_ctx().new_dynamic_size()
+    return (
+        grad.new_empty((n_rows,), dtype=torch.int64),
+        grad.new_empty((n_rows, grad.shape[1])),
+    )
+
+
+@operator(
+    "packed_weighted_pool_backward_weights(Tensor grad, Tensor? pooled, Tensor? totals,"
+    " Tensor codes, Tensor code_offsets, Tensor weight, int mode) -> Tensor"
+)
+def _(grad, pooled, totals, codes, code_offsets, weight, mode):
+    return _sums(weight, codes.shape)
 
 
 # Attention is exp(score - highest) * inverse, with a visit's highest score and 1 / (sum of

@@ -10,7 +10,13 @@ from torch import Tensor
 from ..arrays import expect_tensor, kind_of
 from ..autograd import once, values_are_hidden
 from ..backend import must_check_values, operators
-from ..checks import expect_device, expect_floating, expect_option, refuse_codes_outside
+from ..checks import (
+    accumulator,
+    expect_device,
+    expect_floating,
+    expect_option,
+    refuse_codes_outside,
+)
 from . import reference
 from .op import choose, padding_row, sparse_rows
 from .operators import MODES
@@ -137,9 +143,9 @@ def packed_visit_pool(
     if code_weights is not None:
         _check_code_weights(batch, code_weights, mode)
     operation = "packed_attention_pool" if mode == "attention" else "packed_visit_pool"
-    chosen = choose(operation, weight, scores, code_weights)
     if code_weights is not None:
-        chosen = "reference"
+        operation = "packed_weighted_pool"
+    chosen = choose(operation, weight, scores, code_weights)
     must_check = must_check_values(chosen, weight.device.type, validate)
     if must_check and not values_are_hidden(batch.codes, batch.code_offsets):
         _check_packed_codes(batch, weight.shape[0])
@@ -158,6 +164,18 @@ def packed_visit_pool(
     if mode == "attention":
         return _PackedAttentionPool.apply(
             chosen, batch.codes, batch.code_offsets, *index, weight, scores, row
+        )
+    if code_weights is not None:
+        return _PackedWeightedPool.apply(
+            chosen,
+            batch.codes,
+            batch.code_offsets,
+            *index,
+            weight,
+            code_weights.to(accumulator(weight.dtype)),
+            MODES[mode],
+            row,
+            sparse_grad,
         )
     if torch.is_grad_enabled() and weight.requires_grad:
         return _PackedVisitPool.apply(
@@ -206,6 +224,64 @@ class _PackedVisitPool(torch.autograd.Function):
                 gradient = operators(ctx.chosen).packed_visit_pool_backward.default(*arguments)
         (tied,) = once("packed_visit_pool", [gradient], [grad])
         return *(None,) * 6, tied, None, None, None
+
+
+class _PackedWeightedPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        chosen,
+        codes,
+        code_offsets,
+        index_codes,
+        index_offsets,
+        index_visits,
+        weight,
+        code_weights,
+        mode,
+        padding_row,
+        sparse_grad,
+    ):
+        pooled, totals = operators(chosen).packed_weighted_pool.default(
+            codes, code_offsets, weight, code_weights, mode
+        )
+        of_weights = ctx.needs_input_grad[7]
+        # of the table only the shape is used again, unless the weights have a gradient
+        kept = [weight, pooled if mode == MODES["mean"] else None] if of_weights else [None, None]
+        index = index_codes, index_offsets, index_visits
+        ctx.save_for_backward(codes, code_offsets, code_weights, totals, *index, *kept)
+        ctx.chosen, ctx.mode, ctx.vocabulary = chosen, mode, weight.shape[0]
+        ctx.padding_row, ctx.sparse_grad = padding_row, sparse_grad
+        return pooled
+
+    @staticmethod
+    def backward(ctx, grad):
+        # read once: activation checkpointing computes them again, and then frees them
+        codes, code_offsets, code_weights, totals, *index, weight, pooled = ctx.saved_tensors
+        ops = operators(ctx.chosen)
+        of_table = of_weights = None
+        with torch.no_grad():
+            if ctx.needs_input_grad[6]:
+                positions = None if ctx.chosen == "cpu" else _positions(codes)
+                batch = codes, code_offsets, code_weights, totals, *index, positions
+                arguments = (grad, *batch, ctx.vocabulary, ctx.mode, ctx.padding_row)
+                if ctx.sparse_grad:
+                    ids, rows = ops.packed_weighted_pool_backward_sparse.default(*arguments)
+                    of_table = sparse_rows(ids, rows, ctx.vocabulary)
+                else:
+                    of_table = ops.packed_weighted_pool_backward.default(*arguments)
+            if ctx.needs_input_grad[7]:
+                of_weights = ops.packed_weighted_pool_backward_weights.default(
+                    grad, pooled, totals, codes, code_offsets, weight, ctx.mode
+                )
+        sources = [grad, code_weights, weight]
+        of_table, of_weights = once("packed_visit_pool", [of_table, of_weights], sources)
+        return *(None,) * 6, of_table, of_weights, None, None, None
+
+
+def _positions(codes: Tensor) -> Tensor:
+    """int32 ``[n_codes]``: which of ``codes`` each entry of their index is."""
+    return torch.sort(codes, stable=True).indices.to(torch.int32)
 
 
 class _PackedAttentionPool(torch.autograd.Function):

@@ -188,6 +188,65 @@ def _packed(draw: Draw, ops: Any, name: str) -> Call:
     )
 
 
+@makes(
+    "packed_weighted_pool",
+    "packed_weighted_pool_backward",
+    "packed_weighted_pool_backward_sparse",
+    "packed_weighted_pool_backward_weights",
+)
+def _packed_weighted(draw: Draw, ops: Any, name: str) -> Call:
+    weight = _table(draw, draw.one_of(FLOATING))
+    codes, offsets, *index = _packed_codes(draw, len(weight))
+    sums = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    of_codes = draw.floats(codes.shape, sums) * draw.one_of((0.1, 3.0))
+    if draw.chance(0.5):
+        of_codes = torch.where(draw.floats(codes.shape) < 0, 0, of_codes)
+    mode, padding = draw.whole(0, 1), draw.whole(-1, len(weight) - 1)
+    no_row = None if padding < 0 else padding
+
+    def pooled_by(table: Tensor, weights: Tensor) -> Tensor:
+        return pool_reference.packed_visit_pool(
+            codes, offsets, table, mode=MODES[mode], code_weights=weights, padding_idx=no_row
+        )
+
+    forward = [codes, offsets, weight, of_codes, mode]
+    if name == "packed_weighted_pool":
+        return Call(
+            ops.packed_weighted_pool,
+            forward,
+            lambda: [pooled_by(weight.double(), of_codes.double())],
+        )
+    pooled, totals = ops.packed_weighted_pool(*forward)
+    grad = draw.floats(pooled.shape, weight.dtype)
+    mean = mode == MODES.index("mean")
+
+    def gradients() -> tuple[Tensor, ...]:
+        return gradient(pooled_by, [weight, of_codes], grad)
+
+    if name == "packed_weighted_pool_backward_weights":
+        return Call(
+            ops.packed_weighted_pool_backward_weights,
+            [
+                grad,
+                pooled if mean else None,
+                totals if mean else None,
+                codes,
+                offsets,
+                weight,
+                mode,
+            ],
+            # of a 16-bit table the mean that is subtracted is rounded to 16 bits
+            (lambda: [gradients()[1]]) if sums == weight.dtype else None,
+        )
+    positions = torch.argsort(codes, stable=True).int()
+    of_visits = [codes, offsets, of_codes, totals if mean else None]
+    return Call(
+        getattr(ops, name),
+        [grad, *of_visits, *index, positions, len(weight), mode, padding],
+        (lambda: [gradients()[0]]) if name == "packed_weighted_pool_backward" else None,
+    )
+
+
 # Survival losses ----------------------------------------------------------------------------------
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...checks import FLOATING
-from .tiles import MAX, MEAN
+from ...checks import FLOATING, accumulator
+from .tiles import MAX, MEAN, SUM
 
 _MASKS = frozenset(
     {torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64}
@@ -108,6 +108,23 @@ def expect_index(codes: Tensor, offsets: Tensor, visits: Tensor) -> None:
 def expect_scores(scores: Tensor, weight: Tensor) -> None:
     expect_shape("scores", scores, weight.shape[:1])
     expect_dtype("scores", scores, weight.dtype)
+
+
+def expect_weighted_mode(mode: int) -> None:
+    expect(mode in (MEAN, SUM), "mode", f"{MEAN}..{SUM}", mode)
+
+
+def expect_code_weights(code_weights: Tensor, codes: Tensor, weight: Tensor) -> None:
+    expect_shape("code_weights", code_weights, codes.shape)
+    expect_dtype("code_weights", code_weights, accumulator(weight.dtype))
+
+
+def expect_totals(totals: Tensor | None, n_visits: int, weight: Tensor, mode: int) -> None:
+    if mode == MEAN:
+        if totals is None:
+            raise ValueError("totals: expected a tensor in mode mean, got None")
+        expect_shape("totals", totals, (n_visits,))
+        expect_dtype("totals", totals, accumulator(weight.dtype))
 
 
 def expect_padded_gradient(

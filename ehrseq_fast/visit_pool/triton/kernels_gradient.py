@@ -189,6 +189,24 @@ def _factors(
 
 
 @triton.jit
+def _weighted_factors(
+    entry, visits, taken, code_weights, positions, totals, n_entries,
+    MODE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What each entry multiplies its visit's gradient by, with weights of codes; and which entries
+    are to be read: those whose weight is not 0."""
+    position = tl.load(positions + entry, mask=taken, other=-1)
+    taken = taken & (position >= 0) & (position < n_entries)
+    weights = tl.load(code_weights + position, mask=taken, other=0.0)
+    taken = taken & (weights != 0)
+    factors = weights.to(ACC)
+    if MODE == MEAN:
+        total = tl.load(totals + visits, mask=taken, other=1.0)
+        factors = (1.0 / tl.where(total < 1, 1.0, total)) * factors
+    return factors, taken
+
+
+@triton.jit
 def load_bounds(
     bounds, tile, n_entries, windows, n_rows, CHUNK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
@@ -218,7 +236,8 @@ def load_bounds(
     do_not_specialize_on_alignment=ANY_ALIGNMENT,
 )
 def sum_segments(
-    grad, arg_max, bounds, entries, count, code_offsets, scales, mask, out, partials,
+    grad, arg_max, bounds, entries, count, code_offsets, scales, mask, code_weights, positions,
+    totals, out, partials,
     n_entries, n_slots, n_visits, windows, n_rows,
     ROW_SIZE: tl.constexpr, MODE: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
@@ -251,6 +270,10 @@ def sum_segments(
                         entries, entry - 1, taken & (entry > segment_begin), n_slots, n_visits
                     )
                     taken = taken & ((repeated == 0) | (before != visits))
+                if code_weights is not None:
+                    factors, taken = _weighted_factors(
+                        entry, visits, taken, code_weights, positions, totals, n_entries, MODE, ACC
+                    )
                 grads = load_rows(grad, visits, columns, taken, inside, ROW_SIZE, ACC)
                 if MODE == MAX:
                     winners = tl.load(
@@ -259,6 +282,8 @@ def sum_segments(
                         other=-1,
                     )
                     grads = tl.where(winners == code[:, None], grads, 0.0)
+                elif code_weights is not None:
+                    grads = tl.where(taken[:, None], grads * factors[:, None], 0.0)
                 elif (MODE == MEAN) | (mask is not None):
                     factors = _factors(
                         held, visits, taken, code_offsets, scales, mask, n_slots, MODE, ACC

@@ -17,7 +17,9 @@ WORD = tl.constexpr(64)  # slots whose mask fits the bits of one number
 # A packed batch's tensors are parts of one buffer, and where each begins depends on the lengths.
 # Nothing is gained from those that begin at 16 bytes, and specialising on that would have Triton
 # compile again in the middle of training.
-ANY_ALIGNMENT = ["codes", "code_offsets", "mask", "offsets", "entries"]
+ANY_ALIGNMENT = [
+    "codes", "code_offsets", "mask", "offsets", "entries", "code_weights", "positions",
+]  # fmt: skip
 
 
 @triton.jit
@@ -89,14 +91,17 @@ def _write(
     do_not_specialize_on_alignment=ANY_ALIGNMENT,
 )
 def pool_contiguous(
-    table, codes, code_offsets, pooled, arg_max, n_visits, n_slots, n_entries, vocabulary,
+    table, codes, code_offsets, code_weights, pooled, arg_max, totals,
+    n_visits, n_slots, n_entries, vocabulary,
     ROW_SIZE: tl.constexpr, MODE: tl.constexpr,
     VISITS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Pool visits whose codes are contiguous: at ``code_offsets``, or ``n_slots`` each.
+    """Pool visits whose codes are contiguous: at ``code_offsets``, or ``n_slots`` each. A code of
+    weight 0 is left out.
 
     Grid: tiles of visits, by tiles of columns. A tile is ``[VISITS, COLUMNS]``. Reads
-    ``code_offsets``, ``codes`` and rows of ``table``; writes ``pooled``, in mode max ``arg_max``.
+    ``code_offsets``, ``codes``, ``code_weights`` and rows of ``table``; writes ``pooled``, in mode
+    max ``arg_max``, of a weighted mean ``totals``.
     """
     ACC: tl.constexpr = tl.float64 if table.dtype.element_ty == tl.float64 else tl.float32
     visits = tl.program_id(0).to(tl.int64) * VISITS + tl.arange(0, VISITS)
@@ -114,6 +119,7 @@ def pool_contiguous(
     value = tl.zeros([VISITS, COLUMNS], ACC)
     winner = tl.full([VISITS, COLUMNS], -1, tl.int32)
     invalid = visits < 0
+    total = (last - first).to(ACC) if code_weights is None else tl.zeros([VISITS], ACC)
     longest = tl.max(last - first, axis=0).to(tl.int32)
     for step in range(0, longest, UNROLL):
         for i in tl.static_range(UNROLL):
@@ -121,12 +127,21 @@ def pool_contiguous(
             taken = entries < last
             rows, ids, known = row_of(codes, entries, first, taken, vocabulary)
             invalid = invalid | (taken & (known == 0))
+            if code_weights is None:
+                weights = None
+            else:
+                weights = tl.load(code_weights + entries, mask=taken, other=0.0)
+                total += weights
+                known = known & (weights != 0)
             value, winner = _pool_one_each(
-                value, winner, table, rows, ids, known, None, columns, inside, ROW_SIZE, MODE, ACC
-            )
+                value, winner, table, rows, ids, known, weights, columns, inside,
+                ROW_SIZE, MODE, ACC,
+            )  # fmt: skip
+    if totals is not None:
+        tl.store(totals + visits, total, mask=present & (tl.program_id(1) == 0))
     _write(
-        pooled, arg_max, visits, present, columns, inside, value, winner,
-        (last - first).to(ACC), invalid, ROW_SIZE, MODE,
+        pooled, arg_max, visits, present, columns, inside, value, winner, total, invalid,
+        ROW_SIZE, MODE,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def packed_visit_pool_backward_sparse(
     expect_packed_gradient(grad, vocabulary, arg_max, mode, padding_idx)
     at = _packed_index(grad, code_offsets, index_codes, index_offsets, index_visits)
     winners = winners_of(arg_max, mode)
-    return _sparse_rows(grad.contiguous(), winners, at, vocabulary, mode, padding_idx)
+    return sparse_rows_of(grad.contiguous(), winners, at, vocabulary, mode, padding_idx)
 
 
 def _packed_index(
@@ -91,7 +91,7 @@ def _packed_index(
     )
 
 
-def _sparse_rows(
+def sparse_rows_of(
     grad: Tensor, arg_max: Tensor | None, at: Index, vocabulary: int, mode: int, padding_idx: int
 ) -> tuple[Tensor, Tensor]:
     """The gradient's rows for the codes of a packed batch's index, and those codes."""

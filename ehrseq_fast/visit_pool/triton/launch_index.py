@@ -31,6 +31,10 @@ class Index:
     code_offsets: Tensor | None = None
     scales: Tensor | None = None
     mask: Tensor | None = None
+    # weights of codes, which of them is each entry's, and in mode mean the visits' sums of them
+    code_weights: Tensor | None = None
+    positions: Tensor | None = None
+    totals: Tensor | None = None
 
     @property
     def most_entries(self) -> int:

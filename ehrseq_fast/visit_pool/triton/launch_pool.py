@@ -14,6 +14,7 @@ from ...triton_support import launch
 from . import kernels_pool as kernels
 from .arguments import (
     expect,
+    expect_code_weights,
     expect_floating,
     expect_gradient,
     expect_mask,
@@ -22,8 +23,9 @@ from .arguments import (
     expect_padded_codes,
     expect_table,
     expect_together,
+    expect_weighted_mode,
 )
-from .tiles import MAX, grid, is_wide, kernel_mask, registers, tile_of, winners_of
+from .tiles import MAX, MEAN, grid, is_wide, kernel_mask, registers, tile_of, winners_of
 
 
 def _outputs(table: Tensor, shape: tuple[int, ...], mode: int) -> tuple[Tensor, Tensor]:
@@ -41,6 +43,8 @@ def _pool_contiguous(
     n_entries: int,
     vocabulary: int,
     mode: int,
+    code_weights: Tensor | None = None,
+    totals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     pooled, arg_max = outputs
     if pooled.numel():
@@ -52,8 +56,10 @@ def _pool_contiguous(
             table,
             codes,
             code_offsets,
+            code_weights,
             pooled,
             arg_max if mode == MAX else None,
+            totals,
             n_visits,
             n_slots,
             n_entries,
@@ -147,6 +153,40 @@ def packed_visit_pool(
     return _pool_contiguous(
         table, codes, code_offsets, outputs, n_visits, 0, n_entries, vocabulary, mode
     )
+
+
+@implemented_in_triton("packed_weighted_pool")
+def packed_weighted_pool(
+    codes: Tensor, code_offsets: Tensor, weight: Tensor, code_weights: Tensor, mode: int
+) -> tuple[Tensor, Tensor]:
+    """The operator ``packed_weighted_pool``."""
+    expect_together(codes, code_offsets, weight, code_weights)
+    expect_table(weight)
+    expect_weighted_mode(mode)
+    expect_packed_codes(codes, code_offsets)
+    expect_code_weights(code_weights, codes, weight)
+    table, codes, code_offsets = weight.contiguous(), codes.contiguous(), code_offsets.contiguous()
+    vocabulary, row_size = table.shape
+    n_visits = code_offsets.shape[0] - 1
+    outputs = _outputs(table, (n_visits, row_size), mode)
+    totals = code_weights.new_empty((n_visits if mode == MEAN else 0,))
+    if not row_size:
+        # there is no column for a program, and the gradient of the weights is zero whatever these
+        totals.zero_()
+    pooled, _ = _pool_contiguous(
+        table,
+        codes,
+        code_offsets,
+        outputs,
+        n_visits,
+        0,
+        codes.shape[0],
+        vocabulary,
+        mode,
+        code_weights.contiguous(),
+        totals if mode == MEAN else None,
+    )
+    return pooled, totals
 
 
 @implemented_in_triton("masked_pool")

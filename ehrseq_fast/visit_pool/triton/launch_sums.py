@@ -120,6 +120,9 @@ def sum_codes(
         at.code_offsets if mode == MEAN else None,
         at.scales if mode == MEAN else None,
         at.mask if mode != MAX else None,
+        at.code_weights,
+        at.positions,
+        at.totals if mode == MEAN else None,
         out,
         partials,
         most,
@@ -132,7 +135,9 @@ def sum_codes(
         CHUNK=chunk,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
-        UNROLL=rows_in_flight(grad, row_size, mode, at.mask),
+        UNROLL=rows_in_flight(
+            grad, row_size, mode, at.mask if at.code_weights is None else at.code_weights
+        ),
         num_warps=4,
         maxnreg=registers(grad, row_size, mode),
     )

@@ -1,0 +1,331 @@
+// Visit pooling of packed batches with weights per code on the CPU, in modes mean and sum. A weight
+// of zero is to a code what a mask's zero is to a padded slot: its row is not read, and gets
+// nothing.
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/operators.h"
+#include "common/parallel.h"
+#include "common/tensors.h"
+#include "visit_pool/arguments.h"
+#include "visit_pool/code_gradients.h"
+#include "visit_pool/packed_batch.h"
+#include "visit_pool/segments.h"
+
+namespace ehrseq {
+namespace {
+
+template <typename acc_t>
+acc_t mean_scale(acc_t total) {
+  return acc_t(1) / (total < acc_t(1) ? acc_t(1) : total);
+}
+
+// Entries without those of weight zero; the segments stay.
+template <typename acc_t>
+struct WeightedEntries {
+  std::vector<int32_t> rows;
+  std::vector<acc_t> weights;
+  std::vector<int32_t> offsets;
+
+  void end_segment() { offsets.push_back(static_cast<int32_t>(rows.size())); }
+  void add(int32_t row, acc_t weight) {
+    rows.push_back(row);
+    weights.push_back(weight);
+  }
+};
+
+template <typename acc_t>
+WeightedEntries<acc_t> without_zeros(const PackedBatch& in, const acc_t* weights, int64_t begin,
+                                     int64_t end) {
+  WeightedEntries<acc_t> kept;
+  kept.end_segment();
+  for (int64_t visit = begin; visit < end; ++visit) {
+    for (int32_t i = in.offsets[visit]; i < in.offsets[visit + 1]; ++i) {
+      if (!(weights[i] == acc_t(0))) kept.add(in.codes[i], weights[i]);
+    }
+    kept.end_segment();
+  }
+  return kept;
+}
+
+std::tuple<Tensor, Tensor> packed_weighted_pool(Tensor codes, Tensor code_offsets, Tensor weight,
+                                                Tensor code_weights, int64_t mode) {
+  constexpr auto kName = "packed_weighted_pool";
+  expect_on_cpu(kName, weight, code_weights);
+  pooling::expect_table(weight, kName);
+  pooling::expect_weighted_mode(mode, kName);
+  const auto table = torch::stable::contiguous(weight);
+  const auto in = packed_batch(codes, code_offsets, table.size(0), kName);
+  const ScalarType sums = pooling::sum_dtype(table);
+  pooling::expect_code_weights(code_weights, codes, sums, kName);
+  const auto of_codes = torch::stable::contiguous(code_weights);
+  const int64_t row_size = table.size(1);
+  auto pooled = empty(table, {in.n_visits, row_size}, table.scalar_type());
+  auto totals = empty(table, {mode == kMean ? in.n_visits : 0}, sums);
+
+  dispatch_floating(table.scalar_type(), kName, [&](auto scalar_tag) {
+    using scalar_t = typename decltype(scalar_tag)::type;
+    using acc_t = accumulator_t<scalar_t>;
+    const auto* rows = static_cast<const scalar_t*>(table.data_ptr());
+    const auto* weights = static_cast<const acc_t*>(of_codes.data_ptr());
+    auto* out = static_cast<scalar_t*>(pooled.data_ptr());
+    auto* of_visits = static_cast<acc_t*>(totals.data_ptr());
+    parallel_for(0, in.n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
+      std::vector<acc_t> scales(mode == kMean ? end - begin : 0);
+      for (size_t i = 0; i < scales.size(); ++i) {
+        acc_t total = 0;
+        for (int32_t at = in.offsets[begin + i]; at < in.offsets[begin + i + 1]; ++at) {
+          total += weights[at];
+        }
+        of_visits[begin + i] = total;
+        scales[i] = mean_scale(total);
+      }
+      bool zeros = false;
+      for (int32_t i = in.offsets[begin]; i < in.offsets[end]; ++i) zeros |= weights[i] == acc_t(0);
+      Segments<acc_t> segments{in.codes, weights, mode == kMean ? scales.data() : nullptr,
+                               in.offsets + begin};
+      WeightedEntries<acc_t> kept;
+      if (zeros) {
+        kept = without_zeros(in, weights, begin, end);
+        segments.rows = kept.rows.data();
+        segments.weights = kept.weights.data();
+        segments.offsets = kept.offsets.data();
+      }
+      row_kernels<scalar_t>().sum_segments(rows, row_size, segments, 0, end - begin,
+                                           out + begin * row_size);
+    });
+  });
+  return {pooled, totals};
+}
+
+// ---------------------------------------------------------------------------------------------
+// The gradient of the table
+
+// The segment of a code, or -1: from a table of all codes up to the index's last, or by search
+// where such a table would be much longer than the batch.
+class SegmentOf {
+ public:
+  explicit SegmentOf(const PackedIndex& index) : index_(index) {
+    const int64_t last = index.n_codes > 0 ? index.codes[index.n_codes - 1] : -1;
+    if (last > 65536 + 16 * index.n_entries) return;
+    table_.assign(last + 1, -1);
+    for (int64_t i = 0; i < index.n_codes; ++i) table_[index.codes[i]] = static_cast<int32_t>(i);
+  }
+
+  int64_t operator()(int32_t code) const {
+    if (!table_.empty()) return code < static_cast<int64_t>(table_.size()) ? table_[code] : -1;
+    const int32_t* end = index_.codes + index_.n_codes;
+    const int32_t* found = std::lower_bound(index_.codes, end, code);
+    return found != end && *found == code ? found - index_.codes : -1;
+  }
+
+ private:
+  const PackedIndex& index_;
+  std::vector<int32_t> table_;
+};
+
+// What each entry of the index multiplies its visit's gradient by, in the index's order: a visit's
+// scale times the weight. By one pass over the codes, each of which takes the next entry of its
+// segment. `dropped` is filled where a weight is zero.
+template <typename acc_t>
+std::vector<acc_t> weights_of_entries(const PackedBatch& in, const PackedIndex& index,
+                                      const acc_t* weights, const acc_t* totals,
+                                      std::vector<uint8_t>& dropped, const char* operation) {
+  const SegmentOf segment_of(index);
+  std::vector<int32_t> next(index.offsets, index.offsets + index.n_codes);
+  std::vector<acc_t> of_entries(index.n_entries);
+  for (int64_t visit = 0; visit < in.n_visits; ++visit) {
+    const acc_t scale = totals == nullptr ? acc_t(1) : mean_scale(totals[visit]);
+    for (int32_t i = in.offsets[visit]; i < in.offsets[visit + 1]; ++i) {
+      const int64_t segment = segment_of(in.codes[i]);
+      const int64_t entry = segment < 0 ? index.n_entries : next[segment]++;
+      if (entry >= index.n_entries || index.visits[entry] != visit) {
+        refuse(operation, "index_visits", "the visits of every code of the batch",
+               "none for " + std::to_string(in.codes[i]) + " in visit " + std::to_string(visit));
+      }
+      of_entries[entry] = scale * weights[i];
+      if (weights[i] == acc_t(0)) {
+        if (dropped.empty()) dropped.resize(index.n_entries);
+        dropped[entry] = 1;
+      }
+    }
+  }
+  return of_entries;
+}
+
+// What a gradient is made from, checked, contiguous.
+struct WeightedGradient {
+  Tensor rows;
+  PackedBatch batch;
+  PackedIndex index;
+  Tensor of_codes;
+  OptionalTensor of_visits;
+  int64_t vocabulary;
+  int64_t mode;
+  const char* operation;
+
+  WeightedGradient(const Tensor& grad, const Tensor& codes, const Tensor& code_offsets,
+                   const Tensor& code_weights, const OptionalTensor& totals,
+                   const Tensor& index_codes, const Tensor& index_offsets,
+                   const Tensor& index_visits, const OptionalTensor& index_positions,
+                   int64_t vocabulary_, int64_t mode_, int64_t padding_idx, const char* operation_)
+      : rows(torch::stable::contiguous(grad)),
+        of_codes(torch::stable::contiguous(code_weights)),
+        of_visits(contiguous_or_none(totals)),
+        vocabulary(vocabulary_),
+        mode(mode_),
+        operation(operation_) {
+    expect_on_cpu(operation, grad, code_weights, totals, index_positions);
+    pooling::expect_padding(padding_idx, vocabulary, operation);
+    pooling::expect_weighted_mode(mode, operation);
+    expect_dim(grad, operation, "grad", 2, "[n_visits, E]");
+    pooling::expect_gradient(grad, {grad.size(0)}, std::nullopt, mode, operation);
+    batch = packed_batch(codes, code_offsets, vocabulary, operation);
+    pooling::expect_int32_row(code_offsets, operation, "code_offsets", grad.size(0) + 1);
+    const ScalarType sums = pooling::sum_dtype(grad);
+    pooling::expect_code_weights(code_weights, codes, sums, operation);
+    pooling::expect_totals(totals, grad.size(0), sums, mode, operation);
+    index =
+        packed_index(index_codes, index_offsets, index_visits, grad.size(0), vocabulary, operation);
+    if (index_positions.has_value()) {  // not needed
+      pooling::expect_int32_row(*index_positions, operation, "index_positions", codes.size(0));
+    }
+    if (index.n_entries != codes.size(0)) {
+      refuse(operation, "index_visits",
+             "one for each of " + std::to_string(codes.size(0)) + " codes",
+             std::to_string(index.n_entries));
+    }
+  }
+
+  int64_t row_size() const { return rows.size(1); }
+
+  // Sums the gradient of every code of the index and passes it to finish(segment, sums).
+  template <typename scalar_t, typename Finish>
+  void sum(const Finish& finish) const {
+    using acc_t = accumulator_t<scalar_t>;
+    const auto* totals =
+        mode == kMean ? static_cast<const acc_t*>(of_visits->const_data_ptr()) : nullptr;
+    std::vector<uint8_t> dropped;
+    const auto weights = weights_of_entries(
+        batch, index, static_cast<const acc_t*>(of_codes.data_ptr()), totals, dropped, operation);
+    IndexView<acc_t> view{index.codes, index.offsets, index.visits, weights.data(), index.n_codes};
+    WeightedEntries<acc_t> kept;
+    if (!dropped.empty()) {
+      kept.end_segment();
+      for (int64_t segment = 0; segment < index.n_codes; ++segment) {
+        for (int32_t i = index.offsets[segment]; i < index.offsets[segment + 1]; ++i) {
+          if (!dropped[i]) kept.add(index.visits[i], weights[i]);
+        }
+        kept.end_segment();
+      }
+      view = {index.codes, kept.offsets.data(), kept.rows.data(), kept.weights.data(),
+              index.n_codes};
+      const std::vector<acc_t> zeros(row_size());
+      for (int64_t segment = 0; segment < index.n_codes; ++segment) {
+        if (view.offsets[segment] == view.offsets[segment + 1]) finish(segment, zeros.data());
+      }
+    }
+    sum_code_gradients(static_cast<const scalar_t*>(rows.data_ptr()), nullptr, row_size(), view,
+                       finish);
+  }
+};
+
+Tensor packed_weighted_pool_backward(Tensor grad, Tensor codes, Tensor code_offsets,
+                                     Tensor code_weights, OptionalTensor totals, Tensor index_codes,
+                                     Tensor index_offsets, Tensor index_visits,
+                                     OptionalTensor index_positions, int64_t vocabulary,
+                                     int64_t mode, int64_t padding_idx) {
+  constexpr auto kName = "packed_weighted_pool_backward";
+  const WeightedGradient from(grad, codes, code_offsets, code_weights, totals, index_codes,
+                              index_offsets, index_visits, index_positions, vocabulary, mode,
+                              padding_idx, kName);
+  const auto& index = from.index;
+  const int64_t row_size = from.row_size();
+  auto grad_weight = empty(from.rows, {vocabulary, row_size}, from.rows.scalar_type());
+  dispatch_floating(from.rows.scalar_type(), kName, [&](auto scalar_tag) {
+    using scalar_t = typename decltype(scalar_tag)::type;
+    auto* out = static_cast<scalar_t*>(grad_weight.data_ptr());
+    zero_absent_rows(index.codes, index.n_codes, vocabulary, row_size, out);
+    from.sum<scalar_t>([&](int64_t segment, const auto* sums) {
+      write_row(sums, row_size, out + index.codes[segment] * row_size);
+    });
+    if (padding_idx >= 0) {
+      std::fill_n(out + padding_idx * row_size, row_size, static_cast<scalar_t>(0.0f));
+    }
+  });
+  return grad_weight;
+}
+
+std::tuple<Tensor, Tensor> packed_weighted_pool_backward_sparse(
+    Tensor grad, Tensor codes, Tensor code_offsets, Tensor code_weights, OptionalTensor totals,
+    Tensor index_codes, Tensor index_offsets, Tensor index_visits, OptionalTensor index_positions,
+    int64_t vocabulary, int64_t mode, int64_t padding_idx) {
+  constexpr auto kName = "packed_weighted_pool_backward_sparse";
+  const WeightedGradient from(grad, codes, code_offsets, code_weights, totals, index_codes,
+                              index_offsets, index_visits, index_positions, vocabulary, mode,
+                              padding_idx, kName);
+  const auto& index = from.index;
+  const int64_t row_size = from.row_size();
+  const SparseRows rows(index, padding_idx);
+  auto code_ids = empty(from.rows, {rows.count}, ScalarType::Long);
+  auto code_rows = empty(from.rows, {rows.count, row_size}, from.rows.scalar_type());
+  rows.write_ids(index, static_cast<int64_t*>(code_ids.data_ptr()));
+  dispatch_floating(from.rows.scalar_type(), kName, [&](auto scalar_tag) {
+    using scalar_t = typename decltype(scalar_tag)::type;
+    auto* out = static_cast<scalar_t*>(code_rows.data_ptr());
+    from.sum<scalar_t>([&](int64_t segment, const auto* sums) {
+      const int64_t row = rows.row_of(segment);
+      if (row >= 0) write_row(sums, row_size, out + row * row_size);
+    });
+  });
+  return {code_ids, code_rows};
+}
+
+// ---------------------------------------------------------------------------------------------
+// The gradient of the weights
+
+Tensor packed_weighted_pool_backward_weights(Tensor grad, OptionalTensor pooled,
+                                             OptionalTensor totals, Tensor codes,
+                                             Tensor code_offsets, Tensor weight, int64_t mode) {
+  constexpr auto kName = "packed_weighted_pool_backward_weights";
+  expect_on_cpu(kName, grad, pooled, totals, weight);
+  pooling::expect_table(weight, kName);
+  const auto table = torch::stable::contiguous(weight);
+  const auto in = packed_batch(codes, code_offsets, table.size(0), kName);
+  pooling::expect_weights_gradient(grad, pooled, totals, in.n_visits, table, mode, kName);
+  const auto rows = torch::stable::contiguous(grad);
+  const auto means = contiguous_or_none(pooled);
+  const auto of_visits = contiguous_or_none(totals);
+  auto grad_weights = empty(table, {codes.size(0)}, pooling::sum_dtype(table));
+  dispatch_floating(table.scalar_type(), kName, [&](auto scalar_tag) {
+    using scalar_t = typename decltype(scalar_tag)::type;
+    using acc_t = accumulator_t<scalar_t>;
+    const bool mean = mode == kMean;
+    const auto* visit_grads = static_cast<const scalar_t*>(rows.data_ptr());
+    const auto* table_rows = static_cast<const scalar_t*>(table.data_ptr());
+    const auto* outputs = mean ? static_cast<const scalar_t*>(means->const_data_ptr()) : nullptr;
+    const auto* sums = mean ? static_cast<const acc_t*>(of_visits->const_data_ptr()) : nullptr;
+    auto* out = static_cast<acc_t*>(grad_weights.data_ptr());
+    parallel_for(0, in.n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
+      row_kernels<scalar_t>().sum_weight_gradients(visit_grads, table_rows, outputs, sums,
+                                                   table.size(1), in.codes, in.offsets, begin, end,
+                                                   out);
+    });
+  });
+  return grad_weights;
+}
+
+}  // namespace
+}  // namespace ehrseq
+
+STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
+  m.impl("packed_weighted_pool", EHRSEQ_BOX(&ehrseq::packed_weighted_pool));
+  m.impl("packed_weighted_pool_backward", EHRSEQ_BOX(&ehrseq::packed_weighted_pool_backward));
+  m.impl("packed_weighted_pool_backward_sparse",
+         EHRSEQ_BOX(&ehrseq::packed_weighted_pool_backward_sparse));
+  m.impl("packed_weighted_pool_backward_weights",
+         EHRSEQ_BOX(&ehrseq::packed_weighted_pool_backward_weights));
+}
