@@ -67,6 +67,18 @@ FRAMES = {
     "arrow, dates": lambda: pyarrow.table(ROWS).set_column(
         1, "time", pyarrow.array([time.date() for time in ROWS["time"]])
     ),
+    # as Polars gives its texts and categories
+    "arrow, views": lambda: pyarrow.table(ROWS).set_column(
+        2, "code", pyarrow.array(ROWS["code"]).cast(pyarrow.string_view())
+    ),
+    "arrow, categories of views": lambda: pyarrow.table(ROWS).set_column(
+        2,
+        "code",
+        pyarrow.DictionaryArray.from_arrays(
+            pyarrow.array([0, 1, 2, 0, 2, 0], pyarrow.uint32()),
+            pyarrow.array(["E11", "I10", "J45"]).cast(pyarrow.string_view()),
+        ),
+    ),
     "arrow, milliseconds": lambda: pyarrow.table(ROWS).set_column(
         1, "time", pyarrow.array(ROWS["time"], pyarrow.timestamp("ms", "UTC"))
     ),
@@ -218,6 +230,11 @@ REFUSED = {
         TypeError,
         "column 'code': expected integers, floats, times or text",
     ),
+    "an Arrow column of lists": (
+        lambda: pyarrow.table(changed(code=[[4], [5], [6]])),
+        TypeError,
+        "column 'code': expected integers, floats, times or text: ",
+    ),
     "times of a zone in a list": (
         lambda: changed(time=[DAY.replace(tzinfo=datetime.timezone.utc)] * 3),
         TypeError,
@@ -247,6 +264,30 @@ def test_codes_that_are_not_in_the_vocabulary():
         PackedVisits.from_frame(NUMBERS, persons="12")
     with pytest.raises(TypeError, match="vocabulary: expected a mapping"):
         PackedVisits.from_frame(frame, vocabulary=["a"])
+
+
+@pytest.mark.parametrize("make", [dict, pandas.DataFrame, pyarrow.table])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32])
+def test_values_are_weights_of_codes(builder, make, dtype):
+    values = np.array([5, 4, 3, 2, 1, 0], dtype)
+    frame = make({"p": [1, 2, 1, 1, 2, 1], "t": [3, 1, 1, 3, 1, 2], "c": np.arange(6), "v": values})
+    found = PackedVisits.from_frame(frame, "p", "t", "c", "v")
+    assert_holds(found, [[[2], [5], [0, 3]], [[1, 4]]])
+    wide = torch.float32 if dtype == np.float32 else torch.float64
+    assert found.code_weights.dtype == wide
+    assert found.code_weights.tolist() == (5 - found.codes).tolist()
+    chosen = PackedVisits.from_frame(frame, "p", "t", "c", "v", persons=[2, 1, 2])
+    assert chosen.code_weights.tolist() == (5 - chosen.codes).tolist()
+    assert chosen.last_visits(1).code_weights.tolist() == [4, 1, 5, 2, 4, 1]
+
+
+def test_values_that_are_no_weights():
+    with pytest.raises(ValueError, match="column 'value', row 1: expected a value, got null"):
+        PackedVisits.from_frame(pandas.DataFrame(ROWS), value="value", vocabulary=VOCABULARY)
+    with pytest.raises(TypeError, match="column 'value': expected numbers, got text"):
+        PackedVisits.from_frame(changed(value=["a", "b", "c"]), value="value")
+    with pytest.raises(ValueError, match="column 'value': expected integers that"):
+        PackedVisits.from_frame(changed(value=[1, 2, 2**53 + 1]), value="value")
 
 
 def test_no_rows():

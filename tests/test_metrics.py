@@ -43,6 +43,60 @@ def test_definition_with_ties_and_censoring(seed, censored_visit):
     assert 0.2 < wanted < 0.8
 
 
+def reference_concordance(risk, times, events):
+    """As the public package counts: pairs of strictly later times, of which only larger risks
+    are right."""
+    right = pairs = 0
+    for i in range(len(risk)):
+        for j in range(len(risk)):
+            if events[i] and times[j] > times[i]:
+                pairs += 1
+                right += risk[i] > risk[j]
+    return right / pairs if pairs else 0.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ties_as_in_the_reference(seed):
+    torch.manual_seed(seed)
+    hazards = (torch.rand(40, 6) * 4).round() / 8
+    times, events = torch.randint(0, 6, (40,)), torch.rand(40) < 0.6
+    risk = hazards.sum(1)
+    found = concordance_index(hazards, times, events, ties="reference")
+    wanted = reference_concordance(risk.tolist(), times.tolist(), events.tolist())
+    assert found == pytest.approx(wanted, abs=1e-12)
+    assert found < concordance_index(hazards, times, events) - 0.01
+    constant = torch.ones(40, 1)
+    assert concordance_index(constant, times, events, ties="reference") == 0.0
+    assert concordance_index(constant, times, events) == 0.5
+    # with pairs of one time, of which one is censored
+    half = concordance_index(hazards, times, events, censored_visit="included")
+    strict = concordance_index(hazards, times, events, censored_visit="included", ties="reference")
+    other = concordance_index(-hazards, times, events, censored_visit="included", ties="reference")
+    # right + wrong + ties are all pairs, and half counts half of the ties
+    assert half == pytest.approx(strict + (1 - strict - other) / 2, abs=1e-12)
+
+
+def test_risks_of_patients():
+    torch.manual_seed(0)
+    hazards, times, seen = torch.rand(20, 5), torch.randint(0, 5, (20,)), torch.rand(20) < 0.5
+    expected = concordance_index(hazards, times, seen)
+    risk = hazards.double().sum(1)
+    assert concordance_index(risk, times, seen) == expected
+    assert concordance_index(risk.numpy() - 50, times, seen) == expected  # any numbers
+
+
+def test_rows_with_their_batch():
+    batch = PackedVisits.from_lists(
+        [[[1]], [[1], [2]], [[1], [2], [3]]], event_times=[0, 1, 2], event_indicators=[1, 1, 0]
+    )
+    rows = PackedRows(torch.rand(6), batch)
+    assert concordance_index(rows, batch) == concordance_index(rows)
+    other = batch.with_outcomes(event_times=[0, 0, 0], event_indicators=[1, 0, 0])
+    assert concordance_index(rows, other) == concordance_index(PackedRows(rows.values, other))
+    with pytest.raises(ValueError, match="expected the batch of the PackedRows in hazards"):
+        concordance_index(rows, batch[:])
+
+
 def test_a_censoring_at_the_time_of_an_event():
     """With "excluded" the censored patient may have had the event at that very visit."""
     hazards, times, seen = torch.tensor([[0.1], [0.9]]), torch.tensor([3, 3]), torch.tensor([1, 0])
@@ -146,7 +200,12 @@ def test_hazards_of_any_dtype_with_gradients(dtype):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hazards": torch.zeros(3)}, r"hazards: expected \[B, V\], got shape \[3\]"),
+        ({"hazards": torch.zeros(3, 2, 1)}, r"hazards: expected \[B, V\].*got shape \[3, 2, 1\]"),
+        (
+            {"hazards": torch.zeros(3), "sequence_mask": torch.ones(3, 3)},
+            r"sequence_mask: expected \[B, V\] = \[3\]",
+        ),
+        ({"ties": "efron"}, "ties: expected one of 'lifelines', 'reference'"),
         ({"event_times": torch.zeros(2)}, r"event_times: expected \[B\] = \[3\], got shape \[2\]"),
         ({"event_indicators": torch.zeros(3, 1)}, r"event_indicators: expected \[B\] = \[3\]"),
         ({"sequence_mask": torch.ones(3, 3)}, r"sequence_mask: expected \[B, V\] = \[3, 2\]"),

@@ -128,6 +128,15 @@ def test_states_under_autocast_have_one_dtype_on_every_path(variant, lengths):
     assert found == dict.fromkeys(PATHS, (torch.float32, torch.float32, torch.bfloat16))
 
 
+def test_states_under_autocast_are_not_rounded_where_lengths_are_equal():
+    """A patient's states do not depend on how many visits the others have."""
+    codes, visit_mask, sequence_mask = ragged_batch((4, 4))
+    model = build("survival").eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model._hidden_states(codes, visit_mask, sequence_mask).values
+    assert not torch.equal(states, states.bfloat16().float())
+
+
 @pytest.mark.parametrize(("variant", "path"), [("with-time", "fused"), ("survival", "padded")])
 def test_torch_compile_gives_the_same(variant, path):
     """Not as one graph: lengths are read on the host, and torch leaves nn.LSTM out of graphs."""

@@ -320,9 +320,11 @@ def test_one_step_has_gradients(cell, unemulated):
     close(everything(fast, visits, hx), everything(plain, visits, hx), 1e-12)
 
 
-def test_autocast(cell, unemulated):
+@pytest.mark.parametrize("lengths", [[3, 2], [3, 3], [1, 1], [4]])
+def test_autocast(cell, unemulated, lengths):
+    """Dtypes are PyTorch's, which depend on whether patients have as many visits as each other."""
     plain, fast = cell.layers(3, 4, 2, dtype=torch.float32)
-    packed = pack_sequence(records([3, 2], 3, torch.float32, requires_grad=False))
+    packed = pack_sequence(records(lengths, 3, torch.float32, requires_grad=False))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for data in (packed.data, packed.data.bfloat16()):
             output, final = fast(packed._replace(data=data))

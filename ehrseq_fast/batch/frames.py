@@ -37,7 +37,11 @@ def read_columns(frame: Any, names: Iterable[str]) -> dict[str, Array]:
         found = list(table.column_names())
 
         def read(name: str) -> Array:
-            return _of_column(name, table.get_column_by_name(name))
+            try:
+                column = table.get_column_by_name(name)
+            except (NotImplementedError, ValueError) as error:
+                raise _unreadable(f"column {name!r}", error) from error
+            return _of_column(name, column)
 
     for name in names:
         if found.count(name) != 1:
@@ -67,15 +71,35 @@ def _interchange(frame: Any, names: list[str]) -> Any:
 
 
 def _of_arrow(frame: Any, names: list[str]) -> Any:
-    """An Arrow table whose dates are timestamps: pyarrow's interchange has no dates."""
-    import pyarrow as pa
-
+    """An Arrow table of types that pyarrow's interchange has: timestamps in place of dates, texts
+    in place of views of texts (as Polars gives them) and of categories."""
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise ImportError(
+            f"frame: {kind_of(frame)} is read by pyarrow, which is not installed: "
+            "pip install ehrseq_fast[meds]"
+        ) from error
     table = pa.table(frame)
+    is_view = getattr(pa.types, "is_string_view", lambda kind: False)
     for i, field in enumerate(table.schema):
-        if field.name in names and pa.types.is_date(field.type):
+        kind, column = field.type, table.column(i)
+        if field.name not in names:
+            continue
+        if pa.types.is_dictionary(kind) and is_view(kind.value_type):
+            kind = pa.large_string()
+            parts = [  # which pyarrow cannot cast
+                pa.DictionaryArray.from_arrays(part.indices, part.dictionary.cast(kind))
+                for part in column.chunks
+            ]
+            column = pa.chunked_array([part.dictionary_decode() for part in parts], type=kind)
+        elif pa.types.is_date(kind):
             # the days of date64 are milliseconds
-            unit = "s" if pa.types.is_date32(field.type) else "ms"
-            table = table.set_column(i, field.name, table.column(i).cast(pa.timestamp(unit)))
+            kind = pa.timestamp("s" if pa.types.is_date32(kind) else "ms")
+        elif is_view(kind):
+            kind = pa.large_string()
+        if kind != field.type:
+            table = table.set_column(i, field.name, column.cast(kind))
     return table
 
 
@@ -132,7 +156,7 @@ def _of_chunk(where: str, chunk: Any, first: int) -> Array:
         kind, bits, form, _ = chunk.dtype
         buffers = chunk.get_buffers()
     except (NotImplementedError, ValueError) as error:
-        raise TypeError(f"{where}: expected integers, floats, times or text: {error}") from error
+        raise _unreadable(where, error) from error
     if kind == _CATEGORICAL:
         return _of_categories(where, chunk, buffers, first)
     if kind == _STRING:
@@ -152,6 +176,10 @@ def _of_chunk(where: str, chunk: Any, first: int) -> Array:
         wrong = wrong | (values == np.iinfo(np.int64).min)
     _refuse_nulls(where, wrong, first)
     return values
+
+
+def _unreadable(where: str, error: Exception) -> TypeError:
+    return TypeError(f"{where}: expected integers, floats, times or text: {error}")
 
 
 def _of_categories(where: str, chunk: Any, buffers: Any, first: int) -> Array:

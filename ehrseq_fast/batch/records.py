@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Array, kind_of
+from ..arrays import Array, kind_of, refuse_inexact
 from .frames import read_columns
 
 
@@ -18,18 +18,20 @@ class FlatRecords(NamedTuple):
     visit_offsets: Array
     patient_offsets: Array
     chosen: Array | None
+    values: Array | None
 
 
 def records_of(
     frame: Any,
     columns: tuple[str, str, str],
+    value: str | None,
     persons: Iterable[Any] | None,
     vocabulary: Mapping[Any, int] | None,
     unknown: int | None,
 ) -> FlatRecords:
     """Persons in the order of their first row, visits by time, codes by row."""
     person, time, code = columns
-    read = read_columns(frame, columns)
+    read = read_columns(frame, columns if value is None else (*columns, value))
     codes = _codes(code, read[code], vocabulary, unknown)
     ids, number = _numbered(person, read[person])
     times = read[time]
@@ -37,6 +39,7 @@ def records_of(
         raise TypeError(f"column {time!r}: expected times or numbers, got text")
     order = np.lexsort((times, number))  # stable: rows of one visit keep their order
     number, times, codes = number[order], times[order], codes[order]
+    values = None if value is None else _values(value, read[value])[order]
     new_person = np.ones(len(number), np.bool_)
     new_person[1:] = number[1:] != number[:-1]
     new_visit = new_person.copy()
@@ -44,7 +47,16 @@ def records_of(
     starts = np.flatnonzero(new_visit)
     visit_offsets = np.append(starts, len(number))
     patient_offsets = np.append(np.flatnonzero(new_person[starts]), len(starts))
-    return FlatRecords(codes, visit_offsets, patient_offsets, _chosen(persons, ids, person))
+    chosen = _chosen(persons, ids, person)
+    return FlatRecords(codes, visit_offsets, patient_offsets, chosen, values)
+
+
+def _values(name: str, column: Array) -> Array:
+    """float32 or float64 as they are; integers in float64, which must hold them."""
+    if column.dtype.kind not in "iuf":
+        raise TypeError(f"column {name!r}: expected numbers, got text")
+    refuse_inexact(f"column {name!r}", column, np.float64)
+    return column if column.dtype in (np.float32, np.float64) else column.astype(np.float64)
 
 
 def _numbered(name: str, column: Array) -> tuple[list[Any], Array]:

@@ -27,6 +27,7 @@ class Sources(Windows):
         person: str = "person_id",
         time: str = "time",
         code: str = "code",
+        value: str | None = None,
         *,
         persons: Iterable[Any] | None = None,
         vocabulary: Mapping[Any, int] | None = None,
@@ -44,11 +45,13 @@ class Sources(Windows):
 
         Args:
             frame: a data frame of pandas, Polars, Arrow or another library that has
-                ``__dataframe__`` (or ``__arrow_c_stream__``, which needs pyarrow), or a mapping of
-                names to arrays. Other columns are not read.
+                ``__dataframe__``, or ``__arrow_c_stream__`` (Polars 2), which needs pyarrow; or a
+                mapping of names to arrays. Other columns are not read.
             person: the column of persons: integers or text (categories too).
             time: the column of times: timestamps, dates or numbers.
             code: the column of codes: integers, or with ``vocabulary`` text.
+            value: the column of the codes' weights (lab values, doses, counts), which become
+                ``code_weights``: numbers, without nulls (a code that has no value may have 1).
             persons: ids, the batch's patients in that order (repetitions allowed); without them all
                 persons in the order of their first rows.
             vocabulary: the number of each code.
@@ -74,8 +77,19 @@ class Sources(Windows):
             >>> batch.lengths, batch.codes  # ann: [J45], [I10, E11]; bob: [E11]
             (tensor([2, 1]), tensor([3, 1, 2, 1], dtype=torch.int32))
         """
-        flat = records_of(frame, (person, time, code), persons, vocabulary, unknown)
-        contents = builder.from_flat(*flat, vocab_size, (None, None, None), None, None, None)
+        flat = records_of(frame, (person, time, code), value, persons, vocabulary, unknown)
+        contents = builder.from_flat(
+            flat.codes,
+            flat.visit_offsets,
+            flat.patient_offsets,
+            flat.chosen,
+            vocab_size,
+            (None, None, None),
+            None,
+            None,
+            None,
+            flat.values,
+        )
         return cls(*contents).with_outcomes(
             event_times=event_times,
             event_indicators=event_indicators,

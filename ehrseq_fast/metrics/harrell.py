@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..arrays import ArrayLike, as_array, got
+from ..batch import PackedVisits
 from ..checks import expect_option
 from ..rows import PackedRows
+from ..rows.beside import with_batch
+
+TIES = ("lifelines", "reference")
 
 
 def concordance_index(
     hazards: Tensor | PackedRows,
-    event_times: Tensor | None = None,
+    event_times: Tensor | PackedVisits | None = None,
     event_indicators: Tensor | None = None,
     sequence_mask: Tensor | None = None,
     *,
     censored_visit: str = "excluded",
+    ties: str = "lifelines",
 ) -> float:
     """Harrell's C-index of a patient's summed hazards, in [0, 1]; for parity with the reference.
 
@@ -26,12 +33,14 @@ def concordance_index(
     0.009. :func:`~ehrseq_fast.metrics.concordance_td`, whose chance level is 0.5, is the headline.
 
     ``C = P(risk_i > risk_j | patient i has the event before j's time)``, over the pairs that can be
-    compared; a tie in risk counts half. A pair can be compared where the earlier of the two times
-    is an event's. Of two equal times, one an event's and the other censored, it depends on what the
-    visit of a censoring says, as in the losses: with ``censored_visit="excluded"`` nothing, so the
-    censored patient may have had the event at that very visit and the pair is left out; with
-    ``"included"`` that it was survived, so the pair counts (lifelines' rule). Two events at the
-    same time are never compared. Without any pair the result is 0.5.
+    compared; a tie in risk counts half, as in lifelines (``ties="lifelines"``), or as an error, as
+    in the reference (``ties="reference"``: a constant risk then scores 0). A pair can be compared
+    where the earlier of the two times is an event's. Of two equal times, one an event's and the
+    other censored, it depends on what the visit of a censoring says, as in the losses: with
+    ``censored_visit="excluded"`` nothing, so the censored patient may have had the event at that
+    very visit and the pair is left out; with ``"included"`` that it was survived, so the pair
+    counts (lifelines' rule). Two events at the same time are never compared. Without any pair the
+    result is 0.5.
 
     The risk is the sum of hazards over real visits, as in the reference. It grows with the number
     of visits, so patients with longer records are scored as riskier whatever the model says: where
@@ -41,16 +50,19 @@ def concordance_index(
 
     Args:
         hazards: ``[B, V]`` floating, a tensor or an array; or :class:`~ehrseq_fast.PackedRows`,
-            without a mask, whose batch's outcomes are taken where none are given.
+            without a mask, whose batch's outcomes are taken where none are given (or those of a
+            batch that is given in the place of ``event_times``). Or ``[B]``: each patient's risk,
+            such as a Cox model's or a sum of your own, which is taken as it is, without a mask.
         event_times: ``[B]``, time (visit index) of event or censoring.
         event_indicators: ``[B]``, non-zero = event seen, 0 = censored.
         sequence_mask: ``[B, V]`` bool or numeric, non-zero for real visits. Without it padded slots
             count, which is right only where their hazards are 0, as the models here give them.
         censored_visit: ``"excluded"`` or ``"included"``.
+        ties: ``"lifelines"`` or ``"reference"``.
 
     Raises:
-        ValueError: for shapes that do not fit, an unknown ``censored_visit``, and NaN among real
-            hazards, times, indicators or the mask.
+        ValueError: for shapes that do not fit, an unknown ``censored_visit`` or ``ties``, and NaN
+            among real hazards, times, indicators or the mask.
         TypeError: where outcomes are missing, and for values that are not real numbers.
         ImportError: where lifelines is not installed.
 
@@ -60,33 +72,44 @@ def concordance_index(
         >>> hazards = torch.tensor([[0.9, 0.5], [0.1, 0.1], [0.2, 0.3]])
         >>> concordance_index(hazards, torch.tensor([0, 2, 1]), torch.tensor([1, 0, 1]))
         1.0
+        >>> concordance_index(hazards.sum(1), torch.tensor([0, 2, 1]), torch.tensor([1, 0, 1]))
+        1.0
     """
     expect_option("censored_visit", censored_visit, ("excluded", "included"))
+    expect_option("ties", ties, TIES)
+    given: Any
+    hazards, given = with_batch(hazards, event_times, "hazards")
     if isinstance(hazards, PackedRows):
         if sequence_mask is not None:
             raise ValueError("sequence_mask: expected None, as hazards are PackedRows, got a mask")
         batch = hazards.batch
-        event_times = batch.event_times if event_times is None else event_times
+        given = batch.event_times if given is None else given
         event_indicators = batch.event_indicators if event_indicators is None else event_indicators
         hazards = hazards.to_padded()
-    if event_times is None or event_indicators is None:
+    if given is None or event_indicators is None:
         raise TypeError("event_times and event_indicators: expected tensors, got None")
     hazards = _on_host("hazards", hazards)
-    event_times = _on_host("event_times", event_times)
+    times = _on_host("event_times", given)
     event_indicators = _on_host("event_indicators", event_indicators)
     sequence_mask = None if sequence_mask is None else _on_host("sequence_mask", sequence_mask)
-    _check_shapes(hazards, event_times, event_indicators, sequence_mask)
+    _check_shapes(hazards, times, event_indicators, sequence_mask)
 
     hazards = hazards.double()
     if sequence_mask is not None:
         _refuse_nan("sequence_mask", sequence_mask.double().isnan().any(1))
         hazards = hazards.masked_fill(sequence_mask == 0, 0.0)
-    risk = hazards.sum(1)
+    risk = hazards if hazards.dim() == 1 else hazards.sum(1)
     _refuse_nan("hazards", risk.isnan())
-    _refuse_nan("event_times", event_times.double().isnan())
+    _refuse_nan("event_times", times.double().isnan())
     _refuse_nan("event_indicators", event_indicators.double().isnan())
     events = event_indicators != 0
-    times = _ranks(event_times)
+    times = _ranks(times)
+    if ties == "reference":
+        # Of equal risks that of the later time is made the larger one: a pair that can be compared
+        # is then an error.
+        order = np.lexsort(((2 * times + (~events).long()).numpy(), risk.numpy()))
+        risk = torch.empty_like(risk)
+        risk[torch.from_numpy(order)] = torch.arange(len(risk), dtype=risk.dtype, device="cpu")
     if censored_visit == "excluded":
         # a censoring comes before the events of its time, and behind those of the time before
         times = 2 * times - (~events).long()
@@ -121,8 +144,10 @@ def _ranks(times: Tensor) -> Tensor:
 def _check_shapes(
     hazards: Tensor, event_times: Tensor, event_indicators: Tensor, sequence_mask: Tensor | None
 ) -> None:
-    if hazards.dim() != 2:
-        raise ValueError(f"hazards: expected [B, V], got shape {list(hazards.shape)}")
+    if hazards.dim() not in (1, 2):
+        raise ValueError(
+            f"hazards: expected [B, V], or [B] risks of patients, got shape {list(hazards.shape)}"
+        )
     patients = hazards.shape[0]
     for name, tensor in (("event_times", event_times), ("event_indicators", event_indicators)):
         if tensor.shape != (patients,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.modules import module as _module
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import BackwardHook
 
-from ..backend import use_backend
+from ..backend import requested, use_backend
 from ..checks import expect_option
 from ..openmp import refuse_restricted_openmp
 from ..packed_gru import PackedGRU
@@ -90,7 +91,8 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
         input = input._replace(data=hook.setup_input_hook((input.data,))[0])  # type: ignore[union-attr]
     is_transposed = isinstance(input, Tensor) and not layer.batch_first
     given = input.transpose(0, 1) if is_transposed else input  # type: ignore[union-attr]
-    result = module(given) if state is None else module(given, state)
+    with _own_precision(module, given):
+        result = module(given) if state is None else module(given, state)
     kind = PackedSequence if isinstance(input, PackedSequence) else Tensor
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], kind):
         raise TypeError(
@@ -105,6 +107,17 @@ def run(module: nn.Module, input: Tensor | PackedSequence, state: Any = None) ->
     if torch.is_autocast_enabled("cpu"):
         outputs = _in_dtype_of(input, outputs)
     return outputs, final
+
+
+def _own_precision(module: nn.Module, input: Any) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off for the package's own layer on packed visits: it computes in the dtype of these,
+    and its states are not to be rounded where all patients happen to have as many visits."""
+    is_own = type(module) is PackedLSTM and isinstance(input, PackedSequence)
+    if not is_own or not torch.is_autocast_enabled("cpu") or input.data.device.type != "cpu":
+        return contextlib.nullcontext()
+    if module.weight_hh_l0.dtype != input.data.dtype or requested() == "reference":
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", enabled=False)
 
 
 def _in_dtype_of(input: Any, outputs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -18,6 +19,10 @@ class PackedLSTM(nn.LSTM):
     ``PackedSequence`` on the CPU goes to :func:`packed_lstm`; everything else goes to ``nn.LSTM``
     itself: tensors that are not packed, other devices, projections (``proj_size > 0``), and the
     backend ``reference``. ``batch_first`` says nothing about packed data, as in ``nn.LSTM``.
+
+    Under autocast on the CPU results have the dtype of ``nn.LSTM``'s: autocast's for padded tensors
+    and for packed ones of which all patients have as many visits, that of the data for others. The
+    kernels compute in the dtype of the data, so autocast never makes them slower.
 
     Differentiating twice is refused where the compiled kernel ran; the transforms of ``torch.func``
     and forward-mode differentiation are right everywhere, at the speed of plain PyTorch.
@@ -45,7 +50,7 @@ class PackedLSTM(nn.LSTM):
     def forward(self, input, hx=None):
         """As ``nn.LSTM.forward``: outputs and ``(h_n, c_n)``."""
         if self._takes(input, hx):
-            return packed_lstm(
+            output, (h_n, c_n) = packed_lstm(
                 input,
                 self.all_weights,
                 hx,
@@ -54,6 +59,10 @@ class PackedLSTM(nn.LSTM):
                 training=self.training,
                 keep_gates=self.keep_gates,
             )
+            dtype = _dtype_under_autocast(output)
+            if dtype == output.data.dtype:
+                return output, (h_n, c_n)
+            return output._replace(data=output.data.to(dtype)), (h_n.to(dtype), c_n.to(dtype))
         data = input.data if isinstance(input, PackedSequence) else input
         refuse_restricted_openmp(data, "PackedLSTM", is_lstm=True)
         return super().forward(input, hx)
@@ -65,3 +74,14 @@ class PackedLSTM(nn.LSTM):
             return True
         # which PyTorch's own lstm does not serve
         return transformed(input.data, *self.parameters(), *(hx or ()))
+
+
+def _dtype_under_autocast(output: PackedSequence) -> torch.dtype:
+    """The dtype of ``nn.LSTM``'s results under autocast on the CPU: autocast's where all patients
+    have as many visits, and that of the data everywhere else."""
+    data, sizes = output.data, output.batch_sizes
+    if not torch.is_autocast_enabled("cpu") or data.device.type != "cpu":
+        return data.dtype
+    if data.dtype == torch.float64 or torch.compiler.is_compiling() or sizes[0] != sizes[-1]:
+        return data.dtype
+    return torch.get_autocast_dtype("cpu")
