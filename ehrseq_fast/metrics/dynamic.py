@@ -60,8 +60,9 @@ def concordance_td(
     Args:
         risk: the risk at each visit from what was known by then, ``[B, V]`` padded, or flat
             ``[n_visits]`` patient by patient with ``lengths``, or :class:`~ehrseq_fast.PackedRows`
-            (or a list of them, one per batch), whose outcomes are the default. Only visits up to a
-            patient's event time are read. With a ``cause`` also ``[B, V, K]`` or PackedRows
+            (or a list of them, one per batch), whose outcomes are the default; with rows the batch
+            may stand in the place of ``event_times``. Only visits up to a patient's event time are
+            read. With a ``cause`` also ``[B, V, K]`` or PackedRows
             ``[n_visits, K]``, of which its column is taken.
         event_times: ``[B]``, the visit of event or censoring, counted from 0.
         event_indicators: ``[B]``, 1 event seen, 0 censored; None with a ``cause``.

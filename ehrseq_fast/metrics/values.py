@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import ArrayLike, as_array, got, integer, truth, whole
+from ..batch import PackedVisits
 from ..checks import expect_option
 from ..rows import PackedRows
+from ..rows.beside import with_batch
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -29,6 +31,7 @@ class VisitValues:
         starts: int64 ``[B]``.
         lengths: int64 ``[B]``, visits of each patient.
         outcomes: event times, indicators and types of the batch that the values came with, or None.
+        rows: the one PackedRows that they came as, or None.
     """
 
     name: str
@@ -36,6 +39,7 @@ class VisitValues:
     starts: Ints
     lengths: Ints
     outcomes: tuple[Ints | None, Ints | None, Ints | None] = (None, None, None)
+    rows: PackedRows | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -57,7 +61,12 @@ class VisitValues:
     def column(self, number: int) -> VisitValues:
         """One of the last dimension's values."""
         return VisitValues(
-            self.name, self.values[..., number], self.starts, self.lengths, self.outcomes
+            self.name,
+            self.values[..., number],
+            self.starts,
+            self.lengths,
+            self.outcomes,
+            self.rows,
         )
 
     def take(self, patients: Ints) -> VisitValues:
@@ -178,7 +187,12 @@ def _of_rows(name: str, parts: Any, trailing: int) -> VisitValues:
         for found in zip(*outcomes, strict=True)
     )
     return VisitValues(
-        name, np.concatenate(values), np.cumsum(lengths) - lengths, lengths, (times, seen, types)
+        name,
+        np.concatenate(values),
+        np.cumsum(lengths) - lengths,
+        lengths,
+        (times, seen, types),
+        parts[0] if len(parts) == 1 else None,
     )
 
 
@@ -256,6 +270,9 @@ def _times_and(
     given: ArrayLike | None,
     of_batch: Ints | None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
+    if isinstance(event_times, PackedVisits):
+        batch = with_batch(values.rows, event_times, values.name)[0].batch
+        event_times, of_batch = batch.event_times, getattr(batch, name)
     event_times = values.outcomes[0] if event_times is None else event_times
     given = of_batch if given is None else given
     if event_times is None or given is None:
