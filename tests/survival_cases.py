@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ehrseq_fast.deephit_ranking import reference as ranking_reference
 from ehrseq_fast.survival_nll import reference
 from ehrseq_fast.survival_nll.options import Options
 
@@ -115,3 +116,24 @@ def definition(hazards: Tensor, *args: Any, **options: Any) -> Tensor:
     loss = reference.competing_risks_nll if competing else reference.discrete_time_survival_nll
     mask = args[2] if len(args) > 2 else options.pop("sequence_mask", None)
     return loss(hazards, *args[:2], mask, Options.of(**options), **companions)
+
+
+def assert_ranks_as_defined(
+    operator: Any,
+    logits: Tensor,
+    times: Tensor,
+    types: Tensor,
+    mask: Tensor,
+    entries: Tensor,
+    weights: Tensor,
+) -> None:
+    """The raw operator of padded logits in float32, and the definition in float64."""
+    competing = logits.dim() == 3
+    rows = (None, None, None)
+    got = operator(logits, times, types, mask, *rows, entries, weights, competing, True, 0.1, True)
+    x = logits.double().requires_grad_()
+    options = {"entry_times": entries, "sample_weight": weights}
+    value = ranking_reference.deephit_ranking(x, times, types, mask, **options)
+    (grad,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(got[0].double(), value.detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got[1].double(), grad, rtol=1e-4, atol=1e-7)

@@ -18,12 +18,11 @@ from ehrseq_fast import (
     pmf_nll,
 )
 from ehrseq_fast import backend as backends
-from ehrseq_fast.deephit_ranking import reference as ranking_reference
 from ehrseq_fast.survival_nll import competing_risks_nll
 
 from . import cuda_on_cpu, next_codes_cases
 from .cuda_on_cpu import Counts
-from .survival_cases import definition, draw_hazards, draw_patients
+from .survival_cases import assert_ranks_as_defined, definition, draw_hazards, draw_patients
 
 pytestmark = pytest.mark.skipif(
     cuda_on_cpu.why_not() is not None, reason=str(cuda_on_cpu.why_not())
@@ -273,37 +272,12 @@ def test_no_order_of_blocks_changes_a_bit_of_a_ranking_loss(shim):
         assert all(map(torch.equal, first, other))
 
 
-def ranked(logits, *rest):
-    """The raw operator's loss and gradient, and the definition's in float64."""
-    times, types, mask, entries, weights = rest
-    competing = logits.dim() == 3
-    got = ops().deephit_ranking(
-        logits, times, types, mask, None, None, None, entries, weights, competing, True, 0.1, True
-    )
-    x = logits.double().requires_grad_()
-    options = {"entry_times": entries, "sample_weight": weights}
-    value = ranking_reference.deephit_ranking(x, times, types, mask, **options)
-    torch.testing.assert_close(got[0].double(), value.detach(), rtol=1e-5, atol=1e-7)
-    (expected,) = torch.autograd.grad(value, x)
-    torch.testing.assert_close(got[1].double(), expected, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("causes", [None, 3])
-def test_impossible_outcomes_of_a_ranking_loss_stay_within_memory_and_the_formula(shim, causes):
-    logits = torch.randn((8, 40) if causes is None else (8, 40, causes))
-    times = torch.tensor([-(2**40), -1, 0, 3, 39, 40, 2**40, 37])
-    types = torch.tensor([1, 0, 1, 0, 7, -3, 1, 2] if causes else [1, 0, 1, 0, 1, 0, 1, 1])
-    entries = torch.tensor([0, 0, -5, 4, 2**40, 1, 2, -(2**40)])
-    mask = torch.rand(8, 40) < 0.7
-    mask[4] = False
-    ranked(logits, times, types, mask, entries, torch.tensor([1.0, 2, -1, 0, 1, 1, 0.5, 1]))
-
-
 def test_a_ranking_loss_of_many_patients_and_of_many_visits(shim):
     """More than the groups and the blocks that there are at most."""
     for count, slots in ((8300, 2), (2, 33_000)):
         p = draw_patients(count, slots)
-        ranked(torch.randn(count, slots), p.times, p.types, p.mask, p.entries, p.weights)
+        rest = (p.times, p.types, p.mask, p.entries, p.weights)
+        assert_ranks_as_defined(ops().deephit_ranking, torch.randn(count, slots), *rest)
 
 
 def test_a_tampered_batch_ends_a_ranking_loss(shim, capfd):

@@ -13,6 +13,8 @@ from ehrseq_fast import (
     PackedVisits,
     backend,
     competing_risks_nll,
+    deephit_competing_ranking_loss,
+    deephit_ranking_loss,
     discrete_time_survival_nll,
     packed_competing_risks_nll,
     packed_survival_nll,
@@ -93,6 +95,20 @@ def packed_competing_mass(**options):
     return x, lambda: pmf_competing_risks_nll(PackedRows(x, batch), **options)
 
 
+def ranking():
+    patients = draw_patients(100, 21)
+    x = torch.randn(100, 21, requires_grad=True)
+    args = patients.times, patients.types.to(torch.float16), patients.mask.float()
+    more = {"entry_times": patients.entries, "sample_weight": patients.weights}
+    return x, lambda: deephit_ranking_loss(x, *args, **more)
+
+
+def packed_competing_ranking():
+    batch = records()
+    x = torch.randn(batch.n_visits, 2, requires_grad=True)
+    return x, lambda: deephit_competing_ranking_loss(PackedRows(x, batch))
+
+
 LOSSES = (padded, competing, packed, packed_competing, mass, packed_competing_mass)
 
 
@@ -111,6 +127,21 @@ def test_one_launch_gives_loss_and_gradient_and_one_scales_it(loss, reduction):
     with watching_launches() as launches, torch.no_grad():
         nll()
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize("loss", [ranking, packed_competing_ranking])
+def test_a_ranking_loss_is_three_launches_and_one_back(loss):
+    x, ranked = loss()
+    with watching_launches() as launches:
+        value = ranked()
+    names = ["sum_later_kernel", "join_later_kernel", "ranking_gradient_kernel"]
+    assert [launch.name for launch in launches] == names
+    with watching_launches() as launches:
+        torch.autograd.grad(value, x)
+    assert [launch.name for launch in launches] == ["scale_by_one_kernel"]
+    with watching_launches() as launches, torch.no_grad():
+        ranked()
+    assert [launch.name for launch in launches] == names[:2]
 
 
 def test_several_programs_add_up_in_their_order_and_leave_the_ticket_at_zero():
@@ -179,12 +210,13 @@ def test_a_gpus_tiles_give_the_same_numbers(monkeypatch):
     """The interpreter takes larger ones, which a program of a GPU has no room for."""
     from ehrseq_fast.survival_nll.triton import tiles
 
-    for loss in LOSSES:
+    for loss in (*LOSSES, ranking, packed_competing_ranking):
         x, nll = loss()
         expected = nll()
         (expected_grad,) = torch.autograd.grad(expected, x)
         with monkeypatch.context() as patch:
             patch.setattr(tiles, "VALUES", 512)
+            patch.setattr("ehrseq_fast.deephit_ranking.triton.launch.ROWS", 64)
             with watching_launches() as launches:
                 value = nll()
             (grad,) = torch.autograd.grad(value, x)

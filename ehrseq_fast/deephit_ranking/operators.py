@@ -8,7 +8,7 @@ from typing import Any
 from ..operations import operator, register
 from ..survival_nll.operators import REDUCTIONS, empty_nll_and_grad
 
-register("deephit_ranking", "cpu", "cuda", package=__package__)
+register("deephit_ranking", "cpu", "cuda", "triton", package=__package__)
 
 
 # Logits [B, V] or [B, V, K] with a mask, or rows of a packed batch, [n_visits] or [n_visits, K]:

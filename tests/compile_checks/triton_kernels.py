@@ -156,6 +156,30 @@ def _mass(
     return run
 
 
+def _ranking(
+    causes: int | None, packed: bool, patients: int = 64, visits: int = 100
+) -> Callable[[torch.dtype], torch.Tensor]:
+    from ehrseq_fast import (
+        PackedRows,
+        PackedVisits,
+        deephit_competing_ranking_loss,
+        deephit_ranking_loss,
+    )
+
+    def run(dtype: torch.dtype) -> torch.Tensor:
+        shape = (patients, visits) if causes is None else (patients, visits, causes)
+        logits = torch.full(shape, 0.5, dtype=dtype, requires_grad=True)
+        times = torch.zeros(patients, dtype=torch.int64)
+        loss = deephit_ranking_loss if causes is None else deephit_competing_ranking_loss
+        if not packed:
+            mask = torch.ones(patients, visits, dtype=torch.bool)
+            return loss(logits, times, times, mask)
+        batch = PackedVisits.from_lists([[[1]] * visits] * patients)
+        return loss(PackedRows(logits.flatten(0, 1), batch), times, times)
+
+    return run
+
+
 def cases() -> Iterator[Case]:
     """Every kernel, in the dtypes and shapes in which it differs."""
     softmax = {"from_logits": True, "link": "softmax"}
@@ -208,6 +232,10 @@ def cases() -> Iterator[Case]:
     yield Case(
         "packed loss of logits", torch.bfloat16, _packed_loss("mean", None, from_logits=True)
     )
+    yield Case("padded ranking", single, _ranking(None, packed=False))
+    yield Case("packed ranking, competing", single, _ranking(4, packed=True), HOPPER)
+    for dtype in (torch.bfloat16, torch.float64):
+        yield Case("packed ranking", dtype, _ranking(None, packed=True), HOPPER)
 
 
 @contextlib.contextmanager
@@ -305,6 +333,7 @@ def compiled_again() -> list[str]:
         lambda patients, visits: _packed_loss("none", None, patients=patients, visits=visits),
         lambda patients, visits: _next_codes(visits),
         lambda patients, visits: _mass(2, True, patients=patients, visits=visits),
+        lambda patients, visits: _ranking(2, True, patients=patients, visits=visits),
     ):
         of_first = None
         for size in sizes:

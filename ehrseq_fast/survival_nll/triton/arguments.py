@@ -45,6 +45,12 @@ def check_reduction(operation: str, reduction: int) -> None:
         _refuse(operation, "reduction", "0..2", reduction)
 
 
+def check_sigma(operation: str, sigma: float) -> None:
+    """That exponents are divided by it."""
+    if not 0 < sigma < float("inf"):
+        _refuse(operation, "sigma", "a finite number above 0", f"{sigma:f}")
+
+
 def check_row_length(operation: str, slots: int, classes: int) -> None:
     """Positions within a patient's row are 32 bits wide."""
     if slots * classes >= 2**31:
