@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ehrseq_fast.cli import describe_gpu_runs
 
@@ -28,6 +29,7 @@ SUMMARY = "write the README's figure and tables, and their page, from the commit
 
 README = Path(__file__).parent.parent / "README.md"
 ROOT = README.parent
+PACKING = ROOT / "docs" / "packing.md"
 # Part of the package, so that `python -m ehrseq_fast info` can tell.
 GPU_RUNS = ROOT / "ehrseq_fast" / "gpu_runs.json"
 # As results are refused now, and as they were before.
@@ -61,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
 def texts() -> dict[Path, str]:
     """All that is written from the results, as it should be."""
     on_gpus = json.dumps(runs_on_gpus(), indent=1) + "\n"
-    return {README: filled_in(README.read_text()), GPU_RUNS: on_gpus, **pages()}
+    packing = _filled(PACKING.read_text(), "packing", _by_fullness())
+    return {README: filled_in(README.read_text()), PACKING: packing, GPU_RUNS: on_gpus, **pages()}
 
 
 def pages() -> dict[Path, str]:
@@ -80,9 +83,13 @@ def filled_in(text: str) -> str:
         ("results", section()),
         ("gpu runs", f"**{describe_gpu_runs(runs_on_gpus())}**\n"),
     ):
-        pattern = re.compile(MARKED.format(mark), re.DOTALL)
-        text = pattern.sub(lambda marks, new=content: marks[1] + new + marks[2], text)
+        text = _filled(text, mark, content)
     return text
+
+
+def _filled(text: str, mark: str, content: str) -> str:
+    pattern = re.compile(MARKED.format(mark), re.DOTALL)
+    return pattern.sub(lambda marks: marks[1] + content + marks[2], text)
 
 
 def figure() -> str:
@@ -212,6 +219,38 @@ def _other_runs(path: Path, results: Results) -> str:
             for at, run in runs
             for cells in _steps(_whole_steps(run), run)
             if cells[0].startswith("D ")
+        ),
+    )
+
+
+def _by_fullness() -> str:
+    """What packing gains in each whole run on a CPU, the fullest batch first."""
+    gains: dict[tuple[str, int], list[str]] = {}
+    facts: dict[tuple[str, int], dict[str, Any]] = {}
+    runs = whole_runs("cpu")
+    for at, (_, run) in enumerate(runs):
+        facts |= {(batch["workload"], batch["patients"]): batch for batch in run.batches}
+        for rows in _step_cases(run):
+            if (rows[0].phase, rows[0].dtype) == (step.STEP, "float32"):
+                paths = {row.variant: row for row in rows}
+                ratios = (
+                    times(paths[path].median / paths["fused"].median) for path in step.PLAIN_PATHS
+                )
+                cells = gains.setdefault((rows[0].workload, rows[0].patients), [""] * len(runs))
+                cells[at] = ", ".join(ratios)
+    header = ["batch", "real codes", "real visits"]
+    header += [f"[{at.stem}](../{at.relative_to(ROOT)}): over padded, packed" for at, _ in runs]
+    fullest = sorted(gains, key=lambda key: facts[key]["real_codes"], reverse=True)
+    return _table(
+        header,
+        (
+            [
+                f"{key[0]} {facts[key]['title']}, B {key[1]}",
+                f"{facts[key]['real_codes']:.1%}",
+                f"{facts[key]['real_visits']:.0%}",
+                *gains[key],
+            ]
+            for key in fullest
         ),
     )
 

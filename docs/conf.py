@@ -33,7 +33,7 @@ include_patterns = [
     "CONTRIBUTING.md",
     "benchmarks/results/*.md",
 ]
-exclude_patterns = ["**/.ipynb_checkpoints"]
+exclude_patterns = [".venv*", "build", ".git", "**/.ipynb_checkpoints"]
 
 myst_heading_anchors = 4
 # docs/migrate.md and others begin with ## sections of their own, the README has two levels skipped
@@ -55,3 +55,4 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = f"ehrseq_fast {release}"
 html_copy_source = False
+html_extra_path = ["site"]  # the root of the site leads to docs/index.html
