@@ -46,8 +46,11 @@ def _compute(chosen: str, inputs: Inputs, *options: bool) -> Any:
     compute: Callable[..., Any] = chunks.next_codes_bce
     if chosen != "reference":
         compute = operators(chosen).next_codes_bce.default
+    device = inputs.states.device.type
+    if not torch.is_autocast_enabled(device):
+        return compute(*inputs, *options)
     # the products within, of a GPU's kernels too, are in the accumulator's dtype
-    with torch.autocast(inputs.states.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         return compute(*inputs, *options)
 
 

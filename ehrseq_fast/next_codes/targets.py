@@ -51,6 +51,11 @@ class Targets(NamedTuple):
         known = None if self.batch is None else self.batch.vocab_size
         if known is not None and known <= classes:
             return
+        if not len(self.codes):
+            return
+        lowest, highest = self.codes.aminmax()
+        if lowest >= 0 and highest < classes:
+            return
         wrong = (self.codes < 0) | (self.codes >= classes)
         wrong[: int(self.code_offsets[0])] = False
         if not bool(wrong.any()):
@@ -213,9 +218,13 @@ def _of_pair(
                 f"targets, offsets: expected to rise from 0 to the {len(codes)} codes, got "
                 f"{offsets.tolist() if len(offsets) < 10 else ends}"
             )
-    most = 2**31 - 1  # what is outside stays outside
-    codes, offsets = (x.clamp(-2, most).to(torch.int32) for x in (codes, offsets))
-    return Targets(codes, offsets, count, rows, shape)
+    return Targets(_narrow(codes), _narrow(offsets), count, rows, shape)
+
+
+def _narrow(numbers: Tensor) -> Tensor:
+    if numbers.dtype == torch.int32:
+        return numbers
+    return numbers.clamp(-2, 2**31 - 1).to(torch.int32)  # what is outside stays outside
 
 
 def _check_real(mask: Tensor, count: int) -> None:
