@@ -242,6 +242,8 @@ def test_errors_name_the_patient(compiled):
     mask = torch.ones(4, 4)
     with pytest.raises(ValueError, match=r"sequence_mask: .*\(patient 0, of 3 visits\)"):
         next_codes_bce(padded, layer.weight, None, batch, mask)
+    with pytest.raises(ValueError, match=r"sequence_mask: expected shape \[B, V\] of states"):
+        next_codes_bce(batch.pack(padded), layer.weight, None, batch, torch.ones(batch.n_visits))
     other = PackedVisits.from_lists([PATIENTS[i] for i in (2, 1, 0, 3)])
     with pytest.raises(ValueError, match=r"targets: .*patient 0: expected 3, got 2"):
         next_codes_bce(PackedRows(batch.pack(padded), batch), layer.weight, None, other)

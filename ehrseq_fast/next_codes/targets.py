@@ -131,6 +131,8 @@ def _rows_of_batch(
     reads_values: bool,
 ) -> Tensor | None:
     """Which of the states are the visits of ``targets``; None where they are its rows."""
+    if mask is not None:
+        _check_mask(values, mask)
     if values.dim() == 2:
         if len(values) != targets.n_visits:
             raise ValueError(
@@ -147,18 +149,16 @@ def _rows_of_batch(
             f"{list(values.shape)}"
         )
     slots = torch.arange(n_patients * n_slots, device=values.device).view(n_patients, n_slots)
-    if mask is not None:
-        _check_mask(values, mask)
-        if reads_values:
-            real = slots % max(1, n_slots) < targets.lengths.to(values.device)[:, None]
-            wrong = (mask != real).any(1)
-            if bool(wrong.any()):
-                patient = int(wrong.to(torch.int8).argmax())
-                raise ValueError(
-                    f"sequence_mask: expected 1 on the visits of targets and 0 after them, got "
-                    f"{mask[patient].tolist()} (patient {patient}, of "
-                    f"{int(targets.lengths[patient])} visits)"
-                )
+    if mask is not None and reads_values:
+        real = slots % max(1, n_slots) < targets.lengths.to(values.device)[:, None]
+        wrong = (mask != real).any(1)
+        if bool(wrong.any()):
+            patient = int(wrong.to(torch.int8).argmax())
+            raise ValueError(
+                f"sequence_mask: expected 1 on the visits of targets and 0 after them, got "
+                f"{mask[patient].tolist()} (patient {patient}, of "
+                f"{int(targets.lengths[patient])} visits)"
+            )
     return targets.pack(slots)
 
 
