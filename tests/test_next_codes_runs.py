@@ -13,6 +13,7 @@ from ehrseq_fast import NextCodesLoss, PackedRows, PackedVisits, next_codes_bce,
 from ehrseq_fast import backend as backends
 from ehrseq_fast.next_codes.fused import Inputs
 from ehrseq_fast.next_codes.sampling import draw, sampled_losses
+from ehrseq_fast.triton_support import watching_launches
 
 from .next_codes_cases import PATIENTS, Given, by_visit, check, dense, make, ours, with_gradients
 from .tolerances import assert_matches
@@ -30,6 +31,22 @@ def test_tiles_of_triton(monkeypatch):
     monkeypatch.setattr(launch, "CODES", 2)
     with torch.device(backends.kernels("triton").device), use_backend("triton"):
         check(make(5, 4, 40), True, "sum")
+
+
+@pytest.mark.parametrize(("reduction", "backward"), [("sum", 0), ("none", 1)])
+def test_launches_of_triton(reduction, backward):
+    """One a chunk; of a sum the gradients are computed along with it."""
+    if backends.why_not_loaded("triton") is not None:
+        pytest.skip(str(backends.why_not_loaded("triton")))
+    with torch.device(backends.kernels("triton").device), use_backend("triton"):
+        given = make(3, 4, 10)
+        states = given.states.requires_grad_()
+        with watching_launches() as launches:
+            loss = ours(given._replace(states=states), False, reduction).sum()
+        assert [launch.name for launch in launches] == ["next_codes_rows"]
+        with watching_launches() as launches:
+            loss.backward()
+        assert len(launches) == backward
 
 
 def test_the_raw_operator_in_triton():

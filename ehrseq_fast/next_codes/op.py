@@ -67,7 +67,8 @@ def next_codes_bce(
         targets: a :class:`~ehrseq_fast.PackedVisits` of the same visits as the states; or a pair of
             codes ``[n_codes]`` and offsets ``[n + 1]``, int32 or int64, for the n real visits in
             the order of the states: visit i has ``codes[offsets[i]:offsets[i + 1]]``. None with
-            PackedRows: their batch.
+            PackedRows: their batch. A code is there or is not: a batch's ``code_weights`` are not
+            read.
         sequence_mask: ``[B, V]`` bool or number: 1 on the visits of padded states, which alone are
             read. Not needed with a PackedVisits; without either every slot is a visit.
         next_visit: whether the targets of a visit are the codes of the patient's next visit and not
