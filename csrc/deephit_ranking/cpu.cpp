@@ -270,40 +270,21 @@ std::tuple<Tensor, Tensor> deephit_ranking(Tensor logits, Tensor event_times, Te
   constexpr const char* kName = "deephit_ranking";
   expect_on_cpu(kName, logits, event_times, event_types, sequence_mask, row_starts,
                 unsorted_indices, last_rows, entry_times, sample_weight);
-  const bool packed = row_starts.has_value();
-  if (packed != unsorted_indices.has_value() || packed != last_rows.has_value()) {
-    refuse(kName, "row_starts, unsorted_indices, last_rows", "all or none of them", "some");
-  }
-  const int64_t dims = (packed ? 1 : 2) + (competing ? 1 : 0);
-  expect_dim(
-      logits, kName, "logits", dims,
-      packed ? (competing ? "[n_visits, K]" : "[n_visits]") : (competing ? "[B, V, K]" : "[B, V]"));
-  expect_floating(logits, kName, "logits");
+  const LogitsShape shape =
+      expect_logits(kName, competing, logits, event_times, event_types, sequence_mask, row_starts,
+                    unsorted_indices, last_rows, entry_times, sample_weight);
   if (!(sigma > 0 && std::isfinite(sigma))) {
     refuse(kName, "sigma", "a finite number above 0", std::to_string(sigma));
   }
-  const int64_t classes = competing ? logits.size(dims - 1) : 1;
-  if (classes < 1) refuse(kName, "logits", "at least one cause", "0 values per visit");
-
   std::optional<RankLayout> layout;
-  if (packed) {
-    if (sequence_mask.has_value()) {
-      refuse(kName, "sequence_mask", "none with a packed batch", "one");
-    }
-    expect_row_numbers(kName, *row_starts, *unsorted_indices, *last_rows);
+  if (shape.packed) {
     layout.emplace(kName, logits.size(0), *row_starts, *unsorted_indices, *last_rows);
   }
-  const Settings settings{layout ? layout->patients() : logits.size(0),
-                          layout ? layout->most_visits() : logits.size(1), classes,
-                          censored_included, sigma};
-  expect_row_length(kName, settings.slots, classes);
-  expect_outcomes(kName, settings.patients, competing, event_times, event_types, entry_times,
-                  sample_weight);
-  if (!layout) expect_sequence_mask(kName, sequence_mask, settings.patients, settings.slots);
+  const Settings settings{shape.patients, shape.slots, shape.classes, censored_included, sigma};
   const OutcomeReader reader(
-      settings.patients,
-      layout ? VisitMask(layout->lengths()) : VisitMask(sequence_mask, settings.slots), classes,
-      name_of_types(competing), event_times, event_types, entry_times, sample_weight);
+      shape.patients, layout ? VisitMask(layout->lengths()) : VisitMask(sequence_mask, shape.slots),
+      shape.classes, name_of_types(competing), event_times, event_types, entry_times,
+      sample_weight);
   const std::vector<Outcome> outcomes = read_in_groups(settings, reader);
 
   const Tensor rows = torch::stable::contiguous(logits);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/dtypes.h"
@@ -62,44 +63,24 @@ std::tuple<Tensor, Tensor> pmf_nll(Tensor logits, Tensor event_times, Tensor eve
   constexpr const char* kName = "pmf_nll";
   expect_on_cpu(kName, logits, event_times, event_types, sequence_mask, row_starts,
                 unsorted_indices, last_rows, entry_times, sample_weight);
-  const bool packed = row_starts.has_value();
-  if (packed != unsorted_indices.has_value() || packed != last_rows.has_value()) {
-    refuse(kName, "row_starts, unsorted_indices, last_rows", "all or none of them", "some");
-  }
-  const int64_t dims = (packed ? 1 : 2) + (competing ? 1 : 0);
-  expect_dim(
-      logits, kName, "logits", dims,
-      packed ? (competing ? "[n_visits, K]" : "[n_visits]") : (competing ? "[B, V, K]" : "[B, V]"));
-  expect_floating(logits, kName, "logits");
+  const LogitsShape shape =
+      expect_logits(kName, competing, logits, event_times, event_types, sequence_mask, row_starts,
+                    unsorted_indices, last_rows, entry_times, sample_weight);
   expect_option(reduction, kName, "reduction", 0, static_cast<int64_t>(Reduction::kSum));
-  const int64_t classes = competing ? logits.size(dims - 1) : 1;
-  if (classes < 1) refuse(kName, "logits", "at least one cause", "0 values per visit");
-  if (packed) expect_row_numbers(kName, *row_starts, *unsorted_indices, *last_rows);
   const auto as_reduction = static_cast<Reduction>(reduction);
-  const auto settings_of = [&](int64_t patients, int64_t slots) {
-    expect_row_length(kName, slots, classes);
-    expect_outcomes(kName, patients, competing, event_times, event_types, entry_times,
-                    sample_weight);
-    return Settings{patients,          slots,        classes,
-                    censored_included, as_reduction, share_of_a_patient(as_reduction, patients)};
+  const Settings settings{shape.patients, shape.slots,
+                          shape.classes,  censored_included,
+                          as_reduction,   share_of_a_patient(as_reduction, shape.patients)};
+  const auto reader_of = [&](VisitMask mask) {
+    return OutcomeReader(shape.patients, std::move(mask), shape.classes, name_of_types(competing),
+                         event_times, event_types, entry_times, sample_weight);
   };
-  const auto reader_of = [&](int64_t patients, VisitMask mask) {
-    return OutcomeReader(patients, std::move(mask), classes, name_of_types(competing), event_times,
-                         event_types, entry_times, sample_weight);
-  };
-  if (packed) {
-    if (sequence_mask.has_value()) {
-      refuse(kName, "sequence_mask", "none with a packed batch", "one");
-    }
+  if (shape.packed) {
     const RankLayout layout(kName, logits.size(0), *row_starts, *unsorted_indices, *last_rows);
-    return packed_nll(kName, logits, settings_of(layout.patients(), layout.most_visits()), layout,
-                      reader_of(layout.patients(), VisitMask(layout.lengths())), needs_grad);
+    return packed_nll(kName, logits, settings, layout, reader_of(VisitMask(layout.lengths())),
+                      needs_grad);
   }
-  const int64_t patients = logits.size(0);
-  const int64_t slots = logits.size(1);
-  const Settings settings = settings_of(patients, slots);
-  expect_sequence_mask(kName, sequence_mask, patients, slots);
-  return padded_nll(kName, logits, settings, reader_of(patients, VisitMask(sequence_mask, slots)),
+  return padded_nll(kName, logits, settings, reader_of(VisitMask(sequence_mask, shape.slots)),
                     needs_grad);
 }
 

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from .. import backend
-from ..autograd import transformed
-from ..backend import must_check_values
 from ..batch import PackedVisits
-from ..checks import INTEGER, REAL, expect_option
+from ..checks import expect_option
 from ..rows import PackedRows
-from ..rows.beside import with_batch
-from ..survival_nll.checks import (
-    check_column,
-    check_companions,
-    check_hazards,
-    check_outcomes,
-    check_tensors,
-    refuse_mask,
-    require_outcomes,
-)
-from ..survival_nll.fused import PADDED, Inputs, Rows, as_padded, nll
+from ..survival_nll.fused import Inputs, Rows
+from ..survival_nll.logits import loss_of_logits
 from ..survival_nll.options import CENSORED_VISITS
 from . import (
     operators,  # noqa: F401  (which defines what is called here)
@@ -122,10 +109,18 @@ def deephit_ranking_loss(
         >>> deephit_ranking_loss(torch.zeros(2, 2), times, seen)  # of 4 pairs one is comparable
         tensor(0.2500)
     """
-    types = ("event_indicators", event_indicators)
     more = (sequence_mask, entry_times, sample_weight)
     loss = _Ranking(False, sigma, censored_visit)
-    return _ranking(logits, event_times, types, more, loss, validate)
+    return loss_of_logits(
+        "deephit_ranking",
+        loss,
+        logits,
+        event_times,
+        event_indicators,
+        more,
+        validate,
+        weight_has_gradient=True,
+    )
 
 
 def deephit_competing_ranking_loss(
@@ -157,57 +152,15 @@ def deephit_competing_ranking_loss(
         >>> deephit_competing_ranking_loss(torch.zeros(2, 2, 3), times, types)
         tensor(0.2500)
     """
-    types = ("event_types", event_types)
     more = (sequence_mask, entry_times, sample_weight)
     loss = _Ranking(True, sigma, censored_visit)
-    return _ranking(logits, event_times, types, more, loss, validate)
-
-
-def _ranking(
-    logits: Tensor | PackedRows,
-    times: Any,
-    event_types: tuple[str, Tensor | None],
-    more: tuple[Tensor | None, Tensor | None, Tensor | None],
-    loss: _Ranking,
-    validate: bool,
-) -> Tensor:
-    loss.check()
-    mask, entry_times, sample_weight = more
-    name, types = event_types
-    allowed = INTEGER | {torch.bool} if loss.competing else REAL
-    rows: Rows = PADDED
-    # a weight may have a gradient here, which check_tensors would refuse: check_column does not
-    logits, times = with_batch(logits, times, "logits")
-    if isinstance(logits, PackedRows):
-        refuse_mask(mask)
-        batch = logits.batch
-        times = batch.event_times if times is None else times
-        types = getattr(batch, name) if types is None else types
-        times, types = require_outcomes(event_times=times, **{name: types})
-        logits, rows = logits.values, (batch.row_starts, batch.unsorted_indices, batch.last_rows)
-        check_hazards(logits, ("n_visits", "K") if loss.competing else ("n_visits",), "logits")
-        kinds = (name, types, allowed)
-        check_companions(logits, len(batch), times, kinds, entry_times, None, "logits")
-        patients = len(batch)
-    else:
-        times, types = require_outcomes(event_times=times, **{name: types})
-        layout = ("B", "V", "K") if loss.competing else ("B", "V")
-        kinds = (name, types, allowed)
-        check_tensors(logits, layout, times, kinds, mask, entry_times, None, "logits")
-        patients = len(logits)
-    if sample_weight is not None:
-        check_column(logits, "sample_weight", sample_weight, REAL, "a real", patients)
-    if loss.competing and logits.shape[-1] < 1:
-        raise ValueError(f"logits: expected at least one cause, got shape {list(logits.shape)}")
-    inputs: Inputs = (logits, times, types, mask, entry_times, sample_weight)
-    device = logits.device.type
-    chosen = backend.choose("deephit_ranking", device, logits.dtype)
-    if transformed(logits, sample_weight) or _has_gradient(sample_weight):
-        chosen = "reference"
-    if must_check_values(chosen, device, validate):
-        check_outcomes(as_padded(rows, inputs), "sigmoid")
-    return nll(chosen, rows, inputs, loss)
-
-
-def _has_gradient(sample_weight: Tensor | None) -> bool:
-    return sample_weight is not None and sample_weight.requires_grad and torch.is_grad_enabled()
+    return loss_of_logits(
+        "deephit_ranking",
+        loss,
+        logits,
+        event_times,
+        event_types,
+        more,
+        validate,
+        weight_has_gradient=True,
+    )

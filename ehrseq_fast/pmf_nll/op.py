@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from .. import backend
-from ..autograd import transformed
-from ..backend import must_check_values
 from ..batch import PackedVisits
-from ..checks import INTEGER, REAL, expect_option
+from ..checks import expect_option
 from ..rows import PackedRows
-from ..rows.beside import with_batch
-from ..survival_nll.checks import (
-    check_companions,
-    check_hazards,
-    check_outcomes,
-    check_tensors,
-    refuse_mask,
-    require_outcomes,
-)
-from ..survival_nll.fused import PADDED, Inputs, Rows, as_padded, nll
+from ..survival_nll.fused import Inputs, Rows
+from ..survival_nll.logits import loss_of_logits
 from ..survival_nll.operators import REDUCTIONS
 from ..survival_nll.options import CENSORED_VISITS
 from . import (
@@ -128,7 +116,7 @@ def pmf_nll(
     """
     loss = PmfNll(False, censored_visit, reduction)
     others = (sequence_mask, entry_times, sample_weight)
-    return _loss(logits, event_times, event_indicators, others, loss, validate)
+    return loss_of_logits("pmf_nll", loss, logits, event_times, event_indicators, others, validate)
 
 
 def pmf_competing_risks_nll(
@@ -163,48 +151,4 @@ def pmf_competing_risks_nll(
     """
     loss = PmfNll(True, censored_visit, reduction)
     others = (sequence_mask, entry_times, sample_weight)
-    return _loss(logits, event_times, event_types, others, loss, validate)
-
-
-def _loss(
-    logits: Tensor | PackedRows,
-    times: Any,
-    types: Tensor | None,
-    others: tuple[Tensor | None, Tensor | None, Tensor | None],
-    loss: PmfNll,
-    validate: bool,
-) -> Tensor:
-    mask, entry_times, sample_weight = others
-    name = "event_types" if loss.competing else "event_indicators"
-    allowed = INTEGER | {torch.bool} if loss.competing else REAL
-    rows: Rows = PADDED
-    logits, times = with_batch(logits, times, "logits")
-    if isinstance(logits, PackedRows):
-        refuse_mask(mask)
-        batch = logits.batch
-        times = batch.event_times if times is None else times
-        types = getattr(batch, name) if types is None else types
-        if times is None or types is None:
-            raise ValueError(
-                f"event_times and {name}: expected with the batch or the call, got None"
-            )
-        logits, rows = logits.values, (batch.row_starts, batch.unsorted_indices, batch.last_rows)
-        check_hazards(logits, ("n_visits", "K") if loss.competing else ("n_visits",), "logits")
-        kinds = (name, types, allowed)
-        check_companions(logits, len(batch), times, kinds, entry_times, sample_weight, "logits")
-    else:
-        times, types = require_outcomes(event_times=times, **{name: types})
-        layout = ("B", "V", "K") if loss.competing else ("B", "V")
-        kinds = (name, types, allowed)
-        check_tensors(logits, layout, times, kinds, mask, entry_times, sample_weight, "logits")
-    if loss.competing and logits.shape[-1] < 1:
-        raise ValueError(f"logits: expected at least one cause, got shape {list(logits.shape)}")
-    loss.check()
-    inputs: Inputs = (logits, times, types, mask, entry_times, sample_weight)
-    device = logits.device.type
-    chosen = backend.choose("pmf_nll", device, logits.dtype)
-    if transformed(logits, sample_weight):
-        chosen = "reference"
-    if must_check_values(chosen, device, validate):
-        check_outcomes(as_padded(rows, inputs), "sigmoid")
-    return nll(chosen, rows, inputs, loss)
+    return loss_of_logits("pmf_nll", loss, logits, event_times, event_types, others, validate)
