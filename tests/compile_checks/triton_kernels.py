@@ -57,6 +57,7 @@ def _packed_pool(
     patients: int = 64,
     visits: int = 30,
     codes: int = 19,
+    weighted: bool = False,
 ) -> Callable[[torch.dtype], torch.Tensor]:
     from ehrseq_fast import PackedVisits, packed_visit_pool
 
@@ -64,7 +65,9 @@ def _packed_pool(
         batch = PackedVisits.from_lists([[list(range(1, codes + 1))] * visits] * patients)
         weight = torch.zeros(1000, width, dtype=dtype, requires_grad=True)
         scores = torch.zeros(1000, dtype=dtype, requires_grad=True) if mode == "attention" else None
-        return packed_visit_pool(batch, weight, mode=mode, scores=scores, sparse_grad=sparse_grad)
+        weights = torch.ones(batch.n_codes, requires_grad=True) if weighted else None
+        options = {"mode": mode, "scores": scores, "code_weights": weights}
+        return packed_visit_pool(batch, weight, sparse_grad=sparse_grad, **options)
 
     return run
 
@@ -236,6 +239,12 @@ def cases() -> Iterator[Case]:
     yield Case("packed ranking, competing", single, _ranking(4, packed=True), HOPPER)
     for dtype in (torch.bfloat16, torch.float64):
         yield Case("packed ranking", dtype, _ranking(None, packed=True), HOPPER)
+    of_codes = _packed_pool("mean", weighted=True)
+    yield Case(f"packed pooling, mean, weights, E {WIDE}", single, of_codes)
+    for dtype in (torch.bfloat16, torch.float64):
+        yield Case(f"packed pooling, mean, weights, E {WIDE}", dtype, of_codes, HOPPER)
+    of_codes = _packed_pool("sum", weighted=True)
+    yield Case(f"packed pooling, sum, weights, E {WIDE}", single, of_codes, HOPPER)
 
 
 @contextlib.contextmanager
@@ -329,6 +338,9 @@ def compiled_again() -> list[str]:
         lambda patients, visits: _packed_pool("mean", patients=patients, visits=visits),
         lambda patients, visits: _packed_pool("max", patients=patients, visits=visits),
         lambda patients, visits: _packed_pool("attention", patients=patients, visits=visits),
+        lambda patients, visits: _packed_pool(
+            "mean", patients=patients, visits=visits, weighted=True
+        ),
         lambda patients, visits: _packed_loss("mean", 2, patients=patients, visits=visits),
         lambda patients, visits: _packed_loss("none", None, patients=patients, visits=visits),
         lambda patients, visits: _next_codes(visits),
