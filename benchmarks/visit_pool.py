@@ -42,6 +42,9 @@ BAG_FLAT = "F.embedding_bag, flat codes"
 BAG_SUM = "F.embedding_bag, flat codes, summed and divided"
 OURS_PACKED = f"{OURS}, packed"
 OURS_PADDED = f"{OURS}, padded"
+OURS_WITHOUT = f"{OURS}, packed, without weights"
+WEIGHTED_PLAIN = "plain PyTorch, rows times weights"
+WEIGHTED_BAG = "F.embedding_bag, per_sample_weights"
 OURS_GRAPH = f"{OURS}, packed, CUDA graph"
 
 EMBEDDING_DIM = 128
@@ -182,6 +185,53 @@ def _variants(
         yield from ours(OURS_GRAPH, on, lambda: ours_packed(captured=True))
 
 
+def weighted_case(
+    batch: Batch,
+    device: Device,
+    *,
+    embedding_dim: int = EMBEDDING_DIM,
+    backend: str | None = None,
+) -> Case:
+    """The ways to pool one batch with a weight for each code. The weights are ones, so that pooling
+    without weights gives the same results and can be beside them."""
+    torch.manual_seed(0)
+    weight = torch.randn(batch.vocabulary, embedding_dim).to(device.name).requires_grad_()
+    packed = batch.packed
+    incoming = torch.randn(packed.n_visits, embedding_dim).to(weight)
+    of_codes = torch.ones(packed.n_codes).to(weight)
+    weighted = packed.with_code_weights(of_codes)
+    rows, codes, starts = packed.row_of_code, packed.codes, packed.code_offsets[:-1].contiguous()
+
+    def summed(values: Tensor) -> Tensor:
+        return values.new_zeros(packed.n_visits, *values.shape[1:]).index_add(0, rows, values)
+
+    def gathered() -> Tensor:
+        total = summed(F.embedding(codes, weight) * of_codes.unsqueeze(1))
+        return total / summed(of_codes).clamp(min=1).unsqueeze(1)
+
+    def bag() -> Tensor:
+        total = F.embedding_bag(codes, weight, starts, mode="sum", per_sample_weights=of_codes)
+        return total / summed(of_codes).clamp(min=1).unsqueeze(1)
+
+    def variant(forward: Callable[[], Tensor]) -> Variant:
+        return Variant(run_of(forward, [weight], incoming))
+
+    on = our_backends("packed_weighted_pool", device.name, weight.dtype, backend)
+    without = our_backends("packed_visit_pool", device.name, weight.dtype, backend)
+    variants = {
+        WEIGHTED_PLAIN: variant(gathered),
+        WEIGHTED_BAG: variant(bag),
+        **dict(ours(OURS_PACKED, on, lambda: variant(lambda: packed_visit_pool(weighted, weight)))),
+        **dict(
+            ours(OURS_WITHOUT, without, lambda: variant(lambda: packed_visit_pool(packed, weight)))
+        ),
+    }
+    return Case(
+        *(f"{OPERATION}, weights per code", batch.workload, batch.patients, "forward+backward"),
+        *(dtype_name(weight.dtype), variants, TOLERANCE[weight.dtype]),
+    )
+
+
 def bag_offsets(code_mask: Tensor) -> Tensor:
     """Where each visit's codes begin among the flat ones; int64, one per row of ``[..., C]``."""
     counts = code_mask.sum(-1).flatten()
@@ -208,6 +258,13 @@ def jobs(settings: Settings) -> Iterator[Job]:
         compiled = letter == main and not settings.quick
         weight = 22 if letter == main else {"E": 18}.get(letter, 8)
         yield job(letter, weight, for_target=letter == main, compiled=compiled)
+    yield of_case(
+        f"pooling {main}, weights per code",
+        3,
+        lambda session: weighted_case(
+            session.batch(main), session.device, embedding_dim=width, backend=settings.backend
+        ),
+    )
     yield job(main, 6, phase="forward")
     yield job(main, 7, cache="cold")
     if settings.serves(torch.bfloat16):
@@ -225,6 +282,8 @@ def modes() -> Iterator[Mode]:
             yield Mode("packed_visit_pool", mode, dtype, "packed_visit_pool", _of_packed)
         attention = ("packed_visit_pool", "attention", dtype, "packed_attention_pool")
         yield Mode(*attention, _of_packed)
+        weighted = ("packed_visit_pool with code_weights", "mean", dtype, "packed_weighted_pool")
+        yield Mode(*weighted, _of_packed)
     for mask in NUMERIC_MASKS:
         yield Mode("visit_mean_pool", "mean", torch.float32, "visit_pool", _of_padded, mask)
         yield Mode("masked_pool", "mean", torch.float32, "masked_pool", _of_embeddings, mask)
@@ -252,6 +311,10 @@ def _of_packed(mode: Mode, size: Size, device: str) -> Ways:
         scores = torch.randn(size.vocabulary, generator=generator).to(device, mode.dtype)
         options["scores"] = scores.requires_grad_()
         leaves.append(scores)
+    if mode.operation == "packed_weighted_pool":
+        weights = torch.rand(batch.n_codes, generator=generator) + 0.1
+        options["code_weights"] = weights.to(device).requires_grad_()
+        leaves.append(options["code_weights"])
     flat = (batch.codes, batch.code_offsets)
     return Ways(
         lambda: reference.packed_visit_pool(*flat, table, **options),
