@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .batch import PackedVisits
+from .next_codes import next_codes_bce
+from .rows import PackedRows
 from .survival_nll import (
     competing_risks_nll,
     discrete_time_survival_nll,
@@ -29,6 +31,7 @@ def warmup(
     modes: Sequence[str] = ("mean",),
     causes: int | None = None,
     from_logits: bool = False,
+    next_codes: bool = False,
     device: torch.device | str | None = None,
 ) -> list[str]:
     """Compile what training on such batches will launch, so that no training step waits for it.
@@ -47,6 +50,7 @@ def warmup(
         causes: competing risks to compile the loss for as well; None compiles the single-risk loss
             alone.
         from_logits: whether the losses are to take logits.
+        next_codes: compile :func:`~ehrseq_fast.next_codes_bce` too, without weights of classes.
         device: a GPU; by default the current one, or the host where there is none.
 
     Returns:
@@ -65,6 +69,8 @@ def warmup(
             _pool_once(patients, visits, codes, embedding_dim, vocab_size, dtype, mode, device)
         for count in (None, causes) if causes else (None,):
             _loss_once(patients, visits, count, from_logits, dtype, device)
+        if next_codes:
+            _codes_once(patients, visits, codes, vocab_size, dtype, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return sorted({launch.name for launch in launches})
@@ -135,3 +141,19 @@ def _loss_once(
             from_logits=from_logits,
         )
     (padded + packed).backward()
+
+
+def _codes_once(
+    patients: int,
+    visits: int,
+    codes: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    batch = PackedVisits.from_lists(_records(patients, visits, codes, vocab_size).tolist())
+    rows = PackedRows(torch.zeros(batch.n_visits, 1, dtype=dtype), batch).to(device)
+    weight = torch.zeros(vocab_size, 1, dtype=dtype, device=device, requires_grad=True)
+    next_codes_bce(rows, weight).backward()
+    with torch.no_grad():
+        next_codes_bce(rows, weight)

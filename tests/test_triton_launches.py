@@ -192,9 +192,9 @@ def test_held_back_launches_do_not_run():
 def test_warmup_names_what_it_launched():
     names = warmup(
         patients=3, visits=2, codes=2, embedding_dim=4, vocab_size=9, modes=("max", "attention"),
-        causes=2, device=torch.get_default_device(),
+        causes=2, next_codes=True, device=torch.get_default_device(),
     )  # fmt: skip
-    assert {"survival_nll_kernel", "scale_by_one_kernel"} < set(names)
+    assert {"survival_nll_kernel", "scale_by_one_kernel", "next_codes_rows"} < set(names)
     assert {
         "pool_masked",
         "pool_contiguous",
