@@ -269,33 +269,59 @@ void sum_score_gradients(const scalar_t* grad, const scalar_t* table, const scal
   }
 }
 
-// g . w or g . (w - o), in sixteen running sums that are added in pairs.
-template <bool kSubtracts, typename scalar_t>
-EHRSEQ_INLINE accumulator_t<scalar_t> dot_of_rows(const scalar_t* g, const scalar_t* w,
-                                                  const scalar_t* o, int64_t size) {
+// g . w or g . (w - o) for several rows w, each in sixteen running sums that are added in pairs.
+template <bool kSubtracts, int kRows, typename scalar_t>
+EHRSEQ_INLINE void dots_of_rows(const scalar_t* g, const scalar_t* const (&w)[kRows],
+                                const scalar_t* o, int64_t size, accumulator_t<scalar_t> scale,
+                                accumulator_t<scalar_t>* out) {
   using acc_t = accumulator_t<scalar_t>;
   constexpr int64_t kVectors = 16 / kWidth<acc_t>;
-  Native<acc_t> sums[kVectors] = {};
+  Native<acc_t> sums[kRows][kVectors] = {};
   int64_t i = 0;
   for (; i + 16 <= size; i += 16) {
     for (int64_t vector = 0; vector < kVectors; ++vector) {
       const int64_t at = i + vector * kWidth<acc_t>;
-      Native<acc_t> row = load_native(w + at);
-      if constexpr (kSubtracts) row -= load_native(o + at);
-      sums[vector] += rounded(load_native(g + at) * row);
+      const Native<acc_t> wide_g = load_native(g + at);
+      Native<acc_t> wide_o = {};
+      if constexpr (kSubtracts) wide_o = load_native(o + at);
+      for (int r = 0; r < kRows; ++r) {
+        Native<acc_t> row = load_native(w[r] + at);
+        if constexpr (kSubtracts) row -= wide_o;
+        sums[r][vector] += rounded(wide_g * row);
+      }
     }
   }
-  acc_t lanes[16];
+  acc_t lanes[kRows][16];
   std::memcpy(lanes, sums, sizeof lanes);
   for (int lane = 0; i < size; ++i, ++lane) {
-    acc_t row = static_cast<acc_t>(w[i]);
-    if constexpr (kSubtracts) row -= static_cast<acc_t>(o[i]);
-    lanes[lane] += rounded(static_cast<acc_t>(g[i]) * row);
+    for (int r = 0; r < kRows; ++r) {
+      acc_t row = static_cast<acc_t>(w[r][i]);
+      if constexpr (kSubtracts) row -= static_cast<acc_t>(o[i]);
+      lanes[r][lane] += rounded(static_cast<acc_t>(g[i]) * row);
+    }
   }
   for (int half = 8; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    for (int r = 0; r < kRows; ++r) {
+      for (int lane = 0; lane < half; ++lane) lanes[r][lane] += lanes[r][lane + half];
+    }
   }
-  return lanes[0];
+  for (int r = 0; r < kRows; ++r) out[r] = scale * lanes[r][0];
+}
+
+template <bool kSubtracts, typename scalar_t>
+EHRSEQ_INLINE void dots_of_visit(const scalar_t* g, const scalar_t* table, const scalar_t* o,
+                                 int64_t row_size, const int32_t* rows, int32_t begin, int32_t end,
+                                 accumulator_t<scalar_t> scale, accumulator_t<scalar_t>* out) {
+  int32_t i = begin;
+  for (; i + 4 <= end; i += 4) {
+    const scalar_t* const w[4] = {table + rows[i] * row_size, table + rows[i + 1] * row_size,
+                                  table + rows[i + 2] * row_size, table + rows[i + 3] * row_size};
+    dots_of_rows<kSubtracts>(g, w, o, row_size, scale, out + i);
+  }
+  for (; i < end; ++i) {
+    const scalar_t* const w[1] = {table + rows[i] * row_size};
+    dots_of_rows<kSubtracts>(g, w, o, row_size, scale, out + i);
+  }
 }
 
 template <typename scalar_t>
@@ -308,16 +334,11 @@ void sum_weight_gradients(const scalar_t* grad, const scalar_t* table, const sca
     const acc_t total = totals == nullptr ? acc_t(0) : totals[visit];
     const scalar_t* g = grad + visit * row_size;
     if (total < acc_t(1)) {
-      for (int32_t i = offsets[visit]; i < offsets[visit + 1]; ++i) {
-        grad_weights[i] = dot_of_rows<false>(g, table + rows[i] * row_size, g, row_size);
-      }
+      dots_of_visit<false>(g, table, g, row_size, rows, offsets[visit], offsets[visit + 1],
+                           acc_t(1), grad_weights);
     } else {
-      const acc_t scale = acc_t(1) / total;
-      const scalar_t* mean = pooled + visit * row_size;
-      for (int32_t i = offsets[visit]; i < offsets[visit + 1]; ++i) {
-        const acc_t dot = dot_of_rows<true>(g, table + rows[i] * row_size, mean, row_size);
-        grad_weights[i] = scale * dot;
-      }
+      dots_of_visit<true>(g, table, pooled + visit * row_size, row_size, rows, offsets[visit],
+                          offsets[visit + 1], acc_t(1) / total, grad_weights);
     }
   }
 }

@@ -3,6 +3,7 @@
 // nothing.
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -23,6 +24,13 @@ acc_t mean_scale(acc_t total) {
   return acc_t(1) / (total < acc_t(1) ? acc_t(1) : total);
 }
 
+template <typename acc_t>
+bool has_zero(const acc_t* weights, int64_t count) {
+  bool found = false;
+  for (int64_t i = 0; i < count; ++i) found |= weights[i] == acc_t(0);
+  return found;
+}
+
 // Entries without those of weight zero; the segments stay.
 template <typename acc_t>
 struct WeightedEntries {
@@ -30,26 +38,22 @@ struct WeightedEntries {
   std::vector<acc_t> weights;
   std::vector<int32_t> offsets;
 
-  void end_segment() { offsets.push_back(static_cast<int32_t>(rows.size())); }
-  void add(int32_t row, acc_t weight) {
-    rows.push_back(row);
-    weights.push_back(weight);
+  // `offsets` of segments in `all_rows` and `all_weights`.
+  WeightedEntries(const int32_t* all_rows, const acc_t* all_weights, const int32_t* all_offsets,
+                  int64_t n_segments)
+      : rows(all_offsets[n_segments] - all_offsets[0]), weights(rows.size()), offsets(1, 0) {
+    offsets.reserve(n_segments + 1);
+    int32_t count = 0;
+    for (int64_t segment = 0; segment < n_segments; ++segment) {
+      for (int32_t i = all_offsets[segment]; i < all_offsets[segment + 1]; ++i) {
+        rows[count] = all_rows[i];
+        weights[count] = all_weights[i];
+        count += !(all_weights[i] == acc_t(0));
+      }
+      offsets.push_back(count);
+    }
   }
 };
-
-template <typename acc_t>
-WeightedEntries<acc_t> without_zeros(const PackedBatch& in, const acc_t* weights, int64_t begin,
-                                     int64_t end) {
-  WeightedEntries<acc_t> kept;
-  kept.end_segment();
-  for (int64_t visit = begin; visit < end; ++visit) {
-    for (int32_t i = in.offsets[visit]; i < in.offsets[visit + 1]; ++i) {
-      if (!(weights[i] == acc_t(0))) kept.add(in.codes[i], weights[i]);
-    }
-    kept.end_segment();
-  }
-  return kept;
-}
 
 std::tuple<Tensor, Tensor> packed_weighted_pool(Tensor codes, Tensor code_offsets, Tensor weight,
                                                 Tensor code_weights, int64_t mode) {
@@ -83,16 +87,14 @@ std::tuple<Tensor, Tensor> packed_weighted_pool(Tensor codes, Tensor code_offset
         of_visits[begin + i] = total;
         scales[i] = mean_scale(total);
       }
-      bool zeros = false;
-      for (int32_t i = in.offsets[begin]; i < in.offsets[end]; ++i) zeros |= weights[i] == acc_t(0);
-      Segments<acc_t> segments{in.codes, weights, mode == kMean ? scales.data() : nullptr,
-                               in.offsets + begin};
-      WeightedEntries<acc_t> kept;
-      if (zeros) {
-        kept = without_zeros(in, weights, begin, end);
-        segments.rows = kept.rows.data();
-        segments.weights = kept.weights.data();
-        segments.offsets = kept.offsets.data();
+      const int32_t* offsets = in.offsets + begin;
+      Segments<acc_t> segments{in.codes, weights, mode == kMean ? scales.data() : nullptr, offsets};
+      std::optional<WeightedEntries<acc_t>> kept;
+      if (has_zero(weights + offsets[0], in.offsets[end] - offsets[0])) {
+        kept.emplace(in.codes, weights, offsets, end - begin);
+        segments.rows = kept->rows.data();
+        segments.weights = kept->weights.data();
+        segments.offsets = kept->offsets.data();
       }
       row_kernels<scalar_t>().sum_segments(rows, row_size, segments, 0, end - begin,
                                            out + begin * row_size);
@@ -104,54 +106,70 @@ std::tuple<Tensor, Tensor> packed_weighted_pool(Tensor codes, Tensor code_offset
 // ---------------------------------------------------------------------------------------------
 // The gradient of the table
 
-// The segment of a code, or -1: from a table of all codes up to the index's last, or by search
-// where such a table would be much longer than the batch.
-class SegmentOf {
+// The next entry of each code's segment: by a table of all codes up to the index's last, or by
+// search where such a table would be much longer than the batch.
+class NextEntries {
  public:
-  explicit SegmentOf(const PackedIndex& index) : index_(index) {
+  explicit NextEntries(const PackedIndex& index) : index_(index) {
     const int64_t last = index.n_codes > 0 ? index.codes[index.n_codes - 1] : -1;
-    if (last > 65536 + 16 * index.n_entries) return;
-    table_.assign(last + 1, -1);
-    for (int64_t i = 0; i < index.n_codes; ++i) table_[index.codes[i]] = static_cast<int32_t>(i);
+    by_code_ = last <= 65536 + 16 * index.n_entries;
+    next_.assign(by_code_ ? last + 1 : index.n_codes, static_cast<int32_t>(index.n_entries));
+    for (int64_t i = 0; i < index.n_codes; ++i) {
+      next_[by_code_ ? index.codes[i] : i] = index.offsets[i];
+    }
   }
 
-  int64_t operator()(int32_t code) const {
-    if (!table_.empty()) return code < static_cast<int64_t>(table_.size()) ? table_[code] : -1;
-    const int32_t* end = index_.codes + index_.n_codes;
-    const int32_t* found = std::lower_bound(index_.codes, end, code);
-    return found != end && *found == code ? found - index_.codes : -1;
+  // n_entries, or more, where there is none.
+  int64_t take(int32_t code) {
+    int64_t place = code;
+    if (!by_code_) place = segment_of(code);
+    return place < static_cast<int64_t>(next_.size()) ? next_[place]++ : index_.n_entries;
+  }
+
+  // Whether every segment has been taken to its end.
+  bool are_taken() const {
+    bool taken = true;
+    for (int64_t i = 0; i < index_.n_codes; ++i) {
+      taken &= next_[by_code_ ? index_.codes[i] : i] == index_.offsets[i + 1];
+    }
+    return taken;
   }
 
  private:
+  int64_t segment_of(int32_t code) const {
+    const int32_t* end = index_.codes + index_.n_codes;
+    const int32_t* found = std::lower_bound(index_.codes, end, code);
+    return found != end && *found == code ? found - index_.codes : index_.n_codes;
+  }
+
   const PackedIndex& index_;
-  std::vector<int32_t> table_;
+  bool by_code_;
+  std::vector<int32_t> next_;
 };
 
 // What each entry of the index multiplies its visit's gradient by, in the index's order: a visit's
 // scale times the weight. By one pass over the codes, each of which takes the next entry of its
-// segment. `dropped` is filled where a weight is zero.
+// segment.
 template <typename acc_t>
 std::vector<acc_t> weights_of_entries(const PackedBatch& in, const PackedIndex& index,
                                       const acc_t* weights, const acc_t* totals,
-                                      std::vector<uint8_t>& dropped, const char* operation) {
-  const SegmentOf segment_of(index);
-  std::vector<int32_t> next(index.offsets, index.offsets + index.n_codes);
+                                      const char* operation) {
+  NextEntries next(index);
   std::vector<acc_t> of_entries(index.n_entries);
+  bool found = true;
   for (int64_t visit = 0; visit < in.n_visits; ++visit) {
     const acc_t scale = totals == nullptr ? acc_t(1) : mean_scale(totals[visit]);
     for (int32_t i = in.offsets[visit]; i < in.offsets[visit + 1]; ++i) {
-      const int64_t segment = segment_of(in.codes[i]);
-      const int64_t entry = segment < 0 ? index.n_entries : next[segment]++;
-      if (entry >= index.n_entries || index.visits[entry] != visit) {
-        refuse(operation, "index_visits", "the visits of every code of the batch",
-               "none for " + std::to_string(in.codes[i]) + " in visit " + std::to_string(visit));
-      }
-      of_entries[entry] = scale * weights[i];
-      if (weights[i] == acc_t(0)) {
-        if (dropped.empty()) dropped.resize(index.n_entries);
-        dropped[entry] = 1;
+      const int64_t entry = next.take(in.codes[i]);
+      if (entry < index.n_entries) {
+        of_entries[entry] = scale * weights[i];
+      } else {
+        found = false;
       }
     }
+  }
+  if (!found || !next.are_taken()) {
+    refuse(operation, "index_codes", "the index of these codes", "that of others");
   }
   return of_entries;
 }
@@ -208,20 +226,13 @@ struct WeightedGradient {
     using acc_t = accumulator_t<scalar_t>;
     const auto* totals =
         mode == kMean ? static_cast<const acc_t*>(of_visits->const_data_ptr()) : nullptr;
-    std::vector<uint8_t> dropped;
-    const auto weights = weights_of_entries(
-        batch, index, static_cast<const acc_t*>(of_codes.data_ptr()), totals, dropped, operation);
+    const auto* weights_of_codes = static_cast<const acc_t*>(of_codes.data_ptr());
+    const auto weights = weights_of_entries(batch, index, weights_of_codes, totals, operation);
     IndexView<acc_t> view{index.codes, index.offsets, index.visits, weights.data(), index.n_codes};
-    WeightedEntries<acc_t> kept;
-    if (!dropped.empty()) {
-      kept.end_segment();
-      for (int64_t segment = 0; segment < index.n_codes; ++segment) {
-        for (int32_t i = index.offsets[segment]; i < index.offsets[segment + 1]; ++i) {
-          if (!dropped[i]) kept.add(index.visits[i], weights[i]);
-        }
-        kept.end_segment();
-      }
-      view = {index.codes, kept.offsets.data(), kept.rows.data(), kept.weights.data(),
+    std::optional<WeightedEntries<acc_t>> kept;
+    if (has_zero(weights.data(), index.n_entries)) {
+      kept.emplace(index.visits, weights.data(), index.offsets, index.n_codes);
+      view = {index.codes, kept->offsets.data(), kept->rows.data(), kept->weights.data(),
               index.n_codes};
       const std::vector<acc_t> zeros(row_size());
       for (int64_t segment = 0; segment < index.n_codes; ++segment) {

@@ -166,17 +166,15 @@ def packed_visit_pool(
             chosen, batch.codes, batch.code_offsets, *index, weight, scores, row
         )
     if code_weights is not None:
-        return _PackedWeightedPool.apply(
-            chosen,
-            batch.codes,
-            batch.code_offsets,
-            *index,
-            weight,
-            code_weights.to(accumulator(weight.dtype)),
-            MODES[mode],
-            row,
-            sparse_grad,
-        )
+        wide = code_weights.to(accumulator(weight.dtype))
+        if torch.is_grad_enabled() and (weight.requires_grad or wide.requires_grad):
+            codes = (batch.codes, batch.code_offsets)
+            return _PackedWeightedPool.apply(
+                chosen, *codes, *index, weight, wide, MODES[mode], row, sparse_grad
+            )
+        return operators(chosen).packed_weighted_pool.default(
+            batch.codes, batch.code_offsets, weight, wide, MODES[mode]
+        )[0]
     if torch.is_grad_enabled() and weight.requires_grad:
         return _PackedVisitPool.apply(
             chosen, batch.codes, batch.code_offsets, *index, weight, MODES[mode], row, sparse_grad
