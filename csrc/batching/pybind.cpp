@@ -86,12 +86,14 @@ Vocabulary vocabulary_of(int64_t size) {
 
 IntColumn column(const py::array& array) {
   return {static_cast<const char*>(array.data()), array.strides(0), array.size(),
-          *kind_of(array.dtype())};
+          array.itemsize() == sizeof(int64_t)};
 }
+
+CodeColumn codes_of(const py::array& array) { return {column(array), *kind_of(array.dtype())}; }
 
 IntColumn column(const std::vector<int64_t>& values) {
   return {reinterpret_cast<const char*>(values.data()), sizeof(int64_t),
-          static_cast<int64_t>(values.size()), IntKind::kInt64};
+          static_cast<int64_t>(values.size()), true};
 }
 
 template <typename Array>
@@ -134,7 +136,7 @@ py::tuple pack_flat(const py::array& codes, const py::array& visit_offsets,
   expect_offset("patient_offsets", patient_offsets);
   if (patients) expect_shape("patients", patients, {patients->size()});
   const Vocabulary vocabulary = vocabulary_of(vocab_size);
-  const IntColumn flat_codes = column(codes);
+  const CodeColumn flat_codes = codes_of(codes);
   const IntColumn visits = column(visit_offsets);
   const IntColumn patient_column = column(patient_offsets);
   const int64_t* const chosen = data_or_null(patients);
@@ -163,7 +165,7 @@ py::tuple pack_mapped(const py::array& codes, const py::array& visit_offsets,
   expect_shape<Longs>("n_visits", n_visits, {n_chosen});
   expect_shape<Ints>("code_map", code_map, {code_map.size()});
   const Vocabulary vocabulary = vocabulary_of(vocab_size);
-  const IntColumn flat_codes = column(codes);
+  const CodeColumn flat_codes = codes_of(codes);
   const IntColumn visits = column(visit_offsets);
   const IntColumn patient_column = column(patient_offsets);
   const int64_t* const chosen = patients.data();
@@ -190,7 +192,7 @@ py::tuple pack_lists(const py::object& patients, int64_t vocab_size,
   Packed packed;
   {
     const py::gil_scoped_release released;
-    const FlatRecords records(column(flat.codes), column(flat.visit_offsets),
+    const FlatRecords records({column(flat.codes)}, column(flat.visit_offsets),
                               column(flat.patient_offsets), nullptr, 0, flat.huge);
     packed = pack(records, vocabulary, outcomes, with_source_rows);
   }

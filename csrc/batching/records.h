@@ -31,6 +31,42 @@ struct Vocabulary {
   bool holds(int64_t code) const { return code >= 0 && code < size; }
 };
 
+// A one-dimensional array of int32 or int64 with any stride, read in place: the big arrays may
+// be memory-mapped and must not be copied, not even when they are a column of a table.
+struct IntColumn {
+  const char* data = nullptr;
+  int64_t stride = 0;
+  int64_t size = 0;
+  bool wide = true;
+
+  int64_t operator[](int64_t i) const {
+    const char* at = data + i * stride;
+    if (wide) {
+      int64_t value;
+      std::memcpy(&value, at, sizeof(value));
+      return value;
+    }
+    int32_t value;
+    std::memcpy(&value, at, sizeof(value));
+    return value;
+  }
+
+  // Asks for a patient's part of the array, which is at a random place in memory, ahead of its use.
+  // Not inlined, GCC takes it for a function without effect and leaves the calls out.
+#ifdef __GNUC__
+  [[gnu::always_inline]]
+#endif
+  void prefetch([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t end) const {
+#ifdef __GNUC__
+    constexpr int64_t kMost = 4096, kLine = 64;
+    if (first < 0 || end > size || first >= end) return;
+    const char* const begin = data + first * stride;
+    const int64_t bytes = std::min((end - first) * stride, kMost);
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
+#endif
+  }
+};
+
 enum class IntKind : uint8_t { kInt64, kInt32, kInt16, kInt8, kUint64, kUint32, kUint16, kUint8 };
 
 template <typename int_t>
@@ -60,34 +96,14 @@ inline int64_t read_other_int(IntKind kind, const char* at) {
   }
 }
 
-// A one-dimensional array of integers with any stride, read in place: the big arrays may be
-// memory-mapped and must not be copied, not even when they are a column of a table.
-struct IntColumn {
-  const char* data = nullptr;
-  int64_t stride = 0;
-  int64_t size = 0;
+// Codes may be narrower, and without a sign. The two dtypes that most have are read as offsets are.
+struct CodeColumn {
+  IntColumn column;
   IntKind kind = IntKind::kInt64;
 
+  bool is_plain() const { return kind == IntKind::kInt64 || kind == IntKind::kInt32; }
   int64_t operator[](int64_t i) const {
-    const char* at = data + i * stride;
-    if (kind == IntKind::kInt64) return read_int<int64_t>(at);
-    if (kind == IntKind::kInt32) return read_int<int32_t>(at);
-    return read_other_int(kind, at);
-  }
-
-  // Asks for a patient's part of the array, which is at a random place in memory, ahead of its use.
-  // Not inlined, GCC takes it for a function without effect and leaves the calls out.
-#ifdef __GNUC__
-  [[gnu::always_inline]]
-#endif
-  void prefetch([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t end) const {
-#ifdef __GNUC__
-    constexpr int64_t kMost = 4096, kLine = 64;
-    if (first < 0 || end > size || first >= end) return;
-    const char* const begin = data + first * stride;
-    const int64_t bytes = std::min((end - first) * stride, kMost);
-    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
-#endif
+    return is_plain() ? column[i] : read_other_int(kind, column.data + i * column.stride);
   }
 };
 
@@ -120,7 +136,7 @@ struct HugeCode {
 class FlatRecords {
  public:
   // `n_visits`, one for each chosen patient, takes that many of its first visits; null takes all.
-  FlatRecords(IntColumn codes, const IntColumn& visit_offsets, const IntColumn& patient_offsets,
+  FlatRecords(CodeColumn codes, const IntColumn& visit_offsets, const IntColumn& patient_offsets,
               const int64_t* chosen, int64_t n_chosen, HugeCode huge = {},
               const int64_t* n_visits = nullptr)
       : codes_(codes), huge_(std::move(huge)), is_chosen_(chosen != nullptr) {
@@ -145,8 +161,9 @@ class FlatRecords {
   int32_t* copy_visit(int64_t patient, int64_t visit, int32_t* to, const Vocabulary& vocabulary,
                       bool& all_inside) const {
     const int64_t* const offsets = offsets_of(patient) + visit;
+    if (!codes_.is_plain()) return copy_other(offsets[0], offsets[1], to, vocabulary, all_inside);
     for (int64_t at = offsets[0]; at < offsets[1]; ++at) {
-      const int64_t code = codes_[at];
+      const int64_t code = codes_.column[at];
       all_inside &= vocabulary.holds(code);
       *to++ = static_cast<int32_t>(code);
     }
@@ -176,7 +193,8 @@ class FlatRecords {
   }
 
  protected:
-  int64_t code_at(int64_t at) const { return codes_[at]; }
+  // Of a dictionary's codes, which are never narrower.
+  int64_t code_at(int64_t at) const { return codes_.column[at]; }
 
   // One more than the patient has visits.
   const int64_t* offsets_of(int64_t patient) const {
@@ -184,6 +202,19 @@ class FlatRecords {
   }
 
  private:
+#ifdef __GNUC__
+  [[gnu::noinline]]
+#endif
+  int32_t* copy_other(int64_t begin, int64_t end, int32_t* to, const Vocabulary& vocabulary,
+                      bool& all_inside) const {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t code = codes_[at];
+      all_inside &= vocabulary.holds(code);
+      *to++ = static_cast<int32_t>(code);
+    }
+    return to;
+  }
+
   void check_chosen(int64_t n_records) const {
     Offenders outside;
     for (size_t p = 0; p < chosen_.size(); ++p)
@@ -262,13 +293,13 @@ class FlatRecords {
       const int64_t* const offsets = offsets_of(patient);
       for (int64_t visit = 0; visit < length(patient); ++visit) {
         const int64_t begin = offsets[visit], end = offsets[visit + 1];
-        if (begin < 0 || end < begin || end > codes_.size) falling.add(patient, visit);
+        if (begin < 0 || end < begin || end > codes_.column.size) falling.add(patient, visit);
       }
-      codes_.prefetch(offsets[0], offsets[length(patient)]);
+      codes_.column.prefetch(offsets[0], offsets[length(patient)]);
     }
     if (falling) {
       const int64_t* const offsets = offsets_of(falling.patient) + falling.visit;
-      refuse_value("visit_offsets must rise within [0, " + text(codes_.size) + "]. Found " +
+      refuse_value("visit_offsets must rise within [0, " + text(codes_.column.size) + "]. Found " +
                    text(falling.count) + " visits where they do not. The first is " +
                    name(falling.patient) + ", visit " + text(falling.visit) + ": from " +
                    text(offsets[0]) + " to " + text(offsets[1]) + ".");
@@ -277,7 +308,7 @@ class FlatRecords {
 
   static constexpr int64_t kAhead = 8;  // patients whose offsets are fetched beforehand
 
-  IntColumn codes_;
+  CodeColumn codes_;
   HugeCode huge_;
   bool is_chosen_;
   std::vector<int64_t> chosen_;
