@@ -2,11 +2,10 @@
 //
 // Settings have `patients`, `slots` and `classes` (values per visit), and beside them, in their
 // namespace:
-//   rows_nll(settings, rows, nll)  each patient's loss, unweighted, and the gradient of the
-//   weighted
-//                                  one
-//   slots_read(settings, outcomes, count)  how many visits of these patients, which are those of
-//                                  neighbouring ranks, are to be put into rows
+//   rows_nll(settings, rows, nll)           the loss of each, unweighted, and the gradient of the
+//                                           weighted one
+//   slots_read(settings, outcomes, count)   how many visits of these patients, which are those of
+//                                           neighbouring ranks, are to be put into rows
 #pragma once
 
 #include <algorithm>
