@@ -122,11 +122,15 @@ def test_layouts_and_which_visit(unemulated, next_visit):
     count = batch.n_visits - len(batch) * next_visit
     mean = next_codes_bce(rows, *parameters, batch, next_visit=next_visit)
     torch.testing.assert_close(mean, of_rows.sum() / count)
-    weights = torch.rand(mask.shape)
-    weighted = next_codes_bce(
-        dirty, *parameters, batch, next_visit=next_visit, visit_weight=weights, reduction="sum"
-    )
+    weights = torch.where(mask, torch.rand(mask.shape), -1.0)  # padding may hold anything
+    options = {"next_visit": next_visit, "reduction": "sum"}
+    weighted = next_codes_bce(dirty, *parameters, batch, visit_weight=weights, **options)
     torch.testing.assert_close(weighted, (weights * expected).sum())
+    weights[mask.nonzero()[0].tolist()[0], 0] = -0.5
+    with pytest.raises(
+        ValueError, match=r"visit_weight: expected at least 0, got -0.5 at \[0, 0\]"
+    ):
+        next_codes_bce(dirty, *parameters, batch, visit_weight=weights, **options)
 
 
 def test_codes_and_offsets_with_padded_states(unemulated):

@@ -15,7 +15,7 @@ from ..rows.beside import values_beside
 from . import operators  # noqa: F401  (which defines what is called here)
 from .fused import Inputs, losses
 from .sampling import draw, sampled_losses
-from .targets import Ragged, find
+from .targets import Ragged, Targets, find
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -121,7 +121,7 @@ def next_codes_bce(
     if reads:
         visits.refuse_codes_outside(classes)
     if visit_weight is not None:
-        _check_visit_weight(values, visits.shape, visit_weight, reduction, reads)
+        _check_visit_weight(values, visits, visit_weight, reduction, reads)
         visit_weight = visits.take(visit_weight).to(accumulator(values.dtype))
     chosen = backend.choose("next_codes", values.device.type, values.dtype)
     inputs = Inputs(
@@ -200,22 +200,30 @@ def _check_weights(
 
 
 def _check_visit_weight(
-    values: Tensor, shape: torch.Size, visit_weight: Tensor, reduction: str, reads: bool
+    values: Tensor, visits: Targets, visit_weight: Tensor, reduction: str, reads: bool
 ) -> None:
     expect_tensor("visit_weight", visit_weight)
     if visit_weight.dtype not in REAL:
         raise TypeError(f"visit_weight: expected a real dtype, got {visit_weight.dtype}")
-    if visit_weight.shape != shape:
+    if visit_weight.shape != visits.shape:
         raise ValueError(
-            f"visit_weight: expected one per visit, {list(shape)}, got {list(visit_weight.shape)}"
+            f"visit_weight: expected one per visit, {list(visits.shape)}, got "
+            f"{list(visit_weight.shape)}"
         )
     expect_device("visit_weight", visit_weight, values.device, "states")
     if reduction != "none":
         _refuse_gradient("visit_weight", visit_weight, values)
-    if reads and bool((wrong := visit_weight < 0).any()):
-        visit = wrong.nonzero()[0].tolist()
-        value = float(visit_weight[tuple(visit)])
-        raise ValueError(f"visit_weight: expected at least 0, got {value:g} at {visit}")
+    if not reads:
+        return
+    counted = visits.take(visit_weight)  # padding may hold anything
+    if bool((wrong := counted < 0).any()):
+        at = int(wrong.to(torch.int8).argmax())
+        place = at if visits.rows is None else int(visits.rows[at])
+        visit = torch.unravel_index(torch.tensor(place, device="cpu"), visits.shape)
+        raise ValueError(
+            f"visit_weight: expected at least 0, got {float(counted[at]):g} at "
+            f"{[int(number) for number in visit]}"
+        )
 
 
 def _refuse_gradient(name: str, tensor: Tensor, *others: Tensor) -> None:
