@@ -69,6 +69,13 @@ def everything() -> list[torch.Tensor]:
                     results += [pooled, *torch.autograd.grad(pooled, embeddings, grad)]
                 pooled = packed_visit_pool(batch, table, mode=mode)
                 results += [pooled, *torch.autograd.grad(pooled, table, batch.pack(grad))]
+            of_codes = special(torch.randn(batch.n_codes, generator=generator)).requires_grad_()
+            for mode in ("mean", "sum"):
+                pooled = packed_visit_pool(batch, table, mode=mode, code_weights=of_codes)
+                results += [
+                    pooled,
+                    *torch.autograd.grad(pooled, [table, of_codes], batch.pack(grad)),
+                ]
             pooled = packed_visit_pool(batch, table, mode="attention", scores=scores)
             results += [pooled, *torch.autograd.grad(pooled, [table, scores], batch.pack(grad))]
     return [result.detach() for result in results]

@@ -168,7 +168,8 @@ class VisitPool(nn.Module):
                 either by domain, of the same patients and visits.
             mask: ``[..., C]`` bool or numeric, 0 where a slot is padding; without it every slot
                 counts, padding too. A fractional mask is a weight; attention takes 0 and 1 alone.
-                With several tables a dict by domain, or None. A packed batch takes none.
+                With several tables a dict by domain, or None. A packed batch takes none, and its
+                weights of codes are used, or refused with max and attention.
 
         Raises:
             ValueError: for shapes that do not fit, a mask beside a packed batch, fractional masks
@@ -316,7 +317,10 @@ class VisitPool(nn.Module):
 def _packed(codes: Tensor, mask: Tensor | None) -> PackedVisits:
     from ..batch import PackedVisits
 
-    return PackedVisits.from_padded(codes, mask)
+    batch = PackedVisits.from_padded(codes, mask)
+    if batch.code_weights is not None:
+        raise ValueError("mask: expected 0 and 1 with mode='attention', got weights of codes")
+    return batch
 
 
 def _scorer(width: int, like: Tensor | None) -> nn.Sequential:
