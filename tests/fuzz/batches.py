@@ -121,7 +121,8 @@ def _array_changed(draw: Draw, array: np.ndarray) -> np.ndarray:  # noqa: PLR091
     if what == 3:
         return array[: draw.whole(0, array.size)]
     if what == 4:
-        return array.astype(draw.one_of((np.int16, np.float64, np.uint64, object, np.bool_)))
+        integers = (np.int8, np.int16, np.uint8, np.uint16, np.uint32, np.uint64)
+        return array.astype(draw.one_of((*integers, np.float64, object, np.bool_)))
     if what == 5:
         return array[None]
     if what == 6 and array.size:
