@@ -1,4 +1,4 @@
-"""The loss of rates that are constant within intervals, which the survival losses' kernels sum."""
+"""The loss of rates that are constant within intervals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ehrseq_fast import piecewise_hazard_nll
-from ehrseq_fast.survival_nll import reference
+from ehrseq_fast.piecewise_hazard import reference
 
 from .jobs import Benchmark
 from .modes import DTYPES, NUMERIC_MASKS, Mode, Size, Ways
@@ -37,9 +37,9 @@ def _of_mode(mode: Mode, size: Size, device: str) -> Ways:
 def modes() -> Iterator[Mode]:
     for link in ("softplus", "exp"):
         for dtype in DTYPES:
-            yield Mode(FUNCTION, link, dtype, "survival_nll", _of_mode, torch.bool)
+            yield Mode(FUNCTION, link, dtype, "piecewise_hazard", _of_mode, torch.bool)
     for mask in NUMERIC_MASKS:
-        yield Mode(FUNCTION, "softplus", torch.float32, "survival_nll", _of_mode, mask)
+        yield Mode(FUNCTION, "softplus", torch.float32, "piecewise_hazard", _of_mode, mask)
 
 
 BENCHMARK = Benchmark(modes=tuple(modes()))

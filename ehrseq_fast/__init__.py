@@ -23,18 +23,17 @@ from .fixed_horizon import fixed_horizon_bce, fixed_horizon_labels
 from .next_codes import NextCodesLoss, next_codes_bce
 from .packed_gru import PackedGRU, packed_gru
 from .packed_lstm import PackedLSTM, packed_lstm
+from .piecewise_hazard import PiecewiseHazardLoss, piecewise_hazard_nll
 from .pmf_nll import PMFCompetingRisksLoss, PMFLoss, pmf_competing_risks_nll, pmf_nll
 from .predictions import cumulative_incidence
 from .rows import PackedRows
 from .survival_nll import (
     CompetingRisksSurvivalLoss,
     DiscreteTimeSurvivalLoss,
-    PiecewiseHazardLoss,
     competing_risks_nll,
     discrete_time_survival_nll,
     packed_competing_risks_nll,
     packed_survival_nll,
-    piecewise_hazard_nll,
 )
 from .visit_cross_entropy import VisitCrossEntropyLoss, visit_cross_entropy
 from .visit_pool import masked_pool, packed_visit_pool, visit_mean_pool

@@ -144,7 +144,8 @@ def test_a_patient_of_weight_0_is_left_out(backend, dtype, sigma):
 @pytest.mark.parametrize(
     ("where", "value"),
     [
-        *((what, v) for what in ("logits", "weights") for v in (torch.nan, torch.inf, -torch.inf)),
+        *((what, v) for what in ("logits", "weights") for v in (torch.nan, torch.inf)),
+        ("logits", -torch.inf),
         ("incoming gradient", torch.nan),
     ],
 )

@@ -37,7 +37,7 @@ ENTRIES = [1, 0, 0, 2, 0, 3, 0]
 TYPES = [1, 0, 2, 0, 1, 2, 1]
 LAYOUTS = ("padded", "packed")
 SPECIAL = {
-    "probabilities": [math.nan, math.inf, -math.inf, 0.0, 1.0, -0.5, 1.5, 1e-9, 0.3],
+    "probabilities": [math.nan, 0.0, 1.0, 1e-9, 0.3],  # others are refused
     "sigmoid": [math.nan, math.inf, -math.inf, 0.0, 1e4, -1e4, 60.0, -60.0, 0.3],
     "softmax": [math.nan, math.inf, -math.inf, 0.0, 1e4, -1e4, 60.0, -60.0, 0.3],
 }
@@ -138,10 +138,10 @@ EPS = (0.0, 1e-300, 1e-50, 1e-8, 1e-7, 0.1)
 def test_clamped_hazards_have_no_gradient(backend, layout, eps, causes, dtype):
     """Also where 1 - eps is rounded to 1, and eps to 0."""
     shape = shape_of("probabilities", causes)
-    values = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.25, 0.5, math.inf], dtype=dtype)
+    values = torch.tensor([0.0, 1.0, 0.25, 0.5], dtype=dtype)
     for seed in range(1 if is_emulated(backend) else 3):
         torch.manual_seed(seed)
-        hazards = values[torch.randint(0, 7, shape)].requires_grad_()
+        hazards = values[torch.randint(0, 4, shape)].requires_grad_()
         ones = torch.ones(len(LENGTHS))
         nll = call(
             layout, "probabilities", causes, hazards, eps=eps, reduction="none",
@@ -198,8 +198,8 @@ def test_weights_and_incoming_gradients_reach_what_is_at_risk_alone(
     else:
         hazards[0, 2], hazards[3, 2] = -500.0, 500.0
     hazards.requires_grad_()
-    bad = [math.nan, math.inf, -math.inf, 0.0]
-    cases = list(itertools.product([1.0, *bad], [1.0, *bad], ["none", "sum"]))
+    bad = [math.nan, math.inf, 0.0]
+    cases = list(itertools.product([1.0, *bad], [1.0, *bad, -math.inf], ["none", "sum"]))
     if is_emulated(backend):
         cases = [(math.nan, 1.0, "none"), (math.inf, 1.0, "sum"), (0.0, math.nan, "none")]
         cases += [(1.0, math.inf, "sum")]

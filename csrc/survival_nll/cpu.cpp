@@ -11,6 +11,7 @@
 #include "common/survival/outcomes.h"
 #include "common/tensors.h"
 #include "survival_nll/arguments.h"
+#include "survival_nll/improbable.h"
 #include "survival_nll/rows.h"
 
 namespace ehrseq::survival {
@@ -47,11 +48,16 @@ std::tuple<Tensor, Tensor> padded_nll(const char* operation, bool competing, con
   dispatch_floating(hazards.scalar_type(), operation, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
+    const auto* values = data<const scalar_t>(rows);
     const PaddedPatients<scalar_t, LossSettings> all(
-        settings, outcomes, data<const scalar_t>(rows),
-        needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr);
+        settings, outcomes, values, needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr);
     const Tensor nll = nll_of_groups<scalar_t>(settings, rows, all);
-    if (!all.possible()) outcomes.refuse();
+    if (!all.possible()) {
+      outcomes.refuse_impossible();
+      refuse_improbable(settings, outcomes, [&](int64_t patient, int64_t visit) {
+        return values + (patient * slots + visit) * classes;
+      });
+    }
     result = {nll, grad};
   });
   return result;

@@ -84,7 +84,7 @@ class FromProbabilities {
   EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& h, const Scale& scale) {
     const Lanes<T> clamped = clamp(h);
     product_.multiply(1.0, -clamped, least_);
-    return only_where<T>(inside(h), scale / (T(1) - clamped));
+    return only_where<T>(noted_inside(h), scale / (T(1) - clamped));
   }
 
   // Of some lanes; the others count nothing.
@@ -94,7 +94,7 @@ class FromProbabilities {
     const Lanes<T> h = counts ? values : broadcast(T(0.5));
     const Lanes<T> clamped = clamp(h);
     product_.multiply(1.0, only_where<T>(counts, -clamped), least_);
-    return only_where<T>(counts, only_where<T>(inside(h), scale / (T(1) - clamped)));
+    return only_where<T>(counts, only_where<T>(noted_inside(h), scale / (T(1) - clamped)));
   }
 
   template <typename Scale>
@@ -106,7 +106,7 @@ class FromProbabilities {
                       only_where<T>(counts, event ? clamped : -clamped), least_);
     const Lanes<T> scales = event ? scale_of_event<T>(scale) : scale - Lanes<T>{};
     const Lanes<T> slope = scales / (event ? clamped : T(1) - clamped);
-    return only_where<T>(counts, only_where<T>(inside(h), slope));
+    return only_where<T>(counts, only_where<T>(noted_inside(h), slope));
   }
 
   EHRSEQ_INLINE void flush() { product_.flush(); }
@@ -116,6 +116,10 @@ class FromProbabilities {
     return rest - log_nonnegative(argument);
   }
 
+  // Clears the lanes of `inside` in which a trial was outside the clamp: one that no probability
+  // is may be among them.
+  EHRSEQ_INLINE void join(Mask<T>* inside) const { *inside &= all_inside_; }
+
  private:
   // Comparisons, not min and max: a NaN at risk has to reach the loss.
   EHRSEQ_INLINE Lanes<T> clamp(const Lanes<T>& h) const {
@@ -123,8 +127,10 @@ class FromProbabilities {
     return raised > highest_ ? broadcast(highest_) : raised;
   }
 
-  EHRSEQ_INLINE Mask<T> inside(const Lanes<T>& h) const {
-    return (h >= inner_lowest_) & (h <= inner_highest_);
+  EHRSEQ_INLINE Mask<T> noted_inside(const Lanes<T>& h) {
+    const Mask<T> inside = (h >= inner_lowest_) & (h <= inner_highest_);
+    all_inside_ &= inside;
+    return inside;
   }
 
   T lowest_;
@@ -135,6 +141,7 @@ class FromProbabilities {
   // Each factor is at least 2^-24 (2^-53), 1 - h being rounded to T; an event's in single precision
   // at least 2^-149.
   int64_t most_factors_ = sizeof(T) == 4 ? 32 : 16;
+  Mask<T> all_inside_ = ~Mask<T>{};
   Total product_;
 };
 
@@ -175,6 +182,7 @@ class FromLogits {
 
   EHRSEQ_INLINE void flush() { sum_.flush(); }
   EHRSEQ_INLINE auto unfinished() const { return sum_.unfinished(); }
+  EHRSEQ_INLINE void join(Mask<T>* /*inside*/) const {}  // every number is a logit
 
   static EHRSEQ_INLINE Doubles finish(const Doubles& argument, const Doubles& rest) {
     return rest + log1p_nonnegative(argument);
@@ -237,6 +245,7 @@ class FromCloglog {
 
   EHRSEQ_INLINE void flush() { sum_.flush(); }
   EHRSEQ_INLINE auto unfinished() const { return sum_.unfinished(); }
+  EHRSEQ_INLINE void join(Mask<T>* /*inside*/) const {}  // every number is a logit
 
   static EHRSEQ_INLINE Doubles finish(const Doubles& argument, const Doubles& rest) {
     return rest + log1p_nonnegative(argument);
@@ -295,10 +304,12 @@ EHRSEQ_INLINE void store_within(stored_t* row, int64_t at, int64_t row_length,
 }
 
 // Returns the loss of one patient, unfinished, and where `grad` is given (a row of zeros) writes
-// `scale` times the derivative for each trial. Values that are no trial change nothing.
+// `scale` times the derivative for each trial. Values that are no trial change nothing. `inside` is
+// as in FromProbabilities::join.
 template <typename Likelihood, typename T, typename scalar_t, typename grad_t>
 EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* grad,
-                                       int64_t row_length, const Trials& trials, T scale) {
+                                       int64_t row_length, const Trials& trials, T scale,
+                                       Mask<T>* inside) {
   Likelihood likelihood(eps);
   const bool wants_grad = grad != nullptr;
   const int64_t end = trials.end();
@@ -333,7 +344,29 @@ EHRSEQ_INLINE Unfinished nll_of_trials(double eps, const scalar_t* row, grad_t* 
     if (wants_grad) store_within<T>(grad, at, row_length, slopes);
   }
 
+  likelihood.join(inside);
   return likelihood.unfinished();
+}
+
+template <typename T>
+EHRSEQ_INLINE bool all_set(const Mask<T>& mask) {
+  bits_t<T> lanes[kLanes<T>];
+  std::memcpy(lanes, &mask, sizeof lanes);
+  bits_t<T> all = -1;
+  for (const bits_t<T> lane : lanes) all &= lane;
+  return all == -1;
+}
+
+// Whether a value is outside [0, 1], as no NaN is.
+template <typename scalar_t>
+EHRSEQ_INLINE bool any_improbable(const scalar_t* values, int64_t count) {
+  using T = accumulator_t<scalar_t>;
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const T value = static_cast<T>(values[i]);
+    found |= (value < T(0)) | (value > T(1));
+  }
+  return found != 0;
 }
 
 // Softmax over "no event" (class 0) and the causes. For a visit whose class is c, with m the

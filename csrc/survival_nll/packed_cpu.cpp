@@ -4,6 +4,7 @@
 // transposed into rows of the padded layout, given to its kernel, and their gradients transposed
 // back.
 
+#include <atomic>
 #include <cstdint>
 #include <tuple>
 #include <vector>
@@ -17,6 +18,7 @@
 #include "common/survival/transposed_visits.h"
 #include "common/tensors.h"
 #include "survival_nll/arguments.h"
+#include "survival_nll/improbable.h"
 #include "survival_nll/rows.h"
 
 namespace ehrseq::survival {
@@ -33,15 +35,28 @@ class NeighbouringRanks : public RankedPatients<scalar_t, LossSettings> {
 
     bool nll(int64_t first, int64_t count, Outcome* outcomes, double* patient_nll) {
       all.copy_outcomes(first, count, outcomes);
-      const RankRows<scalar_t> rows{
-          all.values_, all.grad_, all.count_, all.layout_.row_starts(), all.layout_.most_visits(),
-          first,       outcomes,  count};
+      bool possible = true;
+      const RankRows<scalar_t> rows{all.values_,
+                                    all.grad_,
+                                    all.count_,
+                                    all.layout_.row_starts(),
+                                    all.layout_.most_visits(),
+                                    first,
+                                    outcomes,
+                                    count,
+                                    &possible};
       ranks_nll(all.settings_, rows, patient_nll);
-      return true;
+      if (!possible) all.possible_.store(false, std::memory_order_relaxed);
+      return possible;
     }
   };
 
   Worker worker() const { return {*this}; }
+  // False once a value was refused.
+  bool possible() const { return possible_.load(); }
+
+ private:
+  mutable std::atomic<bool> possible_{true};
 };
 
 std::tuple<Tensor, Tensor> packed_survival_nll(
@@ -75,15 +90,23 @@ std::tuple<Tensor, Tensor> packed_survival_nll(
     using scalar_t = typename decltype(tag)::type;
     const std::vector<Outcome> outcomes = read_all(reader, layout.patients());
     const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
-    const auto nll_of = [&](auto&& all) { return nll_of_groups<scalar_t>(settings, rows, all); };
     const auto* values = data<const scalar_t>(rows);
     auto* grads = needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr;
-    const Tensor nll = settings.link == Link::kSoftmax
-                           ? nll_of(RankedPatients<scalar_t, LossSettings>(
-                                 settings, layout, outcomes, values, grads, rows.numel()))
-                           : nll_of(NeighbouringRanks<scalar_t>(settings, layout, outcomes, values,
-                                                                grads, rows.numel()));
-    result = {nll, grad};
+    if (settings.link == Link::kSoftmax) {
+      const RankedPatients<scalar_t, LossSettings> all(settings, layout, outcomes, values, grads,
+                                                       rows.numel());
+      result = {nll_of_groups<scalar_t>(settings, rows, all), grad};
+      return;
+    }
+    const NeighbouringRanks<scalar_t> all(settings, layout, outcomes, values, grads, rows.numel());
+    result = {nll_of_groups<scalar_t>(settings, rows, all), grad};
+    if (all.possible()) return;
+    std::vector<int64_t> ranks(layout.patients());
+    for (int64_t rank = 0; rank < layout.patients(); ++rank)
+      ranks[layout.patient_of_rank(rank)] = rank;
+    refuse_improbable(settings, reader, [&](int64_t patient, int64_t visit) {
+      return values + layout.row(ranks[patient], visit) * classes;
+    });
   });
   return result;
 }

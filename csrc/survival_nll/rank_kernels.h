@@ -71,10 +71,11 @@ EHRSEQ_INLINE void prefetch(const RankRows<scalar_t>& rows, int64_t at, int64_t 
   __builtin_prefetch(end - 1);
 }
 
-// Values begin..begin + lanes of each time's values of these patients, into lane_nll.
+// Values begin..begin + lanes of each time's values of these patients, into lane_nll. `inside` is
+// as in FromProbabilities::join.
 template <typename Likelihood, typename T, typename scalar_t>
 EHRSEQ_INLINE void nll_of_lanes(const LossSettings& settings, const RankRows<scalar_t>& rows,
-                                int64_t begin, int64_t lanes, double* lane_nll) {
+                                int64_t begin, int64_t lanes, double* lane_nll, Mask<T>* inside) {
   constexpr int64_t kTimesAhead = 8;
   const Series<T> series(settings, rows, begin, lanes);
   const Mask<T> entry = load_mask<T>(series.entry);
@@ -128,6 +129,7 @@ EHRSEQ_INLINE void nll_of_lanes(const LossSettings& settings, const RankRows<sca
     }
   }
 
+  likelihood.join(inside);
   const auto unfinished = likelihood.unfinished();
   for (int i = 0; i < Wide<T>::kParts; ++i) {
     store(lane_nll + begin + i * kLanes<double>,
@@ -135,15 +137,34 @@ EHRSEQ_INLINE void nll_of_lanes(const LossSettings& settings, const RankRows<sca
   }
 }
 
+template <typename scalar_t>
+bool probabilities_fit(const LossSettings& settings, const RankRows<scalar_t>& rows) {
+  bool improbable = false;
+  for (int64_t i = 0; i < rows.patients; ++i) {
+    const Outcome& outcome = rows.outcomes[i];
+    const auto visit = [&](int64_t time) {
+      return rows.hazards + (rows.row_starts[time] + rows.first + i) * settings.classes;
+    };
+    const int64_t survived_end = outcome.time + settings.censored_included;
+    for (int64_t time = outcome.entry; time < survived_end; ++time) {
+      improbable |= any_improbable(visit(time), settings.classes);
+    }
+    if (outcome.type > 0) improbable |= any_improbable(visit(outcome.time) + outcome.type - 1, 1);
+  }
+  return !improbable;
+}
+
 template <typename Likelihood, typename T, typename scalar_t>
 void nll_of_ranks(const LossSettings& settings, const RankRows<scalar_t>& rows, double* nll) {
   const int64_t classes = settings.classes;
   const int64_t values = rows.patients * classes;
   std::vector<double> lane_nll(values + kLanes<T>);
+  Mask<T> inside = ~Mask<T>{};
   for (int64_t begin = 0; begin < values; begin += kLanes<T>) {
     nll_of_lanes<Likelihood, T>(settings, rows, begin, std::min(kLanes<T>, values - begin),
-                                lane_nll.data());
+                                lane_nll.data(), &inside);
   }
+  if (!all_set<T>(inside)) *rows.possible = probabilities_fit(settings, rows);
   for (int64_t i = 0; i < rows.patients; ++i) {
     nll[i] = 0;
     for (int64_t c = 0; c < classes; ++c) nll[i] += lane_nll[i * classes + c];

@@ -35,19 +35,36 @@ EHRSEQ_INLINE void prefetch(const LossSettings& settings, const Rows<scalar_t>& 
   }
 }
 
+template <typename scalar_t>
+bool probabilities_fit(const LossSettings& settings, const Rows<scalar_t>& rows) {
+  const int64_t row_length = settings.slots * settings.classes;
+  bool improbable = false;
+  for (int64_t i = 0; i < rows.patients; ++i) {
+    const scalar_t* row = rows.values + i * row_length;
+    const Trials trials = trials_of(rows.outcomes[i], settings);
+    improbable |= any_improbable(row + trials.begin, trials.survived_end - trials.begin);
+    if (trials.event >= 0) improbable |= any_improbable(row + trials.event, 1);
+  }
+  return !improbable;
+}
+
 template <typename Likelihood, typename scalar_t>
 void bernoulli_rows(const LossSettings& settings, const Rows<scalar_t>& rows, double* nll) {
+  using T = accumulator_t<scalar_t>;
   const int64_t row_length = settings.slots * settings.classes;
+  Mask<T> inside = ~Mask<T>{};
   Group<OutcomeReader::kAtOnce> group;
   for (int64_t i = 0; i < kRowsAhead; ++i) prefetch(settings, rows, i);
   for (int64_t i = 0; i < rows.patients; ++i) {
     prefetch(settings, rows, i + kRowsAhead);
-    group.set(i, nll_of_trials<Likelihood>(settings.eps, rows.values + i * row_length,
-                                           rows.grad ? rows.grad + i * row_length : nullptr,
-                                           row_length, trials_of(rows.outcomes[i], settings),
-                                           grad_scale<scalar_t>(rows.outcomes[i], settings)));
+    group.set(
+        i, nll_of_trials<Likelihood>(settings.eps, rows.values + i * row_length,
+                                     rows.grad ? rows.grad + i * row_length : nullptr, row_length,
+                                     trials_of(rows.outcomes[i], settings),
+                                     grad_scale<scalar_t>(rows.outcomes[i], settings), &inside));
   }
   group.template finish<Likelihood>(rows.patients, nll);
+  if (!all_set<T>(inside)) *rows.possible = probabilities_fit(settings, rows);
 }
 
 template <typename scalar_t>

@@ -48,6 +48,7 @@ struct RankRows {
   int64_t first;            // of the ranks
   const Outcome* outcomes;  // by rank, from `first` on
   int64_t patients;         // at most OutcomeReader::kAtOnce
+  bool* possible;           // set to false where a value is refused
 };
 
 // As rows_nll, for any link but softmax.

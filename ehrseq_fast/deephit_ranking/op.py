@@ -88,9 +88,9 @@ def deephit_ranking_loss(
         sequence_mask: ``[B, V]`` as for :func:`~ehrseq_fast.pmf_nll`.
         sigma: above 0; the smaller, the more the worst pair counts.
         entry_times: ``[B]`` integer: the first visit at risk (left truncation); 0 without it.
-        sample_weight: ``[B]``: the weights w; 1 without it. A patient of weight 0 is left out of
-            all pairs, which are still B². One that requires a gradient gets it, by the plain
-            PyTorch definition.
+        sample_weight: ``[B]``, not negative: the weights w; 1 without it. A patient of weight 0 is
+            left out of all pairs, which are still B². One that requires a gradient gets it, by the
+            plain PyTorch definition.
         validate: check values on a GPU too, at the price of a synchronisation.
 
     Returns:

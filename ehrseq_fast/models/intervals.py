@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arrays import ArrayLike, as_array, kind_of
-from ..survival_nll import piecewise_hazard_nll
+from ..piecewise_hazard import piecewise_hazard_nll
 
 MICROSECONDS = 86_400_000_000  # of a day
 _MOST = 1 - 1e-12  # of observed hazards, so that they have logits

@@ -91,8 +91,8 @@ def pmf_nll(
         censored_visit: whether the visit of censoring was survived: ``"included"``, as in pycox
             (and unlike the default of the losses of hazards), or ``"excluded"``.
         entry_times: ``[B]`` integer: the first visit at risk (left truncation); 0 without it.
-        sample_weight: ``[B]``: multiplies each patient's loss; one that requires a gradient is
-            refused.
+        sample_weight: ``[B]``, not negative: multiplies each patient's loss; one that requires a
+            gradient is refused.
         reduction: ``"mean"`` over the patients (nan for B = 0), ``"sum"``, or ``"none"``: ``[B]``.
         validate: check values on a GPU too, at the price of a synchronisation.
 
@@ -104,7 +104,7 @@ def pmf_nll(
     Raises:
         ValueError: for shapes or devices that do not fit, unknown options, masks with holes,
             patients without visits, event times outside a patient's visits, entry times after
-            them, indicators other than 0 and 1.
+            them, indicators other than 0 and 1, negative weights.
         TypeError: for dtypes, and missing outcomes.
 
     Example:

@@ -3,15 +3,12 @@
 from .module import CompetingRisksSurvivalLoss, DiscreteTimeSurvivalLoss
 from .op import competing_risks_nll, discrete_time_survival_nll
 from .packed import packed_competing_risks_nll, packed_survival_nll
-from .piecewise import PiecewiseHazardLoss, piecewise_hazard_nll
 
 __all__ = [
     "CompetingRisksSurvivalLoss",
     "DiscreteTimeSurvivalLoss",
-    "PiecewiseHazardLoss",
     "competing_risks_nll",
     "discrete_time_survival_nll",
     "packed_competing_risks_nll",
     "packed_survival_nll",
-    "piecewise_hazard_nll",
 ]

@@ -13,6 +13,8 @@ from ..arrays import expect_tensor
 from ..autograd import transformed
 from ..checks import FLOATING, INTEGER, REAL, expect_device, expect_option, zero_lengths
 from .fused import Inputs
+from .options import Options
+from .reference import visits_at_risk
 
 
 def require_outcomes(**outcomes: Tensor | None) -> tuple[Tensor, ...]:
@@ -158,9 +160,9 @@ def check_companion(
 
 
 def check_outcomes(inputs: Inputs, link: str) -> None:
-    """Refuse malformed masks, empty sequences and outcomes outside a patient's visits, of padded
-    hazards; nothing where a transform hides the values."""
-    hazards, event_times, event_types, sequence_mask, entry_times, _ = inputs
+    """Refuse malformed masks, empty sequences, outcomes outside a patient's visits and negative
+    weights, of padded hazards; nothing where a transform hides the values."""
+    hazards, event_times, event_types, sequence_mask, entry_times, sample_weight = inputs
     if vmapped():
         return
     competing = hazards.dim() == 3
@@ -198,6 +200,48 @@ def check_outcomes(inputs: Inputs, link: str) -> None:
             patient,
             f"{float(types[patient]):g}",
             wrong,
+        )
+    if sample_weight is not None:
+        refuse_negative("sample_weight", sample_weight)
+
+
+def refuse_negative(name: str, weight: Tensor) -> None:
+    """Refuse weights of patients below 0. A NaN or an infinity is to reach the result."""
+    if (patient := _first(wrong := weight < 0)) is not None:
+        _refuse(f"{name} must not be negative", patient, f"{float(weight[patient]):g}", wrong)
+
+
+def check_fraction(fraction: Tensor | None) -> None:
+    """Refuse fractions outside [0, 1], NaN among them, after the outcomes have been checked."""
+    if fraction is None or vmapped():
+        return
+    if (patient := _first(wrong := ~((fraction >= 0) & (fraction <= 1)))) is not None:
+        _refuse("fraction must be in [0, 1]", patient, f"{float(fraction[patient]):g}", wrong)
+
+
+def check_probabilities(inputs: Inputs, options: Options) -> None:
+    """Refuse hazards outside [0, 1] at visits that are read, of padded hazards whose outcomes have
+    been checked. A NaN is to reach the result."""
+    if options.link != "probabilities" or vmapped():
+        return
+    hazards, event_times, event_types, sequence_mask, entry_times, _ = inputs
+    survived, at_time = visits_at_risk(hazards, event_times, entry_times, sequence_mask)
+    event = at_time & (event_types != 0)[:, None]
+    if hazards.dim() == 3:
+        causes = torch.arange(1, hazards.shape[2] + 1, device=hazards.device)
+        survived, at_time = survived[..., None], at_time[..., None]
+        event = at_time & (causes == event_types[:, None, None])
+    if options.censored_visit == "included":
+        survived = survived | at_time
+    wrong = ((survived | event) & ((hazards < 0) | (hazards > 1))).flatten(1)
+    at_fault = wrong.any(1)
+    if (patient := _first(at_fault)) is not None:
+        at = int(wrong[patient].to(torch.int8).argmax())
+        _refuse(
+            "hazards must be in [0, 1] with from_logits=False",
+            patient,
+            f"{float(hazards[patient].flatten()[at]):g} at visit {at // hazards[0, 0].numel()}",
+            at_fault,
         )
 
 

@@ -17,6 +17,7 @@ from ..rows.beside import with_batch
 from .checks import (
     check_link,
     check_outcomes,
+    check_probabilities,
     check_single_link,
     check_tensors,
     refuse_mask,
@@ -55,8 +56,8 @@ def discrete_time_survival_nll(
     Schmid, Modeling Discrete Time-to-Event Data (2016).
 
     Args:
-        hazards: ``[B, V]`` float32, float64, bfloat16 or float16: probabilities, clamped to
-            ``[eps, 1 - eps]``, or logits with ``from_logits=True`` (never clamped). Or
+        hazards: ``[B, V]`` float32, float64, bfloat16 or float16: probabilities in [0, 1], clamped
+            to ``[eps, 1 - eps]``, or logits with ``from_logits=True`` (never clamped). Or
             :class:`~ehrseq_fast.PackedRows`, as the models give them for a packed batch: then as
             :func:`packed_survival_nll`, without a mask. Their batch has the outcomes, or a batch
             that is given in the place of ``event_times``: ``loss(rows, batch)``.
@@ -70,8 +71,9 @@ def discrete_time_survival_nll(
             them. Without it every slot is a visit, so there must be no padding, or it must come
             after the event time.
         entry_times: ``[B]`` integer: the first visit at risk (left truncation); 0 without it.
-        sample_weight: ``[B]``: multiplies each patient's loss. No gradient flows to it in a
-            backward pass, so one that requires a gradient is refused.
+        sample_weight: ``[B]``, not negative: multiplies each patient's loss. A NaN or an infinity
+            is not refused, so that it shows in the loss. No gradient flows to it in a backward
+            pass, so one that requires a gradient is refused.
         reduction: ``"mean"`` over the patients (always divided by B, whatever the weights; nan for
             B = 0, as ``torch.mean``), ``"sum"``, or ``"none"`` for ``[B]``.
         validate: check values on a GPU too, at the price of a synchronisation.
@@ -86,7 +88,9 @@ def discrete_time_survival_nll(
     Raises:
         ValueError: for shapes or devices that do not fit, unknown options, masks with holes or
             values other than 0 and 1, patients without visits, event times outside a patient's
-            visits, entry times after them, indicators other than 0 and 1.
+            visits, entry times after them, indicators other than 0 and 1, negative weights, and
+            hazards outside [0, 1] at visits that are read (a NaN is not refused, and shows in the
+            loss).
         TypeError: for dtypes, event times in floating point among them, and missing outcomes.
 
     Example:
@@ -229,4 +233,5 @@ def _nll(inputs: Inputs, options: SurvivalNll, validate: bool) -> Tensor:
         chosen = "reference"
     if must_check_values(chosen, device, validate):
         check_outcomes(inputs, options.link)
+        check_probabilities(inputs, options)
     return nll(chosen, PADDED, inputs, options)

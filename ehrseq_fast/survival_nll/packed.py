@@ -18,6 +18,7 @@ from .checks import (
     check_hazards,
     check_link,
     check_outcomes,
+    check_probabilities,
     check_single_link,
 )
 from .fused import Inputs, Rows, SurvivalNll, as_padded, nll
@@ -183,5 +184,7 @@ def _packed_nll(
         chosen = "reference"
     rows: Rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
     if must_check_values(chosen, device, validate):
-        check_outcomes(as_padded(rows, inputs), options.link)
+        padded = as_padded(rows, inputs)
+        check_outcomes(padded, options.link)
+        check_probabilities(padded, options)
     return nll(chosen, rows, inputs, options)

@@ -30,12 +30,12 @@ def discrete_time_survival_nll(
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """-Σ_{entry ≤ t < T} log(1-h_t) - δ log h_T - (1-δ) c log(1-h_T), c = 1 for "included"."""
-    survived, at_time = _visits(hazards, event_times, entry_times, sequence_mask)
+    survived, at_time = visits_at_risk(hazards, event_times, entry_times, sequence_mask)
     event = at_time & (event_indicators != 0)[:, None]
     if options.censored_visit == "included":
         survived = survived | (at_time & ~event)
     nll = _bernoulli_nll(hazards, event, survived, options).sum(1)
-    return _reduced(nll, sample_weight, options.reduction)
+    return reduced(nll, sample_weight, options.reduction)
 
 
 def competing_risks_nll(
@@ -52,7 +52,7 @@ def competing_risks_nll(
 
     Softmax: -Σ_{entry ≤ t < T} log p_t0 - [type > 0] log p_T,type - [type = 0] c log p_T0.
     """
-    survived, at_time = _visits(hazards, event_times, entry_times, sequence_mask)
+    survived, at_time = visits_at_risk(hazards, event_times, entry_times, sequence_mask)
     survived, at_time = survived[..., None], at_time[..., None]
     types = event_types[:, None, None]
     classes = torch.arange(hazards.shape[2], device=hazards.device)
@@ -71,46 +71,10 @@ def competing_risks_nll(
         if options.censored_visit == "included":
             survived = survived | (at_time & ~event)
         nll = _bernoulli_nll(hazards, event, survived, options).sum((1, 2))
-    return _reduced(nll, sample_weight, options.reduction)
+    return reduced(nll, sample_weight, options.reduction)
 
 
-def piecewise_hazard_nll(
-    logits: Tensor,
-    event_times: Tensor,
-    event_indicators: Tensor,
-    fraction: Tensor | None = None,
-    sequence_mask: Tensor | None = None,
-    *,
-    link: str = "softplus",
-    reduction: str = "mean",
-    entry_times: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-) -> Tensor:
-    """Σ_{entry ≤ t < T} Λ_t + f Λ_T - δ log Λ_T with Λ = log(1 + e^x), or e^x for "exp"."""
-    survived, at_time = _visits(logits, event_times, entry_times, sequence_mask)
-    wide = logits.to(accumulator(logits.dtype))
-    seen = torch.ones_like(wide[:, 0]) if fraction is None else fraction.to(wide.dtype)
-    share = torch.where(survived, 1.0, torch.where(at_time, seen[:, None], 0.0))
-    x = torch.where(share > 0, wide, 0.0)
-    nll = (
-        torch.where(share > 0, -logsigmoid(-x) if link == "softplus" else x.exp(), 0.0) * share
-    ).sum(1)
-    event = at_time & (event_indicators != 0)[:, None]
-    x = torch.where(event, wide, 0.0)
-    nll = nll - torch.where(event, log_softplus(x) if link == "softplus" else x, 0.0).sum(1)
-    return _reduced(nll, sample_weight, reduction)
-
-
-def log_softplus(z: Tensor) -> Tensor:
-    """log(softplus(z)), where softplus(z) itself would be 0: there log(e^z − e^2z/2) = z − e^z/2.
-    Each form sees its own values alone, as the other's derivative may be infinite there."""
-    small = z < -20
-    low = torch.where(small, z, -20.0)
-    rest = torch.where(small, 0.0, z)
-    return torch.where(small, low - low.exp() / 2, (-logsigmoid(-rest)).log())
-
-
-def _visits(
+def visits_at_risk(
     hazards: Tensor, event_times: Tensor, entry_times: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The visits [B, V] that were at risk before the event time, and the one at that time."""
@@ -171,7 +135,7 @@ def rounds_to_one(value: float, dtype: torch.dtype) -> bool:
     return value >= 1 - torch.finfo(dtype).eps / 4
 
 
-def _reduced(nll: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
+def reduced(nll: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
     if sample_weight is not None:
         nll = nll * sample_weight.to(nll.dtype)
     if reduction == "none":

@@ -15,10 +15,11 @@ namespace ehrseq::survival {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Positions within a patient's row are 32 bits wide.
-inline void expect_row_length(const char* operation, int64_t slots, int64_t classes) {
+// Positions within a patient's row are 32 bits wide. `name` is what the operator calls its values.
+inline void expect_row_length(const char* operation, int64_t slots, int64_t classes,
+                              const char* name = "hazards") {
   if (slots > std::numeric_limits<int32_t>::max() / classes) {
-    refuse(operation, "hazards", "at most 2^31 - 1 values per patient",
+    refuse(operation, name, "at most 2^31 - 1 values per patient",
            std::to_string(slots) + " visits of " + std::to_string(classes));
   }
 }
@@ -121,7 +122,7 @@ inline LogitsShape expect_logits(const char* operation, bool competing, const Te
     shape.slots = logits.size(1);
     expect_sequence_mask(operation, sequence_mask, shape.patients, shape.slots);
   }
-  expect_row_length(operation, shape.slots, shape.classes);
+  expect_row_length(operation, shape.slots, shape.classes, "logits");
   expect_outcomes(operation, shape.patients, competing, event_times, event_types, entry_times,
                   sample_weight);
   return shape;

@@ -47,9 +47,11 @@ class PaddedPatients {
       // All zeros first, while the rows fit the cache: one fill of fixed size costs less than the
       // exact remainder of each row, whose length no branch predictor guesses.
       if (grad) std::fill(grad, grad + count * row_length, grad_t(0));
-      rows_nll(all.settings_, Rows<scalar_t>{all.values_ + offset, grad, outcomes, count},
-               patient_nll);
-      return true;
+      bool possible = true;
+      rows_nll(all.settings_,
+               Rows<scalar_t>{all.values_ + offset, grad, outcomes, count, &possible}, patient_nll);
+      if (!possible) all.possible_.store(false, std::memory_order_relaxed);
+      return possible;
     }
   };
 
@@ -58,7 +60,7 @@ class PaddedPatients {
   int64_t values_per_group() const {
     return std::max<int64_t>(1, OutcomeReader::kAtOnce * row_length());
   }
-  // False once an impossible outcome was read.
+  // False once an impossible outcome or value was read.
   bool possible() const { return possible_.load(); }
 
  private:

@@ -15,6 +15,7 @@ std::optional<Column> optional_column(const OptionalTensor& tensor) {
 }
 
 std::string as_text(double value) {
+  if (value != value) return "nan";  // whatever its sign
   char text[32];
   std::snprintf(text, sizeof text, "%g", value);
   return text;
@@ -43,7 +44,7 @@ struct Offenders {
 OutcomeReader::OutcomeReader(int64_t patients, VisitMask mask, int64_t causes,
                              const char* types_name, const Tensor& event_times,
                              const Tensor& event_types, const OptionalTensor& entry_times,
-                             const OptionalTensor& sample_weight)
+                             const OptionalTensor& sample_weight, const OptionalTensor& fraction)
     : patients_(patients),
       causes_(causes),
       types_name_(types_name),
@@ -51,7 +52,8 @@ OutcomeReader::OutcomeReader(int64_t patients, VisitMask mask, int64_t causes,
       times_(event_times),
       types_(event_types),
       entries_(optional_column(entry_times)),
-      weights_(optional_column(sample_weight)) {}
+      weights_(optional_column(sample_weight)),
+      fractions_(optional_column(fraction)) {}
 
 bool OutcomeReader::read(int64_t begin, int64_t end, Outcome* outcomes) const {
   int64_t visits[kAtOnce];
@@ -75,14 +77,27 @@ bool OutcomeReader::read(int64_t begin, int64_t end, Outcome* outcomes) const {
     const int64_t type = type_exists ? static_cast<int64_t>(types[i]) : 0;
     // A malformed mask has a negative number of visits, so no time lies within it.
     possible &= times[i] >= 0 && times[i] < visits[i] && entries[i] >= 0 &&
-                entries[i] <= times[i] && type_exists && static_cast<double>(type) == types[i];
+                entries[i] <= times[i] && type_exists && static_cast<double>(type) == types[i] &&
+                !(weights[i] < 0);  // a NaN is to reach the result
     outcomes[i] = {entries[i], times[i], type, weights[i], visits[i]};
+  }
+  if (!fractions_.has_value()) return possible;
+  double fractions[kAtOnce];
+  fractions_->read(begin, end, fractions);
+  for (int64_t i = 0; i < end - begin; ++i) {
+    possible &= fractions[i] >= 0 && fractions[i] <= 1;
+    outcomes[i].fraction = fractions[i];
   }
   return possible;
 }
 
 void OutcomeReader::refuse() const {
-  Offenders malformed, empty, outside, entered_late, unknown_type;
+  refuse_impossible();
+  throw std::logic_error("outcomes were refused, but none is at fault");
+}
+
+void OutcomeReader::refuse_impossible() const {
+  Offenders malformed, empty, outside, entered_late, unknown_type, negative, no_fraction;
   for (int64_t i = 0; i < patients_; ++i) {
     int64_t visits;
     mask_.count_visits(i, i + 1, &visits);
@@ -97,6 +112,10 @@ void OutcomeReader::refuse() const {
         static_cast<double>(static_cast<int64_t>(type)) != type) {
       unknown_type.add(i);
     }
+    if (weights_.has_value() && weights_->at<double>(i) < 0) negative.add(i);
+    if (!fractions_.has_value()) continue;
+    const auto fraction = fractions_->at<double>(i);
+    if (!(fraction >= 0 && fraction <= 1)) no_fraction.add(i);
   }
 
   if (malformed.count > 0) {
@@ -124,12 +143,21 @@ void OutcomeReader::refuse() const {
                         "entry time " + as_text(entries_->at<int64_t>(entered_late.first)) +
                             " and event time " + as_text(times_.at<int64_t>(entered_late.first)));
   }
-  unknown_type.refuse(
-      std::string(types_name_) + (causes_ == 1
-                                      ? " must be 0 (censored) or 1 (event)"
-                                      : " must be 0 (censored) or a cause 1.." + as_text(causes_)),
-      as_text(types_.at<double>(unknown_type.first)));
-  throw std::logic_error("outcomes were refused, but none is at fault");
+  if (unknown_type.count > 0) {
+    unknown_type.refuse(
+        std::string(types_name_) +
+            (causes_ == 1 ? " must be 0 (censored) or 1 (event)"
+                          : " must be 0 (censored) or a cause 1.." + as_text(causes_)),
+        as_text(types_.at<double>(unknown_type.first)));
+  }
+  if (negative.count > 0) {
+    negative.refuse("sample_weight must not be negative",
+                    as_text(weights_->at<double>(negative.first)));
+  }
+  if (no_fraction.count > 0) {
+    no_fraction.refuse("fraction must be in [0, 1]",
+                       as_text(fractions_->at<double>(no_fraction.first)));
+  }
 }
 
 }  // namespace ehrseq::survival

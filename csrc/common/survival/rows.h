@@ -14,6 +14,8 @@ struct Rows {
   saved_grad_t<scalar_t>* grad;  // zeros; null where no gradient is needed
   const Outcome* outcomes;
   int64_t patients;  // at most OutcomeReader::kAtOnce
+  // Set to false by a kernel that finds a value which its loss refuses.
+  bool* possible = nullptr;
 };
 
 }  // namespace ehrseq::survival

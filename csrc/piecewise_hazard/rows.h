@@ -1,0 +1,39 @@
+// What the CPU kernels of the loss of piecewise-constant rates compute: some patients that are next
+// to one another in memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/dtypes.h"
+#include "common/options.h"
+#include "common/survival/outcomes.h"
+#include "common/survival/rows.h"
+
+namespace ehrseq::survival::piecewise {
+
+enum class RateLink : int64_t { kSoftplus = 0, kExp = 1 };
+
+struct Settings {
+  int64_t patients;
+  int64_t slots;
+  int64_t classes;  // a visit's values: 1
+  RateLink link;
+  Reduction reduction;
+  double share;  // of one patient in the result: 1 / patients for the mean, else 1
+};
+
+// What is after the last event time of these patients changes nothing.
+inline int64_t slots_read(const Settings& /*settings*/, const Outcome* outcomes, int64_t count) {
+  int64_t slots = 0;
+  for (int64_t i = 0; i < count; ++i) slots = std::max(slots, outcomes[i].time + 1);
+  return slots;
+}
+
+// Each patient's loss, unweighted, and the gradient of the weighted one.
+void rows_nll(const Settings& settings, const Rows<float>& rows, double* nll);
+void rows_nll(const Settings& settings, const Rows<double>& rows, double* nll);
+void rows_nll(const Settings& settings, const Rows<BFloat16>& rows, double* nll);
+void rows_nll(const Settings& settings, const Rows<Half>& rows, double* nll);
+
+}  // namespace ehrseq::survival::piecewise
