@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from ehrseq_fast import PackedRows, PackedVisits, PiecewiseHazardLoss, piecewise_hazard_nll
+from ehrseq_fast import (
+    PackedRows,
+    PackedVisits,
+    PiecewiseHazardLoss,
+    piecewise_hazard_nll,
+    use_backend,
+)
 from ehrseq_fast.piecewise_hazard import reference
 
 from . import pycox_files
@@ -121,6 +127,85 @@ def test_packed_rows(unemulated, dtype, link):
     scale = torch.arange(1.0, 61, dtype=packed.dtype)
     (of_rows,) = torch.autograd.grad(packed, values, scale)
     assert_matches(of_rows, batch.pack(grad).double(), scale=grad.abs().max() + 1)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_padded_and_packed_are_the_same_bits(link):
+    x, p, fraction = draw(70, 40)
+    batch = PackedVisits.from_lists([[[1]] * length for length in p.lengths.tolist()])
+    values = batch.pack(x).detach().requires_grad_()
+    more = {"entry_times": p.entries, "sample_weight": p.weights, "link": link}
+    more["reduction"] = "none"
+    with use_backend("cpu"):
+        rows = PackedRows(values, batch)
+        packed = piecewise_hazard_nll(rows, p.times, p.types, fraction, **more)
+        padded, grad = value_and_grad(
+            piecewise_hazard_nll, x, p.times, p.types, fraction, p.mask, **more
+        )
+        (of_rows,) = torch.autograd.grad(packed, values, torch.arange(1.0, 71))
+    assert torch.equal(packed, padded)
+    assert torch.equal(of_rows, batch.pack(grad))
+
+
+def test_columns_that_learn():
+    x, p, fraction = draw(6, 4, torch.float64)
+    columns = fraction.double().requires_grad_(), p.weights.double().requires_grad_()
+
+    def run(fraction, weight):
+        return piecewise_hazard_nll(x, p.times, p.types, fraction, p.mask, sample_weight=weight)
+
+    inside = [columns[0].detach().clamp(0.1, 0.9).requires_grad_(), columns[1]]
+    assert torch.autograd.gradcheck(run, inside)
+
+
+def test_a_nan_fraction_shows_where_values_are_hidden():
+    x, p, fraction = draw(6, 4)
+    fraction[2] = torch.nan
+
+    def one(x, time, part):
+        return piecewise_hazard_nll(x[None], time[None], torch.zeros(1), part[None])
+
+    each = torch.func.vmap(one)(x, p.times, fraction)
+    assert each.isnan().nonzero().tolist() == [[2]]
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_what_is_not_finite_shows_where_the_definition_shows_it(backend, link):
+    values = [torch.nan, torch.inf, -torch.inf, 0.3]
+    x = torch.tensor([[v, 0.1] for v in values] + [[0.1, v] for v in values])
+    times = torch.ones(8, dtype=torch.int64)
+    for kind, part in ((0, 0.5), (1, 0.5), (1, 0.0), (0, 0.0)):
+        given = times, torch.full((8,), kind), torch.full((8,), part)
+        ours = value_and_grad(piecewise_hazard_nll, x, *given, link=link, reduction="none")
+        theirs = value_and_grad(
+            reference.piecewise_hazard_nll, x, *given, link=link, reduction="none"
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_zero_derivative_and_an_infinite_gradient(backend, link):
+    """NaN where a logit is read, and 0 where it is not, as in the definition."""
+    x = torch.tensor([[-1e4, -1e4, 0.0]])
+    for part in (0.5, 0.0):
+        given = torch.tensor([1]), torch.tensor([0]), torch.tensor([part])
+        grads = []
+        for loss in (piecewise_hazard_nll, reference.piecewise_hazard_nll):
+            leaf = x.clone().requires_grad_()
+            loss(leaf, *given, link=link, reduction="none").backward(torch.tensor([torch.inf]))
+            grads.append(leaf.grad)
+        torch.testing.assert_close(*grads, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_opcheck(reduction):
+    x, p, fraction = draw(5, 20)
+    operator = torch.ops.ehrseq_fast.piecewise_hazard_nll.default
+    none = (None,) * 3
+    for link in (0, 1):
+        arguments = (x, p.times, p.types, p.mask, *none, p.entries, p.weights, fraction)
+        torch.library.opcheck(operator, (*arguments, link, reduction, True))
 
 
 @pytest.mark.parametrize("link", LINKS)

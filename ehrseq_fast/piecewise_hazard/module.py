@@ -41,6 +41,7 @@ class PiecewiseHazardLoss(nn.Module):
         *,
         entry_times: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        visit_weight: Tensor | PackedRows | None = None,
     ) -> Tensor:
         """Logits ``[B, V]``, times, indicators and fractions ``[B]``, mask ``[B, V]`` to the loss.
         Or of :class:`~ehrseq_fast.PackedRows`, whose batch has the outcomes."""
@@ -53,6 +54,7 @@ class PiecewiseHazardLoss(nn.Module):
             link=self.link,
             entry_times=entry_times,
             sample_weight=sample_weight,
+            visit_weight=visit_weight,
             reduction=self.reduction,
             validate=self.validate,
         )

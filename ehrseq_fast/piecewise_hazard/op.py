@@ -22,10 +22,13 @@ from ..survival_nll.checks import (
     check_outcomes,
     check_tensors,
     refuse_mask,
+    refuse_visit_weight,
     require_outcomes,
+    visits_read,
 )
 from ..survival_nll.fused import PADDED, Rows, as_padded, nll
 from ..survival_nll.operators import REDUCTIONS
+from ..survival_nll.visit_weight import padded_weight, weight_of_rows
 from . import composed, reference
 from .operators import LINKS
 
@@ -43,7 +46,7 @@ class PiecewiseHazard(NamedTuple):
         expect_option("reduction", self.reduction, REDUCTIONS)
 
     def define(self, inputs: Any) -> Tensor:
-        logits, times, indicators, mask, entry_times, sample_weight, fraction = inputs
+        logits, times, indicators, mask, entry_times, sample_weight, fraction, *more = inputs
         return reference.piecewise_hazard_nll(
             logits,
             times,
@@ -54,6 +57,7 @@ class PiecewiseHazard(NamedTuple):
             reduction=self.reduction,
             entry_times=entry_times,
             sample_weight=sample_weight,
+            visit_weight=more[0] if more else None,
         )
 
     def compute(self, ops: Any, rows: Rows, inputs: Any, needs_grad: bool) -> Any:
@@ -71,6 +75,7 @@ def piecewise_hazard_nll(
     link: str = "softplus",
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    visit_weight: Tensor | PackedRows | None = None,
     reduction: str = "mean",
     validate: bool = False,
 ) -> Tensor:
@@ -98,6 +103,10 @@ def piecewise_hazard_nll(
             which overflows where x is above 88 (709 in float64).
         entry_times: ``[B]`` integer: the first interval at risk (left truncation), from its start.
         sample_weight: ``[B]``, not negative: multiplies each patient's loss.
+        visit_weight: ``[B, V]`` (of packed rows ``[n_visits]`` or PackedRows) floating: multiplies
+            each visit's term. Not negative where a visit is read; what it has elsewhere changes
+            nothing, even a NaN. A loss with it is computed by the plain PyTorch definition, on any
+            device and whatever backend is asked for; it may require a gradient.
         reduction: ``"mean"`` over the patients, ``"sum"``, or ``"none"`` for ``[B]``.
         validate: check values on a GPU too, at the price of a synchronisation.
 
@@ -150,9 +159,20 @@ def piecewise_hazard_nll(
     chosen = backend.choose("survival_nll", logits.device.type, logits.dtype)
     if transformed(logits, sample_weight, fraction) or _learns(sample_weight, fraction):
         chosen = "reference"
+    if visit_weight is not None:
+        if batch is not None:
+            visit_weight = weight_of_rows(logits, batch, visit_weight)
+        weight = padded_weight(rows, logits, visit_weight, "logits")
+        chosen, rows, inputs = "reference", PADDED, (*as_padded(rows, inputs), weight)
     if must_check_values(chosen, logits.device.type, validate):
-        check_outcomes(as_padded(rows, inputs)[:6], "sigmoid")
+        padded = as_padded(rows, inputs)[:6]
+        check_outcomes(padded, "sigmoid")
         check_fraction(fraction)
+        if visit_weight is not None:
+            read = visits_read(padded, False)
+            at_time = visits_read(padded, True) & ~read
+            partly = True if fraction is None else (fraction != 0)[:, None]
+            refuse_visit_weight(weight, read | (at_time & partly))
     if chosen in ("cpu", "reference"):
         return nll(chosen, rows, inputs, loss)
     values = logits if batch is None else PackedRows(logits, batch)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..checks import accumulator
-from ..survival_nll.reference import reduced, visits_at_risk
+from ..survival_nll.reference import reduced, summed, visits_at_risk
 
 
 def piecewise_hazard_nll(
@@ -22,6 +22,7 @@ def piecewise_hazard_nll(
     reduction: str = "mean",
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    visit_weight: Tensor | None = None,
 ) -> Tensor:
     """Σ_{entry ≤ t < T} Λ_t + f Λ_T - δ log Λ_T with Λ = log(1 + e^x), or e^x for "exp"."""
     survived, at_time = visits_at_risk(logits, event_times, entry_times, sequence_mask)
@@ -29,12 +30,12 @@ def piecewise_hazard_nll(
     seen = torch.ones_like(wide[:, 0]) if fraction is None else fraction.to(wide.dtype)
     share = torch.where(survived, 1.0, torch.where(at_time, seen[:, None], 0.0))
     x = torch.where(share != 0, wide, 0.0)
-    nll = (
-        torch.where(share != 0, -logsigmoid(-x) if link == "softplus" else x.exp(), 0.0) * share
-    ).sum(1)
+    integral = -logsigmoid(-x) if link == "softplus" else x.exp()
+    nll = summed(torch.where(share != 0, integral, 0.0) * share, share != 0, visit_weight)
     event = at_time & (event_indicators != 0)[:, None]
     x = torch.where(event, wide, 0.0)
-    nll = nll - torch.where(event, log_softplus(x) if link == "softplus" else x, 0.0).sum(1)
+    log = log_softplus(x) if link == "softplus" else x
+    nll = nll - summed(torch.where(event, log, 0.0), event, visit_weight)
     return reduced(nll, sample_weight, reduction)
 
 

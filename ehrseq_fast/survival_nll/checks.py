@@ -219,6 +219,32 @@ def check_fraction(fraction: Tensor | None) -> None:
         _refuse("fraction must be in [0, 1]", patient, f"{float(fraction[patient]):g}", wrong)
 
 
+def visits_read(inputs: Inputs, censored_included: bool) -> Tensor:
+    """``[B, V]``: the visits that a loss reads, of padded hazards whose outcomes have been
+    checked."""
+    hazards, event_times, event_types, sequence_mask, entry_times, *_ = inputs
+    survived, at_time = visits_at_risk(hazards, event_times, entry_times, sequence_mask)
+    return (
+        survived | at_time
+        if censored_included
+        else survived | (at_time & (event_types != 0)[:, None])
+    )
+
+
+def refuse_visit_weight(weight: Tensor, read: Tensor) -> None:
+    """Refuse weights ``[B, V]`` below 0 where a visit is read."""
+    if vmapped():
+        return
+    wrong = (weight < 0) & read
+    if bool(wrong.any()):
+        patient, visit = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"visit_weight must not be negative: patient {patient} has "
+            f"{float(weight[patient, visit]):g} at visit {visit} "
+            f"(visits at fault: {int(wrong.sum())})"
+        )
+
+
 def check_probabilities(inputs: Inputs, options: Options) -> None:
     """Refuse hazards outside [0, 1] at visits that are read, of padded hazards whose outcomes have
     been checked. A NaN is to reach the result."""

@@ -34,12 +34,13 @@ class Loss(Protocol):
 
 
 class SurvivalNll(Options):
-    """The survival losses: of one risk ``[B, V]``, of competing ones ``[B, V, K]``."""
+    """The survival losses: of one risk ``[B, V]``, of competing ones ``[B, V, K]``. Their
+    definition takes weights of visits too, after the other inputs."""
 
     __slots__ = ()
 
-    def define(self, inputs: Inputs) -> Tensor:
-        hazards, event_times, event_types, sequence_mask, entry_times, sample_weight = inputs
+    def define(self, inputs: Any) -> Tensor:
+        hazards, event_times, event_types, sequence_mask, entry_times, sample_weight, *more = inputs
         definition: Callable[..., Tensor] = reference.discrete_time_survival_nll
         if hazards.dim() == 3:
             definition = reference.competing_risks_nll
@@ -51,6 +52,7 @@ class SurvivalNll(Options):
             self,
             entry_times=entry_times,
             sample_weight=sample_weight,
+            visit_weight=more[0] if more else None,
         )
 
     def compute(self, ops: Any, rows: Rows, inputs: Inputs, needs_grad: bool) -> Any:
@@ -78,10 +80,22 @@ def as_padded(rows: Rows, inputs: Inputs) -> Inputs:
     """The same patients with hazards ``[B, V, ...]`` and a mask."""
     if rows[0] is None:
         return inputs
-    row_starts, ranks, _ = rows
-    exists = ranks[:, None] < row_starts.diff()
-    row = torch.where(exists, row_starts[:-1] + ranks[:, None], 0)
+    row, exists = _numbers(rows)
     return inputs[0][row], *inputs[1:3], exists, *inputs[4:]
+
+
+def padded_values(rows: Rows, values: Tensor) -> Tensor:
+    """Numbers of visits as ``[B, V, ...]``; in the padding those of some visit."""
+    return values if rows[0] is None else values[_numbers(rows)[0]]
+
+
+def _numbers(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The number of each slot's row, and which slots have one."""
+    row_starts, ranks, _ = rows
+    assert row_starts is not None
+    assert ranks is not None
+    exists = ranks[:, None] < row_starts.diff()
+    return torch.where(exists, row_starts[:-1] + ranks[:, None], 0), exists
 
 
 class _Nll(torch.autograd.Function):

@@ -55,6 +55,7 @@ class DiscreteTimeSurvivalLoss(nn.Module):
         *,
         entry_times: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        visit_weight: Tensor | PackedRows | None = None,
     ) -> Tensor:
         """Hazards ``[B, V]``, times and indicators ``[B]``, mask ``[B, V]`` to the loss. Or of
         :class:`~ehrseq_fast.PackedRows` alone, whose batch has the outcomes."""
@@ -68,6 +69,7 @@ class DiscreteTimeSurvivalLoss(nn.Module):
             censored_visit=self.censored_visit,
             entry_times=entry_times,
             sample_weight=sample_weight,
+            visit_weight=visit_weight,
             eps=self.eps,
             reduction=self.reduction,
             validate=self.validate,
@@ -125,6 +127,7 @@ class CompetingRisksSurvivalLoss(nn.Module):
         *,
         entry_times: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        visit_weight: Tensor | PackedRows | None = None,
     ) -> Tensor:
         """Hazards ``[B, V, K]``, times and types ``[B]``, mask ``[B, V]`` to the loss. Or of
         :class:`~ehrseq_fast.PackedRows` alone, whose batch has the outcomes."""
@@ -138,6 +141,7 @@ class CompetingRisksSurvivalLoss(nn.Module):
             censored_visit=self.censored_visit,
             entry_times=entry_times,
             sample_weight=sample_weight,
+            visit_weight=visit_weight,
             eps=self.eps,
             reduction=self.reduction,
             validate=self.validate,

@@ -25,6 +25,7 @@ from .checks import (
 )
 from .fused import PADDED, Inputs, SurvivalNll, nll
 from .packed import packed_competing_risks_nll, packed_survival_nll
+from .visit_weight import weighted_nll
 
 
 def discrete_time_survival_nll(
@@ -38,6 +39,7 @@ def discrete_time_survival_nll(
     censored_visit: str = "excluded",
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    visit_weight: Tensor | PackedRows | None = None,
     eps: float = 1e-7,
     reduction: str = "mean",
     validate: bool = False,
@@ -74,6 +76,10 @@ def discrete_time_survival_nll(
         sample_weight: ``[B]``, not negative: multiplies each patient's loss. A NaN or an infinity
             is not refused, so that it shows in the loss. No gradient flows to it in a backward
             pass, so one that requires a gradient is refused.
+        visit_weight: ``[B, V]`` (of packed rows ``[n_visits]`` or PackedRows) floating: multiplies
+            each visit's term. Not negative where a visit is read; what it has elsewhere changes
+            nothing, even a NaN. A loss with it is computed by the plain PyTorch definition, on any
+            device and whatever backend is asked for; it may require a gradient.
         reduction: ``"mean"`` over the patients (always divided by B, whatever the weights; nan for
             B = 0, as ``torch.mean``), ``"sum"``, or ``"none"`` for ``[B]``.
         validate: check values on a GPU too, at the price of a synchronisation.
@@ -115,6 +121,7 @@ def discrete_time_survival_nll(
             censored_visit=censored_visit,
             entry_times=entry_times,
             sample_weight=sample_weight,
+            visit_weight=visit_weight,
             eps=eps,
             reduction=reduction,
             validate=validate,
@@ -133,6 +140,7 @@ def discrete_time_survival_nll(
     return _nll(
         (hazards, times, event_indicators, sequence_mask, entry_times, sample_weight),
         SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction),
+        visit_weight,
         validate,
     )
 
@@ -148,6 +156,7 @@ def competing_risks_nll(
     censored_visit: str = "excluded",
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    visit_weight: Tensor | PackedRows | None = None,
     eps: float = 1e-7,
     reduction: str = "mean",
     validate: bool = False,
@@ -201,6 +210,7 @@ def competing_risks_nll(
             censored_visit=censored_visit,
             entry_times=entry_times,
             sample_weight=sample_weight,
+            visit_weight=visit_weight,
             eps=eps,
             reduction=reduction,
             validate=validate,
@@ -219,15 +229,23 @@ def competing_risks_nll(
     return _nll(
         (hazards, times, event_types, sequence_mask, entry_times, sample_weight),
         SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction),
+        visit_weight,
         validate,
     )
 
 
-def _nll(inputs: Inputs, options: SurvivalNll, validate: bool) -> Tensor:
+def _nll(
+    inputs: Inputs,
+    options: SurvivalNll,
+    visit_weight: Tensor | PackedRows | None,
+    validate: bool,
+) -> Tensor:
     """Either loss: [B, V] hazards are one risk, [B, V, K] competing ones."""
     hazards = inputs[0]
     device = hazards.device.type
     options.check()
+    if visit_weight is not None:
+        return weighted_nll(PADDED, inputs, options, visit_weight, validate)
     chosen = backend.choose("survival_nll", device, hazards.dtype)
     if transformed(hazards, inputs[5]):
         chosen = "reference"

@@ -22,6 +22,7 @@ from .checks import (
     check_single_link,
 )
 from .fused import Inputs, Rows, SurvivalNll, as_padded, nll
+from .visit_weight import weight_of_rows, weighted_nll
 
 if TYPE_CHECKING:
     from ..batch import PackedVisits
@@ -38,6 +39,7 @@ def packed_survival_nll(
     censored_visit: str = "excluded",
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    visit_weight: Tensor | PackedRows | None = None,
     eps: float = 1e-7,
     reduction: str = "mean",
     validate: bool = False,
@@ -50,6 +52,7 @@ def packed_survival_nll(
         batch: whose visits they are; its ``event_times`` and ``event_indicators`` are the outcomes.
         event_times, event_indicators: ``[B]`` in the caller's order, in place of the batch's.
         entry_times, sample_weight: ``[B]`` in the caller's order.
+        visit_weight: ``[n_visits]``, or :class:`~ehrseq_fast.PackedRows` of the same batch.
 
     All else as for :func:`discrete_time_survival_nll`; ``reduction="none"`` gives ``[B]`` in the
     caller's order of patients.
@@ -80,7 +83,7 @@ def packed_survival_nll(
     inputs = (hazards, times, seen, None, entry_times, sample_weight)
     link = link if from_logits else "probabilities"
     options = SurvivalNll(link, censored_visit, eps, reduction)
-    return _packed_nll(batch, inputs, options, validate)
+    return _packed_nll(batch, inputs, options, visit_weight, validate)
 
 
 def packed_competing_risks_nll(
@@ -94,6 +97,7 @@ def packed_competing_risks_nll(
     censored_visit: str = "excluded",
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    visit_weight: Tensor | PackedRows | None = None,
     eps: float = 1e-7,
     reduction: str = "mean",
     validate: bool = False,
@@ -128,7 +132,7 @@ def packed_competing_risks_nll(
     inputs = (hazards, times, kinds, None, entry_times, sample_weight)
     link = link if from_logits else "probabilities"
     options = SurvivalNll(link, censored_visit, eps, reduction)
-    return _packed_nll(batch, inputs, options, validate)
+    return _packed_nll(batch, inputs, options, visit_weight, validate)
 
 
 def _rows_and_batch(
@@ -174,15 +178,22 @@ def _check_tensors(
 
 
 def _packed_nll(
-    batch: PackedVisits, inputs: Inputs, options: SurvivalNll, validate: bool
+    batch: PackedVisits,
+    inputs: Inputs,
+    options: SurvivalNll,
+    visit_weight: Tensor | PackedRows | None,
+    validate: bool,
 ) -> Tensor:
     hazards = inputs[0]
     device = hazards.device.type
+    rows: Rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
     options.check()
+    if visit_weight is not None:
+        weight = weight_of_rows(hazards, batch, visit_weight)
+        return weighted_nll(rows, inputs, options, weight, validate)
     chosen = backend.choose("packed_survival_nll", device, hazards.dtype)
     if transformed(hazards, inputs[5]):
         chosen = "reference"
-    rows: Rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
     if must_check_values(chosen, device, validate):
         padded = as_padded(rows, inputs)
         check_outcomes(padded, options.link)

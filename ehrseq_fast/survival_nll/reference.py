@@ -28,13 +28,15 @@ def discrete_time_survival_nll(
     *,
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    visit_weight: Tensor | None = None,
 ) -> Tensor:
     """-Σ_{entry ≤ t < T} log(1-h_t) - δ log h_T - (1-δ) c log(1-h_T), c = 1 for "included"."""
     survived, at_time = visits_at_risk(hazards, event_times, entry_times, sequence_mask)
     event = at_time & (event_indicators != 0)[:, None]
     if options.censored_visit == "included":
         survived = survived | (at_time & ~event)
-    nll = _bernoulli_nll(hazards, event, survived, options).sum(1)
+    terms = _bernoulli_nll(hazards, event, survived, options)
+    nll = summed(terms, event | survived, visit_weight)
     return reduced(nll, sample_weight, options.reduction)
 
 
@@ -47,6 +49,7 @@ def competing_risks_nll(
     *,
     entry_times: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    visit_weight: Tensor | None = None,
 ) -> Tensor:
     """Sigmoid: the sum over causes of the loss above, every other cause's event being censoring.
 
@@ -64,13 +67,15 @@ def competing_risks_nll(
         at_risk = (survived | event).any(2, keepdim=True)
         wide = hazards.to(accumulator(hazards.dtype))
         log_p = torch.where(at_risk, wide, 0.0).log_softmax(2)
-        nll = -torch.where(event | nothing, log_p, 0.0).sum((1, 2))
+        terms, read = -torch.where(event | nothing, log_p, 0.0), at_risk[..., 0]
     else:
         event = at_time & (classes + 1 == types)
         survived = survived.expand_as(event)
         if options.censored_visit == "included":
             survived = survived | (at_time & ~event)
-        nll = _bernoulli_nll(hazards, event, survived, options).sum((1, 2))
+        terms = _bernoulli_nll(hazards, event, survived, options)
+        read = (event | survived).any(2)
+    nll = summed(terms, read, visit_weight)
     return reduced(nll, sample_weight, options.reduction)
 
 
@@ -133,6 +138,16 @@ def _cloglog_event(x: Tensor) -> Tensor:
 def rounds_to_one(value: float, dtype: torch.dtype) -> bool:
     """Whether a probability below 1 is 1 in this dtype."""
     return value >= 1 - torch.finfo(dtype).eps / 4
+
+
+def summed(terms: Tensor, read: Tensor, visit_weight: Tensor | None) -> Tensor:
+    """The sum of each patient's terms ``[B, V]`` or ``[B, V, K]``, weighted by visits where these
+    are read ``[B, V]``."""
+    dims = tuple(range(1, terms.dim()))
+    if visit_weight is None:
+        return terms.sum(dims)
+    weight = torch.where(read, visit_weight.to(terms.dtype), 0.0)
+    return (terms * weight.view(*weight.shape, *(1,) * (terms.dim() - 2))).sum(dims)
 
 
 def reduced(nll: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:

@@ -18,6 +18,7 @@ from ehrseq_fast.linear import reference as linear_reference
 from ehrseq_fast.next_codes import reference as next_codes_reference
 from ehrseq_fast.packed_gru import reference as gru_reference
 from ehrseq_fast.packed_lstm import reference as lstm_reference
+from ehrseq_fast.piecewise_hazard import reference as piecewise_reference
 from ehrseq_fast.pmf_nll import reference as pmf_reference
 from ehrseq_fast.visit_pool import reference as pool_reference
 
@@ -347,6 +348,47 @@ def _pmf(draw: Draw, ops: Any, name: str) -> Call:
     last = [competing, included, option if name == "pmf_nll" else meaning, True]
     operator = getattr(ops, name)
     return Call(operator, [values, times, types, *layout, entries, weights, *last], expected)
+
+
+@makes("piecewise_hazard_nll")
+def _piecewise(draw: Draw, ops: Any, name: str) -> Call:
+    """Padded or packed."""
+    patients, slots, is_packed = draw.whole(1, 6), draw.whole(1, 40), draw.chance(0.5)
+    lengths = draw.integers(1, slots + 1, (patients,))
+    lengths[0] = slots
+    times = (torch.from_numpy(draw.random.random(patients)) * lengths).long()
+    seen = draw.integers(0, 2, (patients,))
+    logits = draw.floats((patients, slots), draw.one_of(FLOATING))
+    mask = torch.arange(slots) < lengths[:, None]
+    entries = None if draw.chance(0.5) else (times * draw.random.random()).long()
+    weights = None if draw.chance(0.5) else draw.floats((patients,)).abs()
+    fraction = None if draw.chance(0.3) else draw.floats((patients,)).abs().clamp(max=1)
+    link, option = draw.whole(0, 1), draw.whole(0, 2)
+    batch = PackedVisits.from_lists([[[1]] * n for n in lengths.tolist()])
+
+    def forward(padded: Tensor) -> Tensor:
+        return piecewise_reference.piecewise_hazard_nll(
+            padded,
+            times,
+            seen,
+            fraction,
+            mask,
+            link=("softplus", "exp")[link],
+            reduction=REDUCTIONS[option],
+            entry_times=entries,
+            sample_weight=None if weights is None else weights.double(),
+        )
+
+    def expected() -> list[Tensor]:
+        value = forward(logits.double())
+        grad = gradient(forward, [logits], torch.ones_like(value))[0]
+        return [value, batch.pack(grad) if is_packed else grad]
+
+    rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
+    layout = [None, *rows] if is_packed else [mask, None, None, None]
+    values = batch.pack(logits) if is_packed else logits
+    last = [entries, weights, fraction, link, option, True]
+    return Call(getattr(ops, name), [values, times, seen, *layout, *last], expected)
 
 
 @makes("survival_nll_scale")
