@@ -15,7 +15,8 @@ from ..tolerances import tolerance
 from . import (
     batches,
     operators,
-    visitwise,  # noqa: F401  (which adds to the operators that are known)
+    survival,  # noqa: F401  (which adds to the operators that are known, as the next does)
+    visitwise,  # noqa: F401
 )
 from .arguments import FLOATING, Call, Draw, change
 
