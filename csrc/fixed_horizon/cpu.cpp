@@ -230,7 +230,9 @@ std::tuple<Tensor, Tensor> fixed_horizon_bce(
   expect_floating(logits, kName, "logits");
   expect_option(reduction, kName, "reduction", 0, static_cast<int64_t>(Reduction::kSum));
   if (!(horizon > 0)) refuse(kName, "horizon", "a number above 0", short_text(horizon));
-  if (!(pos_weight >= 0)) refuse(kName, "pos_weight", "a weight from 0", short_text(pos_weight));
+  if (!is_weight(pos_weight)) {
+    refuse(kName, "pos_weight", "a finite weight from 0", short_text(pos_weight));
+  }
   const std::vector<int64_t> of_visits = shape_of(logits);
   const char* names = packed ? "[n_visits]" : "[B, V]";
   const int64_t patients = packed ? unsorted_indices->size(0) : logits.size(0);

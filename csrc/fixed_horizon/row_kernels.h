@@ -42,7 +42,7 @@ class Labels {
     eight.weight = broadcast(visits_.weight);
     if (visits_.weights != nullptr) {
       const Doubles weights = load_some(visits_.weights + at, left);
-      wrong_ |= weights < 0.0;
+      if (visits_.labels == nullptr) wrong_ |= ~((weights >= 0.0) & (weights <= DBL_MAX));
       eight.weight *= weights;
     }
     if (visits_.labels != nullptr) {
@@ -61,8 +61,8 @@ class Labels {
     return eight;
   }
 
-  // Whether no time was NaN, no weight negative and no given label outside [0, 1], of the visits
-  // that were asked for.
+  // Whether no time was NaN, every weight finite and not negative, and no given label outside
+  // [0, 1], of the visits that were asked for.
   bool possible() const {
     return join_lanes<int64_t>(wrong_, [](const auto& a, const auto& b)
                                            __attribute__((always_inline)) { return a | b; }) == 0;

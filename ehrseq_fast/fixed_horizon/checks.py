@@ -18,10 +18,10 @@ def check_horizon(horizon: float, name: str = "horizon") -> None:
 
 
 def check_pos_weight(pos_weight: float) -> None:
-    """Refuse anything but one number from 0."""
+    """Refuse anything but one finite number from 0."""
     _expect_number("pos_weight", pos_weight)
-    if not pos_weight >= 0:
-        raise ValueError(f"pos_weight: expected a weight from 0, got {pos_weight}")
+    if not 0 <= pos_weight < float("inf"):
+        raise ValueError(f"pos_weight: expected a finite weight from 0, got {pos_weight}")
 
 
 def _expect_number(name: str, value: object) -> None:

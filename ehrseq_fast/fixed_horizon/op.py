@@ -112,8 +112,9 @@ def fixed_horizon_bce(
             are compared in float64. Without it visit t is at the time t.
         pos_weight: what the terms of label 1 are multiplied by, a number from 0; the mean's
             denominator stays.
-        visit_weight: ``[B, V]`` or ``[n_visits]``, not negative at visits.
-        sample_weight: ``[B]``, not negative. A weight that requires a gradient is refused.
+        visit_weight: ``[B, V]`` or ``[n_visits]``, finite and not negative at visits.
+        sample_weight: ``[B]``, finite and not negative. A weight that requires a gradient is
+            refused.
         reduction: ``"mean"`` as above, 0 where no visit counts; ``"sum"``; or ``"none"``:
             ``[B, V]`` or ``[n_visits]``, 0 where nothing counts.
         validate: check values on a GPU too, at the price of a synchronisation.
@@ -126,8 +127,8 @@ def fixed_horizon_bce(
 
     Raises:
         ValueError: for shapes or devices that do not fit, unknown options, masks with holes, times
-            that are NaN, negative visits, indicators other than 0 and 1, negative weights, a
-            horizon that is not above 0.
+            that are NaN, negative visits, indicators other than 0 and 1, weights that are
+            negative or not finite, a horizon that is not above 0.
         TypeError: for dtypes, missing outcomes, and event times in floating point without
             ``visit_times``.
 
