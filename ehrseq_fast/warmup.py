@@ -18,6 +18,7 @@ from .survival_nll import (
 )
 from .triton_support import watching_launches
 from .visit_pool import packed_visit_pool, visit_mean_pool
+from .visit_pool.packed import WEIGHTED_MODES
 
 
 def warmup(
@@ -32,6 +33,7 @@ def warmup(
     causes: int | None = None,
     from_logits: bool = False,
     next_codes: bool = False,
+    code_weights: bool = False,
     device: torch.device | str | None = None,
 ) -> list[str]:
     """Compile what training on such batches will launch, so that no training step waits for it.
@@ -51,6 +53,8 @@ def warmup(
             alone.
         from_logits: whether the losses are to take logits.
         next_codes: compile :func:`~ehrseq_fast.next_codes_bce` too, without weights of classes.
+        code_weights: compile pooling with weights per code and their gradient too, in the modes
+            that have it.
         device: a GPU; by default the current one, or the host where there is none.
 
     Returns:
@@ -66,7 +70,8 @@ def warmup(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with watching_launches() as launches:
         for mode in modes:
-            _pool_once(patients, visits, codes, embedding_dim, vocab_size, dtype, mode, device)
+            sizes = (patients, visits, codes, embedding_dim, vocab_size)
+            _pool_once(*sizes, dtype, mode, code_weights, device)
         for count in (None, causes) if causes else (None,):
             _loss_once(patients, visits, count, from_logits, dtype, device)
         if next_codes:
@@ -88,6 +93,7 @@ def _pool_once(
     vocab_size: int,
     dtype: torch.dtype,
     mode: str,
+    code_weights: bool,
     device: torch.device,
 ) -> None:
     padded = _records(patients, visits, codes, vocab_size)
@@ -100,6 +106,9 @@ def _pool_once(
         visit_mean_pool(padded.to(device), weight, mask, mode=mode).sum().backward()
     batch = PackedVisits.from_lists(padded.tolist()).to(device)
     packed_visit_pool(batch, weight, mode=mode, scores=scores).sum().backward()
+    if code_weights and mode in WEIGHTED_MODES:
+        of_codes = torch.ones(batch.n_codes, device=device, requires_grad=True)
+        packed_visit_pool(batch, weight, mode=mode, code_weights=of_codes).sum().backward()
 
 
 def _loss_once(

@@ -202,6 +202,11 @@ def test_warmup_names_what_it_launched():
         "sum_segments",
         "sum_attention",
     } < set(names)
+    weighted = warmup(
+        patients=3, visits=2, codes=2, embedding_dim=4, vocab_size=9, code_weights=True,
+        device=torch.get_default_device(),
+    )  # fmt: skip
+    assert "weight_gradients" in weighted
     with use_backend("reference"):
         assert warmup(patients=3, visits=2, codes=2, embedding_dim=4) == []
 

@@ -244,12 +244,11 @@ def test_forward_mode_and_transforms(backend):
     torch.testing.assert_close(jacobian, torch.func.jacfwd(pool, argnums=1)(table, weights))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_compile(backend, mode):
+def test_compile(backend):
     torch._dynamo.reset()
 
     def pooled(batch, table, weights):
-        return packed_visit_pool(batch, table, mode=mode, code_weights=weights).sin()
+        return packed_visit_pool(batch, table, code_weights=weights).sin()
 
     whole = torch.compile(pooled, fullgraph=True, dynamic=True)
     for repeats in (1, 2, 3):
