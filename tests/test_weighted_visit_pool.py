@@ -8,10 +8,17 @@ import itertools
 import pytest
 import torch
 
-from ehrseq_fast import PackedVisits, packed_visit_pool, use_backend, visit_mean_pool
+from ehrseq_fast import (
+    PackedVisits,
+    accelerate,
+    packed_visit_pool,
+    use_backend,
+    visit_mean_pool,
+)
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM, LSTMBaseline
 from ehrseq_fast.visit_pool import codes_in_use, reference
 
+from . import plain_models
 from .batches import from_lists
 from .conftest import is_emulated
 from .tolerances import assert_close, assert_matches
@@ -370,6 +377,23 @@ def test_a_visit_encoder_uses_them_or_refuses(path, hooked, aggregation):
     else:
         with pytest.raises(ValueError, match=f"code_weights: .*{aggregation}"):
             model(batch)
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "sum", "max", "attention"])
+def test_accelerated_models_use_them_or_refuse(aggregation):
+    model = plain_models.LSTMBaseline(
+        VOCABULARY, embedding_dim=4, hidden_dim=8, visit_aggregation=aggregation
+    ).eval()
+    accelerate(model)
+    batch, weights = weighted_batch()
+    batch = batch.with_code_weights(weights.abs())
+    if aggregation in ("max", "attention"):
+        with pytest.raises(ValueError, match=f"code_weights: .*{aggregation}"):
+            model(batch)
+        return
+    padded = model(*batch.to_padded())["logits"]
+    torch.testing.assert_close(model(batch)["logits"], padded)
+    assert not torch.allclose(model(batch.with_code_weights(None))["logits"], padded)
 
 
 def test_the_reference_is_the_padded_definition():
