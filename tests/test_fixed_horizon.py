@@ -166,7 +166,7 @@ def test_agrees_with_the_reference(unemulated, shape, axis, weighted, dtype, sca
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("axis", "weighted"), [*((axis, False) for axis in AXES), ("days", True)])
-def test_packed_has_the_bits_of_padded(kernels, axis, weighted, dtype):
+def test_packed_has_the_bits_of_padded(compiled, axis, weighted, dtype):
     x, mask, given, weights = draw(150, 21, axis, dtype)
     mask[:, 0] = True  # a packed patient has a visit
     rows = packed_of(x, mask)
@@ -186,6 +186,47 @@ def test_packed_has_the_bits_of_padded(kernels, axis, weighted, dtype):
         assert torch.equal(packed.detach(), value)
         (of_rows,) = torch.autograd.grad(packed, values, scale)
         assert torch.equal(of_rows, batch.pack(grad))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_every_kernel_agrees_with_the_reference(backend, layout, dtype):
+    """Small, as some are emulated."""
+    for axis, shape in (("visits", (3, 5)), ("days in any order", (9, 11))):
+        x, mask, given, weights = draw(*shape, axis, dtype, 20.0)
+        mask[:, 0] = True
+        rows = packed_of(x, mask)
+        count = rows.batch.pack if layout == "packed" else lambda values: values
+        for reduction, weighted in zip(REDUCTIONS, (True, False, True), strict=True):
+            options = {"reduction": reduction, "pos_weight": 1.5, **(weights if weighted else {})}
+            wide, wide_grad = value_and_grad(
+                reference.fixed_horizon_bce,
+                x.double(),
+                given["event_times"],
+                given["event_indicators"],
+                Visits(mask),
+                given.get("visit_times"),
+                float(given["horizon"]),
+                **options,
+            )
+            visits = {"visit_times": given.get("visit_times"), **options, **given}
+            if layout == "packed":
+                for name in {"visit_times", "visit_weight"} & visits.keys():
+                    visits[name] = None if visits[name] is None else count(visits[name])
+            leaf = count(torch.where(mask, x, torch.nan)).detach().requires_grad_()
+            if layout == "packed":
+                value = fixed_horizon_bce(PackedRows(leaf, rows.batch), **visits)
+            else:
+                value = fixed_horizon_bce(leaf, sequence_mask=mask, **visits)
+            scale = torch.arange(1.0, wide.numel() + 1, dtype=value.dtype).reshape(wide.shape)
+            wanted = wide
+            if reduction == "none":
+                wanted, scale = count(wide), count(scale)
+            (grad,) = torch.autograd.grad(value, leaf, scale)
+            assert_matches(value.detach(), wanted, scale=40, terms=shape[1])
+            wanted_grad = count(wide_grad)
+            assert_matches(grad, wanted_grad, scale=wide_grad.abs().max() + 1, terms=shape[1])
+            assert not grad[wanted_grad == 0].any()
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -213,7 +254,7 @@ def test_what_does_not_count_is_never_read(unemulated, axis, reduction):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_what_is_not_finite_is_seen(unemulated, weighted, value):
+def test_what_is_not_finite_is_seen(backend, weighted, value):
     x = torch.zeros(2, 20)
     x[0, 17] = x[1, 3] = value
     given = (torch.tensor([19, 19]), torch.tensor([1, 1]), 3)
@@ -278,7 +319,7 @@ def test_gradients_of_any_strides(unemulated, grad):
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_same_bits_for_any_number_of_threads_and_every_time(kernels, axis):
+def test_same_bits_for_any_number_of_threads_and_every_time(compiled, axis):
     x, mask, given, _ = draw(1500, 60, axis)
 
     def run():
@@ -459,7 +500,7 @@ def test_the_module_refuses():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(40,), (7, 33), (2, 3, 5)])
-def test_the_loss_of_given_labels_has_its_old_numbers(unemulated, shape, dtype):
+def test_the_loss_of_given_labels_has_its_old_numbers(backend, shape, dtype):
     x, labels = (torch.randn(shape) * 3).to(dtype), torch.rand(shape)
     weights = torch.rand(shape) * (torch.rand(shape) < 0.6)
     x[weights == 0] = torch.nan

@@ -97,6 +97,45 @@ def test_agrees_with_the_reference(unemulated, shape, reduction, smoothing, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_every_kernel_agrees_with_the_reference(backend, layout, dtype):
+    """Small, as some are emulated."""
+    for shape, reduction, smoothing in (
+        ((3, 5, 2), "mean", 0.0),
+        ((9, 4, 70), "none", 0.1),
+        ((4, 7, 5), "sum", 0.2),
+        ((4, 7, 1), "mean", 0.2),
+    ):
+        x, y, mask, weights = draw(*shape, dtype, 20.0)
+        mask[:, 0] = True
+        options = {"reduction": reduction, "label_smoothing": smoothing, **weights}
+        wide, wide_grad = value_and_grad(
+            reference.visit_cross_entropy, x.double(), y, Visits(mask), **options
+        )
+        counts = mask & (y != -100)
+        clean = torch.where(counts[..., None], x, torch.nan).detach()
+        scale = torch.arange(1.0, wide.numel() + 1, dtype=torch.float64).reshape(wide.shape)
+        if layout == "packed":
+            rows = packed_of(clean, mask)
+            batch = rows.batch
+            options["visit_weight"] = batch.pack(weights["visit_weight"])
+            leaf = rows.values.detach().clone().requires_grad_()
+            value = visit_cross_entropy(PackedRows(leaf, batch), batch.pack(y), **options)
+            wide_grad = batch.pack(wide_grad)
+            if reduction == "none":
+                wide, scale = batch.pack(wide), batch.pack(scale)
+        else:
+            leaf = clean.clone().requires_grad_()
+            value = visit_cross_entropy(leaf, y, mask, **options)
+        (grad,) = torch.autograd.grad(value, leaf, scale.to(value.dtype))
+        terms = shape[1] + shape[2]
+        assert_matches(value.detach(), wide, scale=wide.abs() + 40, terms=terms)
+        assert_matches(grad, wide_grad, scale=wide_grad.abs().max() + 1, terms=terms)
+        left_out = ~counts if layout == "padded" else batch.pack(~counts)
+        assert not grad[left_out].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_large_logits_are_finite_and_right(unemulated, dtype):
     x, y, mask, _ = draw(30, 6, 4, dtype, 1e4)
     value, grad = value_and_grad(visit_cross_entropy, x, y, mask, reduction="none")
@@ -119,7 +158,7 @@ def test_small_losses_keep_their_digits(compiled):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_packed_has_the_bits_of_padded(kernels, reduction, dtype):
+def test_packed_has_the_bits_of_padded(compiled, reduction, dtype):
     x, y, mask, weights = draw(150, 21, 6, dtype)
     mask[:, 0] = True  # a packed patient has a visit
     rows = packed_of(x, mask)
@@ -153,7 +192,7 @@ def test_what_does_not_count_is_never_read(unemulated, reduction):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("classes", [3, 20])
-def test_what_is_not_finite_is_seen(unemulated, classes, value):
+def test_what_is_not_finite_is_seen(backend, classes, value):
     for at in (0, classes - 1):
         x, y = torch.zeros(2, 20, classes), torch.zeros(2, 20, dtype=torch.int64)
         x[1, 17, at] = value
@@ -215,7 +254,7 @@ def test_gradients_of_any_strides(unemulated, grad):
     assert_matches(got, wanted, scale=4, terms=5)
 
 
-def test_same_bits_for_any_number_of_threads_and_every_time(kernels):
+def test_same_bits_for_any_number_of_threads_and_every_time(compiled):
     x, y, mask, weights = draw(1500, 40, 7)
     threads = torch.get_num_threads()
     try:

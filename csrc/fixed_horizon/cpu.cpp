@@ -18,6 +18,7 @@
 #include "common/survival/transposed_visits.h"
 #include "common/survival/visit_loss.h"
 #include "common/tensors.h"
+#include "fixed_horizon/arguments.h"
 #include "fixed_horizon/reader.h"
 #include "fixed_horizon/rows.h"
 
@@ -225,26 +226,9 @@ std::tuple<Tensor, Tensor> fixed_horizon_bce(
   constexpr const char* kName = "fixed_horizon_bce";
   expect_on_cpu(kName, logits, event_times, event_indicators, sequence_mask, row_starts,
                 unsorted_indices, last_rows, visit_times, visit_weight, sample_weight);
-  const bool packed = expect_layout(kName, sequence_mask, row_starts, unsorted_indices, last_rows);
-  expect_dim(logits, kName, "logits", packed ? 1 : 2, packed ? "[n_visits]" : "[B, V]");
-  expect_floating(logits, kName, "logits");
-  expect_option(reduction, kName, "reduction", 0, static_cast<int64_t>(Reduction::kSum));
-  if (!(horizon > 0)) refuse(kName, "horizon", "a number above 0", short_text(horizon));
-  if (!is_weight(pos_weight)) {
-    refuse(kName, "pos_weight", "a finite weight from 0", short_text(pos_weight));
-  }
-  const std::vector<int64_t> of_visits = shape_of(logits);
-  const char* names = packed ? "[n_visits]" : "[B, V]";
-  const int64_t patients = packed ? unsorted_indices->size(0) : logits.size(0);
-  expect_shape(event_times, kName, "event_times", {patients}, "[B]");
-  expect_real(event_times, kName, "event_times");
-  expect_shape(event_indicators, kName, "event_indicators", {patients}, "[B]");
-  expect_real(event_indicators, kName, "event_indicators");
-  if (visit_times.has_value()) {
-    expect_shape(*visit_times, kName, "visit_times", of_visits, names);
-    expect_real(*visit_times, kName, "visit_times");
-  }
-  expect_weights(kName, of_visits, names, patients, visit_weight, sample_weight);
+  const bool packed = expect_arguments(logits, event_times, event_indicators, sequence_mask,
+                                       row_starts, unsorted_indices, last_rows, visit_times,
+                                       visit_weight, sample_weight, horizon, pos_weight, reduction);
   const Targets targets{kName,
                         Column(event_times),
                         Column(event_indicators),
@@ -261,8 +245,8 @@ std::tuple<Tensor, Tensor> fixed_horizon_bce(
     return loss_of(PackedPatients(ranks), targets, settings, logits, as_reduction, needs_grad,
                    share_of);
   }
-  expect_sequence_mask(kName, sequence_mask, patients, logits.size(1));
-  const PaddedVisits visits(patients, logits.size(1), VisitMask(sequence_mask, logits.size(1)));
+  const PaddedVisits visits(logits.size(0), logits.size(1),
+                            VisitMask(sequence_mask, logits.size(1)));
   return loss_of(visits, targets, settings, logits, as_reduction, needs_grad, share_of);
 }
 
@@ -270,12 +254,7 @@ std::tuple<Tensor, Tensor> masked_bce(Tensor logits, Tensor labels, Tensor weigh
                                       bool needs_grad) {
   constexpr const char* kName = "masked_bce";
   expect_on_cpu(kName, logits, labels, weights);
-  expect_dim(logits, kName, "logits", 2, "[B, V]");
-  expect_floating(logits, kName, "logits");
-  for (const auto& [name, tensor] : {std::pair{"labels", labels}, std::pair{"weights", weights}}) {
-    expect_shape(tensor, kName, name, shape_of(logits), "the shape of logits");
-    expect_real(tensor, kName, name);
-  }
+  expect_given_labels(logits, labels, weights);
   const PaddedVisits visits(logits.size(0), logits.size(1),
                             VisitMask(std::nullopt, logits.size(1)));
   const Targets targets{kName,

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -19,14 +18,11 @@
 #include "common/survival/groups.h"
 #include "common/survival/visit_loss.h"
 #include "common/tensors.h"
+#include "visit_cross_entropy/arguments.h"
 #include "visit_cross_entropy/rows.h"
 
 namespace ehrseq::visit_cross_entropy {
 namespace {
-
-using namespace ehrseq::survival;  // NOLINT: what the losses of visits share
-
-constexpr const char* kName = "visit_cross_entropy";
 
 // Labels and weights of rows, whatever their dtypes.
 struct Targets {
@@ -187,27 +183,11 @@ std::tuple<Tensor, Tensor> visit_cross_entropy(
     double label_smoothing, int64_t reduction, bool needs_grad) {
   expect_on_cpu(kName, logits, labels, sequence_mask, row_starts, unsorted_indices, last_rows,
                 class_weight, visit_weight, sample_weight);
-  const bool packed = expect_layout(kName, sequence_mask, row_starts, unsorted_indices, last_rows);
-  expect_dim(logits, kName, "logits", packed ? 2 : 3, packed ? "[n_visits, K]" : "[B, V, K]");
-  expect_floating(logits, kName, "logits");
+  const bool packed =
+      expect_arguments(logits, labels, sequence_mask, row_starts, unsorted_indices, last_rows,
+                       class_weight, visit_weight, sample_weight, label_smoothing, reduction);
   const int64_t classes = logits.size(packed ? 1 : 2);
-  if (classes < 1 || classes > std::numeric_limits<int32_t>::max()) {
-    refuse(kName, "logits", "1 to 2^31 - 1 classes", std::to_string(classes));
-  }
-  expect_option(reduction, kName, "reduction", 0, static_cast<int64_t>(Reduction::kSum));
-  if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
-    refuse(kName, "label_smoothing", "a number in [0, 1]", short_text(label_smoothing));
-  }
   const std::vector<int64_t> of_visits = leading_shape(logits, 1);
-  const char* names = packed ? "[n_visits]" : "[B, V]";
-  expect_shape(labels, kName, "labels", of_visits, names);
-  expect_integer(labels, kName, "labels");
-  if (class_weight.has_value()) {
-    expect_shape(*class_weight, kName, "class_weight", {classes}, "[K]");
-    expect_real(*class_weight, kName, "class_weight");
-  }
-  const int64_t patients = packed ? unsorted_indices->size(0) : logits.size(0);
-  expect_weights(kName, of_visits, names, patients, visit_weight, sample_weight);
   const std::vector<double> class_weights = weights_of_classes(class_weight, classes);
   const Targets targets{Column::of_visits(labels), WeightsOfVisits(visit_weight, sample_weight),
                         classes, ignore_index};
@@ -217,8 +197,8 @@ std::tuple<Tensor, Tensor> visit_cross_entropy(
     return loss_of(PackedPatients(ranks), logits, of_visits, targets, class_weights,
                    label_smoothing, as_reduction, needs_grad);
   }
-  expect_sequence_mask(kName, sequence_mask, patients, logits.size(1));
-  const PaddedVisits visits(patients, logits.size(1), VisitMask(sequence_mask, logits.size(1)));
+  const PaddedVisits visits(logits.size(0), logits.size(1),
+                            VisitMask(sequence_mask, logits.size(1)));
   return loss_of(visits, logits, of_visits, targets, class_weights, label_smoothing, as_reduction,
                  needs_grad);
 }

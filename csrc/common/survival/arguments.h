@@ -4,9 +4,11 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/checks.h"
 
@@ -126,6 +128,46 @@ inline LogitsShape expect_logits(const char* operation, bool competing, const Te
   expect_outcomes(operation, shape.patients, competing, event_times, event_types, entry_times,
                   sample_weight);
   return shape;
+}
+
+inline std::string short_text(double value) {
+  if (value != value) return "nan";  // whatever its sign
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
+}
+
+inline bool is_weight(double value) {
+  return value >= 0 && value <= std::numeric_limits<double>::max();
+}
+
+inline void expect_weights(const char* operation, const std::vector<int64_t>& of_visits,
+                           const char* names, int64_t patients, const OptionalTensor& visit_weight,
+                           const OptionalTensor& sample_weight) {
+  if (visit_weight.has_value()) {
+    expect_shape(*visit_weight, operation, "visit_weight", of_visits, names);
+    expect_real(*visit_weight, operation, "visit_weight");
+  }
+  if (sample_weight.has_value()) {
+    expect_shape(*sample_weight, operation, "sample_weight", {patients}, "[B]");
+    expect_real(*sample_weight, operation, "sample_weight");
+  }
+}
+
+// Whether the visits are packed: all of the three row numbers are given then, and no mask.
+inline bool expect_layout(const char* operation, const OptionalTensor& sequence_mask,
+                          const OptionalTensor& row_starts, const OptionalTensor& unsorted_indices,
+                          const OptionalTensor& last_rows) {
+  const bool packed = row_starts.has_value();
+  if (packed != unsorted_indices.has_value() || packed != last_rows.has_value()) {
+    refuse(operation, "row_starts, unsorted_indices, last_rows", "all or none of them", "some");
+  }
+  if (!packed) return false;
+  if (sequence_mask.has_value()) {
+    refuse(operation, "sequence_mask", "none with a packed batch", "one");
+  }
+  expect_row_numbers(operation, *row_starts, *unsorted_indices, *last_rows);
+  return true;
 }
 
 }  // namespace ehrseq::survival

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
-#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -15,13 +13,6 @@
 #include "common/survival/visit_blocks.h"
 
 namespace ehrseq::survival {
-
-inline std::string short_text(double value) {
-  if (value != value) return "nan";  // whatever its sign
-  char text[32];
-  std::snprintf(text, sizeof text, "%g", value);
-  return text;
-}
 
 class Faults {
  public:
@@ -74,10 +65,6 @@ void for_each_visit(const Layout& layout, Body&& body) {
     for (int64_t visit = 0; visit < visits; ++visit)
       body(patient, visit, layout.row(patient, visit));
   }
-}
-
-inline bool is_weight(double value) {
-  return value >= 0 && value <= std::numeric_limits<double>::max();
 }
 
 class WeightsOfVisits {
@@ -136,34 +123,5 @@ class WeightsOfVisits {
   std::optional<Column> of_visits_;
   std::vector<double> of_patients_;
 };
-
-inline void expect_weights(const char* operation, const std::vector<int64_t>& of_visits,
-                           const char* names, int64_t patients, const OptionalTensor& visit_weight,
-                           const OptionalTensor& sample_weight) {
-  if (visit_weight.has_value()) {
-    expect_shape(*visit_weight, operation, "visit_weight", of_visits, names);
-    expect_real(*visit_weight, operation, "visit_weight");
-  }
-  if (sample_weight.has_value()) {
-    expect_shape(*sample_weight, operation, "sample_weight", {patients}, "[B]");
-    expect_real(*sample_weight, operation, "sample_weight");
-  }
-}
-
-// Whether the visits are packed: all of the three row numbers are given then, and no mask.
-inline bool expect_layout(const char* operation, const OptionalTensor& sequence_mask,
-                          const OptionalTensor& row_starts, const OptionalTensor& unsorted_indices,
-                          const OptionalTensor& last_rows) {
-  const bool packed = row_starts.has_value();
-  if (packed != unsorted_indices.has_value() || packed != last_rows.has_value()) {
-    refuse(operation, "row_starts, unsorted_indices, last_rows", "all or none of them", "some");
-  }
-  if (!packed) return false;
-  if (sequence_mask.has_value()) {
-    refuse(operation, "sequence_mask", "none with a packed batch", "one");
-  }
-  expect_row_numbers(operation, *row_starts, *unsorted_indices, *last_rows);
-  return true;
-}
 
 }  // namespace ehrseq::survival

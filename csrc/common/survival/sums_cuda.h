@@ -65,8 +65,12 @@ class LossTensors {
  public:
   LossTensors(const OnDeviceOf& device, const Tensor& values, int64_t patients, int lanes,
               bool reduces, bool needs_grad)
-      : nll(empty(values, reduces ? std::vector<int64_t>{} : std::vector{patients},
-                  kDtypeOf<nll_t>)),
+      : LossTensors(device, values, patients, lanes, reduces, needs_grad, {patients}) {}
+
+  // `shape` is that of a loss that is not reduced.
+  LossTensors(const OnDeviceOf& device, const Tensor& values, int64_t patients, int lanes,
+              bool reduces, bool needs_grad, const std::vector<int64_t>& shape)
+      : nll(empty(values, reduces ? std::vector<int64_t>{} : shape, kDtypeOf<nll_t>)),
         grad(empty(values, needs_grad ? shape_of(values) : std::vector<int64_t>{0},
                    kDtypeOf<grad_t>)),
         blocks_(std::min<int64_t>(kMostBlocks, blocks_for(patients, kThreads / lanes))) {
