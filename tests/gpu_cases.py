@@ -16,6 +16,7 @@ from ehrseq_fast import (
     deephit_competing_ranking_loss,
     deephit_ranking_loss,
     discrete_time_survival_nll,
+    fixed_horizon_bce,
     masked_pool,
     next_codes_bce,
     packed_competing_risks_nll,
@@ -24,8 +25,10 @@ from ehrseq_fast import (
     pmf_competing_risks_nll,
     pmf_nll,
     use_backend,
+    visit_cross_entropy,
     visit_mean_pool,
 )
+from ehrseq_fast.losses import FixedHorizonProgressionLoss
 
 from .tolerances import assert_close
 
@@ -203,6 +206,40 @@ def _next_codes(reduction: str) -> Callable[[str], Case]:
     return make
 
 
+def _horizon_loss(device: str) -> Case:
+    outcomes = _outcomes(device, "event_times", "event_indicators")
+    return Case(normal(PATIENTS, VISITS), lambda x: fixed_horizon_bce(x, *outcomes[:2], 3))
+
+
+def _packed_horizon_loss(device: str) -> Case:
+    batch = make_batch(device)
+    return Case(
+        normal(batch.n_visits),
+        lambda x: fixed_horizon_bce(PackedRows(x, batch), horizon=3, reduction="none"),
+    )
+
+
+def _given_labels(device: str) -> Case:
+    visits = torch.arange(PATIENTS * VISITS).view(PATIENTS, VISITS)
+    labels, valid = (visits % 3 == 0).to(device), (visits % 5 != 0).to(device)
+    loss = FixedHorizonProgressionLoss()
+    return Case(normal(PATIENTS, VISITS), lambda x: loss(x, labels, valid))
+
+
+def _classes_loss(device: str) -> Case:
+    labels = (torch.arange(PATIENTS * VISITS).view(PATIENTS, VISITS) % 5).to(device)
+    return Case(normal(PATIENTS, VISITS, 5), lambda x: visit_cross_entropy(x, labels))
+
+
+def _packed_classes_loss(device: str) -> Case:
+    batch = make_batch(device)
+    labels = (torch.arange(batch.n_visits) % 5).to(device)
+    return Case(
+        normal(batch.n_visits, 5),
+        lambda x: visit_cross_entropy(PackedRows(x, batch), labels, reduction="none"),
+    )
+
+
 # name -> operation as the backends register it, how to make a case, kernels launched forward and
 # (at most) backward, where that is promised
 CASES: dict[str, tuple[str, Callable[[str], Case], int | None, int | None]] = {
@@ -223,6 +260,11 @@ CASES: dict[str, tuple[str, Callable[[str], Case], int | None, int | None]] = {
     "packed competing mass": ("pmf_nll", _packed_competing_mass_loss, 1, 1),
     "ranking": ("deephit_ranking", _ranking_loss, 3, 1),
     "packed competing ranking": ("deephit_ranking", _packed_competing_ranking_loss, 3, 1),
+    "horizon": ("fixed_horizon_bce", _horizon_loss, 2, 1),
+    "packed horizon of each": ("fixed_horizon_bce", _packed_horizon_loss, 1, 1),
+    "given labels": ("masked_bce", _given_labels, None, None),  # dtypes are converted
+    "classes": ("visit_cross_entropy", _classes_loss, 2, 1),
+    "packed classes of each": ("visit_cross_entropy", _packed_classes_loss, 1, 1),
     "next codes": ("next_codes", _next_codes("mean"), None, None),
     "next codes of each": ("next_codes", _next_codes("none"), None, None),
 }

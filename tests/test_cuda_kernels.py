@@ -13,9 +13,11 @@ from ehrseq_fast import (
     deephit_competing_ranking_loss,
     deephit_ranking_loss,
     discrete_time_survival_nll,
+    fixed_horizon_bce,
     packed_survival_nll,
     packed_visit_pool,
     pmf_nll,
+    visit_cross_entropy,
 )
 from ehrseq_fast import backend as backends
 from ehrseq_fast.survival_nll import competing_risks_nll
@@ -291,6 +293,59 @@ def test_a_tampered_batch_ends_a_ranking_loss(shim, capfd):
             torch.zeros(9), times, times, None, *rows, None, None, False, True, 0.1, True
         )
     assert "__trap()" in capfd.readouterr().err
+
+
+def losses_of_visits(count):
+    """Losses whose terms are visits, as functions of logits and a reduction; and the logits."""
+    p = draw_patients(count, 20)
+    labels = torch.arange(count * 20).view(count, 20) % 5
+
+    def within(x, reduction):
+        outcomes = (p.times, p.types, 3)
+        return fixed_horizon_bce(x, *outcomes, p.mask, sample_weight=p.weights, reduction=reduction)
+
+    def classes(x, reduction):
+        return visit_cross_entropy(x, labels, p.mask, reduction=reduction)
+
+    return (
+        (within, torch.randn(count, 20).requires_grad_()),
+        (classes, torch.randn(count, 20, 5).requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize(("reduction", "launches"), [("mean", 2), ("sum", 1), ("none", 1)])
+def test_a_loss_of_visits_is_a_launch_and_one_for_the_mean(shim, reduction, launches):
+    for loss, logits in losses_of_visits(100):
+        value, launched = counted(shim, lambda loss=loss, x=logits: loss(x, reduction))
+        assert launched == Counts(kernels=launches, memsets=0)
+        incoming = torch.ones(()).expand(value.shape)
+        _, launched = counted(
+            shim, lambda v=value, x=logits, g=incoming: torch.autograd.grad(v, x, g)
+        )
+        assert launched == Counts(kernels=1, memsets=0)
+
+
+def test_no_order_of_blocks_changes_a_bit_of_a_loss_of_visits(shim):
+    for loss, logits in losses_of_visits(150):
+
+        def run(loss=loss, logits=logits):
+            value = loss(logits, "mean")
+            return value, *torch.autograd.grad(value, logits)
+
+        first, *others = results(shim, run)
+        assert not first[0].isnan()
+        for other in others:
+            assert all(map(torch.equal, first, other))
+
+
+def test_what_does_not_exist_is_nan_and_within_memory(shim):
+    """On a GPU nothing checks labels; what is around the memory is the address sanitizer's."""
+    labels = torch.tensor([[0, 2**40], [-(2**40), 3], [2, -100]])
+    value, grad = ops().visit_cross_entropy(
+        torch.zeros(3, 2, 3), labels, *(None,) * 7, -100, 0.1, 0, True
+    )
+    assert value.isnan().tolist() == [[False, True], [True, True], [False, False]]
+    assert grad.isnan().any(-1).tolist() == value.isnan().tolist()
 
 
 def test_the_orders_and_codes_of_next_codes(shim):
