@@ -130,7 +130,7 @@ def test_packed_rows(unemulated, dtype, link):
 
 
 @pytest.mark.parametrize("link", LINKS)
-def test_padded_and_packed_are_the_same_bits(link):
+def test_padded_and_packed_are_the_same_bits(compiled, link):
     x, p, fraction = draw(70, 40)
     batch = PackedVisits.from_lists([[[1]] * length for length in p.lengths.tolist()])
     values = batch.pack(x).detach().requires_grad_()
@@ -199,7 +199,7 @@ def test_a_zero_derivative_and_an_infinite_gradient(backend, link):
 
 
 @pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_opcheck(reduction):
+def test_opcheck(compiled, reduction):
     x, p, fraction = draw(5, 20)
     operator = torch.ops.ehrseq_fast.piecewise_hazard_nll.default
     none = (None,) * 3
