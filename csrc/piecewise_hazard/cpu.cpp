@@ -4,13 +4,11 @@
 #include <cstdint>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "common/dtypes.h"
 #include "common/operators.h"
 #include "common/survival/arguments.h"
-#include "common/survival/groups.h"
-#include "common/survival/layouts.h"
+#include "common/survival/logits_nll.h"
 #include "common/survival/outcomes.h"
 #include "common/survival/rank_layout.h"
 #include "common/tensors.h"
@@ -20,40 +18,6 @@ namespace ehrseq::survival::piecewise {
 namespace {
 
 constexpr const char* kName = "piecewise_hazard_nll";
-
-std::tuple<Tensor, Tensor> padded_nll(const Tensor& logits, const Settings& settings,
-                                      const OutcomeReader& outcomes, bool needs_grad) {
-  const Tensor rows = torch::stable::contiguous(logits);
-  std::tuple<Tensor, Tensor> result;
-  dispatch_floating(rows.scalar_type(), kName, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
-    const PaddedPatients<scalar_t, Settings> all(
-        settings, outcomes, data<const scalar_t>(rows),
-        needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr);
-    const Tensor nll = nll_of_groups<scalar_t>(settings, rows, all);
-    if (!all.possible()) outcomes.refuse();
-    result = {nll, grad};
-  });
-  return result;
-}
-
-std::tuple<Tensor, Tensor> packed_nll(const Tensor& logits, const Settings& settings,
-                                      const RankLayout& layout, const OutcomeReader& reader,
-                                      bool needs_grad) {
-  const Tensor rows = torch::stable::contiguous(logits);
-  std::tuple<Tensor, Tensor> result;
-  dispatch_floating(rows.scalar_type(), kName, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    const std::vector<Outcome> outcomes = read_all(reader, layout.patients());
-    const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
-    const RankedPatients<scalar_t, Settings> all(
-        settings, layout, outcomes, data<const scalar_t>(rows),
-        needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr, rows.numel());
-    result = {nll_of_groups<scalar_t>(settings, rows, all), grad};
-  });
-  return result;
-}
 
 std::tuple<Tensor, Tensor> piecewise_hazard_nll(
     Tensor logits, Tensor event_times, Tensor event_indicators, OptionalTensor sequence_mask,
@@ -81,9 +45,11 @@ std::tuple<Tensor, Tensor> piecewise_hazard_nll(
   };
   if (shape.packed) {
     const RankLayout layout(kName, logits.size(0), *row_starts, *unsorted_indices, *last_rows);
-    return packed_nll(logits, settings, layout, reader_of(VisitMask(layout.lengths())), needs_grad);
+    return packed_nll(kName, logits, settings, layout, reader_of(VisitMask(layout.lengths())),
+                      needs_grad);
   }
-  return padded_nll(logits, settings, reader_of(VisitMask(sequence_mask, shape.slots)), needs_grad);
+  return padded_nll(kName, logits, settings, reader_of(VisitMask(sequence_mask, shape.slots)),
+                    needs_grad);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "visit_pool/code_gradients.h"
 #include "visit_pool/packed_batch.h"
 #include "visit_pool/segments.h"
+#include "visit_pool/table_gradient.h"
 #include "visit_pool/winners.h"
 
 namespace ehrseq {
@@ -123,21 +124,7 @@ Tensor packed_visit_pool_backward(Tensor grad, Tensor code_offsets, Tensor index
   constexpr auto kName = "packed_visit_pool_backward";
   const PackedGradient from(grad, code_offsets, index_codes, index_offsets, index_visits,
                             vocabulary, arg_max, mode, padding_idx, kName);
-  const auto& index = from.index;
-  const int64_t row_size = from.row_size();
-  auto grad_weight = empty(from.rows, {vocabulary, row_size}, from.rows.scalar_type());
-  dispatch_floating(from.rows.scalar_type(), kName, [&](auto scalar_tag) {
-    using scalar_t = typename decltype(scalar_tag)::type;
-    auto* out = static_cast<scalar_t*>(grad_weight.data_ptr());
-    zero_absent_rows(index.codes, index.n_codes, vocabulary, row_size, out);
-    from.sum<scalar_t>([&](int64_t segment, const auto* sums) {
-      write_row(sums, row_size, out + index.codes[segment] * row_size);
-    });
-    if (padding_idx >= 0) {
-      std::fill_n(out + padding_idx * row_size, row_size, static_cast<scalar_t>(0.0f));
-    }
-  });
-  return grad_weight;
+  return dense_gradient(from, vocabulary, padding_idx, kName);
 }
 
 std::tuple<Tensor, Tensor> packed_visit_pool_backward_sparse(
@@ -146,21 +133,7 @@ std::tuple<Tensor, Tensor> packed_visit_pool_backward_sparse(
   constexpr auto kName = "packed_visit_pool_backward_sparse";
   const PackedGradient from(grad, code_offsets, index_codes, index_offsets, index_visits,
                             vocabulary, arg_max, mode, padding_idx, kName);
-  const auto& index = from.index;
-  const int64_t row_size = from.row_size();
-  const SparseRows sparse(index, padding_idx);
-  auto code_ids = empty(from.rows, {sparse.count}, ScalarType::Long);
-  auto code_rows = empty(from.rows, {sparse.count, row_size}, from.rows.scalar_type());
-  sparse.write_ids(index, static_cast<int64_t*>(code_ids.data_ptr()));
-  dispatch_floating(from.rows.scalar_type(), kName, [&](auto scalar_tag) {
-    using scalar_t = typename decltype(scalar_tag)::type;
-    auto* out = static_cast<scalar_t*>(code_rows.data_ptr());
-    from.sum<scalar_t>([&](int64_t segment, const auto* sums) {
-      const int64_t row = sparse.row_of(segment);
-      if (row >= 0) write_row(sums, row_size, out + row * row_size);
-    });
-  });
-  return {code_ids, code_rows};
+  return sparse_gradient(from, padding_idx, kName);
 }
 
 // ---------------------------------------------------------------------------------------------
