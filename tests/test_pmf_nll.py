@@ -203,24 +203,31 @@ def test_visits_at_which_the_event_cannot_be(backend):
     assert pmf_nll(x, torch.tensor([0]), torch.tensor([1])) == torch.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("repeated", [1, 20])  # less than a vector, and several
 @pytest.mark.parametrize("incoming", [torch.nan, torch.inf])
 @pytest.mark.parametrize("seen", [0, 1])
 @pytest.mark.parametrize("far", [-torch.inf, -2000.0, 2000.0])
-def test_incoming_gradients_that_are_not_finite_reach_what_is_at_risk(backend, incoming, seen, far):
+def test_incoming_gradients_that_are_not_finite_reach_what_is_at_risk(
+    backend, incoming, seen, far, repeated, dtype
+):
     """Also where the derivative is 0, as its probability is too small to be told from 0."""
     x = torch.tensor([[0.5, 1.0, -1.0, far, 3.0], [0.0, 1.0, 2.0, 3.0, 4.0]])
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
-    outcomes = torch.tensor([1, 1]), torch.tensor([seen, 1]), mask
+    x, mask = (values.repeat_interleave(repeated, 1) for values in (x, mask))
+    times, entries = torch.tensor([1, 1]) * repeated, torch.tensor([1, 0]) * repeated
+    outcomes = times, torch.tensor([seen, 1]), mask
     grads = {}
     for where in ("reference", backend):
-        given = x.clone().requires_grad_()
+        given = x.to(dtype).requires_grad_()
         with use_backend(where):
-            loss = pmf_nll(given, *outcomes, entry_times=torch.tensor([1, 0]), reduction="none")
+            loss = pmf_nll(given, *outcomes, entry_times=entries, reduction="none")
             loss.backward(torch.tensor([incoming, 1.0]))
         grads[where] = given.grad
     assert torch.equal(grads[backend].isfinite(), grads["reference"].isfinite())
-    assert not grads[backend][0, 1:4].isfinite().any()
-    assert not grads[backend][0, [0, 4]].any()
+    at_risk = (torch.arange(5 * repeated) >= repeated) & (mask[0] == 1)
+    assert not grads[backend][0, at_risk].isfinite().any()
+    assert not grads[backend][0, ~at_risk].any()
 
 
 def test_a_certain_outcome_has_no_gradient(backend):
