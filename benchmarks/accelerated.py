@@ -3,7 +3,7 @@
     python -m benchmarks.accelerated                # workload C, two threads
     python -m benchmarks.accelerated A --seconds 60
 
-Outputs are found equal first; both variants take turns; medians.
+Outputs are found equal first; blocks of calls of each alternate (:mod:`.timing`); medians.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ehrseq_fast import accelerate
 from tests import dropin_models, plain_models
 
 from .machine import cpu_model
-from .timing import interleaved, plan
+from .timing import alternating_blocks, plan
 from .workloads import WORKLOADS, Batch
 
 EMBEDDING, HIDDEN = 128, 256
@@ -80,7 +80,7 @@ def main() -> None:
         variants = {"before": step(plain, given), "after": step(model, given)}
         estimates = {name: timed(name, run) for name, run in variants.items()}
         planned = plan(estimates, options.seconds / len(rows))
-        samples = interleaved(variants, planned, timed)
+        samples = alternating_blocks(variants, planned, timed)
         before, after = (1e3 * median(samples[name]) for name in variants)
         print(f"{title}: {before:,.1f} ms -> {after:,.2f} ms, {before / after:,.1f}x")
 

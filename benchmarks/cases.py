@@ -20,16 +20,12 @@ from ehrseq_fast import backend, use_backend
 
 from .ceilings import Ceilings, Work
 from .devices import Cuda, Device, Timing
-from .timing import Spread, interleaved, plan
+from .timing import Spread, alternating_blocks, plan, untimed_calls
 
 Tensors = Sequence[Tensor]
 Run = Callable[[], Tensors]
 
 OURS = "ehrseq_fast"
-# Runs are repeated untimed before a timed one, to find the caches as a training loop would, up to
-# about this long and this often.
-WARM_UP_S = 0.05
-MOST_WARM_UPS = 5
 SLOW_FIRST_RUN_S = 5.0
 # The part of the budget that is kept for taking samples, whatever comparing has cost: so the quick
 # variants are timed several times even where one run of the slow ones takes all there was.
@@ -53,8 +49,8 @@ class Variant:
         compiles: its first run takes longer than the others.
         compared: whether it computes what the others do; a floor does not.
         work: what it cannot do without, where that is less than the case's.
-        after_others: takes turns with its like alone, once the others are timed: what it takes and
-            gives back of memory would be felt by whatever runs next, and it is another curve.
+        after_others: its blocks alternate with those of its like alone, once the others are timed:
+            it is another curve, on whose cost the rounds of the others must not depend.
     """
 
     run: Run
@@ -242,12 +238,13 @@ def measure(
     ceilings: Ceilings | None = None,
     after_each: Callable[[str], object] | None = None,
 ) -> list[Row]:
-    """Find the variants equal, then time them in turns for about ``budget_s`` seconds.
+    """Find the variants equal, then time them for about ``budget_s`` seconds, in alternating blocks
+    (:mod:`.timing`).
 
     A variant that fails, or whose results differ, is not timed; its row says why. Two runs of each
-    there are whatever the budget: one to compare, and one to see how long it takes (of the slowest
-    one run serves for both). That is the only sample of a variant that takes over half the budget.
-    No variant is begun after ``most_s`` seconds.
+    there are whatever the budget: one to compare, and one after it to see how long it takes (of the
+    slowest one run serves for both). That is the only sample of a variant of which one untimed and
+    one timed call take over half the budget. No variant is begun after ``most_s`` seconds.
     """
     if budget_s <= 0:
         return list(case.without_time().values())
@@ -305,7 +302,7 @@ class _Timer:
     device: Device
     runs: dict[str, Callable[[], object]] = field(default_factory=dict)
     estimates: dict[str, Timing] = field(default_factory=dict)
-    costs: dict[str, float] = field(default_factory=dict)  # with warm-ups or emptied caches
+    costs: dict[str, float] = field(default_factory=dict)  # with the caches emptied, where cold
     _first: dict[str, float] = field(default_factory=dict)
 
     def first_run(self, name: str, variant: Variant) -> Tensors:
@@ -326,14 +323,17 @@ class _Timer:
 
     def second_run(self, name: str, variant: Variant, budget_s: float) -> None:
         """How long it takes; of a slow one the first run says that well enough."""
-        if self._first[name] > min(SLOW_FIRST_RUN_S, budget_s / 2) and not variant.compiles:
-            self.estimates[name] = Timing(self._first[name])
-            self.costs[name] = self._first[name]
-        else:
+        first_s = self._first[name]
+        if first_s > min(SLOW_FIRST_RUN_S, budget_s / 2) and not variant.compiles:
+            self.estimates[name] = Timing(first_s)
+            self.costs[name] = first_s
+            return
+        if untimed_calls(self.case.calls * first_s) > 1:  # else the first run was the untimed one
+            self._untimed(name, self.runs[name])
+        self._estimate(name)
+        if self.estimates[name].seconds > 2 * self.case.calls * first_s:
+            # something else had the machine: one such moment must not pass for a slow variant
             self._estimate(name)
-            if self.estimates[name].seconds > 2 * self.case.calls * self._first[name]:
-                # something else had the machine: one such moment must not pass for a slow variant
-                self._estimate(name)
 
     def _estimate(self, name: str) -> None:
         start = perf_counter()
@@ -349,16 +349,20 @@ class _Timer:
     ) -> dict[str, list[Timing]]:
         if not self.runs:
             return {}
-        slow = [name for name in self.runs if self.costs[name] > budget_s / 2]
+        slow = [name for name in self.runs if 2 * self.costs[name] > budget_s / 2]
         samples = {name: [self.estimates[name]] for name in slow}
         quick = {name: run for name, run in self.runs.items() if name not in slow}
         together = [name for name in quick if not self._variant(name).after_others]
-        turns = [names for names in (together, [n for n in quick if n not in together]) if names]
-        for names in turns:
+        groups = [names for names in (together, [n for n in quick if n not in together]) if names]
+        for names in groups:
             estimates = {name: self.costs[name] for name in names}
-            planned = plan(estimates, budget_s / len(turns))
-            taking_turns = {name: quick[name] for name in names}
-            samples |= interleaved(taking_turns, planned, self._time, after_each=after_each)
+            samples |= alternating_blocks(
+                {name: quick[name] for name in names},
+                plan(estimates, budget_s / len(groups)),
+                self._time,
+                untimed=self._untimed,
+                after_each=after_each,
+            )
         for name in quick:
             if len(samples[name]) < ENOUGH_SAMPLES:
                 samples[name].append(self.estimates[name])
@@ -370,11 +374,13 @@ class _Timer:
         return variant
 
     def _time(self, name: str, run: Callable[[], object]) -> Timing:
-        variant = self._variant(name)
-        estimate = self.estimates.get(name, Timing(self._first[name])).seconds
-        warm_ups = min(MOST_WARM_UPS, int(WARM_UP_S / max(estimate, 1e-9)))
-        with asked_for(variant.backend):
-            return self.device.time(run, cold=self.case.cache == "cold", warm_ups=warm_ups)
+        with asked_for(self._variant(name).backend):
+            return self.device.time(run, cold=self.case.cache == "cold")
+
+    def _untimed(self, name: str, run: Callable[[], object]) -> None:
+        with asked_for(self._variant(name).backend):
+            run()
+        self.device.synchronize()
 
 
 def repeated(run: Callable[[], object], calls: int) -> Callable[[], object]:

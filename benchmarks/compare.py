@@ -1,10 +1,10 @@
 """``python -m benchmarks compare A.json B.json``: what changed by more than the spread of either.
 
 Times of two runs differ with the state of the machine; ratios within one run are steadier, so both
-are compared. A figure's interval is that of its quartiles (of a ratio: the quartiles that make it
-smallest and largest), and at least ``LEAST_SPREAD`` to each side; a figure of fewer than three
-samples has no spread of its own and gets ``FEW_SPREAD``. Two figures differ where their intervals
-do not meet.
+are compared. Runs that timed their calls in different ways are refused (:mod:`.timing`). A figure's
+interval is that of its quartiles (of a ratio: the quartiles that make it smallest and largest), and
+at least ``LEAST_SPREAD`` to each side; a figure of fewer than three samples has no spread of its
+own and gets ``FEW_SPREAD``. Two figures differ where their intervals do not meet.
 """
 
 from __future__ import annotations
@@ -132,7 +132,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print what changed.
+
+    Raises:
+        SystemExit: if the runs timed their calls in different ways.
+    """
     before, after = read(args.before), read(args.after)
+    if before.method != after.method:
+        raise SystemExit(
+            f"python -m benchmarks compare: method: expected that of {args.before.name}, "
+            f"{before.method}, got {after.method} in {args.after.name}; times of one cannot be "
+            "compared with those of the other"
+        )
     for name in SAME:
         was, is_ = (results.machine.get(name) for results in (before, after))
         if was != is_:

@@ -102,6 +102,8 @@ def measure_batch(
     weighed = peak_rows(batch, session.device, budget_s, size=size, seed=seed)
     print(f"\n{batch_text(of.title, timed, weighed)}", flush=True)
     print(
+        "Each path is timed in blocks of its own calls, untimed ones first, as a training that "
+        "takes one path calls it.\n"
         "Before timing, all losses and gradients were found equal: within "
         f"{exactly:.0e} of the packed path's in float64, in float32 as the table says.\n"
         "'fused' takes packed batches, as the package's data loading makes them; 'fused from "

@@ -244,13 +244,13 @@ def measured(
     rounds: int,
     clock: Callable[[], float] = perf_counter,
 ) -> list[Epoch]:
-    """The median epoch of each level; the levels take turns."""
+    """The median epoch of each level; the levels alternate, and a batch that is not counted comes
+    before each epoch, so that none pays for the memory that the level before has given back."""
     trainings = [Training(level, size) for level in found]
-    for training in trainings:
-        training.epoch(of[:1], clock)
     samples: list[list[Epoch]] = [[] for _ in found]
     for round_ in range(rounds):
         for i in np.roll(np.arange(len(found)), round_):
+            trainings[i].epoch(of[:1], clock)
             samples[i].append(trainings[i].epoch(of, clock))
     return [
         Epoch(median(e.building for e in epochs), median(e.steps for e in epochs))
@@ -308,9 +308,9 @@ def main(arguments: list[str] | None = None) -> None:
         f"{sum(len(chosen) for chosen in of):,} patients in batches of {options.batch_size}, "
         f"E {size.embedding_dim}, H {size.hidden_dim}, float32, Adam; "
         f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}; "
-        f"{'CPU time, ' if options.cpu_time else ''}medians of {options.rounds} epochs that took "
-        f"turns. Losses and parameters after {len(of[:3])} steps "
-        f"in float64 were found equal within {largest:.0e}."
+        f"{'CPU time, ' if options.cpu_time else ''}medians of {options.rounds} epochs, the levels "
+        "alternating, a batch before each epoch not counted. Losses and parameters after "
+        f"{len(of[:3])} steps in float64 were found equal within {largest:.0e}."
     )
     print(f"{said}\n\n{table}")
     if options.write:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ehrseq_fast.cli import describe_gpu_runs
 
-from . import calls, registry, step, targets
+from . import calls, parts, registry, step, targets
 from .cases import Row
 from .files import write_text
 from .growth import PADDING
@@ -24,6 +24,7 @@ from .plot import draw_all, image_path
 from .recurrent import PRODUCTS
 from .report import measured_on, mib, ms, ours_in, significant, times
 from .results import RESULTS, Results, newest, runs_on_gpus, whole_runs
+from .timing import FORMER_METHOD, METHOD
 
 SUMMARY = "write the README's figure and tables, and their page, from the committed results"
 
@@ -143,6 +144,7 @@ def _page(path: Path, results: Results) -> str:
         "than the last level, or kernels beat torch.mm.\n",
         "## Training step\n",
         _table(STEP_HEADER, _steps(_step_cases(results), results)),
+        _parts(results),
         "## Operations\n",
         _table(["operation", "this package", "others take"], _operations(results)),
         next(charts),
@@ -157,12 +159,18 @@ def _page(path: Path, results: Results) -> str:
     return "\n".join(part for part in parts if part)
 
 
+METHODS = {
+    METHOD: "medians of alternating blocks of calls, after untimed calls in each block",
+    FORMER_METHOD: "medians of interleaved repeats",
+}
+
+
 def _conditions(results: Results) -> str:
     machine = results.machine
     return (
         f"{measured_on(machine)}, torch {machine['torch']}, commit {machine['commit']}; float32 "
-        "and warm caches unless said otherwise, E 128, H 256, medians of interleaved repeats, "
-        "results found equal first."
+        "and warm caches unless said otherwise, E 128, H 256, "
+        f"{METHODS[results.method]}, results found equal first."
     )
 
 
@@ -202,8 +210,9 @@ def _steps(cases: Sequence[list[Row]], results: Results) -> Iterator[Sequence[st
 
 
 def _other_runs(path: Path, results: Results) -> str:
-    """The steps on the largest batches of each whole run on this kind of device, so that those on
-    other processors stand beside each other; empty where there is one run."""
+    """The steps on the largest batches of each whole run on this kind of device that was timed as
+    the newest was, so that those on other processors stand beside each other; empty where there is
+    one run."""
     runs = whole_runs(results.device)
     if len(runs) < 2:
         return ""
@@ -224,7 +233,8 @@ def _other_runs(path: Path, results: Results) -> str:
 
 
 def _by_fullness() -> str:
-    """What packing gains in each whole run on a CPU, the fullest batch first."""
+    """What packing gains in each whole run on a CPU that was timed as the newest was, the fullest
+    batch first."""
     gains: dict[tuple[str, int], list[str]] = {}
     facts: dict[tuple[str, int], dict[str, Any]] = {}
     runs = whole_runs("cpu")
@@ -276,6 +286,41 @@ def _memory(results: Results, of: Row) -> str:
     if not {"fused", "padded"} <= peaks.keys():
         return ""
     return f"{mib(peaks['fused'])} against {mib(peaks['padded'])} MiB"
+
+
+def _parts(results: Results) -> str:
+    """A column per batch whose step was taken apart: milliseconds, share of the step, share of the
+    ceiling; empty where none was."""
+    cases = [rows for rows in results.cases() if rows[0].operation == parts.OPERATION]
+    if not cases:
+        return ""
+    names = list(dict.fromkeys(row.variant for rows in cases for row in rows))
+    counts = results.findings.get(parts.COUNTS, {})
+
+    def cells() -> Iterator[Sequence[str]]:
+        for name in names:
+            yield name, *(_part(rows, name) for rows in cases)
+        for title, shown in parts.COUNTED.items():
+            keys = (f"{rows[0].workload} {rows[0].patients}" for rows in cases)
+            yield title, *(shown(counts[key]) if key in counts else "" for key in keys)
+
+    header = ["part", *(f"{rows[0].workload}, B {rows[0].patients}" for rows in cases)]
+    return (
+        "## Parts of the step\n\nOf this package's step: milliseconds under PyTorch's profiler, "
+        "the share of the step, and the share of the ceiling that counted work allows (the step "
+        "computes some gates twice to hold less, which is not counted). Page faults and the "
+        f"kernel's time are of a step without the profiler.\n\n{_table(header, cells())}"
+    )
+
+
+def _part(rows: Sequence[Row], name: str) -> str:
+    of = {row.variant: row for row in rows}
+    if name not in of:
+        return ""
+    row = of[name]
+    share = "" if name == parts.WHOLE else f", {row.median / of[parts.WHOLE].median:.1%}"
+    ceiling = f", {row.floor_s / row.median:.0%} of the ceiling" if row.floor_s else ""
+    return f"{ms(row.median)}{share}{ceiling}"
 
 
 def _operations(results: Results) -> Iterator[Sequence[str]]:

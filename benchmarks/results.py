@@ -12,6 +12,7 @@ from typing import Any
 
 from .cases import Row
 from .files import refuse_unwritable, write_text
+from .timing import FORMER_METHOD, METHOD
 
 RESULTS = Path(__file__).parent / "results"
 WHOLE_RUN = "all"
@@ -43,7 +44,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Results:
-    """One run: what it measured, on what, and the facts of its batches."""
+    """One run: what it measured, on what, and the facts of its batches.
+
+    ``method`` says how calls were timed. Times and ratios of two runs can be compared where it is
+    the same: see :mod:`.timing`.
+    """
 
     command: str
     device: str
@@ -55,6 +60,7 @@ class Results:
     seconds: dict[str, float]
     settings: dict[str, Any]
     findings: dict[str, Any]
+    method: str = METHOD
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -67,6 +73,7 @@ class Results:
     def from_dict(cls, values: dict[str, Any]) -> Results:
         return cls(
             **{
+                "method": FORMER_METHOD,
                 **values,
                 "rows": [Row.from_dict(row) for row in values["rows"]],
                 "curves": [Curve(**curve) for curve in values["curves"]],
@@ -195,10 +202,12 @@ def newest(device: str = "cpu") -> tuple[Path, Results] | None:
 
 
 def whole_runs(device: str = "cpu") -> list[tuple[Path, Results]]:
-    """The committed whole runs on that kind of device, the last one first."""
+    """The committed whole runs on that kind of device that were timed as the last one was, which
+    comes first."""
     runs = []
     for path in RESULTS.glob("*.json"):
         values = json.loads(path.read_text())
         if values.get("command") == WHOLE_RUN and values.get("device") == device:
             runs.append((values["machine"]["measured_at"], path))
-    return [(path, read(path)) for _, path in sorted(runs, reverse=True)]
+    found = [(path, read(path)) for _, path in sorted(runs, reverse=True)]
+    return [(path, run) for path, run in found if run.method == found[0][1].method]

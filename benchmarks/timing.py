@@ -1,7 +1,11 @@
-"""Time variants of one computation side by side, within a budget.
+"""Time variants of one computation in blocks of calls, within a budget.
 
-A machine's speed drifts while it is measured, so the variants take turns, and each round begins
-with another one; what is compared is their medians within one run.
+Each variant is timed in its own steady state, as a training loop that calls nothing else finds it:
+a block is some untimed calls of one variant and then timed ones. Were single calls of all variants
+interleaved, each would pay for what the one before it has done to the memory and the caches: a step
+that runs after gigabytes were given back to the system has its pages mapped and cleared again. A
+machine's speed drifts while it is measured, so blocks of all variants alternate, and each round
+begins with another variant. What is compared is the medians of the timed calls of all blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +20,16 @@ from typing import TypeVar
 Variants = Mapping[str, Callable[[], object]]
 Sample = TypeVar("Sample")
 
-MOST_ROUNDS, MOST_PER_ROUND = 40, 10
+# How results were timed: files name it, and only those that were timed alike are compared.
+METHOD = "alternating blocks"
+FORMER_METHOD = "interleaved calls"  # of files that name none
+
+MOST_ROUNDS, MOST_TIMED = 40, 10
+# A block of the slowest variant has two timed calls, or one where that leaves no second round.
+TIMED_OF_SLOWEST = (2, 1)
+ENOUGH_ROUNDS = 2
+# Untimed calls take about this long, and are at least one.
+UNTIMED_S, MOST_UNTIMED = 0.1, 5
 
 
 @dataclass(frozen=True)
@@ -37,14 +50,22 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Calls of one variant, one after another."""
+
+    untimed: int
+    timed: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """How many rounds, and how often each variant runs within a round.
+    """How many rounds, and what block each variant has in a round.
 
     Once ``budget_s`` seconds are spent no further round begins, but the first there is.
     """
 
     rounds: int
-    per_round: Mapping[str, int]
+    blocks: Mapping[str, Block]
     budget_s: float = inf
 
 
@@ -68,32 +89,49 @@ class Budget:
         return Budget(self.left * weight / of, self._clock)
 
 
+def untimed_calls(estimate_s: float) -> int:
+    """How many calls of a variant that takes so long come before the timed ones of a block."""
+    return max(1, min(MOST_UNTIMED, int(UNTIMED_S / max(estimate_s, 1e-9))))
+
+
 def plan(estimates: Mapping[str, float], budget_s: float) -> Plan:
-    """Fit the rounds into ``budget_s`` seconds, given roughly how long each variant takes.
+    """Fit the rounds into ``budget_s`` seconds, given roughly how long a call of each takes.
 
-    Quick variants run several times a round, up to about a quarter of what the slowest takes. One
-    round there is, whatever the budget. The estimates may be off, or the machine grow busier: the
-    budget holds all the same.
+    Quick variants are timed several times a block, up to about a quarter of what the timed calls
+    of the slowest take. One round there is, whatever the budget. The estimates may be off, or the
+    machine grow busier: the budget holds all the same.
     """
-    slowest = max(estimates.values())
-    per_round = {
-        name: max(1, min(MOST_PER_ROUND, int(slowest / (4 * estimate))))
-        for name, estimate in estimates.items()
-    }
-    round_s = sum(per_round[name] * estimate for name, estimate in estimates.items())
-    return Plan(max(1, min(MOST_ROUNDS, int(budget_s / round_s))), per_round, budget_s)
+    for timed in TIMED_OF_SLOWEST:
+        share_s = timed * max(estimates.values()) / 4
+        blocks = {
+            name: Block(
+                untimed_calls(estimate), max(timed, min(MOST_TIMED, int(share_s / estimate)))
+            )
+            for name, estimate in estimates.items()
+        }
+        round_s = sum((block.untimed + block.timed) * estimates[n] for n, block in blocks.items())
+        rounds = int(budget_s / round_s)
+        if rounds >= ENOUGH_ROUNDS:
+            break
+    return Plan(max(1, min(MOST_ROUNDS, rounds)), blocks, budget_s)
 
 
-def interleaved(
+def call(name: str, run: Callable[[], object]) -> object:
+    return run()
+
+
+def alternating_blocks(
     variants: Variants,
     planned: Plan,
     time: Callable[[str, Callable[[], object]], Sample],
     *,
+    untimed: Callable[[str, Callable[[], object]], object] = call,
     after_each: Callable[[str], object] | None = None,
 ) -> dict[str, list[Sample]]:
-    """What ``time(name, variant)`` says of every run of every variant.
+    """What ``time(name, variant)`` says of every timed call of every variant.
 
-    ``after_each`` hears the variant's name, untimed.
+    ``untimed(name, variant)`` makes the calls before them. ``after_each`` hears the variant's name
+    after each timed call, untimed.
     """
     names = list(variants)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
@@ -103,7 +141,10 @@ def interleaved(
             break
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
-            for _ in range(planned.per_round[name]):
+            block = planned.blocks[name]
+            for _ in range(block.untimed):
+                untimed(name, variants[name])
+            for _ in range(block.timed):
                 samples[name].append(time(name, variants[name]))
                 if after_each is not None:
                     after_each(name)

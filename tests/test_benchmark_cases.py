@@ -14,6 +14,7 @@ from benchmarks import (
     devices,
     loading,
     packed_lstm,
+    parts,
     recurrent,
     step,
     survival_nll,
@@ -92,6 +93,28 @@ def test_a_step_cannot_do_without_its_products_its_pooling_and_adam(batch):
     assert trained.flops == 3 * inference.flops
     pooled = visit_pool.work(batch.packed, torch.ones(batch.vocabulary, 8, requires_grad=True))
     assert trained.bytes == pooled.bytes + 7 * 4 * weights
+
+
+def test_the_parts_of_a_step_are_its_work(batch):
+    size = step.ModelSize(batch.vocabulary, 8, 16)
+    floors = parts.works(batch, size)
+    whole = floors.pop(parts.WHOLE)
+    assert set(floors) == {*parts.PARTS} - {parts.REST}
+    assert sum(work.flops for work in floors.values()) == whole.flops
+    assert sum(work.bytes for work in floors.values()) == whole.bytes + floors["loss"].bytes
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_step_is_taken_apart_into_all_its_time(batch):
+    size = step.ModelSize(batch.vocabulary, 8, 16)
+    rows, counts = parts.measure(batch, size, None, 0.05)
+    taken = {row.variant: row.seconds for row in rows}
+    assert set(taken) == {*parts.PARTS, parts.WHOLE}
+    assert all(spread.lower > 0 for spread in taken.values())
+    found = parts.times(lambda: step.TrainingStep("fused", size)(batch), 2)
+    for i, whole_s in enumerate(found[parts.WHOLE]):
+        assert sum(found[part][i] for part in parts.PARTS) == pytest.approx(whole_s)
+    assert set(counts) == {"page_faults", "user_s", "kernel_s"}
 
 
 def test_lstm_variants_agree(cpu, batch):

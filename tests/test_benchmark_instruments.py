@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import cases, ceilings, devices, memory, timing
-from benchmarks.timing import Spread
+from benchmarks.timing import Block, Spread
 
 MIB = memory.MIB
 
@@ -74,12 +74,22 @@ def test_spread_gives_median_and_quartiles():
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
 
 
-def test_plan_gives_quick_variants_more_runs_within_the_budget():
+def test_plan_times_quick_variants_more_often_within_the_budget():
     planned = timing.plan({"slow": 4.0, "quick": 0.4, "instant": 1e-6}, 60.0)
-    assert planned.per_round == {"slow": 1, "quick": 2, "instant": timing.MOST_PER_ROUND}
-    assert planned.rounds == 12
+    assert planned.blocks == {
+        "slow": Block(untimed=1, timed=2),
+        "quick": Block(untimed=1, timed=5),
+        "instant": Block(timing.MOST_UNTIMED, timing.MOST_TIMED),
+    }
+    assert planned.rounds == 4  # of 12 + 2.4 s
     assert timing.plan({"slow": 100.0}, 1.0).rounds == 1
     assert timing.plan({"instant": 1e-6}, 60.0).rounds == timing.MOST_ROUNDS
+
+
+def test_plan_shortens_blocks_for_a_second_round():
+    assert timing.plan({"slow": 4.0}, 24.0) == timing.Plan(2, {"slow": Block(1, 2)}, 24.0)
+    assert timing.plan({"slow": 4.0}, 23.0) == timing.Plan(2, {"slow": Block(1, 1)}, 23.0)
+    assert timing.plan({"slow": 4.0}, 9.0) == timing.Plan(1, {"slow": Block(1, 1)}, 9.0)
 
 
 def in_seconds(name, run):
@@ -88,21 +98,50 @@ def in_seconds(name, run):
     return time.perf_counter() - start
 
 
-def test_interleaved_takes_turns_and_changes_who_begins():
+def test_blocks_alternate_and_change_which_begins_their_first_calls_untimed():
     ran: list[str] = []
     variants = {name: (lambda name=name: ran.append(name)) for name in "abc"}
-    samples = timing.interleaved(variants, timing.Plan(3, {"a": 1, "b": 2, "c": 1}), in_seconds)
-    assert "".join(ran) == "abbc" + "bbca" + "cabb"
+    blocks = {"a": Block(1, 1), "b": Block(2, 2), "c": Block(1, 1)}
+    heard: list[str] = []
+    samples = timing.alternating_blocks(
+        variants,
+        timing.Plan(3, blocks),
+        in_seconds,
+        untimed=lambda name, run: ran.append(f"({name})"),
+        after_each=heard.append,
+    )
+    a, b, c = "(a)a", "(b)(b)bb", "(c)c"
+    assert "".join(ran) == a + b + c + b + c + a + c + a + b
     assert {name: len(taken) for name, taken in samples.items()} == {"a": 3, "b": 6, "c": 3}
+    assert "".join(heard) == "abbc" + "bbca" + "cabb"
 
 
-def test_interleaved_measures_seconds_and_keeps_to_the_budget():
-    planned = timing.Plan(1000, {"nap": 1}, budget_s=0.1)
-    samples = timing.interleaved({"nap": lambda: time.sleep(0.02)}, planned, in_seconds)["nap"]
-    assert 1 <= len(samples) < 10
-    assert min(samples) >= 0.02
-    over = timing.Plan(5, {"nap": 1}, budget_s=0.0)
-    assert len(timing.interleaved({"nap": lambda: None}, over, in_seconds)["nap"]) == 1
+def test_what_the_variant_before_left_behind_is_not_timed():
+    last = [""]
+
+    def variant(name):
+        def run():
+            time.sleep(0.05 if last[0] != name else 0.0)
+            last[0] = name
+
+        return run
+
+    planned = timing.Plan(2, {"a": Block(1, 2), "b": Block(1, 2)})
+    samples = timing.alternating_blocks({n: variant(n) for n in "ab"}, planned, in_seconds)
+    assert max(samples["a"] + samples["b"]) < 0.05
+    last[0] = ""
+    without = timing.Plan(2, {"a": Block(0, 1), "b": Block(0, 1)})
+    samples = timing.alternating_blocks({n: variant(n) for n in "ab"}, without, in_seconds)
+    assert min([*samples["a"], samples["b"][0]]) >= 0.05  # the second round begins with b
+
+
+def test_blocks_keep_to_the_budget():
+    planned = timing.Plan(1000, {"nap": Block(1, 1)}, budget_s=0.2)
+    samples = timing.alternating_blocks({"nap": lambda: time.sleep(0.02)}, planned, in_seconds)
+    assert 1 <= len(samples["nap"]) < 10
+    assert min(samples["nap"]) >= 0.02
+    over = timing.Plan(5, {"nap": Block(1, 1)}, budget_s=0.0)
+    assert len(timing.alternating_blocks({"nap": lambda: None}, over, in_seconds)["nap"]) == 1
 
 
 def test_a_budget_passes_on_what_is_left_and_ends_where_it_ends():

@@ -1,4 +1,5 @@
-"""The one engine that all benchmarks measure with: equal first, then timed in turns."""
+"""The one engine that all benchmarks measure with: equal first, then timed in
+alternating blocks."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def measured(case, device, budget_s=0.2, **options):
     return {row.variant: row for row in cases.measure(case, device, budget_s, **options)}
 
 
-def test_a_variant_that_disturbs_the_others_takes_turns_without_them(cpu):
+def test_a_variant_of_another_curve_alternates_without_the_others(cpu):
     ran = []
 
     def noted(name, **kind):
@@ -53,8 +54,31 @@ def test_a_variant_that_disturbs_the_others_takes_turns_without_them(cpu):
     rows = measured(case, cpu, budget_s=1.0)
     assert all(row.seconds.count > 1 for row in rows.values())
     since_others = ran[::-1].index("last")
-    # all but those that told how long it takes; in turns with the others it would be the last few
+    # all but those that told how long it takes; alternating with the others, the last few
     assert since_others > 0.7 * ran.count("heavy")
+
+
+def test_a_timed_call_follows_one_of_the_same_variant(cpu):
+    calls = []
+
+    class Noting(devices.Cpu):
+        def time(self, run, *, cold=False, warm_ups=0):
+            calls.append("timed")
+            return super().time(run, cold=cold, warm_ups=warm_ups)
+
+    def noted(name):
+        def run():
+            calls.append(name)
+            time.sleep(0.02)
+            return [torch.tensor(1.0)]
+
+        return Variant(run)
+
+    rows = measured(comparison({name: noted(name) for name in "ab"}), Noting(), budget_s=1.0)
+    assert all(row.seconds.count > 4 for row in rows.values())
+    timed = [i for i, call in enumerate(calls) if call == "timed"]
+    before = [next(c for c in calls[i - 1 :: -1] if c != "timed") for i in timed]
+    assert before == [calls[i + 1] for i in timed]
 
 
 def test_equal_variants_are_timed(cpu):

@@ -28,6 +28,7 @@ from benchmarks import (
     suite,
     survival_nll,
     targets,
+    timing,
     visit_pool,
     workloads,
 )
@@ -238,6 +239,29 @@ def test_comparing_says_what_was_not_measured_alike(quick_run, tmp_path, capsys)
     assert main(["compare", str(quick_run), str(other)]) == 0
     printed = capsys.readouterr().out
     assert f"threads {found.machine['threads']} before, 99 after" in printed
+
+
+def test_runs_timed_in_different_ways_are_not_compared(quick_run, tmp_path):
+    written = json.loads(quick_run.read_text())
+    assert written.pop("method") == timing.METHOD
+    former = tmp_path / "former.json"
+    results.write(written, former)
+    assert results.read(former).method == timing.FORMER_METHOD
+    with pytest.raises(SystemExit, match=r"expected that of former\.json, interleaved calls, got"):
+        main(["compare", str(former), str(quick_run)])
+
+
+def test_whole_runs_are_those_timed_as_the_newest_was(quick_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    written = json.loads(quick_run.read_text())
+    dates = ("2026-01-01", "2026-01-02", "2026-01-03")
+    methods = (timing.METHOD, timing.FORMER_METHOD, timing.METHOD)
+    for day, method in zip(dates, methods, strict=True):
+        run = {**written, "method": method, "machine": {**written["machine"], "measured_at": day}}
+        results.write(run, tmp_path / f"{day}.json")
+    assert [path.stem for path, _ in results.whole_runs()] == [dates[2], dates[0]]
+    (tmp_path / f"{dates[2]}.json").unlink()
+    assert [path.stem for path, _ in results.whole_runs()] == [dates[1]]
 
 
 def steady(row):
