@@ -101,7 +101,8 @@ class FixedHorizonProgressionLoss(nn.Module):
             labels: ``[B, V]`` bool or numeric, in [0, 1] at valid visits; beside packed rows such
                 rows or ``[n_visits]``. Or in their place the batch of packed logits, with
                 outcomes: ``loss(rows, batch)``.
-            valid_mask: ``[B, V]`` bool or numeric; a fraction is a weight. Beside packed rows such
+            valid_mask: ``[B, V]`` bool or numeric; a fraction is a weight, a
+                NaN or an infinity shows in the loss. Beside packed rows such
                 rows or ``[n_visits]``, and without it all of their visits are valid.
             event_times, event_indicators, sequence_mask, visit_times, visit_weight, sample_weight:
                 in place of labels, as for :func:`~ehrseq_fast.fixed_horizon_bce`. Of packed rows
@@ -112,7 +113,7 @@ class FixedHorizonProgressionLoss(nn.Module):
 
         Raises:
             ValueError: for shapes that differ, labels outside [0, 1] at valid visits, and a mask
-                that is negative or not finite (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``; under
+                that is negative (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``; under
                 ``vmap`` those of all samples are looked at); labels and event times at once;
                 without labels, a loss that was made without a horizon, and what
                 :func:`~ehrseq_fast.fixed_horizon_bce` refuses.
@@ -218,11 +219,11 @@ def _check_values(labels: Tensor, valid_mask: Tensor) -> None:
 def _check_weights(valid_mask: Tensor) -> None:
     if valid_mask.dtype in (torch.bool, torch.uint8) or not _reads_values(valid_mask):
         return
-    found = _first_wrong(valid_mask, lambda mask: ~(mask.isfinite() & (mask >= 0)))
+    found = _first_wrong(valid_mask, lambda mask: mask < 0)
     if found:
         raise ValueError(
-            f"valid_mask: expected finite numbers of at least 0, found {found[0]} others; the "
-            f"first is {found[1]}"
+            f"valid_mask: expected numbers of at least 0, found {found[0]} others; the first is "
+            f"{found[1]}"
         )
 
 

@@ -118,17 +118,12 @@ def refuse_learned(logits: Tensor, **weights: Tensor | None) -> None:
 def check_weights(
     visits: Visits, visit_weight: Tensor | None, sample_weight: Tensor | None
 ) -> None:
-    """Refuse weights that are negative or not finite. Reads values."""
-    rule = "must be finite and not negative"
+    """Refuse weights below 0. Reads values. A NaN or an infinity is to reach the result."""
     if visit_weight is not None:
-        refuse_visits(visits, no_weights(visit_weight), visit_weight, f"visit_weight {rule}")
+        rule = "visit_weight must not be negative"
+        refuse_visits(visits, visit_weight < 0, visit_weight, rule)
     if sample_weight is not None:
-        refuse_patients(no_weights(sample_weight), sample_weight, f"sample_weight {rule}")
-
-
-def no_weights(values: Tensor) -> Tensor:
-    """Which numbers are negative or not finite."""
-    return ~(values.isfinite() & (values >= 0))
+        refuse_patients(sample_weight < 0, sample_weight, "sample_weight must not be negative")
 
 
 def check_visits(visits: Visits) -> None:

@@ -359,18 +359,13 @@ BAD = [
     (
         {"visit_weight": torch.tensor([[1.0, 1, 1], [1, -3, 1]])},
         ValueError,
-        "visit_weight must be finite and not negative: patient 1 has -3 at visit 1",
+        "visit_weight must not be negative: patient 1 has -3 at visit 1",
     ),
     ({"sample_weight": torch.ones(2).requires_grad_()}, ValueError, "expected no requires_grad"),
     (
-        {"visit_weight": torch.tensor([[1.0, 1, 1], [1, 1, torch.nan]])},
-        ValueError,
-        r"visit_weight must be finite.*: patient 1 has nan at visit 2 \(visits at fault: 1\)",
-    ),
-    (
         {"sample_weight": torch.tensor([torch.inf, -2])},
         ValueError,
-        r"sample_weight must be finite.*: patient 0 has inf \(patients at fault: 2\)",
+        r"sample_weight must not be negative: patient 1 has -2 \(patients at fault: 1\)",
     ),
     ({"pos_weight": torch.inf}, ValueError, "pos_weight: expected a finite weight from 0, got inf"),
     ({"horizon": 0}, ValueError, "horizon: expected a number above 0, got 0"),
@@ -483,7 +478,7 @@ def test_the_loss_of_given_labels_has_its_old_numbers(backend, shape, dtype):
 
 def test_the_operator_of_given_labels_refuses(compiled):
     x, ones = torch.zeros(1, 3), torch.ones(1, 3)
-    for labels, weights in ((ones * 1.5, ones), (ones, -ones), (ones, ones / 0), (ones / 0, ones)):
+    for labels, weights in ((ones * 1.5, ones), (ones, -ones), (ones / 0, ones)):
         with pytest.raises(ValueError, match="masked_bce: labels and weights: expected labels in"):
             torch.ops.ehrseq_fast.masked_bce(x, labels, weights, True)
     assert torch.ops.ehrseq_fast.masked_bce(x, ones / 0, ones * 0, True)[0] == 0

@@ -318,6 +318,19 @@ def test_refuses_outcomes(fields, message):
         build().loss(batch(**fields))
 
 
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+@pytest.mark.parametrize("visit_hazard", [False, True])
+def test_a_weight_that_is_not_finite_shows(visit_hazard, weight):
+    model, packed = build(visit_hazard=visit_hazard), batch()
+    weights = torch.tensor([1.0, weight, 1.0, 1.0])
+    each = model.loss(packed, sample_weight=weights, reduction="none")
+    assert each.isfinite().tolist() == [True, False, True, True]
+    loss = model.loss(packed, sample_weight=weights)
+    assert not loss.isfinite()
+    loss.backward()
+    assert not model.horizon_head[-1].bias.grad.isfinite().all()
+
+
 def test_refuses():
     model, packed = build(), batch()
     with pytest.raises(ValueError, match="entry time 2 and last visit 1"):

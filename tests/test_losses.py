@@ -297,8 +297,8 @@ def test_horizon_loss_under_vmap_refuses_what_one_sample_holds():
     mapped = vmap(FixedHorizonProgressionLoss())
     with pytest.raises(ValueError, match=r"Found 1 labels outside \[0, 1\] .*The first is 7\."):
         mapped(logits, labels, valid)
-    valid[2, 0, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"valid_mask: expected finite .*1 others.* is inf"):
+    valid[2, 0, 0] = -torch.inf
+    with pytest.raises(ValueError, match=r"valid_mask: expected numbers .*1 others.* is -inf"):
         mapped(logits, labels, valid)
 
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -27,7 +28,7 @@ inline bool expect_arguments(const Tensor& logits, const Tensor& event_times,
   expect_floating(logits, kName, "logits");
   expect_option(reduction, kName, "reduction", 0, static_cast<int64_t>(Reduction::kSum));
   if (!(horizon > 0)) refuse(kName, "horizon", "a number above 0", short_text(horizon));
-  if (!is_weight(pos_weight)) {
+  if (!(pos_weight >= 0 && pos_weight <= std::numeric_limits<double>::max())) {
     refuse(kName, "pos_weight", "a finite weight from 0", short_text(pos_weight));
   }
   const std::vector<int64_t> of_visits = shape_of(logits);

@@ -123,7 +123,7 @@ class GroupReader {
     for (int64_t i = 0; i < count; ++i) {
       possible &= visits_[i] != kMalformed && (seen_[i] == 0 || seen_[i] == 1);
       possible &= targets_.by_index() ? event_times_[i] >= 0 : !std::isnan(event_times_[i]);
-      possible &= is_weight(sample_weights_[i]);
+      possible &= !(sample_weights_[i] < 0);
     }
     return possible;
   }
@@ -248,7 +248,7 @@ template <typename Layout>
 [[noreturn]] void refuse_values(const Targets& targets, const Layout& layout) {
   if (targets.labels.given()) {
     refuse(targets.operation, "labels and weights",
-           "labels in [0, 1] where weights are not 0, and finite weights from 0", "others");
+           "labels in [0, 1] where weights are not 0, and weights of at least 0", "others");
   }
   refuse_malformed(layout);
   Faults impossible, unknown, timeless, of_visits, of_patients;
@@ -260,7 +260,7 @@ template <typename Layout>
       const double kind = targets.seen->at<double>(patient);
       if (kind != 0 && kind != 1) unknown.add(patient);
     }
-    if (targets.sample_weights && !is_weight(targets.sample_weights->at<double>(patient))) {
+    if (targets.sample_weights && targets.sample_weights->at<double>(patient) < 0) {
       of_patients.add(patient);
     }
   }
@@ -268,7 +268,7 @@ template <typename Layout>
     if (targets.visit_times.given() && std::isnan(targets.visit_times.at(row))) {
       timeless.add(patient, visit);
     }
-    if (targets.visit_weights.given() && !is_weight(targets.visit_weights.at(row))) {
+    if (targets.visit_weights.given() && targets.visit_weights.at(row) < 0) {
       of_visits.add(patient, visit);
     }
   });
@@ -284,10 +284,10 @@ template <typename Layout>
   if (timeless.count() > 0) timeless.refuse("visit_times must not be NaN", "nan");
   if (of_visits.count() > 0) {
     const int64_t row = layout.row(of_visits.patient(), of_visits.visit());
-    of_visits.refuse("visit_weight must be finite and not negative",
+    of_visits.refuse("visit_weight must not be negative",
                      short_text(targets.visit_weights.at(row)));
   }
-  of_patients.refuse("sample_weight must be finite and not negative",
+  of_patients.refuse("sample_weight must not be negative",
                      short_text(targets.sample_weights->at<double>(of_patients.patient())));
 }
 

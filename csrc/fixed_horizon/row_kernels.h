@@ -42,14 +42,13 @@ class Labels {
     eight.weight = broadcast(visits_.weight);
     if (visits_.weights != nullptr) {
       const Doubles weights = load_some(visits_.weights + at, left);
-      if (visits_.labels == nullptr) wrong_ |= ~((weights >= 0.0) & (weights <= DBL_MAX));
+      wrong_ |= weights < 0.0;  // a NaN or an infinity is to reach the result
       eight.weight *= weights;
     }
     if (visits_.labels != nullptr) {
       eight.label = load_some(visits_.labels + at, left);
       eight.counts = exists & (eight.weight != 0.0);
-      const Mask<double> fits = (eight.label >= 0.0) & (eight.label <= 1.0) &
-                                (eight.weight >= 0.0) & (eight.weight <= DBL_MAX);
+      const Mask<double> fits = (eight.label >= 0.0) & (eight.label <= 1.0);
       wrong_ |= eight.counts & ~fits;
       return eight;
     }
@@ -61,7 +60,7 @@ class Labels {
     return eight;
   }
 
-  // Whether no time was NaN, every weight finite and not negative, and no given label outside
+  // Whether no time was NaN, no weight negative, and no given label outside
   // [0, 1], of the visits that were asked for.
   bool possible() const {
     return join_lanes<int64_t>(wrong_, [](const auto& a, const auto& b)

@@ -64,7 +64,7 @@ struct Row {
 };
 
 // The sum of the weights of the visits that count. *possible becomes false where a time is NaN, a
-// weight negative or not finite, or a given label outside [0, 1].
+// weight negative, or a given label outside [0, 1].
 double weight_of_visits(const Settings& settings, const Visits& visits, bool* possible);
 
 // The sum of the visits' weighted terms; the gradient of `share` times that.

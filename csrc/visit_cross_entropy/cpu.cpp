@@ -31,8 +31,7 @@ struct Targets {
   int64_t classes;
   int64_t ignore_index;
 
-  // -1 where a label is ignored. False where one is no class, or a weight is negative or not
-  // finite.
+  // -1 where a label is ignored. False where one is no class, or a weight is negative.
   template <typename Layout>
   bool read(const Layout& layout, const Block& block, int64_t* of_rows, double* row_weights) const {
     labels.read(block.row, block.row + block.count, of_rows);
@@ -168,8 +167,8 @@ std::vector<double> weights_of_classes(const OptionalTensor& class_weight, int64
   std::vector<double> weights(classes);
   Column(*class_weight).read(0, classes, weights.data());
   for (int64_t c = 0; c < classes; ++c) {
-    if (!is_weight(weights[c])) {
-      refuse(kName, "class_weight", "finite weights from 0",
+    if (weights[c] < 0) {
+      refuse(kName, "class_weight", "weights of at least 0",
              short_text(weights[c]) + " for class " + std::to_string(c));
     }
   }

@@ -112,9 +112,10 @@ def fixed_horizon_bce(
             are compared in float64. Without it visit t is at the time t.
         pos_weight: what the terms of label 1 are multiplied by, a number from 0; the mean's
             denominator stays.
-        visit_weight: ``[B, V]`` or ``[n_visits]``, finite and not negative at visits.
-        sample_weight: ``[B]``, finite and not negative. A weight that requires a gradient is
-            refused.
+        visit_weight: ``[B, V]`` or ``[n_visits]``, at least 0 at visits.
+        sample_weight: ``[B]``, at least 0. A weight that requires a gradient is refused. A NaN or
+            an infinity in a weight shows in loss and gradient, as everything of a visit that
+            counts; of visits that do not, weights are not read either.
         reduction: ``"mean"`` as above, 0 where no visit counts; ``"sum"``; or ``"none"``:
             ``[B, V]`` or ``[n_visits]``, 0 where nothing counts.
         validate: check values on a GPU too, at the price of a synchronisation.
@@ -127,8 +128,8 @@ def fixed_horizon_bce(
 
     Raises:
         ValueError: for shapes or devices that do not fit, unknown options, masks with holes, times
-            that are NaN, negative visits, indicators other than 0 and 1, weights that are
-            negative or not finite, a horizon that is not above 0.
+            that are NaN, negative visits, indicators other than 0 and 1, negative
+            weights, a horizon that is not above 0.
         TypeError: for dtypes, missing outcomes, and event times in floating point without
             ``visit_times``.
 

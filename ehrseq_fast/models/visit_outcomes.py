@@ -50,7 +50,7 @@ def check_outcomes(
             f"{int(wrong.sum())} in all)"
         )
     if sample_weight is not None:
-        wrong = ~(sample_weight >= 0)
+        wrong = sample_weight < 0  # a NaN is to reach the result
         if bool(wrong.any()):
             patient = int(wrong.int().argmax())
             raise ValueError(

@@ -22,7 +22,6 @@ from ..visitwise import (
     check_visits,
     check_weights,
     layout_of,
-    no_weights,
     refuse_learned,
     refuse_visits,
 )
@@ -96,11 +95,12 @@ def visit_cross_entropy(
             ``batch.visit_targets["..."]``, or PackedRows. What padding holds is never read.
         sequence_mask: ``[B, V]`` bool or number: 1 on a patient's visits, 0 on the padding after
             them. Without it every slot is a visit. A patient may have none.
-        class_weight: ``[K]``, finite and not negative.
-        visit_weight: ``[B, V]`` or ``[n_visits]``, finite and not negative at visits.
-        sample_weight: ``[B]``, finite and not negative: multiplies the weights of a patient's
-            visits. No gradient flows to any of the weights: one that requires a gradient is
-            refused.
+        class_weight: ``[K]``, at least 0.
+        visit_weight: ``[B, V]`` or ``[n_visits]``, at least 0 at visits.
+        sample_weight: ``[B]``, at least 0: multiplies the weights of a patient's visits. No
+            gradient flows to any of the weights: one that requires a gradient is refused. A NaN or
+            an infinity in a weight shows in loss and gradient, as everything of a visit that
+            counts; of visits that do not, weights are not read either.
         ignore_index: the label of visits that are left out, whose logits are not read.
         label_smoothing: ε in [0, 1]: the label's term counts 1 - ε, and the mean of the terms of
             all classes, each times its weight, ε.
@@ -117,7 +117,7 @@ def visit_cross_entropy(
 
     Raises:
         ValueError: for shapes or devices that do not fit, unknown options, masks with holes, labels
-            outside [0, K) at a visit, weights that are negative or not finite.
+            outside [0, K) at a visit, negative weights.
         TypeError: for dtypes.
 
     Example:
@@ -160,11 +160,11 @@ def _check_values(
     visits: Visits, labels: Tensor, classes: int, ignore_index: int, class_weight: Tensor | None
 ) -> None:
     if class_weight is not None:
-        wrong_weights = no_weights(class_weight).nonzero()
-        if len(wrong_weights):
-            at = int(wrong_weights[0])
+        negative = (class_weight < 0).nonzero()
+        if len(negative):
+            at = int(negative[0])
             raise ValueError(
-                "class_weight: expected finite weights from 0, "
+                "class_weight: expected weights of at least 0, "
                 f"got {float(class_weight[at]):g} for class {at}"
             )
     check_visits(visits)

@@ -137,10 +137,6 @@ inline std::string short_text(double value) {
   return text;
 }
 
-inline bool is_weight(double value) {
-  return value >= 0 && value <= std::numeric_limits<double>::max();
-}
-
 inline void expect_weights(const char* operation, const std::vector<int64_t>& of_visits,
                            const char* names, int64_t patients, const OptionalTensor& visit_weight,
                            const OptionalTensor& sample_weight) {

@@ -76,7 +76,7 @@ class WeightsOfVisits {
     Column(*sample_weight).read(0, sample_weight->size(0), of_patients_.data());
   }
 
-  // False where one is negative or not finite.
+  // False where one is negative. A NaN or an infinity is to reach the result.
   template <typename Layout>
   bool read(const Layout& layout, const Block& block, double* weights) const {
     if (of_visits_.has_value()) {
@@ -87,10 +87,10 @@ class WeightsOfVisits {
     if (!of_visits_.has_value() && of_patients_.empty()) return true;
     bool fits = true;
     for (int64_t i = 0; i < block.count; ++i) {
-      fits &= is_weight(weights[i]);
+      fits &= !(weights[i] < 0);
       if (of_patients_.empty()) continue;
       const double of_patient = of_patients_[layout.patient(block.patient_of(i))];
-      fits &= is_weight(of_patient);
+      fits &= !(of_patient < 0);
       weights[i] *= of_patient;
     }
     return fits;
@@ -100,20 +100,20 @@ class WeightsOfVisits {
   [[noreturn]] void refuse(const Layout& layout) const {
     Faults of_visits, of_patients;
     for_each_visit(layout, [&](int64_t patient, int64_t visit, int64_t row) {
-      if (of_visits_.has_value() && !is_weight(of_visits_->at<double>(row))) {
+      if (of_visits_.has_value() && of_visits_->at<double>(row) < 0) {
         of_visits.add(patient, visit);
       }
     });
     for (size_t patient = 0; patient < of_patients_.size(); ++patient) {
-      if (!is_weight(of_patients_[patient])) of_patients.add(static_cast<int64_t>(patient));
+      if (of_patients_[patient] < 0) of_patients.add(static_cast<int64_t>(patient));
     }
     if (of_visits.count() > 0) {
       const int64_t row = layout.row(of_visits.patient(), of_visits.visit());
-      of_visits.refuse("visit_weight must be finite and not negative",
+      of_visits.refuse("visit_weight must not be negative",
                        short_text(of_visits_->at<double>(row)));
     }
     if (of_patients.count() > 0) {
-      of_patients.refuse("sample_weight must be finite and not negative",
+      of_patients.refuse("sample_weight must not be negative",
                          short_text(of_patients_[of_patients.patient()]));
     }
     throw std::logic_error("visits were refused, but none is at fault");
