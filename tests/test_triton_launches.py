@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextvars
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ehrseq_fast import (
     PackedRows,
@@ -16,11 +19,14 @@ from ehrseq_fast import (
     deephit_competing_ranking_loss,
     deephit_ranking_loss,
     discrete_time_survival_nll,
+    fixed_horizon_bce,
+    operations,
     packed_competing_risks_nll,
     packed_survival_nll,
     pmf_competing_risks_nll,
     pmf_nll,
     use_backend,
+    visit_cross_entropy,
     warmup,
 )
 from ehrseq_fast.triton_support import watching_launches
@@ -109,6 +115,37 @@ def packed_competing_ranking():
     return x, lambda: deephit_competing_ranking_loss(PackedRows(x, batch))
 
 
+def classes(**options):
+    labels = torch.arange(12 * 21).view(12, 21) % 5
+    weights = {"class_weight": torch.rand(5), "sample_weight": torch.rand(12)}
+    x = torch.randn(12, 21, 5, requires_grad=True)
+    mask = torch.arange(21) < torch.arange(12)[:, None] % 22
+    options = {"label_smoothing": 0.1, **weights, **options}
+    return x, lambda: visit_cross_entropy(x, labels.short(), mask.float(), **options)
+
+
+def packed_classes(**options):
+    batch = records()
+    x = torch.randn(batch.n_visits, 6, requires_grad=True)
+    labels = torch.arange(batch.n_visits) % 6
+    return x, lambda: visit_cross_entropy(PackedRows(x, batch), labels, **options)
+
+
+def horizon(**options):
+    x = torch.randn(40, 21, requires_grad=True)
+    days = torch.arange(21.0).expand(40, 21)
+    outcomes = (torch.arange(40) % 21, torch.arange(40) % 2, 3.5)
+    options = {"visit_times": days, "visit_weight": torch.rand(40, 21), **options}
+    return x, lambda: fixed_horizon_bce(x, *outcomes, **options)
+
+
+def packed_horizon(**options):
+    batch = records()
+    x = torch.randn(batch.n_visits, requires_grad=True)
+    return x, lambda: fixed_horizon_bce(PackedRows(x, batch), horizon=3, **options)
+
+
+LOSSES_OF_VISITS = (classes, packed_classes, horizon, packed_horizon)
 LOSSES = (padded, competing, packed, packed_competing, mass, packed_competing_mass)
 
 
@@ -127,6 +164,23 @@ def test_one_launch_gives_loss_and_gradient_and_one_scales_it(loss, reduction):
     with watching_launches() as launches, torch.no_grad():
         nll()
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize("loss", LOSSES_OF_VISITS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_loss_of_visits_is_one_launch_and_for_a_mean_one_before_it(loss, reduction):
+    x, run = loss(reduction=reduction)
+    kernel = "cross_entropy_kernel" if "classes" in loss.__name__ else "horizon_kernel"
+    names = [kernel] * (2 if reduction == "mean" else 1)
+    with watching_launches() as launches:
+        value = run()
+    assert [launch.name for launch in launches] == names
+    with watching_launches() as launches:
+        torch.autograd.grad(value, x, torch.ones(()).expand(value.shape))
+    assert len(launches) == 1
+    with watching_launches() as launches, torch.no_grad():
+        run()
+    assert [launch.name for launch in launches] == names
 
 
 @pytest.mark.parametrize("loss", [ranking, packed_competing_ranking])
@@ -189,39 +243,67 @@ def test_held_back_launches_do_not_run():
     assert after == []
 
 
-def test_warmup_names_what_it_launched():
-    names = warmup(
-        patients=3, visits=2, codes=2, embedding_dim=4, vocab_size=9, modes=("max", "attention"),
-        causes=2, next_codes=True, device=torch.get_default_device(),
-    )  # fmt: skip
-    assert {"survival_nll_kernel", "scale_by_one_kernel", "next_codes_rows"} < set(names)
-    assert {
-        "pool_masked",
-        "pool_contiguous",
-        "pool_attention",
-        "sum_segments",
-        "sum_attention",
-    } < set(names)
-    weighted = warmup(
-        patients=3, visits=2, codes=2, embedding_dim=4, vocab_size=9, code_weights=True,
-        device=torch.get_default_device(),
-    )  # fmt: skip
-    assert "weight_gradients" in weighted
+class CalledOperators(TorchDispatchMode):
+    """The names of this package's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == operations.TRITON:
+            self.names.add(function._schema.name.partition("::")[2])
+        return function(*args, **(kwargs or {}))
+
+
+SMALL = {"patients": 3, "visits": 2, "codes": 2, "embedding_dim": 4, "vocab_size": 9}
+
+
+def test_warmup_compiles_every_operation_that_has_kernels_in_triton():
+    with CalledOperators() as called:
+        names = warmup(
+            **SMALL, modes=("mean", "max", "attention"), causes=2, next_codes=True,
+            code_weights=True, sparse_grad=True, embeddings=True, classes=3,
+            device=torch.get_default_device(),
+            losses=("pmf_nll", "deephit_ranking_loss", "visit_cross_entropy", "fixed_horizon_bce"),
+        )  # fmt: skip
+    folders = {x.folder for x in operations.registered() if "triton" in x.backends}
+    every = {operator.name for operator in operations.operators() if operator.folder in folders}
+    assert called.names == every
+    launched = {
+        name
+        for file in Path(operations.__file__).parent.glob("*/triton/*.py")
+        for name in re.findall(r"\blaunch\(\s*(?:\w+\.)?(\w+),", file.read_text())
+    }
+    # but for those of losses that are not reduced, and of codes that many visits have
+    assert launched - set(names) == {"scale_by_patient_kernel", "sum_pieces"}
+
+
+def test_warmup_compiles_what_it_is_asked_for():
+    device = torch.get_default_device()
+    names = warmup(**SMALL, device=device)
+    assert {"survival_nll_kernel", "scale_by_one_kernel", "pool_masked"} < set(names)
+    assert not {"pmf_nll_kernel", "cross_entropy_kernel", "next_codes_rows"} & set(names)
+    assert "horizon_kernel" in warmup(**SMALL, losses=("fixed_horizon_bce",), device=device)
+    with pytest.raises(ValueError, match=r"losses: expected one of 'pmf_nll', .* got 'cox'"):
+        warmup(**SMALL, losses=("cox",), device=device)
     with use_backend("reference"):
-        assert warmup(patients=3, visits=2, codes=2, embedding_dim=4) == []
+        assert warmup(**SMALL) == []
 
 
 def test_a_gpus_tiles_give_the_same_numbers(monkeypatch):
     """The interpreter takes larger ones, which a program of a GPU has no room for."""
     from ehrseq_fast.survival_nll.triton import tiles
 
-    for loss in (*LOSSES, ranking, packed_competing_ranking):
+    for loss in (*LOSSES, *LOSSES_OF_VISITS, ranking, packed_competing_ranking):
         x, nll = loss()
         expected = nll()
         (expected_grad,) = torch.autograd.grad(expected, x)
         with monkeypatch.context() as patch:
             patch.setattr(tiles, "VALUES", 512)
             patch.setattr("ehrseq_fast.deephit_ranking.triton.launch.ROWS", 64)
+            # of more classes than a tile has
+            patch.setattr("ehrseq_fast.survival_nll.triton.visit_losses.MOST_CLASSES", 4)
             with watching_launches() as launches:
                 value = nll()
             (grad,) = torch.autograd.grad(value, x)

@@ -9,7 +9,7 @@ from ..operations import operator, register
 from ..survival_nll.operators import REDUCTIONS, empty_nll_and_grad
 
 for _name in ("fixed_horizon_bce", "masked_bce"):
-    register(_name, "cpu", "cuda", package=__package__)
+    register(_name, "cpu", "cuda", "triton", package=__package__)
 
 
 # Logits [B, V] with a mask, or rows of a packed batch, [n_visits]: the visits of patient p are the

@@ -8,7 +8,7 @@ from typing import Any
 from ..operations import operator, register
 from ..survival_nll.operators import empty_nll_and_grad
 
-register("visit_cross_entropy", "cpu", "cuda", package=__package__)
+register("visit_cross_entropy", "cpu", "cuda", "triton", package=__package__)
 
 
 # Logits [B, V, K] with a mask, or rows of a packed batch, [n_visits, K]: the visits of patient p

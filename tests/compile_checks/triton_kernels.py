@@ -183,6 +183,53 @@ def _ranking(
     return run
 
 
+def _classes(
+    packed: bool, patients: int = 64, visits: int = 100, weighted: bool = False, **options: Any
+) -> Callable[[torch.dtype], torch.Tensor]:
+    from ehrseq_fast import PackedRows, PackedVisits, visit_cross_entropy
+
+    def run(dtype: torch.dtype) -> torch.Tensor:
+        logits = torch.zeros(patients, visits, 6, dtype=dtype, requires_grad=True)
+        labels = torch.zeros(patients, visits, dtype=torch.int64)
+        given = {**options, **({"class_weight": torch.ones(6)} if weighted else {})}
+        if not packed:
+            mask = torch.ones(patients, visits, dtype=torch.bool)
+            return visit_cross_entropy(logits, labels, mask, **given)
+        batch = PackedVisits.from_lists([[[1]] * visits] * patients)
+        rows = PackedRows(logits.flatten(0, 1), batch)
+        return visit_cross_entropy(rows, labels.flatten(), **given)
+
+    return run
+
+
+def _horizon(
+    packed: bool, patients: int = 64, visits: int = 100, days: bool = False, **options: Any
+) -> Callable[[torch.dtype], torch.Tensor]:
+    from ehrseq_fast import PackedRows, PackedVisits, fixed_horizon_bce
+
+    def run(dtype: torch.dtype) -> torch.Tensor:
+        logits = torch.zeros(patients, visits, dtype=dtype, requires_grad=True)
+        times = torch.zeros(patients, dtype=torch.int64)
+        of_visits = torch.zeros(patients, visits, dtype=torch.float32)
+        if not packed:
+            given = {"visit_times": of_visits, "visit_weight": of_visits} if days else {}
+            mask = torch.ones(patients, visits, dtype=torch.bool)
+            return fixed_horizon_bce(logits, times, times, 3, mask, **given, **options)
+        batch = PackedVisits.from_lists([[[1]] * visits] * patients)
+        rows = PackedRows(logits.flatten(), batch)
+        return fixed_horizon_bce(rows, times, times, 3, **options)
+
+    return run
+
+
+def _given_labels(dtype: torch.dtype) -> torch.Tensor:
+    from ehrseq_fast.losses import FixedHorizonProgressionLoss
+
+    logits = torch.zeros(64, 100, dtype=dtype, requires_grad=True)
+    labels, valid = torch.zeros(64, 100), torch.ones(64, 100, dtype=torch.bool)
+    return FixedHorizonProgressionLoss()(logits, labels, valid)
+
+
 def cases() -> Iterator[Case]:
     """Every kernel, in the dtypes and shapes in which it differs."""
     softmax = {"from_logits": True, "link": "softmax"}
@@ -239,6 +286,17 @@ def cases() -> Iterator[Case]:
     yield Case("packed ranking, competing", single, _ranking(4, packed=True), HOPPER)
     for dtype in (torch.bfloat16, torch.float64):
         yield Case("packed ranking", dtype, _ranking(None, packed=True), HOPPER)
+    yield Case("padded classes", single, _classes(packed=False))
+    smoothed = _classes(packed=True, weighted=True, label_smoothing=0.1)
+    yield Case("packed classes, smoothed, weights", single, smoothed, HOPPER)
+    yield Case("padded horizon", single, _horizon(packed=False))
+    yield Case("padded horizon, days, weights", single, _horizon(packed=False, days=True), HOPPER)
+    yield Case("given labels", single, _given_labels, HOPPER)
+    for dtype in (torch.bfloat16, torch.float64):
+        one_a_visit = _classes(packed=True, reduction="none")
+        yield Case("packed classes, one a visit", dtype, one_a_visit, HOPPER)
+        one_a_visit = _horizon(packed=True, reduction="none")
+        yield Case("packed horizon, one a visit", dtype, one_a_visit, HOPPER)
     of_codes = _packed_pool("mean", weighted=True)
     yield Case(f"packed pooling, mean, weights, E {WIDE}", single, of_codes)
     for dtype in (torch.bfloat16, torch.float64):
@@ -346,6 +404,8 @@ def compiled_again() -> list[str]:
         lambda patients, visits: _next_codes(visits),
         lambda patients, visits: _mass(2, True, patients=patients, visits=visits),
         lambda patients, visits: _ranking(2, True, patients=patients, visits=visits),
+        lambda patients, visits: _classes(True, patients, visits),
+        lambda patients, visits: _horizon(True, patients, visits),
     ):
         of_first = None
         for size in sizes:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...checks import FLOATING, INTEGER, REAL, accumulator
 
 
-def _refuse(operation: str, name: str, expected: str, got: object) -> NoReturn:
+def refuse(operation: str, name: str, expected: str, got: object) -> NoReturn:
+    """``ValueError`` in one form."""
     raise ValueError(f"{operation}: {name}: expected {expected}, got {got}")
 
 
@@ -20,10 +21,10 @@ def check_hazards(
 ) -> None:
     """Dimensions and dtype."""
     if hazards.dim() not in dims:
-        _refuse(operation, name, f"shape {shape}", list(hazards.shape))
+        refuse(operation, name, f"shape {shape}", list(hazards.shape))
     if hazards.dtype not in FLOATING:
         expected = "float32, float64, bfloat16 or float16"
-        _refuse(operation, name, expected, hazards.dtype)
+        refuse(operation, name, expected, hazards.dtype)
 
 
 def check_options(
@@ -31,31 +32,31 @@ def check_options(
 ) -> None:
     """The numbers that encode options."""
     if not 0 <= link <= 3 or (link == 2 and not competing):
-        _refuse(operation, "link", "0..3" if competing else "0, 1 or 3", link)
+        refuse(operation, "link", "0..3" if competing else "0, 1 or 3", link)
     check_reduction(operation, reduction)
     if not 0 <= eps < 0.5:
-        _refuse(operation, "eps", "[0, 0.5)", eps)
+        refuse(operation, "eps", "[0, 0.5)", eps)
     if classes - (link == 2) < 1:
-        _refuse(operation, "hazards", "at least one cause", f"{classes} values per visit")
+        refuse(operation, "hazards", "at least one cause", f"{classes} values per visit")
 
 
 def check_reduction(operation: str, reduction: int) -> None:
     """The number that encodes it."""
     if not 0 <= reduction <= 2:
-        _refuse(operation, "reduction", "0..2", reduction)
+        refuse(operation, "reduction", "0..2", reduction)
 
 
 def check_sigma(operation: str, sigma: float) -> None:
     """That exponents are divided by it."""
     if not 0 < sigma < float("inf"):
-        _refuse(operation, "sigma", "a finite number above 0", f"{sigma:f}")
+        refuse(operation, "sigma", "a finite number above 0", f"{sigma:f}")
 
 
 def check_row_length(operation: str, slots: int, classes: int) -> None:
     """Positions within a patient's row are 32 bits wide."""
     if slots * classes >= 2**31:
         expected = "at most 2^31 - 1 values per patient"
-        _refuse(operation, "hazards", expected, f"{slots} visits of {classes}")
+        refuse(operation, "hazards", expected, f"{slots} visits of {classes}")
 
 
 def check_patients(
@@ -79,12 +80,12 @@ def check_patients(
         if tensor is None:
             continue
         if tensor.shape != (patients,):
-            _refuse(operation, name, f"shape [B] = [{patients}]", list(tensor.shape))
+            refuse(operation, name, f"shape [B] = [{patients}]", list(tensor.shape))
         if tensor.dtype not in dtypes:
             kind = {INTEGER: "an integer", REAL: "a bool, integer or float"}.get(
                 dtypes, "an integer or bool"
             )
-            _refuse(operation, name, f"{kind} dtype", tensor.dtype)
+            refuse(operation, name, f"{kind} dtype", tensor.dtype)
         _check_device(operation, hazards, tensor)
 
 
@@ -94,9 +95,9 @@ def check_mask(operation: str, hazards: Tensor, sequence_mask: Tensor | None) ->
         return
     if sequence_mask.shape != hazards.shape[:2]:
         expected = f"shape [B, V] = {list(hazards.shape[:2])}"
-        _refuse(operation, "sequence_mask", expected, list(sequence_mask.shape))
+        refuse(operation, "sequence_mask", expected, list(sequence_mask.shape))
     if sequence_mask.dtype not in REAL:
-        _refuse(operation, "sequence_mask", "a bool, integer or float dtype", sequence_mask.dtype)
+        refuse(operation, "sequence_mask", "a bool, integer or float dtype", sequence_mask.dtype)
     _check_device(operation, hazards, sequence_mask)
 
 
@@ -105,15 +106,15 @@ def check_rows(operation: str, hazards: Tensor, *rows: Tensor) -> None:
     names = ("row_starts", "unsorted_indices", "last_rows")
     for name, tensor, shape in zip(names, rows, ("[V + 1]", "[B]", "[B]"), strict=True):
         if tensor.dim() != 1:
-            _refuse(operation, name, f"shape {shape}", list(tensor.shape))
+            refuse(operation, name, f"shape {shape}", list(tensor.shape))
         if tensor.dtype != torch.int64:
-            _refuse(operation, name, "int64", tensor.dtype)
+            refuse(operation, name, "int64", tensor.dtype)
         _check_device(operation, hazards, tensor)
     starts, ranks, last = rows
     if len(starts) < 1:
-        _refuse(operation, "row_starts", "shape [V + 1] with 0 <= V", list(starts.shape))
+        refuse(operation, "row_starts", "shape [V + 1] with 0 <= V", list(starts.shape))
     if len(ranks) != len(last):
-        _refuse(operation, "last_rows", f"shape [B] = {list(ranks.shape)}", list(last.shape))
+        refuse(operation, "last_rows", f"shape [B] = {list(ranks.shape)}", list(last.shape))
 
 
 def check_logits(
@@ -127,23 +128,55 @@ def check_logits(
     """Logits over time, ``[B, V]`` with a mask or rows of a packed batch, ``[n_visits]``, with a
     last dimension of causes where there are competing ones; ``rows`` and ``outcomes`` are what
     comes with them. Returns how many patients, slots and classes there are."""
-    given = _all_or_none(operation, rows)
-    shape = ("[n_visits]", "[n_visits, K]") if given else ("[B, V]", "[B, V, K]")
-    check_hazards(operation, logits, (2 - bool(given) + competing,), shape[competing], "logits")
-    classes = logits.shape[-1] if competing else 1
+    patients, slots, classes = check_layout(operation, logits, competing, sequence_mask, rows)
     if classes < 1:
-        _refuse(operation, "logits", "at least one cause", "0 values per visit")
-    if given:
-        if sequence_mask is not None:
-            _refuse(operation, "sequence_mask", "none with a packed batch", "one")
-        check_rows(operation, logits, *given)
-        patients, slots = len(given[1]), len(given[0]) - 1
-    else:
-        patients, slots = logits.shape[:2]
-        check_mask(operation, logits, sequence_mask)
+        refuse(operation, "logits", "at least one cause", "0 values per visit")
     check_row_length(operation, slots, classes)
     check_patients(operation, logits, patients, competing, *outcomes)
     return patients, slots, classes
+
+
+def check_layout(
+    operation: str,
+    logits: Tensor,
+    has_classes: bool,
+    sequence_mask: Tensor | None,
+    rows: tuple[Tensor | None, ...],
+) -> tuple[int, int, int]:
+    """Logits of visits, ``[B, V]`` with a mask or rows of a packed batch, ``[n_visits]``, with a
+    last dimension ``K`` where ``has_classes``. Returns how many patients, slots and classes there
+    are."""
+    given = _all_or_none(operation, rows)
+    shape = ("[n_visits]", "[n_visits, K]") if given else ("[B, V]", "[B, V, K]")
+    check_hazards(operation, logits, (2 - bool(given) + has_classes,), shape[has_classes], "logits")
+    classes = logits.shape[-1] if has_classes else 1
+    if given:
+        if sequence_mask is not None:
+            refuse(operation, "sequence_mask", "none with a packed batch", "one")
+        check_rows(operation, logits, *given)
+        return len(given[1]), len(given[0]) - 1, classes
+    check_mask(operation, logits, sequence_mask)
+    return logits.shape[0], logits.shape[1], classes
+
+
+def check_numbers(
+    operation: str,
+    logits: Tensor,
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+    dims: str,
+    dtypes: frozenset[torch.dtype] = REAL,
+) -> None:
+    """Numbers beside the logits, of a shape whose dimensions ``dims`` names."""
+    if tensor is None:
+        return
+    if tensor.shape != shape:
+        refuse(operation, name, f"shape {dims} = {list(shape)}", list(tensor.shape))
+    if tensor.dtype not in dtypes:
+        kind = "an integer" if dtypes is INTEGER else "a bool, integer or float"
+        refuse(operation, name, f"{kind} dtype", tensor.dtype)
+    _check_device(operation, logits, tensor)
 
 
 def check_scale(
@@ -153,32 +186,32 @@ def check_scale(
     name = "survival_nll_scale"
     saved = torch.float32 if dtype == torch.float16 else dtype
     if dtype not in FLOATING:
-        _refuse(name, "dtype", "float32, float64, bfloat16 or float16", dtype)
+        refuse(name, "dtype", "float32, float64, bfloat16 or float16", dtype)
     if grad.dtype != saved:
-        _refuse(name, "grad", f"{saved}, as saved of hazards in {dtype}", grad.dtype)
+        refuse(name, "grad", f"{saved}, as saved of hazards in {dtype}", grad.dtype)
     if not 1 <= grad.dim() <= 3:
-        _refuse(name, "grad", "the shape of hazards", list(grad.shape))
+        refuse(name, "grad", "the shape of hazards", list(grad.shape))
     if grad_nll.dtype != accumulator(grad.dtype):
-        _refuse(name, "grad_nll", str(accumulator(grad.dtype)), grad_nll.dtype)
+        refuse(name, "grad_nll", str(accumulator(grad.dtype)), grad_nll.dtype)
     _check_device(name, grad, grad_nll)
     given = _all_or_none(name, rows)
     if given:
         check_rows(name, grad, *given)
     patients = len(given[1]) if given else grad.shape[0]
     if grad_nll.dim() and grad_nll.shape != (patients,):
-        _refuse(name, "grad_nll", f"shape [] or [B] = [{patients}]", list(grad_nll.shape))
+        refuse(name, "grad_nll", f"shape [] or [B] = [{patients}]", list(grad_nll.shape))
 
 
 def _all_or_none(operation: str, rows: tuple[Tensor | None, ...]) -> list[Tensor]:
     given = [tensor for tensor in rows if tensor is not None]
     if len(given) not in (0, 3):
-        _refuse(operation, "row_starts, unsorted_indices, last_rows", "all or none of them", "some")
+        refuse(operation, "row_starts, unsorted_indices, last_rows", "all or none of them", "some")
     return given
 
 
 def _check_device(operation: str, like: Tensor, tensor: Tensor) -> None:
     if tensor.device != like.device:
-        _refuse(
+        refuse(
             operation,
             "tensors",
             "all tensors of a call on one device",

@@ -1,4 +1,4 @@
-"""One number per patient, and the mask of visits, of any dtype, in Triton."""
+"""Numbers of patients and of visits, and the mask of visits, of any dtype, in Triton."""
 
 import triton
 import triton.language as tl
@@ -23,3 +23,15 @@ def real(column, patient, stride, exists):
 @triton.jit
 def present(mask, where, wanted):
     return wanted & (tl.load(mask + where, mask=wanted, other=0) != 0)
+
+
+@triton.jit
+def weights_at(row, patient, exists, counts, visit_weights, sample_weights, sample_weights_stride):
+    """The weights of visits, [P, V]; 0 where a visit does not count: nothing is read there."""
+    weight = tl.where(counts, 1.0, 0.0).to(tl.float64)
+    if visit_weights is not None:
+        weight = real(visit_weights, row, 1, counts)
+    if sample_weights is not None:
+        of_patient = real(sample_weights, patient, sample_weights_stride, exists)
+        weight = tl.where(counts, weight * of_patient[:, None], 0.0)
+    return weight
