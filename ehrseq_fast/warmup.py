@@ -14,6 +14,7 @@ from .deephit_ranking import deephit_competing_ranking_loss, deephit_ranking_los
 from .fixed_horizon import fixed_horizon_bce
 from .losses import FixedHorizonProgressionLoss
 from .next_codes import next_codes_bce
+from .piecewise_hazard import piecewise_hazard_nll
 from .pmf_nll import pmf_competing_risks_nll, pmf_nll
 from .rows import PackedRows
 from .survival_nll import (
@@ -72,8 +73,9 @@ def warmup(
             modes that it has.
         losses: which other losses to compile too, by name: ``"pmf_nll"``,
             ``"deephit_ranking_loss"`` (with ``causes`` also those of competing risks),
-            ``"visit_cross_entropy"``, ``"fixed_horizon_bce"`` (in visits, in days, and of given
-            labels). Event times and types are taken to be int64, masks bool, days float32.
+            ``"piecewise_hazard_nll"`` (both links), ``"visit_cross_entropy"``,
+            ``"fixed_horizon_bce"`` (in visits, in days, and of given labels). Event times and types
+            are taken to be int64, masks bool, days and fractions float32.
         classes: how many :func:`~ehrseq_fast.visit_cross_entropy` is to have.
         device: a GPU; by default the current one, or the host where there is none.
 
@@ -252,6 +254,13 @@ def _over_time(
     return run
 
 
+def _rates_once(records: _Records, causes: int | None, classes: int) -> None:
+    outcomes = (records.outcomes, records.outcomes, records.outcomes.float())
+    for link in ("softplus", "exp"):
+        padded = piecewise_hazard_nll(records.padded(), *outcomes, records.mask, link=link)
+        (padded + piecewise_hazard_nll(records.packed(), *outcomes, link=link)).backward()
+
+
 def _classes_once(records: _Records, causes: int | None, classes: int) -> None:
     labels = records.of_visits(torch.int64)
     padded = visit_cross_entropy(records.padded(classes), labels, records.mask)
@@ -272,6 +281,7 @@ def _horizon_once(records: _Records, causes: int | None, classes: int) -> None:
 _OTHER_LOSSES: dict[str, Callable[[_Records, int | None, int], None]] = {
     "pmf_nll": _over_time(pmf_nll, pmf_competing_risks_nll),
     "deephit_ranking_loss": _over_time(deephit_ranking_loss, deephit_competing_ranking_loss),
+    "piecewise_hazard_nll": _rates_once,
     "visit_cross_entropy": _classes_once,
     "fixed_horizon_bce": _horizon_once,
 }

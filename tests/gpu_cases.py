@@ -22,6 +22,7 @@ from ehrseq_fast import (
     packed_competing_risks_nll,
     packed_survival_nll,
     packed_visit_pool,
+    piecewise_hazard_nll,
     pmf_competing_risks_nll,
     pmf_nll,
     use_backend,
@@ -177,6 +178,22 @@ def _packed_competing_mass_loss(device: str) -> Case:
     )
 
 
+def _rates_loss(device: str) -> Case:
+    *outcomes, mask = _outcomes(device, "event_times", "event_indicators")
+    return Case(normal(PATIENTS, VISITS), lambda x: piecewise_hazard_nll(x, *outcomes, None, mask))
+
+
+def _packed_rates_loss(device: str) -> Case:
+    batch = make_batch(device)
+    fraction = (torch.arange(PATIENTS) % 5).to(device) / 4
+    return Case(
+        normal(batch.n_visits),
+        lambda x: piecewise_hazard_nll(
+            PackedRows(x, batch), fraction=fraction, link="exp", reduction="none"
+        ),
+    )
+
+
 def _ranking_loss(device: str) -> Case:
     args = _outcomes(device, "event_times", "event_indicators")
     return Case(normal(PATIENTS, VISITS), lambda x: deephit_ranking_loss(x, *args))
@@ -258,6 +275,8 @@ CASES: dict[str, tuple[str, Callable[[str], Case], int | None, int | None]] = {
     "packed competing": ("packed_survival_nll", _packed_competing_loss, 1, 1),
     "mass": ("pmf_nll", _mass_loss, 1, 1),
     "packed competing mass": ("pmf_nll", _packed_competing_mass_loss, 1, 1),
+    "rates": ("piecewise_hazard", _rates_loss, 1, 1),
+    "packed rates of each": ("piecewise_hazard", _packed_rates_loss, 1, 1),
     "ranking": ("deephit_ranking", _ranking_loss, 3, 1),
     "packed competing ranking": ("deephit_ranking", _packed_competing_ranking_loss, 3, 1),
     "horizon": ("fixed_horizon_bce", _horizon_loss, 2, 1),

@@ -16,6 +16,7 @@ from ehrseq_fast import (
     fixed_horizon_bce,
     packed_survival_nll,
     packed_visit_pool,
+    piecewise_hazard_nll,
     pmf_nll,
     visit_cross_entropy,
 )
@@ -69,6 +70,18 @@ def test_a_loss_of_a_mass_is_one_launch_each_way(shim, reduction):
     logits = torch.randn(300, 50).requires_grad_()
     args = patients.times, patients.types, patients.mask
     nll, launched = counted(shim, lambda: pmf_nll(logits, *args, reduction=reduction))
+    assert launched == Counts(kernels=1, memsets=0)
+    grad_nll = torch.ones(()).expand(nll.shape)
+    _, launched = counted(shim, lambda: torch.autograd.grad(nll, logits, grad_nll))
+    assert launched == Counts(kernels=1, memsets=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_of_rates_is_one_launch_each_way(shim, reduction):
+    patients = draw_patients(300, 50)
+    logits = torch.randn(300, 50).requires_grad_()
+    args = patients.times, patients.types, torch.rand(300), patients.mask
+    nll, launched = counted(shim, lambda: piecewise_hazard_nll(logits, *args, reduction=reduction))
     assert launched == Counts(kernels=1, memsets=0)
     grad_nll = torch.ones(()).expand(nll.shape)
     _, launched = counted(shim, lambda: torch.autograd.grad(nll, logits, grad_nll))

@@ -23,6 +23,7 @@ from ehrseq_fast import (
     operations,
     packed_competing_risks_nll,
     packed_survival_nll,
+    piecewise_hazard_nll,
     pmf_competing_risks_nll,
     pmf_nll,
     use_backend,
@@ -101,6 +102,19 @@ def packed_competing_mass(**options):
     return x, lambda: pmf_competing_risks_nll(PackedRows(x, batch), **options)
 
 
+def rates(**options):
+    patients = draw_patients(60, 21)
+    x = torch.randn(60, 21, requires_grad=True)
+    args = patients.times, patients.types.to(torch.float16), torch.rand(60), patients.mask.float()
+    return x, lambda: piecewise_hazard_nll(x, *args, entry_times=patients.entries, **options)
+
+
+def packed_rates(**options):
+    batch = records()
+    x = torch.full((batch.n_visits,), 0.25, requires_grad=True)
+    return x, lambda: piecewise_hazard_nll(PackedRows(x, batch), link="exp", **options)
+
+
 def ranking():
     patients = draw_patients(100, 21)
     x = torch.randn(100, 21, requires_grad=True)
@@ -146,17 +160,25 @@ def packed_horizon(**options):
 
 
 LOSSES_OF_VISITS = (classes, packed_classes, horizon, packed_horizon)
-LOSSES = (padded, competing, packed, packed_competing, mass, packed_competing_mass)
+KERNELS = {
+    padded: "survival_nll_kernel",
+    competing: "survival_nll_kernel",
+    packed: "survival_nll_kernel",
+    packed_competing: "survival_nll_kernel",
+    mass: "pmf_nll_kernel",
+    packed_competing_mass: "pmf_nll_kernel",
+    rates: "piecewise_hazard_kernel",
+    packed_rates: "piecewise_hazard_kernel",
+}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_one_launch_gives_loss_and_gradient_and_one_scales_it(loss, reduction):
     x, nll = loss(reduction=reduction)
     with watching_launches() as launches:
         value = nll()
-    kernel = "pmf_nll_kernel" if "mass" in loss.__name__ else "survival_nll_kernel"
-    assert [launch.name for launch in launches] == [kernel]
+    assert [launch.name for launch in launches] == [KERNELS[loss]]
     grad_nll = torch.ones(()).expand(value.shape)  # of any strides
     with watching_launches() as launches:
         torch.autograd.grad(value, x, grad_nll)
@@ -265,7 +287,10 @@ def test_warmup_compiles_every_operation_that_has_kernels_in_triton():
             **SMALL, modes=("mean", "max", "attention"), causes=2, next_codes=True,
             code_weights=True, sparse_grad=True, embeddings=True, classes=3,
             device=torch.get_default_device(),
-            losses=("pmf_nll", "deephit_ranking_loss", "visit_cross_entropy", "fixed_horizon_bce"),
+            losses=(
+                "pmf_nll", "deephit_ranking_loss", "piecewise_hazard_nll", "visit_cross_entropy",
+                "fixed_horizon_bce",
+            ),
         )  # fmt: skip
     folders = {x.folder for x in operations.registered() if "triton" in x.backends}
     every = {operator.name for operator in operations.operators() if operator.folder in folders}
@@ -295,7 +320,7 @@ def test_a_gpus_tiles_give_the_same_numbers(monkeypatch):
     """The interpreter takes larger ones, which a program of a GPU has no room for."""
     from ehrseq_fast.survival_nll.triton import tiles
 
-    for loss in (*LOSSES, *LOSSES_OF_VISITS, ranking, packed_competing_ranking):
+    for loss in (*KERNELS, *LOSSES_OF_VISITS, ranking, packed_competing_ranking):
         x, nll = loss()
         expected = nll()
         (expected_grad,) = torch.autograd.grad(expected, x)

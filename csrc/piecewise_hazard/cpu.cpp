@@ -7,17 +7,15 @@
 
 #include "common/dtypes.h"
 #include "common/operators.h"
-#include "common/survival/arguments.h"
 #include "common/survival/logits_nll.h"
 #include "common/survival/outcomes.h"
 #include "common/survival/rank_layout.h"
 #include "common/tensors.h"
+#include "piecewise_hazard/arguments.h"
 #include "piecewise_hazard/rows.h"
 
 namespace ehrseq::survival::piecewise {
 namespace {
-
-constexpr const char* kName = "piecewise_hazard_nll";
 
 std::tuple<Tensor, Tensor> piecewise_hazard_nll(
     Tensor logits, Tensor event_times, Tensor event_indicators, OptionalTensor sequence_mask,
@@ -26,15 +24,9 @@ std::tuple<Tensor, Tensor> piecewise_hazard_nll(
     int64_t reduction, bool needs_grad) {
   expect_on_cpu(kName, logits, event_times, event_indicators, sequence_mask, row_starts,
                 unsorted_indices, last_rows, entry_times, sample_weight, fraction);
-  const LogitsShape shape =
-      expect_logits(kName, false, logits, event_times, event_indicators, sequence_mask, row_starts,
-                    unsorted_indices, last_rows, entry_times, sample_weight);
-  expect_option(link, kName, "link", 0, static_cast<int64_t>(RateLink::kExp));
-  expect_option(reduction, kName, "reduction", 0, static_cast<int64_t>(Reduction::kSum));
-  if (fraction.has_value()) {
-    expect_shape(*fraction, kName, "fraction", {shape.patients}, "[B]");
-    expect_floating(*fraction, kName, "fraction");
-  }
+  const LogitsShape shape = expect_rates(logits, event_times, event_indicators, sequence_mask,
+                                         row_starts, unsorted_indices, last_rows, entry_times,
+                                         sample_weight, fraction, link, reduction);
   const auto as_reduction = static_cast<Reduction>(reduction);
   const Settings settings{shape.patients, shape.slots,
                           shape.classes,  static_cast<RateLink>(link),

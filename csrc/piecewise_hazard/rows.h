@@ -9,10 +9,9 @@
 #include "common/options.h"
 #include "common/survival/outcomes.h"
 #include "common/survival/rows.h"
+#include "piecewise_hazard/arguments.h"
 
 namespace ehrseq::survival::piecewise {
-
-enum class RateLink : int64_t { kSoftplus = 0, kExp = 1 };
 
 struct Settings {
   int64_t patients;

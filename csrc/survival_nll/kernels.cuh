@@ -90,7 +90,7 @@ struct FromLogits {
   __device__ explicit FromLogits(const KernelSettings&) {}
 
   // -log(1 - sigmoid(x)) = softplus(x) = max(x, 0) + log(1 + e^-|x|)
-  __device__ Term<T> survived(T x) const {
+  static __device__ Term<T> survived(T x) {
     const T decay = exp(x > 0 ? -x : x);
     return {(x > 0 ? x : T(0)) + log1p(decay), (x > 0 ? T(1) : decay) / (T(1) + decay)};
   }

@@ -29,7 +29,7 @@ from ..survival_nll.checks import (
 from ..survival_nll.fused import PADDED, Rows, as_padded, nll
 from ..survival_nll.operators import REDUCTIONS
 from ..survival_nll.visit_weight import padded_weight, weight_of_rows
-from . import composed, reference
+from . import reference
 from .operators import LINKS
 
 
@@ -155,8 +155,7 @@ def piecewise_hazard_nll(
     if fraction is not None:
         check_column(logits, "fraction", fraction, FLOATING, "a floating-point", patients)
     inputs: Any = (logits, times, indicators, sequence_mask, entry_times, sample_weight, fraction)
-    # of the survival losses' kernels on a GPU
-    chosen = backend.choose("survival_nll", logits.device.type, logits.dtype)
+    chosen = backend.choose("piecewise_hazard", logits.device.type, logits.dtype)
     if transformed(logits, sample_weight, fraction) or _learns(sample_weight, fraction):
         chosen = "reference"
     if visit_weight is not None:
@@ -173,10 +172,7 @@ def piecewise_hazard_nll(
             at_time = visits_read(padded, True) & ~read
             partly = True if fraction is None else (fraction != 0)[:, None]
             refuse_visit_weight(weight, read | (at_time & partly))
-    if chosen in ("cpu", "reference"):
-        return nll(chosen, rows, inputs, loss)
-    values = logits if batch is None else PackedRows(logits, batch)
-    return composed.piecewise_hazard_nll(values, *inputs[1:], link=link, reduction=reduction)
+    return nll(chosen, rows, inputs, loss)
 
 
 def _learns(*tensors: Tensor | None) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from ..operations import operator, register
 from ..survival_nll.operators import empty_nll_and_grad
 
-register("piecewise_hazard", "cpu", package=__package__)
+register("piecewise_hazard", "cpu", "cuda", "triton", package=__package__)
 
 LINKS = {"softplus": 0, "exp": 1}  # as the operator takes them
 

@@ -159,6 +159,25 @@ def _mass(
     return run
 
 
+def _rates(
+    link: str, packed: bool, reduction: str = "mean", patients: int = 64, visits: int = 100
+) -> Callable[[torch.dtype], torch.Tensor]:
+    from ehrseq_fast import PackedRows, PackedVisits, piecewise_hazard_nll
+
+    def run(dtype: torch.dtype) -> torch.Tensor:
+        logits = torch.full((patients, visits), 0.5, dtype=dtype, requires_grad=True)
+        outcomes = torch.zeros(patients, dtype=torch.int64), torch.zeros(patients)
+        given = (*outcomes, torch.ones(patients))
+        options: dict[str, Any] = {"link": link, "reduction": reduction}
+        if not packed:
+            mask = torch.ones(patients, visits, dtype=torch.bool)
+            return piecewise_hazard_nll(logits, *given, mask, **options)
+        batch = PackedVisits.from_lists([[[1]] * visits] * patients)
+        return piecewise_hazard_nll(PackedRows(logits.flatten(), batch), *given, **options)
+
+    return run
+
+
 def _ranking(
     causes: int | None, packed: bool, patients: int = 64, visits: int = 100
 ) -> Callable[[torch.dtype], torch.Tensor]:
@@ -262,6 +281,8 @@ def cases() -> Iterator[Case]:
     yield Case("packed loss, softmax", single, _packed_loss("mean", 4, **softmax))
     yield Case("padded loss, one a patient", single, _single_risk("none"))
     yield Case("packed loss, one a patient", single, _packed_loss("none", None))
+    yield Case("padded loss of rates", single, _rates("softplus", packed=False))
+    yield Case("packed loss of rates, exp", single, _rates("exp", packed=True), HOPPER)
     yield Case("padded loss of a mass", single, _mass(None, packed=False))
     yield Case("packed loss of a mass, competing", single, _mass(4, packed=True), HOPPER)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -272,6 +293,7 @@ def cases() -> Iterator[Case]:
         attention = _packed_pool("attention")
         yield Case(f"packed pooling, attention, E {WIDE}", dtype, attention, HOPPER)
         yield Case("padded loss", dtype, _single_risk("mean"), HOPPER)
+        yield Case("packed loss of rates", dtype, _rates("softplus", packed=True), HOPPER)
         yield Case("packed loss of a mass", dtype, _mass(None, packed=True), HOPPER)
         yield Case("packed loss, softmax", dtype, _packed_loss("mean", 4, **softmax), HOPPER)
     yield Case("next codes", single, _next_codes())

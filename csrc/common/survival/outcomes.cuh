@@ -74,6 +74,7 @@ struct OutcomeColumns {
   Numbers entries;  // absent: 0
   Numbers weights;  // absent: 1
   bool types_are_indicators;
+  Numbers fractions{};  // absent: 1
 };
 
 // One patient's outcome, within the slots: `time` is `slots` where the event time is no slot.
@@ -83,6 +84,7 @@ struct ClampedOutcome {
   unsigned time;
   int64_t type;
   double weight;
+  double fraction;  // of the interval at the event time
 
   // Visits from here on have no part in the loss.
   __device__ unsigned read_to(unsigned slots) const {
@@ -105,6 +107,8 @@ __device__ inline ClampedOutcome outcome_of(int64_t patient, const OutcomeColumn
   outcome.type = outcomes.types_are_indicators ? is_set(outcomes.types, patient)
                                                : integer_at(outcomes.types, patient);
   outcome.weight = outcomes.weights.data == nullptr ? 1.0 : number_at(outcomes.weights, patient);
+  outcome.fraction =
+      outcomes.fractions.data == nullptr ? 1.0 : number_at(outcomes.fractions, patient);
   return outcome;
 }
 

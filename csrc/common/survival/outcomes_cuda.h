@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 
 #include "common/cuda/launch.h"
@@ -46,8 +47,10 @@ inline Numbers column(const OptionalTensor& tensor) {
 }
 
 inline OutcomeColumns outcomes_of(bool competing, const Tensor& times, const Tensor& types,
-                                  const OptionalTensor& entries, const OptionalTensor& weights) {
-  return {column(times), column(types), column(entries), column(weights), !competing};
+                                  const OptionalTensor& entries, const OptionalTensor& weights,
+                                  const OptionalTensor& fractions = std::nullopt) {
+  return {column(times),   column(types), column(entries),
+          column(weights), !competing,    column(fractions)};
 }
 
 }  // namespace ehrseq::survival::cuda

@@ -46,6 +46,12 @@ def check_reduction(operation: str, reduction: int) -> None:
         refuse(operation, "reduction", "0..2", reduction)
 
 
+def check_rate_link(operation: str, link: int) -> None:
+    """The number that encodes the link of a rate."""
+    if not 0 <= link <= 1:
+        refuse(operation, "link", "0..1", link)
+
+
 def check_sigma(operation: str, sigma: float) -> None:
     """That exponents are divided by it."""
     if not 0 < sigma < float("inf"):
@@ -174,7 +180,8 @@ def check_numbers(
     if tensor.shape != shape:
         refuse(operation, name, f"shape {dims} = {list(shape)}", list(tensor.shape))
     if tensor.dtype not in dtypes:
-        kind = "an integer" if dtypes is INTEGER else "a bool, integer or float"
+        kinds = {INTEGER: "an integer", FLOATING: "a floating-point"}
+        kind = kinds.get(dtypes, "a bool, integer or float")
         refuse(operation, name, f"{kind} dtype", tensor.dtype)
     _check_device(operation, logits, tensor)
 

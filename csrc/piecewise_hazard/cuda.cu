@@ -1,0 +1,90 @@
+// piecewise_hazard_nll on a GPU, of padded logits and of packed ones: one launch for loss and
+// gradient.
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+
+#include "common/cuda/launch.h"
+#include "common/operators.h"
+#include "common/options.h"
+#include "common/survival/layouts_cuda.h"
+#include "common/survival/outcomes_cuda.h"
+#include "common/survival/sums_cuda.h"
+#include "piecewise_hazard/arguments.h"
+#include "piecewise_hazard/kernels.cuh"
+
+namespace ehrseq::survival::piecewise::cuda {
+namespace {
+
+template <typename Model, typename Layout, typename scalar_t>
+std::tuple<Tensor, Tensor> launch_nll(const KernelSettings& settings, const Layout& layout,
+                                      const OutcomeColumns& outcomes, const Tensor& logits,
+                                      bool needs_grad) {
+  using grad_t = saved_grad_t<scalar_t>;
+  const OnDeviceOf device(kName, logits);
+  const LossTensors<accumulator_t<scalar_t>, grad_t> tensors(
+      device, logits, settings.patients, settings.lanes, settings.reduces, needs_grad);
+  const Hazards<scalar_t, grad_t> values{
+      data_of<scalar_t>(logits), needs_grad ? mutable_data_of<grad_t>(tensors.grad) : nullptr};
+  launch(nll_and_grad<Model, Layout, scalar_t, grad_t>, dim3(tensors.blocks()), dim3(kThreads), 0,
+         device.stream(), settings, layout, outcomes, values, tensors.result());
+  return {tensors.nll, tensors.grad};
+}
+
+template <typename Layout>
+std::tuple<Tensor, Tensor> nll_and_gradient(const KernelSettings& settings, const Layout& layout,
+                                            const OutcomeColumns& outcomes, const Tensor& logits,
+                                            RateLink link, bool needs_grad) {
+  std::tuple<Tensor, Tensor> both;
+  dispatch_floating(logits.scalar_type(), kName, [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    const auto launched = [&](auto model) {
+      return launch_nll<decltype(model), Layout, scalar_t>(settings, layout, outcomes, logits,
+                                                           needs_grad);
+    };
+    both = link == RateLink::kExp ? launched(RateModel<Exp>{}) : launched(RateModel<Softplus>{});
+  });
+  return both;
+}
+
+std::tuple<Tensor, Tensor> piecewise_hazard_nll(
+    Tensor logits, Tensor event_times, Tensor event_indicators, OptionalTensor sequence_mask,
+    OptionalTensor row_starts, OptionalTensor unsorted_indices, OptionalTensor last_rows,
+    OptionalTensor entry_times, OptionalTensor sample_weight, OptionalTensor fraction, int64_t link,
+    int64_t reduction, bool needs_grad) {
+  expect_with(kName, logits, event_times, event_indicators, sequence_mask, row_starts,
+              unsorted_indices, last_rows, entry_times, sample_weight, fraction);
+  // Values of last_rows are not read: the sizes of row_starts tell where a patient ends.
+  const LogitsShape shape = expect_rates(logits, event_times, event_indicators, sequence_mask,
+                                         row_starts, unsorted_indices, last_rows, entry_times,
+                                         sample_weight, fraction, link, reduction);
+  KernelSettings settings{};
+  settings.patients = shape.patients;
+  settings.slots = static_cast<unsigned>(shape.slots);
+  settings.classes = 1;
+  settings.reduces = static_cast<Reduction>(reduction) != Reduction::kNone;
+  const bool is_mean = static_cast<Reduction>(reduction) == Reduction::kMean;
+  settings.share = is_mean ? 1.0 / static_cast<double>(shape.patients) : 1.0;
+  // By the mean length: the longest patient says little about the others.
+  settings.lanes = lanes_for(logits.numel() / std::max<int64_t>(1, shape.patients));
+  const OutcomeColumns outcomes =
+      outcomes_of(false, event_times, event_indicators, entry_times, sample_weight, fraction);
+  const Tensor rows = made_contiguous(logits);
+  const auto as_link = static_cast<RateLink>(link);
+  if (!shape.packed) {
+    const PaddedLayout layout = padded_layout(sequence_mask);
+    return nll_and_gradient(settings, layout, outcomes, rows, as_link, needs_grad);
+  }
+  const RowTensors numbers(*row_starts, *unsorted_indices);
+  return nll_and_gradient(settings, numbers.layout(logits.size(0)), outcomes, rows, as_link,
+                          needs_grad);
+}
+
+}  // namespace
+}  // namespace ehrseq::survival::piecewise::cuda
+
+EHRSEQ_CUDA_LIBRARY(m) {
+  m.impl("piecewise_hazard_nll",
+         EHRSEQ_BOX(&ehrseq::survival::piecewise::cuda::piecewise_hazard_nll));
+}
