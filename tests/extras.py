@@ -13,6 +13,7 @@ _PACKAGES = {
     "metrics": ("lifelines", "sklearn"),
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow",),
+    "trainers": ("accelerate", "lightning"),
 }
 
 

@@ -42,6 +42,7 @@ EXTRAS = {
     "train.md": ("meds", "train", "metrics"),
     "evaluate.md": ("metrics", "train"),
     "migrate.md": ("metrics",),
+    "trainers.md": ("trainers",),
 }
 NOT_RUN = re.compile(r"<!-- not run: .+? -->\n```py\n|<!-- its py blocks are not run: .+? -->")
 
