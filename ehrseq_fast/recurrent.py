@@ -23,6 +23,15 @@ Weights = Sequence[Sequence[Tensor]]
 # csrc/common/recurrent/layer.h: saved tensors are padded to this many hidden units.
 UNIT_PADDING = 16
 
+# csrc/packed_lstm/cell.h and csrc/packed_gru/cell.h: values per hidden unit in a visit's gates.
+_SUMS = 4
+
+# Without a share of its own a layer keeps the gates of all visits where they fit into this many
+# bytes: to compute them again it would hold about as many, a chunk's gates and the packed weights.
+# Of more it keeps three tenths, with which the peak of a training step on 256 real records is 1/20
+# of the padded step's, and 1/15 with all of them.
+_KEPT_BYTES, _KEPT_SHARE = 8 * 2**20, 0.3
+
 # A step of at most this many patients is left to PyTorch's cells.
 _FEW_PATIENTS = 4
 
@@ -68,7 +77,7 @@ def run(
     bidirectional: bool,
     dropout: float,
     training: bool,
-    keep_gates: float,
+    keep_gates: float | None,
 ) -> tuple[PackedSequence, States]:
     """All layers of a cell; arguments, results and errors are those of :func:`packed_lstm`, with
     the states as a tuple."""
@@ -122,25 +131,29 @@ def _layer(
     weights: Sequence[Tensor],
     states: Sequence[Tensor | None],
     reverse: bool,
-    keep_gates: float,
+    keep_gates: float | None,
 ) -> States:
     biases = weights[2:] if len(weights) == 4 else (None, None)
     operands = (input, batch_sizes, *weights[:2], *biases, *states)
     if transformed(*operands):
         return cell.definition(*operands, reverse)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        return cell.train(*operands, reverse, _kept_visits(input, keep_gates))
+        return cell.train(*operands, reverse, _kept_visits(input, weights[1].shape[1], keep_gates))
     return cell.infer(*operands, reverse)
 
 
-def _kept_visits(input: Tensor, keep_gates: float) -> int:
-    """How many visits' gates to keep: that share, in 64ths."""
+def _kept_visits(input: Tensor, hidden: int, keep_gates: float | None) -> int:
+    """How many visits' gates to keep: that share, in 64ths. None: see ``_KEPT_BYTES``."""
+    visits = input.shape[0]
     if torch.compiler.is_compiling():  # a share of a size has no name in the traced graph
-        return input.shape[0]
+        return visits
     if input.dtype not in (torch.float32, torch.float64):
         # 16-bit states were rounded on their way out, and would not give the same gates again.
-        return input.shape[0]
-    return input.shape[0] * int(64 * keep_gates) // 64
+        return visits
+    if keep_gates is None:
+        all_bytes = visits * _SUMS * padded_units(hidden) * input.element_size()
+        keep_gates = 1.0 if all_bytes <= _KEPT_BYTES else _KEPT_SHARE
+    return visits * int(64 * keep_gates) // 64
 
 
 def _stacked(data: Tensor, finals: Sequence[States]) -> States:
@@ -155,7 +168,7 @@ def _layers(
     hx: States | None,
     directions: int,
     dropout: float,
-    keep_gates: float,
+    keep_gates: float | None,
 ) -> States:
     finals: list[States] = []
     for first in range(0, len(weights), directions):
@@ -205,7 +218,7 @@ def _check(
     hx: States | None,
     directions: int,
     dropout: float,
-    keep_gates: float,
+    keep_gates: float | None,
 ) -> None:
     name, rows = cell.name, cell.gates
     if not isinstance(sequence, PackedSequence):
@@ -220,7 +233,7 @@ def _check(
             f"{name}: weights: expected one entry per layer and direction, {directions} per "
             f"layer, got {len(weights)}"
         )
-    if not 0 <= keep_gates <= 1:
+    if keep_gates is not None and not 0 <= keep_gates <= 1:
         raise ValueError(f"{name}: keep_gates: expected a share in [0, 1], got {keep_gates}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"{name}: dropout: expected a probability in [0, 1], got {dropout}")

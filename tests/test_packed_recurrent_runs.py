@@ -151,7 +151,7 @@ def test_gates_computed_again_give_the_same_bits(
     hx = cell.states_for(layer, 130, dtype) if given_states else None
     leaves = [data, *layer.parameters(), *flat(hx)]
     results = []
-    for keep_gates in (1.0, 0.4, 0.0):
+    for keep_gates in (1.0, 0.4, 0.0, None):
         layer.keep_gates = keep_gates
         output, final = layer(PackedSequence(data, *packed[1:]), hx)
         loss = output.data.float().sin().sum() - sum(s.float().cos().sum() for s in flat(final))
@@ -173,6 +173,32 @@ def test_gates_that_are_not_kept_take_no_memory(cell, compiled):
         )
     assert held[1.0] - held[0.0] == 5000 * 4 * 64
     assert held[0.4] - held[0.0] == 5000 * 25 // 64 * 4 * 64
+
+
+@every_cell
+@pytest.mark.parametrize(("visits", "kept"), [(8192, 8192), (8193, 8193 * 19 // 64)])
+def test_without_a_share_gates_of_up_to_8_mib_are_all_kept(cell, compiled, visits, kept):
+    layer = cell.fast(1, 64)
+    layer.keep_gates = None
+    packed = PackedSequence(torch.ones(visits, 1), torch.tensor([visits]))
+    saved = layer(packed)[0].data.grad_fn.saved_tensors
+    assert [kept, 4 * 64] in [list(tensor.shape) for tensor in saved if tensor is not None]
+
+
+@every_cell
+def test_chunks_of_which_some_gates_were_kept_give_the_same_bits(cell, compiled):
+    """Chunks of 4 MiB of gates, 2,048 visits here, and shares that end inside each of them."""
+    torch.manual_seed(0)
+    layer = cell.fast(3, 128)
+    packed = PackedSequence(torch.randn(6000, 3), torch.tensor([500] * 12))
+    incoming = torch.randn(6000, 128)
+    results = []
+    for keep_gates in (1.0, 0.1, 0.5, 0.9):
+        layer.keep_gates = keep_gates
+        output = layer(packed)[0].data
+        results.append(torch.autograd.grad(output, list(layer.parameters()), incoming))
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
 
 
 @every_cell

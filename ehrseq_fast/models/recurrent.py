@@ -21,11 +21,6 @@ from ..packed_lstm import PackedLSTM
 CELLS: dict[str, type[PackedLSTM] | type[PackedGRU]] = {"lstm": PackedLSTM, "gru": PackedGRU}
 _OURS = tuple(CELLS.values())
 
-# Share of the visits whose gates the models' layer keeps for the backward pass. Three tenths are
-# what keeps the peak of a training step on real records below 1/20 of the padded step's (all:
-# 1/14), for a tenth more time. ``model.lstm.keep_gates = 1.0`` keeps all.
-KEEP_GATES = 0.3
-
 _TRAITS = ("batch_first", "bidirectional", "hidden_size", "num_layers")
 
 
@@ -43,7 +38,7 @@ def visit_layer(
     layer = CELLS[cell](
         inputs, hidden_dim, num_layers, batch_first=True, dropout=between, **options
     )
-    layer.keep_gates = KEEP_GATES
+    layer.keep_gates = None
     return layer
 
 

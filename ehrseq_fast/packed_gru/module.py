@@ -38,7 +38,7 @@ class PackedGRU(nn.GRU):
     """
 
     #: As in :func:`packed_gru`; may be set on an instance.
-    keep_gates = 1.0
+    keep_gates: float | None = 1.0
 
     def forward(self, input, hx=None):
         """As ``nn.GRU.forward``: outputs and ``h_n``."""

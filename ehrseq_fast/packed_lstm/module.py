@@ -45,7 +45,7 @@ class PackedLSTM(nn.LSTM):
     """
 
     #: As in :func:`packed_lstm`; may be set on an instance.
-    keep_gates = 1.0
+    keep_gates: float | None = 1.0
 
     def forward(self, input, hx=None):
         """As ``nn.LSTM.forward``: outputs and ``(h_n, c_n)``."""

@@ -290,12 +290,18 @@ BackwardResult backward(const Arguments& given, const std::vector<int64_t>& batc
     layer.gates = kept_gates;
     layer.gates_row = 0;
     if (row + rows > kept) {
-      layer.gates = data<Sum<S>>(chunk_gates);
+      Sum<S>* gates = data<Sum<S>>(chunk_gates);
+      layer.gates = gates;
       layer.gates_row = row;
-      share_out(rows, plan.threads, [&](int64_t from, int64_t to, int64_t share) {
-        run.recompute_gates(again, layer.order, row + from, row + to,
+      // The first rows of one chunk may be among those kept.
+      const int64_t held = std::max<int64_t>(0, kept - row);
+      if (held > 0) {
+        std::copy_n(kept_gates + row * kSums * padded, held * kSums * padded, gates);
+      }
+      share_out(rows - held, plan.threads, [&](int64_t from, int64_t to, int64_t share) {
+        run.recompute_gates(again, layer.order, row + held + from, row + held + to,
                             data<S>(states) + share * kRecomputedRows * shape.hidden,
-                            data<Sum<S>>(chunk_gates) + from * kSums * padded);
+                            gates + (held + from) * kSums * padded);
       });
     }
     scan(
