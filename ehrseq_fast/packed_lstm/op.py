@@ -134,7 +134,7 @@ def packed_lstm(
         keep_gates: the share of visits whose gates the forward pass keeps for the backward pass,
             4H values a visit; of the others it computes them again, to the same bits, which is two
             products more, of six. All of them are half of what the step holds. None keeps all up
-            to 8 MiB, where computing again would take as much, and three tenths of more. 16-bit
+            to 16 MiB, of which computing again would save little, and three tenths of more. 16-bit
             layers keep all, and so does ``torch.compile``.
 
     Returns:
