@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,12 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
+from ehrseq_fast import PackedVisits
 from ehrseq_fast.models import ModelWithLoss
 from tests.extras import needs
 from tests.trainers import ways
-from tests.trainers.features import EVERYBODY, FEATURES, TOGETHER, weights
+from tests.trainers.features import (
+    EXACT,
+    FEATURES,
+    visit_budget,
+    weights,
+)
 from tests.trainers.page import PAGE, definitions
 from tests.trainers.ways import ONE, TWO, cells, plain, reset_accelerate, table
 
@@ -144,6 +150,63 @@ def test_averaged_weights_are_those_of_each_step():
     torch.testing.assert_close(average(feature.patients).values, model(feature.patients).values)
 
 
+# Batches of about as many visits each, in another order in each epoch
+
+
+def by_visits(epochs, together=1):
+    """The plain loop over those epochs' batches, so many of them a step."""
+    training = FEATURES["LSTM"].training()
+    optimizer = torch.optim.SGD(training.parameters(), lr=0.5)
+    sampler, loader = visit_budget()
+    for epoch in epochs:
+        sampler.set_epoch(epoch)
+        batches = list(loader)
+        batches += batches[: -len(batches) % together]
+        for at in range(0, len(batches), together):
+            optimizer.zero_grad()
+            training(PackedVisits.cat(batches[at : at + together])).backward()
+            optimizer.step()
+    return weights(training.model)
+
+
+def test_the_order_of_an_epoch_tells():
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(by_visits([0, 0]), by_visits([0, 1]), **EXACT)
+
+
+@pytest.mark.parametrize("trainer", ["with_lightning", "with_accelerate"])
+def test_trainers_tell_the_sampler_of_each_epoch(trainer):
+    """Where they look for it; the first epoch's order, again and again, would be no error."""
+    reset_accelerate()
+    training = FEATURES["LSTM"].training()
+    getattr(definitions(), trainer)(training, visit_budget()[1])
+    torch.testing.assert_close(weights(training.model), by_visits([0, 1]), **EXACT)
+
+
+@two_processes
+def test_samplers_that_divide_batches(processes):
+    for found in processes:
+        torch.testing.assert_close(found["by visits"], by_visits([0, 1]), **EXACT)
+        assert "use_distributed_sampler=False" in found["divided again by Lightning"]
+        # nobody tells the sampler of a loader that is not prepared
+        torch.testing.assert_close(found["by visits", True], by_visits([0, 0]), **EXACT)
+
+
+@two_processes
+def test_accelerate_divides_batches_of_visits(processes):
+    """Two to a step; an odd last one goes with the epoch's first."""
+    expected = by_visits([0, 1], together=2)
+    for found in processes:
+        torch.testing.assert_close(found["by visits", False], expected, **EXACT)
+
+
+def test_lightning_predicts_batches_of_visits():
+    model, (_, loader) = FEATURES["LSTM"].training(), visit_budget()
+    rows = definitions().lightning_trainer().predict(definitions().Module(model), loader)
+    for ours, batch in zip(rows, loader, strict=True):
+        torch.testing.assert_close(ours.values, model.model(batch).values)
+
+
 # Validation and predictions
 
 
@@ -191,23 +254,31 @@ def test_accelerate_gathers_patients_once_and_in_order(processes):
 
 
 def test_accelerate_dispatches_no_batches():
-    """It cuts tensors alone; the numbers of patients it can dispatch."""
+    """It cuts tensors alone, and says so."""
     from accelerate import Accelerator, DataLoaderConfiguration
 
     reset_accelerate()
-    feature = FEATURES["LSTM"]
-    dispatching = Accelerator(
-        cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True)
-    )
+    dispatching = DataLoaderConfiguration(dispatch_batches=True)
+    accelerator = Accelerator(cpu=True, dataloader_config=dispatching)
     with pytest.raises(TypeError, match=r"tensors but got .*PackedVisits"):
-        list(dispatching.prepare(feature.loader()))
-    numbers = list(dispatching.prepare(DataLoader(EVERYBODY, batch_size=TOGETHER)))
-    assert [batch.tolist() for batch in numbers] == [EVERYBODY[:TOGETHER], EVERYBODY[TOGETHER:]]
+        list(accelerator.prepare(FEATURES["LSTM"].loader()))
     reset_accelerate()
+
+
+@two_processes
+def test_accelerate_dispatches_padded_tensors(processes):
+    for found in processes:
+        check(found["dispatched"], "LSTM")
 
 
 def test_the_page_has_the_table():
     """`python -m tests.trainers.ways` prints it."""
     begin, end = "<!-- trainers -->\n", "\n<!-- end trainers -->"
     assert PAGE.read_text().split(begin)[1].split(end)[0] == table()
-    assert set(ways.OF_LABELS) < set(FEATURES)
+    assert {*ways.OF_LABELS, *ways.COMPILED} < set(FEATURES)
+
+
+def test_the_tests_that_the_page_names_are_there():
+    named = set(re.findall(r"`(test_\w+)`", PAGE.read_text()))
+    assert len(named) > 10
+    assert named <= set(globals())

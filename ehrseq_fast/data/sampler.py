@@ -119,6 +119,12 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.epoch, self.position = 0, 0
         self._plan: tuple[int, Plan] | None = None
 
+    @property
+    def sampler(self) -> TokenBudgetSampler:
+        """Itself: Lightning and Accelerate call ``set_epoch`` of the ``sampler`` that a
+        ``DataLoader``'s batch sampler has, and without one each epoch would be the first."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Take the order of this epoch, from its first batch."""
         self.epoch, self.position = integer("epoch", epoch, 0, 2**63 - 1), 0

@@ -6,11 +6,14 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ehrseq_fast import PackedVisits
+from ehrseq_fast.data import EventRecords, PatientDataset, TokenBudgetSampler, Vocabulary
+from ehrseq_fast.data import loader as data_loader
 from ehrseq_fast.models import (
     CompetingRisksSurvivalLSTM,
     DiscreteTimeSurvivalLSTM,
@@ -136,3 +139,22 @@ FEATURES = {
 
 def weights(module: nn.Module) -> list[Tensor]:
     return [copy.deepcopy(parameter.detach()) for parameter in module.parameters()]
+
+
+def visit_budget(**processes: int) -> tuple[TokenBudgetSampler, DataLoader]:
+    """Shuffled batches of about eight visits, of this package's loader."""
+    starts = np.cumsum([0, *VISITS])
+    visits = [visit for visits in RECORDS for visit in visits]
+    records = EventRecords(
+        codes=np.array([code for visit in visits for code in visit], np.int32),
+        visit_offsets=np.cumsum([0, *map(len, visits)]),
+        patient_offsets=starts,
+        visit_days=np.datetime64("2020-01-01", "D") + np.arange(len(visits)),
+        person_ids=np.arange(len(RECORDS)),
+        event_times=np.array(VISITS) - 1,
+        event_indicators=np.array([1, 0, 1, 1, 0, 1, 1, 0], np.uint8),
+        vocabulary=Vocabulary(np.arange(VOCABULARY), ("", *map(str, range(1, VOCABULARY)))),
+    )
+    data = PatientDataset(records)
+    sampler = TokenBudgetSampler(data, visits_per_batch=8, bucket=1, **processes)
+    return sampler, data_loader(data, sampler)
