@@ -1,5 +1,6 @@
-"""Every parallel loop of the compiled CPU kernels on one to four threads: the same bits. Under
-``python -m tests.sanitized thread`` the same calls are searched for races."""
+"""Every parallel loop of the compiled CPU kernels on one to four threads, torch's and this
+package's: the same bits. Under ``python -m tests.sanitized thread`` the same calls are searched for
+races."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from ehrseq_fast import (
 from ehrseq_fast.hazard_head.op import hazard_head
 from ehrseq_fast.linear.op import linear_layer
 from tests.recurrent_layers import CELLS, flat
+from tests.teams import team
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -49,18 +51,22 @@ def batch():
     )
 
 
-def on_threads(compute, counts=(1, 2, 3, 4)):
+RUNS = ((1, "torch"), (2, "torch"), (3, "helpers"), (4, "torch"), (4, "helpers"))
+
+
+def on_threads(compute):
     """Values and gradients on so many threads, which must be the same bits."""
     before, results = torch.get_num_threads(), []
     try:
-        for count in counts:
+        for count, name in RUNS:
             torch.set_num_threads(count)
-            results.append(compute())
+            with team(name):
+                results.append(compute())
     finally:
         torch.set_num_threads(before)
-    for count, result in zip(counts[1:], results[1:], strict=True):
+    for run, result in zip(RUNS[1:], results[1:], strict=True):
         for at, (one, other) in enumerate(zip(results[0], result, strict=True)):
-            assert torch.equal(one, other), f"result {at} on {count} threads"
+            assert torch.equal(one, other), f"result {at} on {run[0]} threads ({run[1]})"
 
 
 def both(value, *leaves):

@@ -70,7 +70,9 @@ void sum_code_gradients(const scalar_t* grad, const int32_t* arg_max, int64_t ro
     }
   });
 
-  parallel_for(0, n_chunks, 64, [&](int64_t begin, int64_t end) {
+  if (n_partials == 0) return;
+  const int64_t moved = n_partials * row_size * sizeof(acc_t);
+  parallel_for(0, n_chunks, grain_of_bytes(n_chunks, moved), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const bool leads = partial_of[i] >= 0 && chunks[i].begin == index.offsets[chunks[i].segment];
       if (!leads) continue;
@@ -94,7 +96,9 @@ void write_row(const acc_t* sums, int64_t row_size, scalar_t* out) {
 template <typename scalar_t>
 void zero_absent_rows(const int32_t* codes, int64_t n_codes, int64_t vocabulary, int64_t row_size,
                       scalar_t* out) {
-  parallel_for(0, n_codes + 1, 1024, [&](int64_t begin, int64_t end) {
+  const int64_t absent = (vocabulary - n_codes) * row_size * sizeof(scalar_t);
+  const int64_t grain = grain_of_bytes(n_codes + 1, absent);
+  parallel_for(0, n_codes + 1, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t from = i == 0 ? 0 : codes[i - 1] + 1;
       const int64_t to = i == n_codes ? vocabulary : codes[i];

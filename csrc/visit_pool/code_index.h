@@ -13,14 +13,6 @@ namespace ehrseq {
 // costs no more than many rare ones. Fixed, so that no sum depends on the number of threads.
 constexpr int32_t kChunkEntries = 256;
 
-// One code of one visit. `weight` is what the visit's gradient is multiplied by.
-template <typename acc_t>
-struct Entry {
-  int32_t code;
-  int32_t visit;
-  acc_t weight;
-};
-
 template <typename acc_t>
 struct WeightedIndex {
   std::vector<int32_t> codes;    // distinct codes, ascending
@@ -29,14 +21,16 @@ struct WeightedIndex {
   std::vector<acc_t> weights;
 };
 
-// Stable counting sort by code: the visits of one code keep the order of the batch.
-template <typename acc_t>
-WeightedIndex<acc_t> transpose(const std::vector<std::vector<Entry<acc_t>>>& lists,
-                               int64_t vocabulary) {
+// Stable counting sort by code: the visits of one code keep the order of the batch. A list of
+// entries has for_each_code(body(code)) and for_each(body(code, visit, weight)); `weight` is what
+// the visit's gradient is multiplied by, and is kept where `weighted`. Codes equal to `left_out`
+// have no entry.
+template <typename acc_t, typename List>
+WeightedIndex<acc_t> transpose(const std::vector<List>& lists, int64_t vocabulary, bool weighted,
+                               int64_t left_out) {
   std::vector<int32_t> place(vocabulary + 1, 0);
-  for (const auto& list : lists) {
-    for (const auto& entry : list) ++place[entry.code + 1];
-  }
+  for (const auto& list : lists) list.for_each_code([&](int32_t code) { ++place[code + 1]; });
+  if (left_out >= 0) place[left_out + 1] = 0;
   WeightedIndex<acc_t> index;
   index.offsets.push_back(0);
   for (int64_t code = 0; code < vocabulary; ++code) {
@@ -47,13 +41,14 @@ WeightedIndex<acc_t> transpose(const std::vector<std::vector<Entry<acc_t>>>& lis
     place[code + 1] += place[code];
   }
   index.visits.resize(index.offsets.back());
-  index.weights.resize(index.offsets.back());
+  index.weights.resize(weighted ? index.offsets.back() : 0);
   for (const auto& list : lists) {
-    for (const auto& entry : list) {
-      const int32_t at = place[entry.code]++;
-      index.visits[at] = entry.visit;
-      index.weights[at] = entry.weight;
-    }
+    list.for_each([&](int32_t code, int32_t visit, acc_t weight) {
+      if (code == left_out) return;
+      const int32_t at = place[code]++;
+      index.visits[at] = visit;
+      if (weighted) index.weights[at] = weight;
+    });
   }
   return index;
 }

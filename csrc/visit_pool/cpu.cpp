@@ -24,6 +24,14 @@ namespace {
 // ---------------------------------------------------------------------------------------------
 // Padded input: validation, and its real slots
 
+// How many of the slots are real, and how many are worth a thread to look through, as a guess.
+constexpr int64_t kSlotsPerCode = 8;
+constexpr int64_t kSlotsWorthAThread = 1 << 17;
+
+// Visits whose real codes are collected before they are pooled: as many as leave the lists of them
+// in the nearest cache, in long runs, as what follows a patient's last visit is written at once.
+constexpr int64_t kVisitsPerStep = 512;
+
 struct PaddedCodes {
   Tensor codes;
   OptionalTensor mask;
@@ -64,50 +72,44 @@ template <typename code_t, typename mask_t>
   const auto* codes = static_cast<const code_t*>(in.codes.data_ptr());
   int64_t found = 0;
   int64_t first = -1;
-  for (int64_t visit = 0; visit < in.n_visits; ++visit) {
-    for_each_real_slot(mask_of_visit<mask_t>(in.mask, visit, in.n_slots), in.n_slots,
-                       [&](int64_t slot, double) {
-                         const int64_t at = visit * in.n_slots + slot;
-                         if (codes[at] >= 0 && codes[at] < in.vocabulary) return;
-                         if (found++ == 0) first = at;
-                       });
-  }
+  for_each_real_slot(
+      mask_of_visit<mask_t>(in.mask, 0, in.n_slots), in.n_visits, in.n_slots,
+      [&](int64_t at, double) {
+        if (codes[at] >= 0 && codes[at] < in.vocabulary) return;
+        if (found++ == 0) first = at;
+      },
+      [] {});
   pooling::refuse_codes_outside(found, in.vocabulary, codes[first],
                                 position(first, shape_of(in.codes)));
 }
 
-template <typename acc_t, typename code_t, typename mask_t>
+template <typename code_t, typename acc_t, typename mask_t>
 void collect_real_codes(const PaddedCodes& in, int64_t first, int64_t last,
-                        RealSlots<acc_t>& kept) {
-  const auto* codes = static_cast<const code_t*>(in.codes.data_ptr());
-  kept.clear();
+                        RealSlots<acc_t, mask_t>& kept) {
+  const auto* codes = static_cast<const code_t*>(in.codes.data_ptr()) + first * in.n_slots;
   bool outside = false;
-  for (int64_t visit = first; visit < last; ++visit) {
-    const code_t* visit_codes = codes + visit * in.n_slots;
-    for_each_real_slot(mask_of_visit<mask_t>(in.mask, visit, in.n_slots), in.n_slots,
-                       [&](int64_t slot, double weight) {
-                         const auto code = static_cast<int64_t>(visit_codes[slot]);
-                         outside |= static_cast<uint64_t>(code) >= uint64_t(in.vocabulary);
-                         kept.add(static_cast<int32_t>(code), weight);
-                       });
-    kept.end_visit();
-  }
+  kept.collect(mask_of_visit<mask_t>(in.mask, first, in.n_slots), last - first, in.n_slots,
+               [&](int64_t at) {
+                 const auto code = static_cast<int64_t>(codes[at]);
+                 outside |= static_cast<uint64_t>(code) >= uint64_t(in.vocabulary);
+                 return static_cast<int32_t>(code);
+               });
   if (outside) refuse_codes<code_t, mask_t>(in);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Forward
 
-template <typename scalar_t>
-void pool_visits(const RealSlots<accumulator_t<scalar_t>>& kept, bool weighted, int64_t mode,
+template <typename scalar_t, typename mask_t>
+void pool_visits(const RealSlots<accumulator_t<scalar_t>, mask_t>& kept, int64_t mode,
                  const scalar_t* weight, int64_t row_size, scalar_t* out, int32_t* arg_max) {
   if (mode == kMax) {
     row_kernels<scalar_t>().max_segments(weight, row_size, kept.rows.data(), kept.rows.data(),
                                          kept.offsets.data(), 0, kept.n_visits(), out, arg_max);
   } else {
-    const Segments<accumulator_t<scalar_t>> segments{
-        kept.rows.data(), weighted ? kept.weights.data() : nullptr,
-        mode == kMean ? kept.scales.data() : nullptr, kept.offsets.data()};
+    const Segments<accumulator_t<scalar_t>> segments{kept.rows.data(), kept.weights_or_none(),
+                                                     mode == kMean ? kept.scales.data() : nullptr,
+                                                     kept.offsets.data()};
     row_kernels<scalar_t>().sum_segments(weight, row_size, segments, 0, kept.n_visits(), out);
   }
 }
@@ -127,12 +129,11 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
   pooling::expect_mode(mode, kName);
   const auto in = padded_codes(codes, visit_mask, weight.size(0), kName);
   const auto table = torch::stable::contiguous(weight);
-  const int64_t step = visits_per_step(kVisitsAtOnce, in.n_slots);
+  const int64_t step = visits_per_step(kVisitsPerStep, in.n_slots);
   const int64_t row_size = table.size(1);
   auto shape = leading_shape(codes, 1);
   shape.push_back(row_size);
   auto [pooled, arg_max] = empty_outputs(table, shape, mode);
-  const bool weighted = is_weighted(in.mask);
 
   dispatch_floating(table.scalar_type(), kName, [&](auto scalar_tag) {
     using scalar_t = typename decltype(scalar_tag)::type;
@@ -142,12 +143,14 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
     dispatch_codes_and_mask(in, [&](auto code_tag, auto mask_tag) {
       using code_t = typename decltype(code_tag)::type;
       using mask_t = typename decltype(mask_tag)::type;
-      parallel_for(0, in.n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
-        RealSlots<accumulator_t<scalar_t>> kept;
+      const int64_t rows = in.n_visits + in.n_visits * in.n_slots / kSlotsPerCode;
+      const int64_t grain = visits_worth_a_thread(in.n_visits, rows, row_size * sizeof(scalar_t));
+      parallel_for(0, in.n_visits, grain, [&](int64_t begin, int64_t end) {
+        RealSlots<accumulator_t<scalar_t>, mask_t> kept;
         for (int64_t first = begin; first < end; first += step) {
           const int64_t last = std::min(first + step, end);
-          collect_real_codes<accumulator_t<scalar_t>, code_t, mask_t>(in, first, last, kept);
-          pool_visits(kept, weighted, mode, table_data, row_size, out + first * row_size,
+          collect_real_codes<code_t>(in, first, last, kept);
+          pool_visits(kept, mode, table_data, row_size, out + first * row_size,
                       winners == nullptr ? nullptr : winners + first * row_size);
         }
       });
@@ -159,34 +162,53 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
 // ---------------------------------------------------------------------------------------------
 // Backward
 
+// The real codes of neighbouring visits as entries of the index.
+template <typename acc_t, typename mask_t>
+struct VisitEntries {
+  int64_t first_visit;
+  bool is_mean;
+  RealSlots<acc_t, mask_t> kept;
+
+  template <typename Body>
+  void for_each_code(const Body& body) const {
+    for (int64_t i = 0; i < kept.n_entries(); ++i) body(kept.rows[i]);
+  }
+  template <typename Body>
+  void for_each(const Body& body) const {
+    for (int64_t i = 0; i < kept.n_entries(); ++i) {
+      const acc_t scale = is_mean ? kept.scales[kept.visits[i]] : acc_t(1);
+      body(kept.rows[i], static_cast<int32_t>(first_visit + kept.visits[i]),
+           scale * kept.weight(i));
+    }
+  }
+};
+
 // The transpose of a padded batch. Codes equal to padding_idx get no gradient and are left out.
 template <typename acc_t>
 WeightedIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t padding_idx) {
-  const int64_t visits_per_list = visits_per_step(4096, in.n_slots);
+  const int64_t visits_per_list = visits_per_step(1024, in.n_slots);
   const int64_t n_lists = (in.n_visits + visits_per_list - 1) / visits_per_list;
-  std::vector<std::vector<Entry<acc_t>>> lists(n_lists);
+  WeightedIndex<acc_t> index;
   dispatch_codes_and_mask(in, [&](auto code_tag, auto mask_tag) {
     using code_t = typename decltype(code_tag)::type;
     using mask_t = typename decltype(mask_tag)::type;
-    parallel_for(0, n_lists, 1, [&](int64_t begin, int64_t end) {
-      RealSlots<acc_t> kept;
+    std::vector<VisitEntries<acc_t, mask_t>> lists(n_lists);
+    const int64_t lists_worth_a_thread =
+        kSlotsWorthAThread / (visits_per_list * in.n_slots + 1) + 1;
+    parallel_for(0, n_lists, lists_worth_a_thread, [&](int64_t begin, int64_t end) {
       for (int64_t list = begin; list < end; ++list) {
         const int64_t first = list * visits_per_list;
-        const int64_t last = std::min(first + visits_per_list, in.n_visits);
-        collect_real_codes<acc_t, code_t, mask_t>(in, first, last, kept);
-        lists[list].reserve(kept.rows.size());
-        for (int64_t visit = first; visit < last; ++visit) {
-          const acc_t scale = mode == kMean ? kept.scales[visit - first] : acc_t(1);
-          for (int32_t i = kept.offsets[visit - first]; i < kept.offsets[visit - first + 1]; ++i) {
-            if (kept.rows[i] == padding_idx) continue;
-            lists[list].push_back(
-                {kept.rows[i], static_cast<int32_t>(visit), scale * kept.weights[i]});
-          }
-        }
+        lists[list].first_visit = first;
+        lists[list].is_mean = mode == kMean;
+        collect_real_codes<code_t>(in, first, std::min(first + visits_per_list, in.n_visits),
+                                   lists[list].kept);
       }
     });
+    const bool is_weighted = !std::is_same_v<mask_t, bool>;
+    index = transpose<acc_t>(lists, in.vocabulary, mode == kMean || (mode == kSum && is_weighted),
+                             padding_idx);
   });
-  return transpose(lists, in.vocabulary);
+  return index;
 }
 
 // Calls body(TypeTag<scalar_t>{}, index) with the transpose of the batch.
@@ -202,9 +224,9 @@ void with_padded_index(const char* operation, const Tensor& grad, const Tensor& 
   dispatch_floating(grad.scalar_type(), operation, [&](auto scalar_tag) {
     using acc_t = accumulator_t<typename decltype(scalar_tag)::type>;
     const auto index = index_padded_codes<acc_t>(in, mode, padding_idx);
-    body(scalar_tag,
-         IndexView<acc_t>{index.codes.data(), index.offsets.data(), index.visits.data(),
-                          index.weights.data(), static_cast<int64_t>(index.codes.size())});
+    body(scalar_tag, IndexView<acc_t>{index.codes.data(), index.offsets.data(), index.visits.data(),
+                                      index.weights.empty() ? nullptr : index.weights.data(),
+                                      static_cast<int64_t>(index.codes.size())});
   });
 }
 

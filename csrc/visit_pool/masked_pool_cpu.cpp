@@ -16,20 +16,20 @@
 namespace ehrseq {
 namespace {
 
-// Rows are counted from visit `first`, so that they fit 32 bits whatever the batch. `slots` holds
-// each row's slot within its visit.
+// Rows are counted from visit `first`, so that they fit 32 bits whatever the batch.
 template <typename acc_t, typename mask_t>
 void collect_real_slots(const OptionalTensor& mask, int64_t n_slots, int64_t first, int64_t last,
-                        RealSlots<acc_t>& kept, std::vector<int32_t>& slots) {
-  kept.clear();
-  slots.clear();
-  for (int64_t visit = first; visit < last; ++visit) {
-    for_each_real_slot(mask_of_visit<mask_t>(mask, visit, n_slots), n_slots,
-                       [&](int64_t slot, double weight) {
-                         kept.add(static_cast<int32_t>((visit - first) * n_slots + slot), weight);
-                         slots.push_back(static_cast<int32_t>(slot));
-                       });
-    kept.end_visit();
+                        RealSlots<acc_t, mask_t>& kept) {
+  kept.collect(mask_of_visit<mask_t>(mask, first, n_slots), last - first, n_slots,
+               [](int64_t at) { return static_cast<int32_t>(at); });
+}
+
+template <typename acc_t, typename mask_t>
+void slots_within_visits(const RealSlots<acc_t, mask_t>& kept, int64_t n_slots,
+                         std::vector<int32_t>& slots) {
+  slots.resize(kept.n_entries());
+  for (int64_t i = 0; i < kept.n_entries(); ++i) {
+    slots[i] = static_cast<int32_t>(kept.rows[i] - kept.visits[i] * n_slots);
   }
 }
 
@@ -63,20 +63,21 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
     dispatch_mask(real, [&](auto mask_tag) {
       using mask_t = typename decltype(mask_tag)::type;
       parallel_for(0, n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
-        RealSlots<acc_t> kept;
+        RealSlots<acc_t, mask_t> kept;
         std::vector<int32_t> slots;
         for (int64_t first = begin; first < end; first += step) {
           const int64_t last = std::min(first + step, end);
-          collect_real_slots<acc_t, mask_t>(real, n_slots, first, last, kept, slots);
+          collect_real_slots(real, n_slots, first, last, kept);
           const scalar_t* base = rows + first * n_slots * row_size;
           if (mode == kMax) {
+            slots_within_visits(kept, n_slots, slots);
             row_kernels<scalar_t>().max_segments(
                 base, row_size, kept.rows.data(), slots.data(), kept.offsets.data(), 0,
                 last - first, out + first * row_size, winners + first * row_size);
           } else {
-            const Segments<acc_t> segments{
-                kept.rows.data(), is_weighted(real) ? kept.weights.data() : nullptr,
-                mode == kMean ? kept.scales.data() : nullptr, kept.offsets.data()};
+            const Segments<acc_t> segments{kept.rows.data(), kept.weights_or_none(),
+                                           mode == kMean ? kept.scales.data() : nullptr,
+                                           kept.offsets.data()};
             row_kernels<scalar_t>().sum_segments(base, row_size, segments, 0, last - first,
                                                  out + first * row_size);
           }
@@ -115,23 +116,22 @@ Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg
     dispatch_mask(real, [&](auto mask_tag) {
       using mask_t = typename decltype(mask_tag)::type;
       parallel_for(0, n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
-        RealSlots<acc_t> kept;
-        std::vector<int32_t> slots;
+        RealSlots<acc_t, mask_t> kept;
         for (int64_t visit = begin; visit < end; ++visit) {
-          collect_real_slots<acc_t, mask_t>(real, n_slots, visit, visit + 1, kept, slots);
+          collect_real_slots(real, n_slots, visit, visit + 1, kept);
           const scalar_t* grad_row = grad_rows + visit * row_size;
           scalar_t* visit_out = out + visit * n_slots * row_size;
           if (n_slots * row_size > 0) {
             std::memset(static_cast<void*>(visit_out), 0, n_slots * row_size * sizeof(scalar_t));
           }
-          for (size_t i = 0; i < kept.rows.size(); ++i) {
+          for (int64_t i = 0; i < kept.n_entries(); ++i) {
             const int32_t slot = kept.rows[i];
             if (mode == kMax) {
               kernels.keep_won_columns(grad_row, winners + visit * row_size, slot, row_size,
                                        visit_out + slot * row_size);
             } else {
               const acc_t scale = mode == kMean ? kept.scales[0] : acc_t(1);
-              kernels.scale_row(grad_row, scale * kept.weights[i], row_size,
+              kernels.scale_row(grad_row, scale * kept.weight(i), row_size,
                                 visit_out + slot * row_size);
             }
           }

@@ -9,6 +9,7 @@
 
 #include "common/tensors.h"
 #include "visit_pool/arguments.h"
+#include "visit_pool/segments.h"
 
 namespace ehrseq {
 
@@ -18,6 +19,10 @@ struct PackedBatch {
   const int32_t* codes;
   const int32_t* offsets;
   int64_t n_visits;
+
+  int64_t visits_worth_a_thread(int64_t row_bytes) const {
+    return ehrseq::visits_worth_a_thread(n_visits, n_visits + offsets[n_visits], row_bytes);
+  }
 };
 
 // Where the codes of each visit begin, checked at every call: a wrong offset would lead out of

@@ -42,7 +42,8 @@ std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, 
     const auto* rows = static_cast<const scalar_t*>(table.data_ptr());
     auto* out = static_cast<scalar_t*>(pooled.data_ptr());
     auto* winners = static_cast<int32_t*>(arg_max.data_ptr());
-    parallel_for(0, in.n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
+    const int64_t grain = in.visits_worth_a_thread(row_size * sizeof(scalar_t));
+    parallel_for(0, in.n_visits, grain, [&](int64_t begin, int64_t end) {
       if (mode == kMax) {
         row_kernels<scalar_t>().max_segments(rows, row_size, in.codes, in.codes, in.offsets, begin,
                                              end, out + begin * row_size,
@@ -67,7 +68,7 @@ std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, 
 template <typename acc_t>
 std::vector<acc_t> mean_weights(const PackedIndex& index, const int32_t* code_offsets) {
   std::vector<acc_t> weights(index.n_entries);
-  parallel_for(0, index.n_entries, kEntriesPerTask, [&](int64_t begin, int64_t end) {
+  parallel_for(0, index.n_entries, 4 * kEntriesPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int32_t visit = index.visits[i];
       weights[i] = acc_t(1) / static_cast<acc_t>(code_offsets[visit + 1] - code_offsets[visit]);
@@ -189,7 +190,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor co
     auto* highest_scores = static_cast<double*>(highest.data_ptr());
     auto* inverses = static_cast<double*>(inverse.data_ptr());
     auto* out = static_cast<scalar_t*>(pooled.data_ptr());
-    parallel_for(0, in.n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
+    const int64_t grain = in.visits_worth_a_thread(row_size * sizeof(scalar_t));
+    parallel_for(0, in.n_visits, grain, [&](int64_t begin, int64_t end) {
       const int32_t first_entry = in.offsets[begin];
       std::vector<acc_t> attention(in.offsets[end] - first_entry);
       std::vector<int32_t> offsets(end - begin + 1, 0);
@@ -247,7 +249,9 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
     auto* out_scores = static_cast<scalar_t*>(grad_scores.data_ptr());
 
     std::vector<acc_t> attention(index.n_entries);
-    parallel_for(0, index.n_codes, 64, [&](int64_t begin, int64_t end) {
+    // an exponential for each entry
+    const int64_t codes_apart = grain_of_bytes(index.n_codes, index.n_entries * 128);
+    parallel_for(0, index.n_codes, codes_apart, [&](int64_t begin, int64_t end) {
       for (int64_t segment = begin; segment < end; ++segment) {
         const auto code_score = code_scores[index.codes[segment]];
         for (int32_t i = index.offsets[segment]; i < index.offsets[segment + 1]; ++i) {
@@ -268,7 +272,9 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
       std::fill_n(out + padding_idx * row_size, row_size, static_cast<scalar_t>(0.0f));
     }
     zero_absent_rows(index.codes, index.n_codes, vocabulary, 1, out_scores);
-    parallel_for(0, index.n_codes, 16, [&](int64_t begin, int64_t end) {
+    const int64_t moved = 3 * index.n_entries * row_size * sizeof(scalar_t);
+    const int64_t grain = grain_of_bytes(index.n_codes, moved);
+    parallel_for(0, index.n_codes, grain, [&](int64_t begin, int64_t end) {
       row_kernels<scalar_t>().sum_score_gradients(
           visit_grads, static_cast<const scalar_t*>(table.data_ptr()),
           static_cast<const scalar_t*>(outputs.data_ptr()), row_size, view, begin, end, out_scores);

@@ -6,14 +6,22 @@
 // code). Both are the same sum, so both run the same kernel.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
+#include "common/parallel.h"
 #include "common/scalar_types.h"
 
 namespace ehrseq {
 
 // Visits that a kernel pools in one call; of padded ones, the real slots are collected first.
 constexpr int64_t kVisitsAtOnce = 64;
+
+// Visits that are worth a thread, where all of them move `rows` rows of so many bytes.
+inline int64_t visits_worth_a_thread(int64_t n_visits, int64_t rows, int64_t row_bytes) {
+  constexpr int64_t kBytesOfLookingUp = 32;
+  return std::max(kVisitsAtOnce, grain_of_bytes(n_visits, rows * (row_bytes + kBytesOfLookingUp)));
+}
 
 // Segment s holds entries [offsets[s], offsets[s + 1]). A null `weights` or `scales` means ones.
 template <typename acc_t>

@@ -78,7 +78,8 @@ std::tuple<Tensor, Tensor> packed_weighted_pool(Tensor codes, Tensor code_offset
     const auto* weights = static_cast<const acc_t*>(of_codes.data_ptr());
     auto* out = static_cast<scalar_t*>(pooled.data_ptr());
     auto* of_visits = static_cast<acc_t*>(totals.data_ptr());
-    parallel_for(0, in.n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
+    const int64_t grain = in.visits_worth_a_thread(row_size * sizeof(scalar_t));
+    parallel_for(0, in.n_visits, grain, [&](int64_t begin, int64_t end) {
       std::vector<acc_t> scales(mode == kMean ? end - begin : 0);
       for (size_t i = 0; i < scales.size(); ++i) {
         acc_t total = 0;
@@ -293,7 +294,8 @@ Tensor packed_weighted_pool_backward_weights(Tensor grad, OptionalTensor pooled,
     const auto* outputs = mean ? static_cast<const scalar_t*>(means->const_data_ptr()) : nullptr;
     const auto* sums = mean ? static_cast<const acc_t*>(of_visits->const_data_ptr()) : nullptr;
     auto* out = static_cast<acc_t*>(grad_weights.data_ptr());
-    parallel_for(0, in.n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
+    const int64_t grain = in.visits_worth_a_thread(table.size(1) * sizeof(scalar_t));
+    parallel_for(0, in.n_visits, grain, [&](int64_t begin, int64_t end) {
       row_kernels<scalar_t>().sum_weight_gradients(visit_grads, table_rows, outputs, sums,
                                                    table.size(1), in.codes, in.offsets, begin, end,
                                                    out);

@@ -33,26 +33,34 @@ void run_in_step(int64_t steps, int64_t shares, const Work& work) {
     std::atomic<uint64_t> claimed{0};
     std::atomic<int64_t> done{0};
   };
+  // How long a thread waits for another to begin its share, before it takes it; shorter where that
+  // one has not come to the step before either.
   constexpr int64_t kPatience = 2000;
+  constexpr int64_t kLittlePatience = 50;
   const std::unique_ptr<Progress[]> progress(new Progress[steps]);
 
   const auto claim_and_run = [&](int64_t step, int64_t share) {
     const uint64_t bit = uint64_t{1} << share;
     Progress& now = progress[step];
-    if (now.claimed.load(std::memory_order_relaxed) & bit) return;
-    if (now.claimed.fetch_or(bit, std::memory_order_relaxed) & bit) return;
+    if (now.claimed.load(std::memory_order_relaxed) & bit) return false;
+    if (now.claimed.fetch_or(bit, std::memory_order_relaxed) & bit) return false;
     work(step, share);
     now.done.fetch_add(1, std::memory_order_release);
+    return true;
   };
   const auto is_done = [&](int64_t step) {
     return progress[step].done.load(std::memory_order_acquire) == shares;
   };
 
   share_out(shares, shares, [&](int64_t own_first, int64_t own_last, int64_t) {
+    int64_t patience = kPatience;
     for (int64_t step = 0; step < steps; ++step) {
       for (int64_t share = own_first; share < own_last; ++share) claim_and_run(step, share);
-      for (int64_t waited = 0; waited < kPatience && !is_done(step); ++waited) pause();
-      for (int64_t share = 0; share < shares && !is_done(step); ++share) claim_and_run(step, share);
+      for (int64_t waited = 0; waited < patience && !is_done(step); ++waited) pause();
+      patience = kPatience;
+      for (int64_t share = 0; share < shares && !is_done(step); ++share) {
+        if (claim_and_run(step, share)) patience = kLittlePatience;
+      }
       while (!is_done(step)) std::this_thread::yield();
     }
   });

@@ -1,0 +1,72 @@
+// What slots.h declares. Compiled once for each instruction set, hence no include guard: see
+// common/each_isa.h.
+
+#include "common/simd.h"
+
+namespace ehrseq::pooling::EHRSEQ_ISA {
+
+// Bit i says whether byte i of 64 is not 0.
+EHRSEQ_INLINE uint64_t set_bytes_of_64(const uint8_t* bytes) {
+#if EHRSEQ_ISA_LEVEL == 2
+  const __m512i all = _mm512_loadu_si512(bytes);
+  return _mm512_test_epi8_mask(all, all);
+#elif EHRSEQ_ISA_LEVEL == 1
+  uint64_t bits = 0;
+  for (int i = 0; i < 2; ++i) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32 * i));
+    const __m256i empty = _mm256_cmpeq_epi8(half, _mm256_setzero_si256());
+    bits |= uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(empty))} << (32 * i);
+  }
+  return ~bits;
+#else
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    uint64_t word;
+    std::memcpy(&word, bytes + 8 * i, 8);
+    if (word == 0) continue;
+    const uint64_t ones = ((((word & kLow) + kLow) | word) >> 7) & 0x0101010101010101;
+    bits |= (ones * 0x0102040810204080 >> 56) << (8 * i);
+  }
+  return bits;
+#endif
+}
+
+// Nearly all slots of a real batch are empty, and a visit's first ones are not: of 64 slots that
+// hold any, most hold a few. These are written without asking how many there are.
+EHRSEQ_INLINE int64_t write_positions(uint64_t bits, int32_t first, int32_t* positions) {
+  constexpr int kAtOnce = 4;
+  constexpr uint64_t kLast = uint64_t{1} << 63;  // __builtin_ctzll(0) is not defined
+  const int count = __builtin_popcountll(bits);
+  for (int i = 0; i < kAtOnce; ++i) {
+    positions[i] = first + __builtin_ctzll(bits | kLast);
+    bits &= bits - 1;
+  }
+  for (int i = kAtOnce; i < count; ++i) {
+    positions[i] = first + __builtin_ctzll(bits);
+    bits &= bits - 1;
+  }
+  return count;
+}
+
+inline int64_t find_set_bytes(const uint8_t* bytes, int64_t count, int32_t first,
+                              int32_t* positions) {
+  int64_t found = 0;
+  int64_t at = 0;
+  for (; at + 64 <= count; at += 64) {
+    const uint64_t bits = set_bytes_of_64(bytes + at);
+    if (bits == 0) continue;
+    found += write_positions(bits, first + static_cast<int32_t>(at), positions + found);
+  }
+  if (at < count) {
+    uint8_t last[64] = {};
+    std::memcpy(last, bytes + at, count - at);
+    const uint64_t bits = set_bytes_of_64(last);
+    if (bits != 0) {
+      found += write_positions(bits, first + static_cast<int32_t>(at), positions + found);
+    }
+  }
+  return found;
+}
+
+}  // namespace ehrseq::pooling::EHRSEQ_ISA
