@@ -33,11 +33,13 @@ FOLDERS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("
 
 @dataclass(frozen=True)
 class Operation:
-    """What a backend is chosen for: its name, its folder, and the backends that have kernels."""
+    """What a backend is chosen for: its name, its folder, the backends that have kernels, and those
+    whose kernels the folder itself takes where they are asked for."""
 
     name: str
     folder: str
     backends: frozenset[str]
+    on_request: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,13 @@ def import_all() -> None:
         importlib.import_module(f"{__package__}.{folder}.op")
 
 
-def register(name: str, *backends: str, package: str | None) -> None:
+def register(
+    name: str, *backends: str, package: str | None, on_request: tuple[str, ...] = ()
+) -> None:
     """Say which backends have kernels for the operation ``name``; ``package`` is its folder's
-    ``__package__``."""
+    ``__package__``. Those ``on_request`` are never chosen: the folder takes them itself."""
     folder = (package or "").rpartition(".")[2]
-    _operations[name] = Operation(name, folder, frozenset(backends))
+    _operations[name] = Operation(name, folder, frozenset(backends), frozenset(on_request))
 
 
 def registered() -> tuple[Operation, ...]:

@@ -4,7 +4,7 @@ choice of what computes them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -42,6 +42,20 @@ def padded_units(hidden):
 
 
 @dataclass(frozen=True)
+class CudaCell:
+    """The compiled kernels of a cell on a GPU.
+
+    Attributes:
+        train, infer: as of :class:`Cell`.
+        why_not: ``(data, hidden units)`` → why they do not compute a layer; None where they do.
+    """
+
+    train: Callable[..., States]
+    infer: Callable[..., States]
+    why_not: Callable[[Tensor, int], str | None]
+
+
+@dataclass(frozen=True)
 class Cell:
     """A kind of recurrent layer.
 
@@ -57,6 +71,7 @@ class Cell:
         step: PyTorch's cell, ``(data, states, weights)`` → the new states.
         by_pytorch: PyTorch's layers, ``(data, batch_sizes, states, weights, options)`` → outputs
             and final states.
+        cuda: its kernels on a GPU.
     """
 
     name: str
@@ -67,6 +82,7 @@ class Cell:
     definition: Callable[..., States]
     step: Callable[[Tensor, States, Sequence[Tensor]], States]
     by_pytorch: Callable[..., States]
+    cuda: CudaCell | None = None
 
 
 def run(
@@ -93,6 +109,10 @@ def run(
     rate = dropout if training else 0.0
 
     chosen = backend.choose(cell.name, data.device.type, data.dtype)
+    on_cuda = cell.cuda
+    if on_cuda is not None and on_cuda.why_not(data, weights[0][1].shape[1]) is None:
+        chosen = "cuda"
+        cell = replace(cell, train=on_cuda.train, infer=on_cuda.infer)
     if transformed(data, *(tensor for layer in weights for tensor in layer), *(hx or ())):
         _check_batch_sizes(cell, data, batch_sizes)
         refuse_restricted_openmp(data, cell.name)
@@ -112,7 +132,11 @@ def run(
         )
         refuse_restricted_openmp(data, cell.name)
         output, *finals = cell.by_pytorch(data, batch_sizes, hx, flat, options)
-    elif hx is not None and _is_one_small_step(data, batch_sizes, directions, rate):
+    elif (
+        hx is not None
+        and chosen == "cpu"
+        and _is_one_small_step(data, batch_sizes, directions, rate)
+    ):
         output, *finals = _one_step(cell, data, weights, hx)
     else:
         output, *finals = _layers(

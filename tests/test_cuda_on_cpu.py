@@ -31,6 +31,13 @@ KERNELS = (
     "reads_past_the_end",
     "writes_past_its_shared_memory",
     "loads_misaligned",
+    "around_the_cluster<true>",
+    "around_the_cluster<false>",
+    "writes_to_a_block_that_has_not_begun",
+    "reads_a_block_that_has_ended",
+    "static_variables_of_a_cluster",
+    "waits_for_its_cluster_for_ever",
+    "maps_what_it_does_not_have",
 )
 sanitized = pytest.mark.skipif(
     not cuda_on_cpu.SANITIZED, reason="needs the sanitizers: python -m tests.cuda_on_cpu"
@@ -44,8 +51,8 @@ def shim(request):
     return loaded
 
 
-def run(shim, name, blocks, threads, given, out, shared_bytes=0):
-    return shim.selftest(KERNELS.index(name), blocks, threads, shared_bytes, given, out)
+def run(shim, name, blocks, threads, given, out, shared_bytes=0, cluster=0):
+    return shim.selftest(KERNELS.index(name), blocks, threads, shared_bytes, given, out, cluster)
 
 
 @pytest.mark.parametrize("lanes", [4, 32])
@@ -103,6 +110,62 @@ def test_impossible_grids_are_refused(shim):
         assert code == INVALID_CONFIGURATION
 
 
+def around(shim, name, blocks=8, threads=48):
+    given, out = torch.randn(blocks * threads), torch.empty(blocks * threads)
+    sizes = {"shared_bytes": 8 * threads, "cluster": blocks}
+    assert run(shim, name, blocks, threads, given, out, **sizes) == SUCCESS
+    return given, out
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+def test_the_blocks_of_a_cluster_share_memory(shim, blocks):
+    given, out = around(shim, "around_the_cluster<true>", blocks)
+    torch.testing.assert_close(out, given + blocks)
+
+
+def test_a_missing_barrier_of_a_cluster_shows(shim):
+    given, out = around(shim, "around_the_cluster<false>")
+    assert not torch.allclose(out, given + 8)
+    assert out.isnan().any()
+
+
+def test_a_block_of_a_cluster_begins_with_garbage_whatever_others_wrote(shim):
+    seen = set()
+    for _ in range(10):
+        out = torch.zeros(2)
+        name = "writes_to_a_block_that_has_not_begun"
+        assert run(shim, name, 2, 1, out, out, shared_bytes=16, cluster=2) == SUCCESS
+        seen.add(tuple(out.isnan().tolist()))
+    assert seen == {(True, False), (False, True)}
+
+
+def test_a_block_of_a_cluster_has_static_variables_of_its_own(shim):
+    out = torch.zeros(8)
+    assert run(shim, "static_variables_of_a_cluster", 8, 32, out, out, cluster=4) == SUCCESS
+    assert out.tolist() == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("reads_a_block_that_has_ended", "a block that has ended is asked for its memory"),
+        ("waits_for_its_cluster_for_ever", "deadlock"),
+        ("maps_what_it_does_not_have", "is not in the dynamic shared memory"),
+    ],
+)
+def test_faults_of_a_cluster_end_the_launch(shim, capfd, name, message):
+    out = torch.zeros(2)
+    assert run(shim, name, 2, 32, out, out, 16, cluster=2) == LAUNCH_FAILURE
+    assert re.search(message, capfd.readouterr().err)
+
+
+def test_impossible_clusters_are_refused(shim):
+    out = torch.zeros(16)
+    for blocks, cluster in ((3, 2), (16, 16)):
+        code = run(shim, "static_variables_of_a_cluster", blocks, 32, out, out, cluster=cluster)
+        assert code == INVALID_CONFIGURATION
+
+
 def test_launches_are_counted(shim):
     shim.reset_counts()
     out = torch.zeros(1)
@@ -129,7 +192,7 @@ from tests import cuda_on_cpu
 given, out = torch.zeros(64), torch.zeros(64)
 shim = cuda_on_cpu.load()
 print("started", flush=True)
-shim.selftest({KERNELS.index(name)}, 1, 64, 256, given, out)
+shim.selftest({KERNELS.index(name)}, 1, 64, 256, given, out, 0)
 print("not seen")
 """
     done = subprocess.run(

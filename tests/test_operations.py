@@ -20,7 +20,7 @@ NAMES = {operator.name for operator in operations.operators()}
 
 
 def folders_with(kernels: str) -> set[str]:
-    return {x.folder for x in operations.registered() if kernels in x.backends}
+    return {x.folder for x in operations.registered() if kernels in x.backends | x.on_request}
 
 
 def operators_of(folders: set[str]) -> set[str]:

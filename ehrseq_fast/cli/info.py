@@ -16,6 +16,7 @@ import torch
 import ehrseq_fast
 
 from .. import backend, operations
+from ..packed_lstm import cuda
 
 # Written by `python -m benchmarks readme` from the results that are committed.
 GPU_RUNS = Path(__file__).parent.parent / "gpu_runs.json"
@@ -93,6 +94,7 @@ def describe() -> str:
     lines += ["", "Environment: " + (", ".join(f"{k}={v}" for k, v in settings.items()) or "-")]
     lines += [
         "",
+        cuda.describe(cuda.committed_runs()) + ".",
         describe_gpu_runs(json.loads(GPU_RUNS.read_text())),
         "Triton's are tested in its interpreter, CUDA's compiled for the host; "
         "both are compiled ahead for sm_80, sm_90 and sm_100.",

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import backend
 from ..autograd import transformed
 from ..openmp import refuse_restricted_openmp
+from . import cuda
 from .op import packed_lstm
 
 
@@ -16,9 +17,10 @@ class PackedLSTM(nn.LSTM):
     """``nn.LSTM`` that is fast on packed sequences on the CPU, in training above all.
 
     Constructor, parameters, ``state_dict`` and results are those of :class:`torch.nn.LSTM`. A
-    ``PackedSequence`` on the CPU goes to :func:`packed_lstm`; everything else goes to ``nn.LSTM``
-    itself: tensors that are not packed, other devices, projections (``proj_size > 0``), and the
-    backend ``reference``. ``batch_first`` says nothing about packed data, as in ``nn.LSTM``.
+    ``PackedSequence`` on the CPU goes to :func:`packed_lstm`, and on a GPU where its CUDA kernels
+    are asked for and serve; everything else goes to ``nn.LSTM`` itself: tensors that are not
+    packed, other devices, projections (``proj_size > 0``), and the backend ``reference``.
+    ``batch_first`` says nothing about packed data, as in ``nn.LSTM``.
 
     Under autocast on the CPU results have the dtype of ``nn.LSTM``'s: autocast's for padded tensors
     and for packed ones of which all patients have as many visits, that of the data for others. The
@@ -71,6 +73,8 @@ class PackedLSTM(nn.LSTM):
         if self.proj_size != 0 or not isinstance(input, PackedSequence):
             return False
         if backend.choose("packed_lstm", input.data.device.type, input.data.dtype) == "cpu":
+            return True
+        if cuda.why_not(input.data, self.hidden_size) is None:
             return True
         # which PyTorch's own lstm does not serve
         return transformed(input.data, *self.parameters(), *(hx or ()))

@@ -1,5 +1,5 @@
-"""The packed LSTM as an operation: its gradient and its public function. Layers, directions and the
-choice of backend are in ``recurrent.py``."""
+"""The packed LSTM as an operation: its public function. Its gradient is in ``layer.py``; layers,
+directions and the choice of backend are in ``recurrent.py``."""
 
 from __future__ import annotations
 
@@ -9,73 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..autograd import once
 from ..openmp import refuse_restricted_openmp
-from ..recurrent import Cell, run
-from . import operators  # noqa: F401  (which defines what is called here)
+from ..recurrent import Cell, CudaCell, run
+from . import cuda
+from .layer import CudaLayer, Layer, infer, infer_on_cuda
 from .reference import packed_lstm_layer
 
 States = tuple[Tensor, Tensor]
-
-
-class _Layer(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        input,
-        batch_sizes,
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        h0,
-        c0,
-        reverse,
-        kept,
-    ):
-        operands = (input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)
-        output, h_n, c_n, gates, cells = torch.ops.ehrseq_fast.packed_lstm_layer(
-            *operands, reverse, True, kept
-        )
-        ctx.save_for_backward(*operands, output, gates, cells)
-        ctx.reverse = reverse
-        ctx.set_materialize_grads(False)
-        return output, h_n, c_n
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_h_n, grad_c_n):
-        need = ctx.needs_input_grad
-        operands = (
-            *(grad_output, grad_h_n, grad_c_n),
-            *ctx.saved_tensors,
-            *(ctx.reverse, need[0], any(need[2:6]), any(need[6:8])),
-        )
-        with torch.no_grad():
-            grads = torch.ops.ehrseq_fast.packed_lstm_layer_backward(*operands)
-        grads = once("packed_lstm", grads, operands[:11])
-        grad_input, grad_weight_ih, grad_weight_hh, grad_bias, grad_h0, grad_c0 = grads
-        # Equal numbers, but each its own: gradients may be changed in place.
-        other_bias = grad_bias
-        if grad_bias is not None and need[4] and need[5]:
-            other_bias = grad_bias.clone()
-        return (
-            grad_input if need[0] else None,
-            None,
-            grad_weight_ih if need[2] else None,
-            grad_weight_hh if need[3] else None,
-            grad_bias if need[4] else None,
-            other_bias if need[5] else None,
-            grad_h0 if need[6] else None,
-            grad_c0 if need[7] else None,
-            None,
-            None,
-        )
-
-
-def _infer(input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse):
-    return torch.ops.ehrseq_fast.packed_lstm_layer(
-        input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse, False, 0
-    )[:3]
 
 
 def _step(data: Tensor, states: tuple[Tensor, ...], weights: Sequence[Tensor]) -> States:
@@ -91,11 +31,12 @@ _LSTM = Cell(
     "packed_lstm",
     gates=4,
     states=("h_0", "c_0"),
-    train=_Layer.apply,
-    infer=_infer,
+    train=Layer.apply,
+    infer=infer,
     definition=packed_lstm_layer,
     step=_step,
     by_pytorch=_by_pytorch,
+    cuda=CudaCell(CudaLayer.apply, infer_on_cuda, cuda.why_not),
 )
 
 
@@ -114,7 +55,14 @@ def packed_lstm(
     On the CPU, forward and backward are compiled: the scan works on weights packed once per call,
     each thread takes some patients through all their visits, the tail of long records is shared
     out by hidden units, and the gradients of the weights are single products over all visits.
-    Elsewhere, and on the backend ``reference``, PyTorch's own ``lstm`` computes the same.
+    Elsewhere, and on the backend ``reference``, PyTorch's own ``lstm`` computes the same (cuDNN on
+    a GPU).
+
+    There are CUDA kernels too, which no GPU has measured, and which are taken only when they are
+    asked for: ``EHRSEQ_FAST_CUDA_LSTM=1``, or the backend ``cuda``, on GPUs of compute capability
+    9.0 and 10.x, in float32, for hidden sizes that are multiples of 32 up to 288, outside autocast
+    and ``torch.compile``. All else goes to cuDNN as before. They multiply hidden states in float32;
+    products over all visits follow ``torch.backends.cuda.matmul``.
 
     Args:
         sequence: data ``[visits, E]`` with its batch sizes, as ``pack_padded_sequence`` and
@@ -135,7 +83,7 @@ def packed_lstm(
             4H values a visit; of the others it computes them again, to the same bits, which is two
             products more, of six. All of them are half of what the step holds. None keeps all up
             to 16 MiB, of which computing again would save little, and three tenths of more. 16-bit
-            layers keep all, and so does ``torch.compile``.
+            layers keep all, and so do ``torch.compile`` and the CUDA kernels.
 
     Returns:
         The outputs of the last layer, packed as ``sequence`` is, ``[visits, directions * H]``, and

@@ -13,7 +13,7 @@ from ..checks import accumulator
 from ..operations import operator, register
 from ..recurrent import padded_units
 
-register("packed_lstm", "cpu", package=__package__)
+register("packed_lstm", "cpu", package=__package__, on_request=("cuda",))
 
 
 @operator(

@@ -156,11 +156,12 @@ class Shim:
         shared_bytes: int,
         given: torch.Tensor,
         out: torch.Tensor,
+        cluster: int = 0,
     ) -> int:
-        """Launch a kernel of ``selftest.cu``; its cudaError_t."""
+        """Launch a kernel of ``selftest.cu``, in clusters of so many blocks; its cudaError_t."""
         pointers = (ctypes.c_void_p(given.data_ptr()), ctypes.c_void_p(out.data_ptr()))
         return self._library.cuda_on_cpu_selftest(
-            kernel, blocks, threads, ctypes.c_size_t(shared_bytes), *pointers
+            kernel, blocks, threads, ctypes.c_size_t(shared_bytes), cluster, *pointers
         )
 
     def reset_counts(self) -> None:

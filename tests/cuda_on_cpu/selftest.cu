@@ -1,6 +1,7 @@
 // Kernels that try the shim itself, right and wrong ones; called by tests/test_cuda_on_cpu.py.
 #include <cuda_runtime.h>
 
+#include "common/cuda/cluster.cuh"
 #include "common/cuda/device.cuh"
 
 namespace {
@@ -78,6 +79,61 @@ __global__ void loads_misaligned(const float* in, float* out) {
   out[0] = pack.values[0];
 }
 
+// Each thread hands its number to the next block of its cluster, every block to every other in
+// turn.
+template <bool kWaits>
+__global__ void around_the_cluster(const float* in, float* out) {
+  EHRSEQ_DYNAMIC_SHARED(bytes);
+  float* held = reinterpret_cast<float*>(bytes);  // two for each thread
+  const unsigned blocks = gridDim.x;
+  const unsigned threads = blockDim.x;
+  const unsigned at = blockIdx.x * threads + threadIdx.x;
+  float value = in[at];
+  ehrseq::cuda::cluster_sync();
+  for (unsigned step = 0; step < blocks; ++step) {
+    float* place = held + step % 2 * threads + threadIdx.x;
+    *ehrseq::cuda::in_block(place, (ehrseq::cuda::cluster_rank() + 1) % blocks) = value;
+    if (kWaits) ehrseq::cuda::cluster_sync();
+    value = *place + 1;
+  }
+  out[at] = value;
+  ehrseq::cuda::cluster_sync();
+}
+
+__global__ void writes_to_a_block_that_has_not_begun(const float*, float* out) {
+  EHRSEQ_DYNAMIC_SHARED(bytes);
+  float* held = reinterpret_cast<float*>(bytes);
+  *ehrseq::cuda::in_block(held, 1 - ehrseq::cuda::cluster_rank()) = 1;
+  ehrseq::cuda::cluster_sync();
+  out[blockIdx.x] = *held;
+}
+
+__global__ void reads_a_block_that_has_ended(const float*, float* out) {
+  EHRSEQ_DYNAMIC_SHARED(bytes);
+  float* held = reinterpret_cast<float*>(bytes);
+  *held = 1;
+  ehrseq::cuda::cluster_sync();
+  out[blockIdx.x] = *ehrseq::cuda::in_block(held, 1 - ehrseq::cuda::cluster_rank());
+}
+
+__global__ void static_variables_of_a_cluster(const float*, float* out) {
+  __shared__ float own;
+  own = static_cast<float>(ehrseq::cuda::cluster_rank());
+  ehrseq::cuda::cluster_sync();
+  out[blockIdx.x] = own;
+}
+
+__global__ void waits_for_its_cluster_for_ever(const float*, float*) {
+  if (blockIdx.x == 0) __syncthreads();
+  if (blockIdx.x == 1 && threadIdx.x > 0) ehrseq::cuda::cluster_sync();
+  if (blockIdx.x == 1 && threadIdx.x == 0) __syncthreads();
+}
+
+__global__ void maps_what_it_does_not_have(const float*, float*) {
+  __shared__ float own;
+  *ehrseq::cuda::in_block(&own, 0) = 1;
+}
+
 using Kernel = void (*)(const float*, float*);
 constexpr Kernel kKernels[] = {sub_warp_sums<4>,
                                sub_warp_sums<32>,
@@ -91,15 +147,27 @@ constexpr Kernel kKernels[] = {sub_warp_sums<4>,
                                traps,
                                reads_past_the_end,
                                writes_past_its_shared_memory,
-                               loads_misaligned};
+                               loads_misaligned,
+                               around_the_cluster<true>,
+                               around_the_cluster<false>,
+                               writes_to_a_block_that_has_not_begun,
+                               reads_a_block_that_has_ended,
+                               static_variables_of_a_cluster,
+                               waits_for_its_cluster_for_ever,
+                               maps_what_it_does_not_have};
 
 }  // namespace
 
 // Returns a cudaError_t.
 extern "C" __attribute__((visibility("default"))) int cuda_on_cpu_selftest(
-    int kernel, unsigned blocks, unsigned threads, size_t shared_bytes, const float* in,
-    float* out) {
+    int kernel, unsigned blocks, unsigned threads, size_t shared_bytes, unsigned cluster,
+    const float* in, float* out) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
+  config.attrs = &attribute;
+  config.numAttrs = cluster == 0 ? 0 : 1;
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;

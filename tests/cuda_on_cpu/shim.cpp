@@ -3,6 +3,11 @@
 // The order of blocks, warps and lanes is drawn anew for each launch (from a seed, so that a run
 // can be repeated): a result that depends on it shows in any test that computes twice. Shared
 // memory holds NaN when a block starts.
+//
+// The blocks of a cluster run together: one of them, in an order that is drawn again and again, as
+// far as it gets without the others, then the next. A block that does not wait for its neighbours
+// thus runs well ahead of them, or far behind. What a block finds in its own shared memory when it
+// starts is NaN, whatever was written there before; and so is what others find when it has ended.
 
 #include <cuda_runtime.h>
 #include <link.h>
@@ -18,6 +23,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -48,6 +54,8 @@ constexpr size_t kGuardBytes = 4096;
 constexpr unsigned kWarp = 32;
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kMostShared = 48 << 10;  // that no kernel has to ask for beforehand
+constexpr size_t kMostAskedFor = 227 << 10;
+constexpr unsigned kMostBlocks = 8;  // of a cluster, on every GPU that has them
 
 // --- switching stacks ------------------------------------------------------------------------
 
@@ -107,11 +115,26 @@ struct Context {
 
 // --- threads, warps, blocks ------------------------------------------------------------------
 
-enum class State { kReady, kAtBarrier, kInWarp, kDone };
+enum class State { kReady, kAtBarrier, kAtCluster, kInWarp, kDone };
 enum class Kind { kShuffle, kBallot, kSync };
+
+// One of those that run together; alone, where the grid has no clusters.
+struct Block {
+  uint3 index{};
+  unsigned first = 0;  // of its fibers
+  unsigned alive = 0;
+  unsigned at_barrier = 0;
+  bool started = false;
+  char* shared = nullptr;
+  std::vector<char> statics;  // its static __shared__ variables, while another block runs
+};
 
 struct Fiber {
   uint3 thread;
+  Block* block = nullptr;
+  // at the cluster's barrier: not waited for yet, and in which of its phases
+  bool has_arrived = false;
+  uint64_t phase = 0;
   unsigned lane;
   Context context;
   char* stack = nullptr;
@@ -131,10 +154,14 @@ struct Grid {
   std::vector<Fiber> fibers;
   Fiber* running = nullptr;
   std::vector<unsigned> order;
-  unsigned threads = 0;
-  unsigned alive = 0;
-  unsigned at_barrier = 0;
-  char* shared = nullptr;
+  unsigned threads = 0;  // of a block
+  std::vector<Block> blocks;
+  std::vector<unsigned> block_order;
+  Block* in_place = nullptr;  // whose static variables are where kernels look for them
+  unsigned alive = 0;         // of all blocks
+  unsigned arrived = 0;
+  uint64_t phase = 0;
+  size_t shared_bytes = 0;
   Context scheduler;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
@@ -148,13 +175,15 @@ uint64_t seed = 1;
 int64_t launches = 0;
 int64_t memsets = 0;
 bool capturing = false;
+std::unordered_map<const void*, size_t> asked_for;  // shared memory, by kernel
 
 Fiber& current() { return *grid.running; }
 
 Fiber* lane_of_my_warp(unsigned lane) {
-  const size_t index = static_cast<size_t>(&current() - grid.fibers.data());
+  const size_t first = current().block->first;
+  const size_t index = static_cast<size_t>(&current() - grid.fibers.data()) - first;
   const size_t at = index - current().lane + lane;
-  return at < grid.threads ? &grid.fibers[at] : nullptr;
+  return at < grid.threads ? &grid.fibers[first + at] : nullptr;
 }
 
 [[noreturn]] void fail(const std::string& what) {
@@ -182,6 +211,7 @@ void leave_fiber(Fiber& fiber, bool for_good) {
 void enter_fiber(Fiber& fiber) {
   grid.running = &fiber;
   threadIdx = fiber.thread;
+  blockIdx = fiber.block->index;
   lane = fiber.lane;
 #if CUDA_ON_CPU_ASAN
   __sanitizer_start_switch_fiber(&grid.scheduler_fake_stack, fiber.stack, kStackBytes);
@@ -192,12 +222,23 @@ void enter_fiber(Fiber& fiber) {
 #endif
 }
 
-void release_barrier_if_all_are_there() {
-  if (grid.at_barrier == 0 || grid.at_barrier != grid.alive) return;
-  grid.at_barrier = 0;
+void release_barrier_if_all_are_there(Block& block) {
+  if (block.at_barrier == 0 || block.at_barrier != block.alive) return;
+  block.at_barrier = 0;
   for (unsigned i = 0; i < grid.threads; ++i) {
-    Fiber& fiber = grid.fibers[i];
+    Fiber& fiber = grid.fibers[block.first + i];
     if (fiber.state != State::kAtBarrier) continue;
+    fiber.state = State::kReady;
+  }
+}
+
+void release_cluster_if_all_are_there() {
+  if (grid.arrived == 0 || grid.arrived != grid.alive) return;
+  grid.arrived = 0;
+  ++grid.phase;
+  for (unsigned i = 0; i < grid.threads * grid.blocks.size(); ++i) {
+    Fiber& fiber = grid.fibers[i];
+    if (fiber.state != State::kAtCluster) continue;
     fiber.state = State::kReady;
   }
 }
@@ -208,13 +249,16 @@ void fiber_main() {
 #endif
   try {
     grid.body(grid.argument);
+    if (current().has_arrived) fail("a thread arrived at the cluster's barrier and did not wait");
   } catch (const std::exception& error) {
     grid.failure = error.what();
   }
   Fiber& fiber = current();
   fiber.state = State::kDone;
   --grid.alive;
-  release_barrier_if_all_are_there();
+  --fiber.block->alive;
+  release_barrier_if_all_are_there(*fiber.block);
+  release_cluster_if_all_are_there();
   leave_fiber(fiber, true);
   std::abort();  // a finished fiber is never entered again
 }
@@ -310,7 +354,7 @@ char* new_stack() {
 }
 
 void make_fibers(unsigned threads) {
-  if (grid.fibers.empty()) grid.fibers.resize(kMostThreads);  // never moved
+  if (grid.fibers.empty()) grid.fibers.resize(kMostThreads * kMostBlocks);  // never moved
   for (unsigned i = 0; i < threads; ++i) {
     if (grid.fibers[i].stack == nullptr) grid.fibers[i].stack = new_stack();
   }
@@ -331,28 +375,82 @@ void draw_thread_order(std::mt19937_64& random) {
   }
 }
 
-void run_block() {
-  for (unsigned i = 0; i < grid.threads; ++i) {
-    Fiber& fiber = grid.fibers[i];
-    fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
-    fiber.lane = i % kWarp;
-    fiber.state = State::kReady;
-    fiber.fake_stack = nullptr;
+void poison_shared(const Block& block, bool poisoned) {
 #if CUDA_ON_CPU_ASAN
-    __asan_unpoison_memory_region(fiber.stack, kStackBytes);
-#endif
-    fiber.context.start_at(fiber_main, fiber.stack, kStackBytes);
+  if (block.shared == nullptr) return;
+  if (poisoned) {
+    __asan_poison_memory_region(block.shared, grid.shared_bytes);
+  } else {
+    __asan_unpoison_memory_region(block.shared, grid.shared_bytes);
   }
-  grid.alive = grid.threads;
-  grid.at_barrier = 0;
+#else
+  (void)block, (void)poisoned;
+#endif
+}
+
+// The static variables of the block that runs next take the place of the last one's.
+void put_in_place(Block& block, const Range& statics) {
+  if (grid.in_place != &block) {
+    if (grid.in_place != nullptr && statics.bytes > 0) {
+      grid.in_place->statics.assign(statics.begin, statics.begin + statics.bytes);
+    }
+    grid.in_place = &block;
+    if (block.started && statics.bytes > 0) {
+      std::memcpy(statics.begin, block.statics.data(), statics.bytes);
+    }
+  }
+  if (block.started) return;
+  block.started = true;
+  if (statics.bytes > 0) std::memset(statics.begin, 0xff, statics.bytes);
+  if (block.shared != nullptr) std::memset(block.shared, 0xff, grid.shared_bytes);
+}
+
+// The blocks of one cluster, from their first thread to their last.
+void run_blocks(const Range& statics, std::mt19937_64& random) {
+  for (Block& block : grid.blocks) {
+    block.alive = grid.threads;
+    block.at_barrier = 0;
+    block.started = false;
+    poison_shared(block, false);
+    for (unsigned i = 0; i < grid.threads; ++i) {
+      Fiber& fiber = grid.fibers[block.first + i];
+      fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+      fiber.block = &block;
+      fiber.lane = i % kWarp;
+      fiber.state = State::kReady;
+      fiber.has_arrived = false;
+      fiber.fake_stack = nullptr;
+#if CUDA_ON_CPU_ASAN
+      __asan_unpoison_memory_region(fiber.stack, kStackBytes);
+#endif
+      fiber.context.start_at(fiber_main, fiber.stack, kStackBytes);
+    }
+  }
+  grid.alive = grid.threads * static_cast<unsigned>(grid.blocks.size());
+  grid.arrived = 0;
+  grid.in_place = nullptr;
 
   while (grid.alive > 0) {
     bool progress = false;
-    for (const unsigned i : grid.order) {
-      if (grid.fibers[i].state != State::kReady) continue;
-      progress = true;
-      enter_fiber(grid.fibers[i]);
-      if (!grid.failure.empty()) return;
+    std::shuffle(grid.block_order.begin(), grid.block_order.end(), random);
+    for (const unsigned at : grid.block_order) {
+      Block& block = grid.blocks[at];
+      const bool had_threads = block.alive > 0;
+      for (bool ran = true; ran;) {
+        ran = false;
+        for (const unsigned i : grid.order) {
+          Fiber& fiber = grid.fibers[block.first + i];
+          if (fiber.state != State::kReady) continue;
+          progress = ran = true;
+          put_in_place(block, statics);
+          enter_fiber(fiber);
+          if (!grid.failure.empty()) return;
+        }
+      }
+      if (had_threads && block.alive == 0 && block.shared != nullptr) {
+        std::memset(block.shared, 0xff, grid.shared_bytes);
+        poison_shared(block, true);
+      }
     }
     if (!progress) {
       grid.failure = "deadlock: some threads of block " + std::to_string(blockIdx.x) +
@@ -362,18 +460,35 @@ void run_block() {
   }
 }
 
-bool possible(const cudaLaunchConfig_t& config) {
+// Blocks of a cluster, along the first dimension; 0 for clusters that no GPU takes.
+unsigned cluster_size(const cudaLaunchConfig_t& config) {
+  unsigned size = 1;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeClusterDimension) return 0;
+    const auto& dim = config.attrs[i].val.clusterDim;
+    if (dim.y != 1 || dim.z != 1 || dim.x < 1 || dim.x > kMostBlocks) return 0;
+    size = dim.x;
+  }
+  return config.gridDim.x % size == 0 ? size : 0;
+}
+
+size_t most_shared(const void* kernel) {
+  const auto found = asked_for.find(kernel);
+  return found == asked_for.end() ? kMostShared : found->second;
+}
+
+bool possible(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 g = config.gridDim;
   const dim3 b = config.blockDim;
   const auto threads = uint64_t{b.x} * b.y * b.z;
   return g.x > 0 && g.y > 0 && g.z > 0 && g.x <= 0x7fffffffu && g.y <= 65535 && g.z <= 65535 &&
          threads > 0 && threads <= kMostThreads && b.z <= 64 &&
-         config.dynamicSmemBytes <= kMostShared;
+         config.dynamicSmemBytes <= most_shared(kernel) && cluster_size(config) > 0;
 }
 
 }  // namespace
 
-void* dynamic_shared() { return grid.shared; }
+void* dynamic_shared() { return current().block->shared; }
 uint64_t shuffle(unsigned mask, uint64_t bits, unsigned source) {
   return meet(Kind::kShuffle, mask, bits, source);
 }
@@ -386,43 +501,91 @@ void trap() { fail("__trap()"); }
 void sync_block() {
   Fiber& self = current();
   self.state = State::kAtBarrier;
-  ++grid.at_barrier;
-  release_barrier_if_all_are_there();
+  ++self.block->at_barrier;
+  release_barrier_if_all_are_there(*self.block);
   if (self.state == State::kAtBarrier) leave_fiber(self, false);
 }
 
-cudaError_t run_grid(const cudaLaunchConfig_t& config, void (*body)(void*), void* argument) {
+unsigned cluster_rank() { return static_cast<unsigned>(current().block - grid.blocks.data()); }
+
+void arrive_at_cluster() {
+  Fiber& self = current();
+  if (self.has_arrived) fail("a thread arrives twice at the cluster's barrier");
+  self.has_arrived = true;
+  self.phase = grid.phase;
+  ++grid.arrived;
+  release_cluster_if_all_are_there();
+}
+
+void wait_for_cluster() {
+  Fiber& self = current();
+  if (!self.has_arrived) fail("a thread waits at the cluster's barrier and has not arrived");
+  if (self.phase == grid.phase) {
+    self.state = State::kAtCluster;
+    leave_fiber(self, false);
+  }
+  self.has_arrived = false;
+}
+
+void* map_shared_rank(const void* own, unsigned rank) {
+  const char* at = static_cast<const char*>(own);
+  const char* begin = current().block->shared;
+  if (begin == nullptr || at < begin || at >= begin + grid.shared_bytes) {
+    fail("what is mapped to another block is not in the dynamic shared memory of this one");
+  }
+  if (rank >= grid.blocks.size()) fail("a block outside the cluster is asked for its memory");
+  const Block& other = grid.blocks[rank];
+  if (other.started && other.alive == 0) fail("a block that has ended is asked for its memory");
+  return other.shared + (at - begin);
+}
+
+void ask_for_shared(const void* kernel, size_t bytes) { asked_for[kernel] = bytes; }
+size_t most_that_can_be_asked_for() { return kMostAskedFor; }
+
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*),
+                     void* argument) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   ++launches;
-  if (!possible(config)) return cudaErrorInvalidConfiguration;
+  if (!possible(config, kernel)) return cudaErrorInvalidConfiguration;
   blockDim = config.blockDim;
   gridDim = config.gridDim;
   grid.body = body;
   grid.argument = argument;
   grid.failure.clear();
   grid.threads = blockDim.x * blockDim.y * blockDim.z;
-  make_fibers(grid.threads);
-  grid.shared =
-      config.dynamicSmemBytes == 0
-          ? nullptr
-          : static_cast<char*>(std::aligned_alloc(16, (config.dynamicSmemBytes + 15) / 16 * 16));
+  grid.shared_bytes = config.dynamicSmemBytes;
+  const unsigned together = cluster_size(config);
+  make_fibers(grid.threads * together);
+  grid.blocks.assign(together, Block{});
+  grid.block_order.resize(together);
+  std::iota(grid.block_order.begin(), grid.block_order.end(), 0u);
+  for (unsigned rank = 0; rank < together; ++rank) {
+    grid.blocks[rank].first = rank * grid.threads;
+    if (grid.shared_bytes == 0) continue;
+    const size_t whole = (grid.shared_bytes + 15) / 16 * 16;
+    grid.blocks[rank].shared = static_cast<char*>(std::aligned_alloc(16, whole));
+  }
 
   std::mt19937_64 random(seed++);
   draw_thread_order(random);
-  std::vector<uint64_t> blocks(uint64_t{gridDim.x} * gridDim.y * gridDim.z);
-  std::iota(blocks.begin(), blocks.end(), uint64_t{0});
-  std::shuffle(blocks.begin(), blocks.end(), random);
-  const Range shared = static_shared();
-  for (const uint64_t block : blocks) {
-    if (shared.bytes > 0) std::memset(shared.begin, 0xff, shared.bytes);
-    if (grid.shared) std::memset(grid.shared, 0xff, config.dynamicSmemBytes);
-    blockIdx = {static_cast<unsigned>(block % gridDim.x),
-                static_cast<unsigned>(block / gridDim.x % gridDim.y),
-                static_cast<unsigned>(block / gridDim.x / gridDim.y)};
-    run_block();
+  std::vector<uint64_t> clusters(uint64_t{gridDim.x} * gridDim.y * gridDim.z / together);
+  std::iota(clusters.begin(), clusters.end(), uint64_t{0});
+  std::shuffle(clusters.begin(), clusters.end(), random);
+  const Range statics = static_shared();
+  for (const uint64_t cluster : clusters) {
+    for (unsigned rank = 0; rank < together; ++rank) {
+      const uint64_t block = cluster * together + rank;
+      grid.blocks[rank].index = {static_cast<unsigned>(block % gridDim.x),
+                                 static_cast<unsigned>(block / gridDim.x % gridDim.y),
+                                 static_cast<unsigned>(block / gridDim.x / gridDim.y)};
+    }
+    run_blocks(statics, random);
     if (!grid.failure.empty()) break;
   }
-  std::free(grid.shared);
+  for (const Block& block : grid.blocks) {
+    poison_shared(block, false);
+    std::free(block.shared);
+  }
   if (grid.failure.empty()) return cudaSuccess;
   std::fprintf(stderr, "cuda_on_cpu: %s\n", grid.failure.c_str());
   return cudaErrorLaunchFailure;

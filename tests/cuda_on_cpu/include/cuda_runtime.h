@@ -1,7 +1,8 @@
 // CUDA's names for g++, so that kernels written for a GPU run on the host, in tests.
 //
-// One fiber stands for each CUDA thread; the blocks of a grid run one after another, in an order
-// that changes from launch to launch. Collectives and barriers are rendezvous of fibers (see
+// One fiber stands for each CUDA thread; the blocks of a grid run one after another, those of a
+// cluster together, in an order that changes from launch to launch. Collectives and barriers are
+// rendezvous of fibers (see
 // ../shim.cpp). What would be undefined on a GPU (a lane named in a mask that never comes, a
 // shuffle from a lane outside the mask, a barrier that some threads never reach) is an error here.
 // Floating-point atomics are left out on purpose: the package's kernels have none.
@@ -83,7 +84,17 @@ enum cudaError_t {
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
-struct cudaLaunchAttribute {};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaLaunchConfig_t {
   dim3 gridDim;
   dim3 blockDim;
@@ -108,7 +119,10 @@ namespace cuda_on_cpu {
 extern unsigned lane;  // the same thread's, in its warp
 
 void* dynamic_shared();
-cudaError_t run_grid(const cudaLaunchConfig_t& config, void (*body)(void*), void* context);
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*),
+                     void* context);
+void ask_for_shared(const void* kernel, size_t bytes);
+size_t most_that_can_be_asked_for();
 
 enum class BlockVote { kSync, kCount };
 
@@ -116,6 +130,10 @@ uint64_t shuffle(unsigned mask, uint64_t bits, unsigned source_lane);
 unsigned ballot(unsigned mask, bool vote);
 void sync_warp(unsigned mask);
 void sync_block();
+unsigned cluster_rank();
+void arrive_at_cluster();
+void wait_for_cluster();
+void* map_shared_rank(const void* own, unsigned rank);
 [[noreturn]] void trap();
 
 template <typename T>
@@ -145,7 +163,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Call& it = *static_cast<Call*>(context);
     std::apply(it.kernel, it.copies);
   };
-  return cuda_on_cpu::run_grid(*config, body, &call);
+  return cuda_on_cpu::run_grid(*config, reinterpret_cast<const void*>(kernel), body, &call);
+}
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || size_t(bytes) > cuda_on_cpu::most_that_can_be_asked_for()) {
+    return cudaErrorInvalidValue;
+  }
+  cuda_on_cpu::ask_for_shared(reinterpret_cast<const void*>(kernel), size_t(bytes));
+  return cudaSuccess;
 }
 
 // --- in kernels ------------------------------------------------------------------------------
@@ -173,6 +200,12 @@ inline unsigned __ballot_sync(unsigned mask, int vote) { return cuda_on_cpu::bal
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::sync_warp(mask); }
 inline void __syncthreads() { cuda_on_cpu::sync_block(); }
 inline void __threadfence() {}
+inline unsigned __clusterRelativeBlockRank() { return cuda_on_cpu::cluster_rank(); }
+inline void __cluster_barrier_arrive() { cuda_on_cpu::arrive_at_cluster(); }
+inline void __cluster_barrier_wait() { cuda_on_cpu::wait_for_cluster(); }
+inline void* __cluster_map_shared_rank(const void* own, unsigned rank) {
+  return cuda_on_cpu::map_shared_rank(own, rank);
+}
 [[noreturn]] inline void __trap() { cuda_on_cpu::trap(); }
 
 template <typename T>

@@ -1,0 +1,572 @@
+// One direction of one layer of the packed LSTM on a GPU with clusters (sm_90 and later), float32:
+// one launch for all visits, forward or backward. Products of the inputs, and the gradients of
+// weights and inputs, are products over all visits around it (cuda.cu). Free of torch headers.
+//
+// Eight blocks of a cluster hold W_hh in shared memory, each the rows of the four gates of H / 8
+// units, and go through the visits of 8 or 16 patients who follow each other in the packed order,
+// that is by length. Forward, a block computes the gates of its units from the whole of h, and
+// writes its part of the new h into all eight blocks. Backward, it multiplies the gradients of its
+// gates by its rows of W_hh, and writes each part of the product into the block of those units,
+// which adds up the eight parts in their order. Buffers for what is exchanged alternate, so one
+// barrier of the cluster per visit is enough. The cluster ends with its longest patient. Sums have
+// one order, and nothing is added atomically: the same bits on every run.
+//
+// Bounds, by arithmetic; nothing here has been measured. H 256, 16 patients, H100 (132 SMs, 1.7
+// GHz), per visit of a block, each way:
+//   products         16 * 128 * 256 = 0.52 M multiply-adds, 128 a cycle: 4,096 cycles, 2.4 us
+//   shared memory    a thread of 4 rows * 8 patients reads 24 wavefronts (16 of weights, 8 of h
+//   that
+//                    are the same for all lanes) per 32 cycles of multiply-adds: 75 % of its limit
+//   partial sums     4 slices * 8 KB written and read: 512 cycles, 0.3 us
+//   exchange         2 KB to each of 8 blocks, and the barrier: latency, 0.3-0.6 us
+//   global memory    forward 10 KB read, 12 KB written; 16 clusters: 0.8 TB/s of 3.3
+//   together         3-3.5 us; 8 patients to a cluster: 1.8-2.2 us
+// That is the bound of exact float32: TF32 and 16-bit tensor-core products would leave the exchange
+// and the partial sums, about 1 us. cuDNN, which never uses its persistent kernels for packed
+// input, takes an estimated 4-10 us. Occupancy: one block of 8 warps per SM, as W_hh fills shared
+// memory (192 KB of 227 at H 256, 225 at H 288, the most that fits); 16 clusters at a time, thus
+// 128 patients in tiles of 8 and 256 in tiles of 16; larger batches take several rounds, the
+// longest first.
+#pragma once
+
+#include "common/cuda/cluster.cuh"
+#include "common/cuda/device.cuh"
+
+namespace ehrseq::packed_lstm::cuda {
+
+constexpr int kBlocks = 8;  // of a cluster
+constexpr int kThreads = 256;
+constexpr int kGates = 4;  // i, f, g, o
+constexpr int kQuad = 4;   // floats that are loaded together
+constexpr int kGroup = 8;  // patients for whom a thread multiplies what it has loaded
+constexpr int kUnitsOf = kBlocks * kQuad;  // H is a multiple of this
+constexpr int kMostHidden = 288;
+
+// Row numbers travel in a kernel's parameters: no copy from the host's memory, which would have to
+// wait, or could not be captured in a graph.
+constexpr int kStartsAtOnce = 480;
+struct SomeStarts {
+  int64_t values[kStartsAtOnce];
+};
+
+struct Visits {
+  const int64_t* starts;  // [times + 1]: the first row of each time
+  int times;
+  int patients;
+  int hidden;
+  bool reverse;
+};
+
+// Null pointers: no biases, initial states of zeros, cells and gates that are not kept.
+struct Forward {
+  Visits visits;
+  const float* weight;  // [4H, H]
+  const float* input_bias;
+  const float* hidden_bias;
+  const float* h0;
+  const float* c0;
+  const float* sums;  // [visits, 4H]: of the inputs
+  float* gates;       // may be `sums`
+  float* cells;       // [visits, H]
+  float* output;      // [visits, H]
+  float* last_hidden;
+  float* last_cell;
+};
+
+// Null pointers: incoming gradients and initial states of zeros, results that are not needed.
+struct Backward {
+  Visits visits;
+  const float* weight;
+  const float* h0;
+  const float* c0;
+  const float* output;
+  const float* gates;
+  const float* cells;
+  const float* grad_output;
+  const float* grad_last_hidden;
+  const float* grad_last_cell;
+  float* grad_sums;  // [visits, 4H]
+  float* before;     // [visits, H]: the hidden state that each visit began with
+  float* grad_h0;
+  float* grad_c0;
+};
+
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// How a block shares out its work, and its shared memory, in floats from its beginning.
+template <int kPatients>
+struct Tile {
+  static constexpr int kGroups = kPatients / kGroup;
+  // of (patient, unit), of a thread
+  static constexpr int kPairs = (kPatients * kMostHidden / kBlocks + kThreads - 1) / kThreads;
+
+  int hidden;
+  int units;  // of a block
+  int quads;
+  int slices;  // of the terms of a sum
+  int exchanged;
+  int partial;
+  int grads;
+  int end;
+
+  // Forward, a thread multiplies the rows of one unit with a group's h; slices are of h.
+  static constexpr Tile forward(int hidden) {
+    Tile tile = common(hidden);
+    tile.slices = smaller(kThreads / (kGroups * tile.units), tile.quads);
+    tile.grads = tile.end = tile.partial + tile.slices * kPatients * kGates * tile.units;
+    return tile;
+  }
+  // Backward, it multiplies four columns with a group's gradients; slices are of rows, by fours.
+  static constexpr Tile backward(int hidden) {
+    Tile tile = common(hidden);
+    tile.slices = smaller(kThreads / (kGroups * tile.quads), tile.units);
+    tile.grads = tile.partial + tile.slices * kPatients * hidden;
+    tile.end = tile.grads + kGates * tile.units * kPatients;
+    return tile;
+  }
+  constexpr int bytes() const { return end * static_cast<int>(sizeof(float)); }
+
+ private:
+  static constexpr Tile common(int hidden) {
+    Tile tile{};
+    tile.hidden = hidden;
+    tile.units = hidden / kBlocks;
+    tile.quads = hidden / kQuad;
+    tile.exchanged = kGates * tile.units * hidden;
+    tile.partial = tile.exchanged + 2 * kPatients * hidden;
+    return tile;
+  }
+};
+
+constexpr int kMostShared = 227 << 10;  // of a block, on GPUs for data centres
+static_assert(Tile<16>::forward(kMostHidden).bytes() <= kMostShared);
+static_assert(Tile<16>::backward(kMostHidden).bytes() <= kMostShared);
+static_assert(Tile<8>::forward(kMostHidden).bytes() <= kMostShared);
+static_assert(Tile<8>::backward(kMostHidden).bytes() <= kMostShared);
+
+__global__ void keep_starts(const __grid_constant__ SomeStarts some, int count, int64_t* starts) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) starts[i] = some.values[i];
+}
+
+#if EHRSEQ_HAS_CLUSTERS
+
+using ehrseq::cuda::cluster_rank;
+using ehrseq::cuda::cluster_sync;
+using ehrseq::cuda::in_block;
+
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// Patients at a time.
+__device__ inline int64_t patients_at(const Visits& visits, int time) {
+  return visits.starts[time + 1] - visits.starts[time];
+}
+
+// The times at which a patient has visits: patients do not become more.
+__device__ inline int times_of(const Visits& visits, int patient) {
+  int first = 0;
+  int last = visits.times;
+  while (first < last) {
+    const int middle = (first + last) / 2;
+    if (patients_at(visits, middle) > patient) {
+      first = middle + 1;
+    } else {
+      last = middle;
+    }
+  }
+  return first;
+}
+
+// The row of the visit that the scan has seen before this one; -1 where it begins with this one.
+__device__ inline int64_t row_before(const Visits& visits, int time, int64_t patient) {
+  if (!visits.reverse) return time > 0 ? visits.starts[time - 1] + patient : -1;
+  if (time + 1 == visits.times || patient >= patients_at(visits, time + 1)) return -1;
+  return visits.starts[time + 1] + patient;
+}
+
+__device__ inline float given_or_zero(const float* from, int64_t at) {
+  return from == nullptr ? 0.0f : from[at];
+}
+
+// Adds the products of the rows of one unit with the hidden states of a group of patients, over a
+// slice of h. Weights are [gate][quad of h][unit][4].
+template <int kPatients>
+__device__ inline void multiply(const Tile<kPatients>& tile, const float* weights,
+                                const float* hidden, int patients, float* partial) {
+  const int items = Tile<kPatients>::kGroups * tile.units;
+  const int slice = static_cast<int>(threadIdx.x) / items;
+  const int item = static_cast<int>(threadIdx.x) % items;
+  const int first = item / tile.units * kGroup;
+  const int unit = item % tile.units;
+  if (slice >= tile.slices || first >= patients) return;
+
+  float sum[kGates][kGroup] = {};
+  const int last_quad = tile.quads * (slice + 1) / tile.slices;
+  for (int quad = tile.quads * slice / tile.slices; quad < last_quad; ++quad) {
+    float4 w[kGates];
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) {
+      const int at = ((gate * tile.quads + quad) * tile.units + unit) * kQuad;
+      w[gate] = *reinterpret_cast<const float4*>(weights + at);
+    }
+#pragma unroll
+    for (int p = 0; p < kGroup; ++p) {
+      const int at = (first + p) * tile.hidden + quad * kQuad;
+      const float4 h = *reinterpret_cast<const float4*>(hidden + at);
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) {
+        sum[gate][p] += w[gate].x * h.x;
+        sum[gate][p] += w[gate].y * h.y;
+        sum[gate][p] += w[gate].z * h.z;
+        sum[gate][p] += w[gate].w * h.w;
+      }
+    }
+  }
+#pragma unroll
+  for (int p = 0; p < kGroup; ++p) {
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) {
+      partial[((slice * kPatients + first + p) * kGates + gate) * tile.units + unit] = sum[gate][p];
+    }
+  }
+}
+
+// Adds the products of four columns with the gradients of a group of patients, over a slice of this
+// block's rows. Weights are [row][H], gradients [patient][row].
+template <int kPatients>
+__device__ inline void multiply_back(const Tile<kPatients>& tile, const float* weights,
+                                     const float* grads, int patients, float* partial) {
+  const int items = Tile<kPatients>::kGroups * tile.quads;
+  const int slice = static_cast<int>(threadIdx.x) / items;
+  const int item = static_cast<int>(threadIdx.x) % items;
+  const int first = item / tile.quads * kGroup;
+  const int column = item % tile.quads * kQuad;
+  if (slice >= tile.slices || first >= patients) return;
+
+  float4 sum[kGroup] = {};
+  const int rows = kGates * tile.units;  // a multiple of 16
+  const int last_row = rows / kQuad * (slice + 1) / tile.slices * kQuad;
+  for (int row = rows / kQuad * slice / tile.slices * kQuad; row < last_row; row += kQuad) {
+    float4 w[kQuad];
+#pragma unroll
+    for (int q = 0; q < kQuad; ++q) {
+      w[q] = *reinterpret_cast<const float4*>(weights + (row + q) * tile.hidden + column);
+    }
+#pragma unroll
+    for (int p = 0; p < kGroup; ++p) {
+      const float4 d = *reinterpret_cast<const float4*>(grads + (first + p) * rows + row);
+      const float of[kQuad] = {d.x, d.y, d.z, d.w};
+#pragma unroll
+      for (int q = 0; q < kQuad; ++q) {
+        sum[p].x += w[q].x * of[q];
+        sum[p].y += w[q].y * of[q];
+        sum[p].z += w[q].z * of[q];
+        sum[p].w += w[q].w * of[q];
+      }
+    }
+  }
+#pragma unroll
+  for (int p = 0; p < kGroup; ++p) {
+    const int at = (slice * kPatients + first + p) * tile.hidden + column;
+    *reinterpret_cast<float4*>(partial + at) = sum[p];
+  }
+}
+
+// A sum over slices, in their order.
+template <int kPatients>
+__device__ inline float4 sum_of_slices(const Tile<kPatients>& tile, const float* partial, int at) {
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int slice = 0; slice < tile.slices; ++slice) {
+    const int from = slice * kPatients * tile.hidden + at;
+    const float4 part = *reinterpret_cast<const float4*>(partial + from);
+    sum.x += part.x;
+    sum.y += part.y;
+    sum.z += part.z;
+    sum.w += part.w;
+  }
+  return sum;
+}
+
+// A patient and a unit of this block, for which a thread keeps what is carried from visit to visit.
+struct Pair {
+  int patient;  // of the tile
+  int unit;     // of this block
+  int whose;    // the patient, of all
+  int of_all;   // the unit
+};
+
+template <int kPatients>
+struct Pairs {
+  static constexpr int kCount = Tile<kPatients>::kPairs;
+  Pair of[kCount];
+
+  __device__ explicit Pairs(const Tile<kPatients>& tile) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int at = static_cast<int>(threadIdx.x) + j * kThreads;
+      of[j].patient = at / tile.units;  // kPatients and more: there is none
+      of[j].unit = at % tile.units;
+      of[j].whose = static_cast<int>(blockIdx.x / kBlocks) * kPatients + of[j].patient;
+      of[j].of_all = static_cast<int>(cluster_rank()) * tile.units + of[j].unit;
+    }
+  }
+};
+
+// Calls body(row, from) for each row of this block's weights, where it is in memory.
+template <int kPatients, typename Body>
+__device__ inline void for_each_row(const Tile<kPatients>& tile, const float* weight,
+                                    const Body& body) {
+  const int first_unit = static_cast<int>(cluster_rank()) * tile.units;
+  for (int row = threadIdx.x / ehrseq::cuda::kWarp; row < kGates * tile.units;
+       row += kThreads / ehrseq::cuda::kWarp) {
+    const int gate = row / tile.units;
+    const int64_t of_all = int64_t{gate} * tile.hidden + first_unit + row % tile.units;
+    body(row, weight + of_all * tile.hidden);
+  }
+}
+
+// The patients of this tile at a time, of whom there is one at least.
+template <int kPatients>
+__device__ inline int present(const Visits& visits, int time) {
+  const int64_t first = int64_t{blockIdx.x / kBlocks} * kPatients;
+  return static_cast<int>(min(patients_at(visits, time) - first, int64_t{kPatients}));
+}
+
+#endif  // EHRSEQ_HAS_CLUSTERS
+
+template <int kPatients>
+__global__ void __launch_bounds__(kThreads, 1) scan_forward(const Forward layer) {
+#if EHRSEQ_HAS_CLUSTERS
+  constexpr int kPairs = Pairs<kPatients>::kCount;
+  EHRSEQ_DYNAMIC_SHARED(bytes);
+  const Visits& visits = layer.visits;
+  const Tile<kPatients> tile = Tile<kPatients>::forward(visits.hidden);
+  float* weights = reinterpret_cast<float*>(bytes);
+  float* exchanged = weights + tile.exchanged;  // [2][patient][H]
+  float* partial = weights + tile.partial;      // [slice][patient][gate][unit]
+  const int hidden = tile.hidden;
+  const int first_patient = static_cast<int>(blockIdx.x / kBlocks) * kPatients;
+  const int lane = threadIdx.x % ehrseq::cuda::kWarp;
+
+  for_each_row(tile, layer.weight, [&](int row, const float* from) {
+    const int gate = row / tile.units;
+    const int unit = row % tile.units;
+    for (int column = lane; column < hidden; column += ehrseq::cuda::kWarp) {
+      const int at = (gate * tile.quads + column / kQuad) * tile.units + unit;
+      weights[at * kQuad + column % kQuad] = from[column];
+    }
+  });
+  // in both, as patients may begin at any time where the scan is in reverse
+  for (int i = threadIdx.x; i < kPatients * hidden; i += kThreads) {
+    const int64_t patient = first_patient + i / hidden;
+    const bool exists = patient < visits.patients;
+    const float h = exists ? given_or_zero(layer.h0, patient * hidden + i % hidden) : 0.0f;
+    exchanged[i] = exchanged[kPatients * hidden + i] = h;
+  }
+  const Pairs<kPatients> pairs(tile);
+  float cell[kPairs];
+  float bias[kPairs][kGates];
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    const Pair& pair = pairs.of[j];
+    const bool exists = pair.patient < kPatients && pair.whose < visits.patients;
+    const int64_t of_patient = int64_t{pair.whose} * hidden + pair.of_all;
+    cell[j] = exists ? given_or_zero(layer.c0, of_patient) : 0.0f;
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) {
+      const int at = gate * hidden + pair.of_all;
+      bias[j][gate] = given_or_zero(layer.input_bias, at) + given_or_zero(layer.hidden_bias, at);
+    }
+  }
+
+  const int times = times_of(visits, first_patient);
+  cluster_sync();
+  for (int step = 0; step < times; ++step) {
+    const int time = visits.reverse ? times - 1 - step : step;
+    const int64_t row = visits.starts[time];
+    const int patients = present<kPatients>(visits, time);
+    const float* h = exchanged + step % 2 * kPatients * hidden;
+    float* next = exchanged + (step + 1) % 2 * kPatients * hidden;
+    const bool is_last_time = time + 1 == visits.times;
+    const int64_t going_on = is_last_time || visits.reverse ? 0 : patients_at(visits, time + 1);
+
+    float sum[kPairs][kGates];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Pair& pair = pairs.of[j];
+      if (pair.patient >= patients) continue;
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) {
+        const int64_t at = (row + pair.whose) * kGates * hidden + gate * hidden + pair.of_all;
+        sum[j][gate] = layer.sums[at] + bias[j][gate];
+      }
+    }
+    multiply(tile, weights, h, patients, partial);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Pair& pair = pairs.of[j];
+      if (pair.patient >= patients) continue;
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) {
+        float product = 0.0f;
+        for (int slice = 0; slice < tile.slices; ++slice) {
+          const int of = (slice * kPatients + pair.patient) * kGates + gate;
+          product += partial[of * tile.units + pair.unit];
+        }
+        sum[j][gate] += product;
+      }
+      const float in = sigmoid(sum[j][0]);
+      const float forget = sigmoid(sum[j][1]);
+      const float candidate = tanhf(sum[j][2]);
+      const float out = sigmoid(sum[j][3]);
+      cell[j] = forget * cell[j] + in * candidate;
+      const float value = out * tanhf(cell[j]);
+
+      const int64_t at = row + pair.whose;
+      layer.output[at * hidden + pair.of_all] = value;
+      if (layer.cells != nullptr) layer.cells[at * hidden + pair.of_all] = cell[j];
+      if (layer.gates != nullptr) {
+        float* gates = layer.gates + at * kGates * hidden + pair.of_all;
+        gates[0] = in;
+        gates[hidden] = forget;
+        gates[2 * hidden] = candidate;
+        gates[3 * hidden] = out;
+      }
+      if (visits.reverse ? time == 0 : pair.whose >= going_on) {
+        const int64_t of_patient = int64_t{pair.whose} * hidden + pair.of_all;
+        layer.last_hidden[of_patient] = value;
+        layer.last_cell[of_patient] = cell[j];
+      }
+      float* place = next + pair.patient * hidden + pair.of_all;
+#pragma unroll
+      for (int rank = 0; rank < kBlocks; ++rank) *in_block(place, rank) = value;
+    }
+    cluster_sync();
+  }
+#else
+  __trap();
+#endif
+}
+
+template <int kPatients>
+__global__ void __launch_bounds__(kThreads, 1) scan_backward(const Backward layer) {
+#if EHRSEQ_HAS_CLUSTERS
+  constexpr int kPairs = Pairs<kPatients>::kCount;
+  EHRSEQ_DYNAMIC_SHARED(bytes);
+  const Visits& visits = layer.visits;
+  const Tile<kPatients> tile = Tile<kPatients>::backward(visits.hidden);
+  float* weights = reinterpret_cast<float*>(bytes);
+  float* exchanged = weights + tile.exchanged;  // [2][block that it is from][patient][unit]
+  float* partial = weights + tile.partial;      // [slice][patient][H]
+  float* grads = weights + tile.grads;          // [patient][gate][unit]
+  const int hidden = tile.hidden;
+  const int own = static_cast<int>(cluster_rank());
+  const int first_patient = static_cast<int>(blockIdx.x / kBlocks) * kPatients;
+  const int lane = threadIdx.x % ehrseq::cuda::kWarp;
+
+  for_each_row(tile, layer.weight, [&](int row, const float* from) {
+    for (int column = lane; column < hidden; column += ehrseq::cuda::kWarp) {
+      weights[row * hidden + column] = from[column];
+    }
+  });
+  const Pairs<kPatients> pairs(tile);
+  float grad_cell[kPairs];
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    const Pair& pair = pairs.of[j];
+    const bool exists = pair.patient < kPatients && pair.whose < visits.patients;
+    const int64_t of_patient = int64_t{pair.whose} * hidden + pair.of_all;
+    grad_cell[j] = exists ? given_or_zero(layer.grad_last_cell, of_patient) : 0.0f;
+  }
+  // what the blocks have sent for a pair: the gradient of its hidden state through the weights
+  const auto received = [&](int step, const Pair& pair) {
+    const float* from = exchanged + step % 2 * kPatients * hidden;
+    float sum = 0.0f;
+#pragma unroll
+    for (int rank = 0; rank < kBlocks; ++rank) {
+      sum += from[(rank * kPatients + pair.patient) * tile.units + pair.unit];
+    }
+    return sum;
+  };
+  const auto finish = [&](const Pair& pair, float grad_hidden, float grad_of_cell) {
+    if (layer.grad_h0 == nullptr) return;
+    const int64_t of_patient = int64_t{pair.whose} * hidden + pair.of_all;
+    layer.grad_h0[of_patient] = grad_hidden;
+    layer.grad_c0[of_patient] = grad_of_cell;
+  };
+
+  const int times = times_of(visits, first_patient);
+  int going_on = 0;  // patients who had a visit in the step before
+  cluster_sync();
+  for (int step = 0; step < times; ++step) {
+    const int time = visits.reverse ? step : times - 1 - step;
+    const int64_t row = visits.starts[time];
+    const int patients = present<kPatients>(visits, time);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Pair& pair = pairs.of[j];
+      if (pair.patient >= max(patients, going_on)) continue;
+      const int64_t of_patient = int64_t{pair.whose} * hidden + pair.of_all;
+      float grad_hidden = pair.patient < going_on
+                              ? received(step, pair)
+                              : given_or_zero(layer.grad_last_hidden, of_patient);
+      if (pair.patient >= patients) {
+        finish(pair, grad_hidden, grad_cell[j]);
+        continue;
+      }
+      const int64_t at = (row + pair.whose) * hidden + pair.of_all;
+      const float* gates = layer.gates + (row + pair.whose) * kGates * hidden + pair.of_all;
+      const float in = gates[0];
+      const float forget = gates[hidden];
+      const float candidate = gates[2 * hidden];
+      const float out = gates[3 * hidden];
+      const float tanh_cell = tanhf(layer.cells[at]);
+      const int64_t before = row_before(visits, time, pair.whose);
+      const int64_t from = before * hidden + pair.of_all;
+      const float cell_before =
+          before < 0 ? given_or_zero(layer.c0, of_patient) : layer.cells[from];
+      if (layer.before != nullptr) {
+        layer.before[at] = before < 0 ? given_or_zero(layer.h0, of_patient) : layer.output[from];
+      }
+
+      grad_hidden += given_or_zero(layer.grad_output, at);
+      const float grad = grad_cell[j] + grad_hidden * out * (1.0f - tanh_cell * tanh_cell);
+      const float of_sums[kGates] = {
+          grad * candidate * in * (1.0f - in), grad * cell_before * forget * (1.0f - forget),
+          grad * in * (1.0f - candidate * candidate), grad_hidden * tanh_cell * out * (1.0f - out)};
+      grad_cell[j] = grad * forget;
+      float* grad_sums = layer.grad_sums + (row + pair.whose) * kGates * hidden + pair.of_all;
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) {
+        grad_sums[gate * hidden] = of_sums[gate];
+        grads[(pair.patient * kGates + gate) * tile.units + pair.unit] = of_sums[gate];
+      }
+    }
+    going_on = patients;
+    if (step + 1 == times && layer.grad_h0 == nullptr) break;  // nothing asks for the rest
+    __syncthreads();
+    multiply_back(tile, weights, grads, patients, partial);
+    __syncthreads();
+    float* next = exchanged + (step + 1) % 2 * kPatients * hidden;
+    for (int i = threadIdx.x; i < patients * tile.quads; i += kThreads) {
+      const int patient = i / tile.quads;
+      const int column = i % tile.quads * kQuad;  // all four are of one block
+      const int at = (own * kPatients + patient) * tile.units + column % tile.units;
+      float* place = in_block(next + at, column / tile.units);
+      *reinterpret_cast<float4*>(place) = sum_of_slices(tile, partial, i * kQuad);
+    }
+    cluster_sync();
+  }
+  if (layer.grad_h0 == nullptr) return;
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    const Pair& pair = pairs.of[j];
+    if (pair.patient < going_on) finish(pair, received(times, pair), grad_cell[j]);
+  }
+#else
+  __trap();
+#endif
+}
+
+}  // namespace ehrseq::packed_lstm::cuda

@@ -1,0 +1,387 @@
+"""The packed LSTM's CUDA kernels, on the host by the emulator; marked ``gpu`` what only a GPU can
+show. Their sums are in float32; what they have to agree with is in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+from ehrseq_fast import PackedLSTM, packed_lstm
+from ehrseq_fast import backend as backends
+from ehrseq_fast.packed_lstm import cuda
+from ehrseq_fast.packed_lstm.reference import packed_lstm_layer
+
+from . import cuda_on_cpu
+from .recurrent_layers import LENGTHS, LSTM, everything, records, results_of, sizes_of
+
+pytestmark = pytest.mark.operation("packed_lstm")
+on_host = pytest.mark.skipif(cuda_on_cpu.why_not() is not None, reason=str(cuda_on_cpu.why_not()))
+BOUND = 2e-6  # of the largest value of each tensor
+
+
+@contextlib.contextmanager
+def emulated():
+    loaded = cuda_on_cpu.load()
+    with backends.emulating("cuda", cuda_on_cpu.KERNELS), backends.use_backend("cuda"):
+        yield loaded
+
+
+@pytest.fixture
+def shim():
+    with emulated() as loaded:
+        yield loaded
+
+
+def ops():
+    return getattr(torch.ops, cuda_on_cpu.NAMESPACE)
+
+
+def launches(shim, call):
+    shim.reset_counts()
+    result = call()
+    return result, shim.counts().kernels
+
+
+def assert_agree(mine, exact, bound=BOUND):
+    for got, expected in zip(mine, exact, strict=True):
+        assert got.dtype == torch.float32
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=bound * scale)
+
+
+def twice(lengths, inputs=5, hidden=32, given=False, device="cpu", **options):
+    """The same layer, records and states in float32 and in float64, PyTorch's: whole gradients of
+    both."""
+    fast = PackedLSTM(inputs, hidden, **options)
+    exact = nn.LSTM(inputs, hidden, **options).double()
+    exact.load_state_dict(fast.state_dict())
+    visits = records(lengths, inputs, torch.float32)
+    shape = len(fast.all_weights), len(lengths), hidden
+    states = [torch.randn(shape) for _ in range(2)] if given else None
+
+    def of(dtype, device):
+        leaves = [x.detach().to(device, dtype).requires_grad_() for x in visits]
+        if states is None:
+            return leaves, None
+        return leaves, tuple(s.to(device, dtype).requires_grad_() for s in states)
+
+    return fast.to(device), exact, of(torch.float32, device), of(torch.float64, "cpu")
+
+
+@on_host
+@pytest.mark.parametrize("lengths", ["any order", "length 1", "all equal", "one patient"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
+def test_values_and_gradients(shim, lengths, bidirectional):
+    fast, exact, mine, theirs = twice(LENGTHS[lengths], bidirectional=bidirectional, given=True)
+    results, launched = launches(shim, lambda: everything(fast, *mine))
+    assert launched == (8 if bidirectional else 4)  # row numbers and scan, each way
+    assert_agree(results, everything(exact, *theirs))
+
+
+@on_host
+def test_layers_without_biases_and_states(shim):
+    options = {"num_layers": 2, "bidirectional": True, "bias": False}
+    fast, exact, mine, theirs = twice([3, 1, 4], **options)
+    results, launched = launches(shim, lambda: everything(fast, *mine))
+    assert launched == 16
+    assert_agree(results, everything(exact, *theirs))
+
+
+@on_host
+@pytest.mark.parametrize("hidden", [64, 160, 288])
+def test_hidden_sizes(shim, hidden):
+    """Slices of which one is longer than the others; and the most that shared memory holds."""
+    fast, exact, mine, theirs = twice([3, 1], 3, hidden, bidirectional=True, given=True)
+    assert_agree(everything(fast, *mine), everything(exact, *theirs))
+
+
+@on_host
+def test_tiles_of_sixteen_patients(shim):
+    """Where there are more than 128 patients; the last tile has few."""
+    lengths = [1 + i % 3 for i in range(131)]
+    fast, exact, mine, theirs = twice(lengths, 2, bidirectional=True, given=True)
+    assert_agree(everything(fast, *mine), everything(exact, *theirs))
+
+
+@on_host
+def test_more_times_than_one_launch_carries(shim):
+    fast, exact, mine, theirs = twice([490, 485, 1], 2)
+    with torch.no_grad():
+        results, launched = launches(shim, lambda: results_of(fast, *mine))
+        assert launched == 3
+        assert_agree(results, results_of(exact, *theirs))
+
+
+@on_host
+def test_inference_has_the_bits_of_training(shim):
+    fast, _, mine, _ = twice([3, 2], bidirectional=True, given=True)
+    trained = results_of(fast, *mine)
+    with torch.no_grad():
+        assert all(map(torch.equal, trained, results_of(fast, *mine)))
+
+
+@on_host
+def test_no_order_of_blocks_changes_a_bit(shim):
+    fast, _, mine, _ = twice([4, 3, 3, 2, 1, 1, 1, 1, 1], bidirectional=True, given=True)
+    first = everything(fast, *mine)
+    for seed in range(4):
+        shim.set_seed(100 * seed)
+        assert all(map(torch.equal, first, everything(fast, *mine)))
+
+
+NOTHING = float("nan")
+
+
+def raw(lengths=(3, 2, 1), inputs=3, hidden=32):
+    """What an operator is called with: rows, weights, biases and states."""
+    weights = LSTM.weights(inputs, hidden, dtype=torch.float32, scale=0.25)
+    states = [torch.randn(len(lengths), hidden) for _ in range(2)]
+    return [torch.randn(sum(lengths), inputs), sizes_of(lengths), *weights, *states]
+
+
+def forward(operands, reverse=False):
+    return ops().packed_lstm_layer(*operands, reverse, True, operands[0].shape[0])
+
+
+def backward(operands, results, incoming, reverse=False):
+    saved = results[0], *results[3:]
+    return ops().packed_lstm_layer_backward(*incoming, *operands, *saved, reverse, True, True, True)
+
+
+@on_host
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("argument", "at", "value"),
+    [
+        (0, (4, 1), NOTHING),  # a visit of the second patient
+        (3, (7, 2), NOTHING),
+        (3, (7, 2), float("inf")),
+        (4, (40,), float("inf")),
+        (6, (1, 5), NOTHING),
+        (7, (2, 9), float("inf")),
+    ],
+    ids=["row", "weight", "infinite weight", "infinite bias", "h0", "infinite c0"],
+)
+@pytest.mark.parametrize("states", [True, False])
+def test_what_is_not_finite_goes_where_the_definition_has_it(
+    shim, argument, at, value, reverse, states
+):
+    operands = raw()
+    operands[argument][at] = value
+    if not states:
+        operands[6:] = [None, None]
+        if argument >= 6:
+            pytest.skip("there are no states")
+    results = forward(operands, reverse)
+    given = [x if x is None or not x.is_floating_point() else x.double() for x in operands]
+    expected = packed_lstm_layer(*given, reverse)
+    for mine, theirs in zip(results[:3], expected, strict=True):
+        assert torch.equal(mine.isfinite(), theirs.isfinite())
+        kept = theirs.isfinite()
+        torch.testing.assert_close(mine.double()[kept], theirs[kept], rtol=0, atol=1e-5)
+
+
+@on_host
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_gradient_that_is_not_finite_stays_with_its_patient(shim, reverse):
+    operands = raw()
+    results = forward(operands, reverse)
+    incoming = [torch.randn_like(result) for result in results[:3]]
+    incoming[0][1, 3] = NOTHING  # of the second patient's first visit
+    grads = backward(operands, results, incoming, reverse)
+    rows_of_others = [0, 2, 3, 5]
+    assert grads[0][rows_of_others].isfinite().all()
+    assert grads[0][1].isnan().all()
+    assert grads[0][4].isnan().all() == reverse  # what was before the visit, in the scan's order
+    for of_states in grads[4:]:
+        assert of_states[[0, 2]].isfinite().all()
+        assert of_states[1].isnan().any()
+    assert grads[1].isnan().any()
+
+
+@on_host
+def test_gradients_that_are_not_asked_for_or_not_given(shim):
+    operands = raw()
+    results = forward(operands)
+    incoming = [torch.randn_like(result) for result in results[:3]]
+    saved = results[0], *results[3:]
+    whole = backward(operands, results, incoming)
+    for need in ((True, False, False), (False, True, False), (False, False, True)):
+        grads = ops().packed_lstm_layer_backward(*incoming, *operands, *saved, False, *need)
+        wanted = [need[0], *[need[1]] * 3, *[need[2]] * 2]
+        for grad, all_of_it, is_wanted in zip(grads, whole, wanted, strict=True):
+            assert torch.equal(grad, all_of_it) if is_wanted else grad.numel() == 0
+    for at in range(3):
+        given = [grad if i == at else None for i, grad in enumerate(incoming)]
+        zeros = [grad if i == at else torch.zeros_like(grad) for i, grad in enumerate(incoming)]
+        pairs = backward(operands, results, given), backward(operands, results, zeros)
+        assert all(map(torch.equal, *pairs))
+
+
+@on_host
+@pytest.mark.parametrize(
+    ("argument", "value", "match"),
+    [
+        (0, torch.zeros(6, 3, dtype=torch.float64), "input: expected float32, got float64"),
+        (1, torch.tensor([3, 2, 2]), r"batch_sizes: .* 6 in all, got more"),
+        (1, torch.tensor([1, 2, 3]), r"batch_sizes\[1\] = 2 after 1"),
+        (2, torch.zeros(128, 4), r"weight_ih: expected .*\[128, 3\], got \[128, 4\]"),
+        (3, torch.zeros(132, 33), "weight_hh: expected a multiple of 32 of at most 288 .*, got 33"),
+        (3, torch.zeros(1280, 320), "weight_hh: expected a multiple of 32 of at most 288"),
+        (4, torch.zeros(127), r"bias_ih: expected .*\[128\], got \[127\]"),
+        (7, torch.zeros(2, 32), r"c0: expected .*\[3, 32\], got \[2, 32\]"),
+    ],
+)
+def test_the_raw_operators_refuse_what_they_do_not_serve(shim, argument, value, match):
+    operands = raw()
+    results = forward(operands)
+    operands[argument] = value
+    with pytest.raises(ValueError, match=match):
+        ops().packed_lstm_layer(*operands, False, True, 6)
+    with pytest.raises(ValueError, match=match):
+        backward(operands, results, results[:3])
+
+
+@on_host
+def test_the_gates_of_all_visits_are_kept(shim):
+    with pytest.raises(ValueError, match=r"kept: expected 6\.\.6, got 5"):
+        ops().packed_lstm_layer(*raw(), False, True, 5)
+    operands = raw()
+    results = forward(operands)
+    saved = results[0], results[3][:5], results[4]
+    with pytest.raises(ValueError, match=r"gates: expected shape .*\[6, 128\], got \[5, 128\]"):
+        ops().packed_lstm_layer_backward(*results[:3], *operands, *saved, False, *(True,) * 3)
+
+
+@on_host
+def test_results_share_no_memory_and_operands_stay(shim):
+    operands = raw()
+    before = copy.deepcopy(operands)
+    results = forward(operands)
+    grads = backward(operands, results, [torch.ones_like(result) for result in results[:3]])
+    assert all(map(torch.equal, operands, before))
+    storages = [tensor.untyped_storage().data_ptr() for tensor in (*results, *grads)]
+    assert len(set(storages)) == len(storages)
+
+
+@on_host
+def test_a_second_derivative_is_refused(shim):
+    fast, _, (visits, _), _ = twice([2, 1])
+    output, _ = fast(pack_sequence(visits))
+    (grad,) = torch.autograd.grad(output.data.sum(), visits[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="packed_lstm"):
+        torch.autograd.grad(grad.sum(), visits[0])
+
+
+@on_host
+@pytest.mark.parametrize(
+    ("hidden", "dtype"), [(33, torch.float32), (320, torch.float32), (32, torch.float64)]
+)
+def test_what_they_do_not_serve_goes_where_it_went(shim, hidden, dtype):
+    fast = PackedLSTM(3, hidden, dtype=dtype)
+    packed = pack_sequence([torch.randn(2, 3, dtype=dtype)])
+    got, launched = launches(shim, lambda: fast(packed)[0].data)
+    assert launched == 0
+    with backends.use_backend(None):
+        assert torch.equal(got, fast(packed)[0].data)
+
+
+@on_host
+def test_they_are_taken_where_they_are_asked_for(shim, monkeypatch):
+    fast = PackedLSTM(3, 32)
+    packed = pack_sequence([torch.randn(2, 3)])
+    for call in (lambda: fast(packed), lambda: packed_lstm(packed, fast.all_weights)):
+        assert launches(shim, call)[1] > 0
+        with torch.autocast("cpu"):
+            assert launches(shim, call)[1] == 0
+        with backends.use_backend(None):
+            assert launches(shim, call)[1] == 0
+        with backends.use_backend("reference"):
+            assert launches(shim, call)[1] == 0
+        with monkeypatch.context() as changed:
+            changed.setenv(cuda.SWITCH, "0")
+            assert launches(shim, call)[1] == 0
+
+
+def a_run(**changed):
+    rows = [
+        {"hidden": hidden, "patients": patients, "ours": ours, "cudnn_packed": 9.0}
+        for hidden, patients, ours in ((128, 32, 5.0), (128, 1024, 8.0), (256, 32, 9.5))
+    ]
+    run = {"gpu": "A GPU", "measured_at": "2026-02-01", "rows": rows}
+    return run | dict.fromkeys(cuda.CHECKS, True) | changed
+
+
+def test_results_decide_by_default():
+    assert cuda.faster_sizes([], "A GPU") == set()
+    assert cuda.faster_sizes([a_run()], "A GPU") == {128}
+    assert cuda.faster_sizes([a_run()], "Another") == set()
+    for check in cuda.CHECKS:
+        assert cuda.faster_sizes([a_run(**{check: False})], "A GPU") == set()
+    newer = a_run(measured_at="2026-03-01", same_bits_1000_times=None)
+    assert cuda.faster_sizes([newer, a_run()], "A GPU") == set()
+
+
+def test_info_says_why(monkeypatch):
+    monkeypatch.delenv(cuda.SWITCH, raising=False)
+    assert "are off, as no committed results show them right" in cuda.describe([])
+    assert "A GPU: hidden sizes 128" in cuda.describe([a_run()])
+    monkeypatch.setenv(cuda.SWITCH, "1")
+    assert f"{cuda.SWITCH} asks for" in cuda.describe([])
+    monkeypatch.setenv(cuda.SWITCH, "0")
+    assert f"{cuda.SWITCH} is 0" in cuda.describe([a_run()])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setenv(cuda.SWITCH, "1")
+    reason = cuda.why_not(torch.empty(0, device="cuda"), 32)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    return "cuda"
+
+
+def ragged(patients, longest):
+    return [1 + (i * 7919) % longest for i in range(patients)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [32, 128, 192, 256, 288])
+@pytest.mark.parametrize("patients", [1, 33, 300])
+def test_values_and_gradients_on_a_gpu(gpu, patients, hidden):
+    options = {"num_layers": 2, "bidirectional": True, "given": True, "device": gpu}
+    fast, exact, mine, theirs = twice(ragged(patients, 40), 24, hidden, **options)
+    results = [result.cpu() for result in everything(fast, *mine)]
+    assert_agree(results, everything(exact, *theirs), bound=2e-5)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_a_thousand_times_on_a_gpu(gpu):
+    """``EHRSEQ_FAST_REPEATS``: fewer, under a sanitizer."""
+    fast, _, mine, _ = twice(ragged(200, 20), 24, 256, bidirectional=True, device=gpu)
+    first = everything(fast, *mine)
+    for _ in range(int(os.environ.get("EHRSEQ_FAST_REPEATS", "1000")) - 1):
+        assert all(map(torch.equal, first, everything(fast, *mine)))
+
+
+@pytest.mark.gpu
+def test_a_captured_layer_on_a_gpu(gpu):
+    fast, _, (visits, _), _ = twice(ragged(20, 9), 8, 128, device=gpu)
+    packed = pack_sequence([x.detach() for x in visits], enforce_sorted=False)
+    with torch.no_grad():
+        expected = fast(packed)[0].data
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = fast(packed)[0].data
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)
