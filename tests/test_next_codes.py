@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ehrseq_fast import PackedRows, next_codes_bce
-from ehrseq_fast.next_codes import chunks
+from ehrseq_fast.next_codes import chunks, reference
 
 from .next_codes_cases import PATIENTS, Given, by_visit, check, dense, make, ours, with_gradients
 from .tolerances import assert_matches
@@ -168,6 +168,34 @@ def test_what_is_not_finite_is_seen(backend, value):
         wide = with_gradients(dense, given.of(torch.float64), False, "sum")
         for mine, expected in zip(summed, wide, strict=True):
             assert torch.equal(mine.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_show(backend, value):
+    """Wherever they multiply: a ``pos_weight`` at the visits that have the code."""
+    for which, at, rows in (("pos_weight", 7, [3]), ("class_weight", 7, list(range(6))),
+                            ("visit_weight", 2, [2])):  # fmt: skip
+        given = make(6, 4, 40)
+        given.codes[:] = torch.where(given.codes == 7, 8, given.codes)
+        given.codes[given.offsets[3]] = 7
+        getattr(given, which)[at] = value
+        got = with_gradients(ours, given, True)
+        wide = with_gradients(defined, given.of(torch.float64))
+        for mine, expected in zip(got, wide, strict=True):
+            assert torch.equal(mine.isfinite(), expected.isfinite())
+        assert (~got[0].isfinite()).nonzero().flatten().tolist() == rows
+        assert not got[3].isfinite().all()
+        for reduction in ("sum", "mean"):
+            summed = with_gradients(ours, given, True, reduction)
+            for mine, expected in zip(summed[1:], wide[1:], strict=True):
+                assert torch.equal(mine.isfinite(), expected.isfinite())
+            assert not summed[0].isfinite()
+
+
+def defined(given):
+    """By the definition, dense."""
+    losses = reference.next_codes(*given.leaves, *given.pair, given.pos_weight, given.class_weight)
+    return losses * given.visit_weight
 
 
 def test_derivatives(unemulated):

@@ -47,6 +47,8 @@ def next_codes(
     flat = torch.zeros(logits.numel() + 1, dtype=wide, device=logits.device)
     place = places(codes, code_offsets, len(weight), sampled)
     targets = flat.index_fill(0, place, 1)[:-1].view(logits.shape)
+    if pos_weight is not None:  # which a visit without the code has no part in, even if it is NaN
+        pos_weight = torch.where(targets != 0, pos_weight, 1)
     losses = F.binary_cross_entropy_with_logits(
         logits, targets, weight=class_weight, pos_weight=pos_weight, reduction="none"
     )
