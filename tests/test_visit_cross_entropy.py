@@ -156,6 +156,16 @@ def test_small_losses_keep_their_digits(compiled):
     torch.testing.assert_close(x.grad[0, 0, 1].item(), math.exp(-30.0), rtol=1e-12, atol=0)
 
 
+def test_small_losses_and_derivatives_of_labels_keep_their_digits(kernels):
+    x = torch.tensor([[[15.0, 0.0, -1.0], [0.0, 15.0, -1.0]]], requires_grad=True)
+    loss = visit_cross_entropy(x, torch.tensor([[0, 1]]), reduction="none")
+    odds = math.exp(-15.0) + math.exp(-16.0)
+    torch.testing.assert_close(loss, torch.full((1, 2), odds), rtol=1e-4, atol=0)
+    loss.sum().backward()
+    of_labels = torch.stack([x.grad[0, 0, 0], x.grad[0, 1, 1]])
+    torch.testing.assert_close(of_labels, torch.full((2,), -odds), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_packed_has_the_bits_of_padded(compiled, reduction, dtype):

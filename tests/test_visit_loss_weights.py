@@ -31,7 +31,9 @@ def test_weights_of_classes_visits_and_patients_that_are_not_finite_show(backend
     """As in plain PyTorch. Those of visits that do not count are not read."""
     x, y, mask, weights = draw_classes(4, 3, 3)
     mask[:, 0] = True
+    mask[2, 2] = False
     y[0, 0], y[1, 0], y[2] = 0, 1, -100
+    y = torch.where(mask, y, 10**6)
     batch = packed_of(x, mask).batch
 
     def run(changed, **options):
@@ -80,7 +82,7 @@ def test_weights_of_visits_and_patients_that_are_not_finite_show(backend, layout
     mask[2, 2:] = False
     outcomes = (torch.tensor([2, 4, 1]), torch.tensor([1, 0, 0]), 2.0)
     batch = packed_of(x, mask).batch
-    days = torch.arange(4.0).expand(3, 4)
+    days = torch.where(mask, torch.arange(4.0), torch.nan)
 
     def run(of_visits, of_patients, times, reduction):
         leaf = x.clone().requires_grad_()
@@ -99,7 +101,8 @@ def test_weights_of_visits_and_patients_that_are_not_finite_show(backend, layout
 
     of_visits, of_patients = torch.rand(3, 4) + 0.5, torch.tensor([1.0, weight, 1])
     one, other = of_visits.clone(), of_visits.clone()
-    one[1, 1], other[1, 3] = weight, weight  # the second is censored within the horizon
+    # of a visit that counts; of one censored within the horizon, and of padding
+    one[1, 1], other[1, 3], other[2, 3] = weight, weight, weight
     for reduction in REDUCTIONS:
         for given in ((one, None, None), (None, of_patients, None), (None, of_patients, days)):
             value, grad = run(*given, reduction)
