@@ -133,3 +133,41 @@ def test_weights_of_given_labels_that_are_not_finite_show(backend, weight):
     assert got[0].isnan()
     assert got[1][1, 2].isnan()
     assert got[1][0, 1] == 0
+
+
+@pytest.mark.operation("visit_cross_entropy")
+@pytest.mark.parametrize("incoming", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_zero_derivative_of_classes_times_what_is_not_finite_is_nan(backend, dtype, incoming):
+    """A visit that does not count has none: there it stays 0."""
+    x = torch.zeros(2, 3, 9)
+    x[..., 4] = 2000
+    labels, weights = torch.full((2, 3), 4), torch.ones(2, 3)
+    labels[0, 1], weights[1, 0] = -100, 0
+    for smoothing in (0.0, 0.5):
+        leaf = x.to(dtype).requires_grad_()
+        options = {"visit_weight": weights, "label_smoothing": smoothing, "reduction": "none"}
+        loss = visit_cross_entropy(leaf, labels, **options)
+        (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, incoming))
+        assert not grad[0, 1].any()
+        if smoothing == 0:
+            counts = (labels == 4)[..., None].expand_as(grad)
+            assert torch.equal(grad.isnan(), counts)
+        else:
+            assert grad[1, 0].isnan().all()
+
+
+@pytest.mark.operation("fixed_horizon")
+@pytest.mark.parametrize("incoming", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_zero_derivative_of_a_horizon_times_what_is_not_finite_is_nan(backend, dtype, incoming):
+    weights = torch.ones(2, 12)
+    weights[1, 0] = 0
+    for weight in (None, weights):
+        leaf = torch.full((2, 12), -2000.0).to(dtype).requires_grad_()
+        outcomes = (torch.tensor([10, 12]), torch.tensor([0, 0]), 2)
+        loss = fixed_horizon_bce(leaf, *outcomes, visit_weight=weight, reduction="none")
+        (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, incoming))
+        counts = torch.arange(12) <= torch.tensor([[8], [10]])
+        assert torch.equal(grad.isnan(), counts)
+        assert not grad[~counts].any()
