@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from . import compare, main_job, plot, readme, suite
+from . import compare, cuda_lstm, main_job, plot, readme, suite
 from .workloads import MissingPackageError
 
 # name -> module with SUMMARY, add_arguments(parser) and run(args)
@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": compare,
     "plot": plot,
     "readme": readme,
+    "cuda-lstm": cuda_lstm,
 }
 
 

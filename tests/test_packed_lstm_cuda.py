@@ -338,6 +338,27 @@ def test_info_says_why(monkeypatch):
     assert f"{cuda.SWITCH} is 0" in cuda.describe([a_run()])
 
 
+@on_host
+def test_the_run_that_settles_the_default(shim, monkeypatch):
+    """In small, and against PyTorch's kernels on the host."""
+    cuda_lstm = pytest.importorskip("benchmarks.cuda_lstm")
+    monkeypatch.delenv(cuda.SWITCH, raising=False)
+    sizes = cuda_lstm.Sizes((2, 5), (32, 40), 3, 4, 2, 1, 30)
+    found = cuda_lstm.measure("cpu", sizes) | {"racecheck": True, "synccheck": True}
+    assert all(found[check] is True for check in cuda.CHECKS)
+    assert [row["ours"] is None for row in found["rows"]] == [False, False, True, True]
+    for row in found["rows"]:
+        assert all(
+            row[f"{name}{way}"] > 0 for name in cuda_lstm.LAYERS[1:] for way in ("", "_forward")
+        )
+    assert len(found["steps"]) == 2
+    assert "not served" in cuda_lstm.table(found)
+    for row in found["rows"]:
+        row["ours"] = row["ours"] and 0.5 * row["cudnn_packed"]
+    assert "The default for hidden sizes: 32" in cuda_lstm.table(found)
+    assert cuda.SWITCH not in os.environ
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     if not torch.cuda.is_available():
@@ -357,7 +378,7 @@ def ragged(patients, longest):
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [32, 128, 192, 256, 288])
 @pytest.mark.parametrize("patients", [1, 33, 300])
-def test_values_and_gradients_on_a_gpu(gpu, patients, hidden):
+def test_any_shape_on_a_gpu(gpu, patients, hidden):
     options = {"num_layers": 2, "bidirectional": True, "given": True, "device": gpu}
     fast, exact, mine, theirs = twice(ragged(patients, 40), 24, hidden, **options)
     results = [result.cpu() for result in everything(fast, *mine)]
@@ -374,7 +395,7 @@ def test_the_same_bits_a_thousand_times_on_a_gpu(gpu):
 
 
 @pytest.mark.gpu
-def test_a_captured_layer_on_a_gpu(gpu):
+def test_a_graph_of_a_layer_on_a_gpu(gpu):
     fast, _, (visits, _), _ = twice(ragged(20, 9), 8, 128, device=gpu)
     packed = pack_sequence([x.detach() for x in visits], enforce_sorted=False)
     with torch.no_grad():

@@ -127,6 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward(const Forward layer)
   }
   const Pairs<kPatients> pairs(tile);
   float cell[kPairs];
+  float value[kPairs];
   float bias[kPairs][kGates];
 #pragma unroll
   for (int j = 0; j < kPairs; ++j) {
@@ -178,33 +179,36 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward(const Forward layer)
         }
         sum[j][gate] += product;
       }
-      const float in = sigmoid(sum[j][0]);
-      const float forget = sigmoid(sum[j][1]);
-      const float candidate = tanhf(sum[j][2]);
-      const float out = sigmoid(sum[j][3]);
-      cell[j] = forget * cell[j] + in * candidate;
-      const float value = out * tanhf(cell[j]);
-
+      const float gates[kGates] = {sigmoid(sum[j][0]), sigmoid(sum[j][1]), tanhf(sum[j][2]),
+                                   sigmoid(sum[j][3])};
+      cell[j] = gates[1] * cell[j] + gates[0] * gates[2];
+      value[j] = gates[3] * tanhf(cell[j]);
+      float* place = next + pair.patient * hidden + pair.of_all;
+#pragma unroll
+      for (int rank = 0; rank < kBlocks; ++rank) *in_block(place, rank) = value[j];
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) sum[j][gate] = gates[gate];
+    }
+    cluster_arrive();
+    // only now, as arriving waits for all that was written before it
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Pair& pair = pairs.of[j];
+      if (pair.patient >= patients) continue;
       const int64_t at = row + pair.whose;
-      layer.output[at * hidden + pair.of_all] = value;
+      layer.output[at * hidden + pair.of_all] = value[j];
       if (layer.cells != nullptr) layer.cells[at * hidden + pair.of_all] = cell[j];
-      if (layer.gates != nullptr) {
-        float* gates = layer.gates + at * kGates * hidden + pair.of_all;
-        gates[0] = in;
-        gates[hidden] = forget;
-        gates[2 * hidden] = candidate;
-        gates[3 * hidden] = out;
+#pragma unroll
+      for (int gate = 0; gate < kGates && layer.gates != nullptr; ++gate) {
+        layer.gates[(at * kGates + gate) * hidden + pair.of_all] = sum[j][gate];
       }
       if (visits.reverse ? time == 0 : pair.whose >= going_on) {
         const int64_t of_patient = int64_t{pair.whose} * hidden + pair.of_all;
-        layer.last_hidden[of_patient] = value;
+        layer.last_hidden[of_patient] = value[j];
         layer.last_cell[of_patient] = cell[j];
       }
-      float* place = next + pair.patient * hidden + pair.of_all;
-#pragma unroll
-      for (int rank = 0; rank < kBlocks; ++rank) *in_block(place, rank) = value;
     }
-    cluster_sync();
+    cluster_wait();
   }
 #else
   __trap();

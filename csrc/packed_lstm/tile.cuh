@@ -77,8 +77,10 @@ static_assert(Tile<8>::backward(kMostHidden).bytes() <= kMostShared);
 
 #if EHRSEQ_HAS_CLUSTERS
 
+using ehrseq::cuda::cluster_arrive;
 using ehrseq::cuda::cluster_rank;
 using ehrseq::cuda::cluster_sync;
+using ehrseq::cuda::cluster_wait;
 using ehrseq::cuda::in_block;
 
 // Patients at a time.

@@ -2,7 +2,7 @@
 
 The kernels are taken where they are asked for (``EHRSEQ_FAST_CUDA_LSTM=1``, or the backend
 ``cuda``). Otherwise results decide that were measured on a GPU and committed
-(``ehrseq_fast/cuda_lstm.json``, written by ``python -m benchmarks.cuda_lstm``): the kernels are
+(``ehrseq_fast/cuda_lstm.json``, written by ``python -m benchmarks cuda-lstm``): the kernels are
 taken on GPUs of that name, for hidden sizes for which they were right, and faster than cuDNN for
 every number of patients. ``EHRSEQ_FAST_CUDA_LSTM=0`` leaves everything to cuDNN, whatever is asked
 for.
@@ -121,8 +121,9 @@ def faster_sizes(runs: Sequence[Mapping[str, Any]], gpu: str) -> set[int]:
     if not all(newest.get(check) is True for check in CHECKS):
         return set()
     faster = {row["hidden"]: True for row in newest["rows"]}
-    for row in newest["rows"]:
-        faster[row["hidden"]] &= row["ours"] < row["cudnn_packed"]
+    for row in newest["rows"]:  # without a time of ours: not served
+        ours = row["ours"]
+        faster[row["hidden"]] &= ours is not None and ours < row["cudnn_packed"]
     return {hidden for hidden, always in faster.items() if always}
 
 

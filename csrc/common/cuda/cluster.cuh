@@ -16,10 +16,13 @@ namespace ehrseq::cuda {
 
 __device__ inline unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
 
-// All threads of all blocks meet; what each wrote before, to whatever memory, all see after.
+// All threads of all blocks meet: what each wrote before it arrived, to whatever memory, all see
+// when they have waited. Arriving is what takes time, until those writes are done.
+__device__ inline void cluster_arrive() { __cluster_barrier_arrive(); }
+__device__ inline void cluster_wait() { __cluster_barrier_wait(); }
 __device__ inline void cluster_sync() {
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
+  cluster_arrive();
+  cluster_wait();
 }
 
 // Where `own`, in this block's dynamic shared memory, is in that of block `rank` of the cluster.
