@@ -83,7 +83,7 @@ __all__ = [
 operations.import_all()  # those too that only models call
 backend.load_triton_kernels()
 
-_SUBMODULES = ("data", "losses", "metrics", "models", "predictions")
+_SUBMODULES = ("data", "exporting", "losses", "metrics", "models", "predictions")
 
 
 def __getattr__(name: str) -> Any:

@@ -116,8 +116,10 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     float32 or float64 weights. Everything else, and a model whose children were replaced or given
     hooks since, goes to the model's own ``forward``. A visit without a real code gives zeros in
     every mode, where ``ehrsequencing`` gives −inf for max and NaN for attention; padded slots are
-    not read. Dropout draws other random numbers. ``torch.compile`` of a fused model breaks the
-    graph at it; ``torch.export`` and ``torch.jit.trace`` take the model's own ``forward``.
+    not read. Dropout draws other random numbers. ``torch.compile`` traces the fused pass
+    of a :class:`~ehrseq_fast.PackedVisits` whole, and breaks the graph for padded tensors;
+    :func:`~ehrseq_fast.exporting.export_model` takes it too. ``torch.export`` of padded tensors and
+    ``torch.jit.trace`` take the model's own ``forward``.
 
     **Wrapped models.** In ``DistributedDataParallel`` and ``DataParallel`` the module inside is
     accelerated, in every process alike. Models that are compiled (``torch.compile``), scripted or

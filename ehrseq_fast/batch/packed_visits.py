@@ -39,8 +39,8 @@ class PackedVisits(Sources):
     ``copy.deepcopy``, ``pickle``, slices, :meth:`cat`, :meth:`pin_memory` and :meth:`to` keep
     outcomes, features, weights and targets.
 
-    ``torch.export`` takes no batch as an input: the sizes of a batch are Python numbers, which a
-    graph would hold as constants. Export a model with ``path="padded"`` and padded tensors.
+    ``torch.export`` takes no batch as an input, but its tensors, whose sizes it keeps dynamic:
+    :func:`ehrseq_fast.exporting.export_model`.
 
     Attributes:
         codes: int32 ``[n_codes]``, the codes of row 0, then of row 1, ...; within a visit in the

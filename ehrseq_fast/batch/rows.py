@@ -72,8 +72,8 @@ class Rows(Storage):
         check_fill(fill, values.dtype)
         n_visits = self._total_length(total_length)
         slots = self._slots_within(n_visits)
-        padded = values.new_full((len(self) * n_visits, *values.shape[1:]), fill)
-        return padded.index_copy(0, slots, values).unflatten(0, (len(self), n_visits))
+        padded = values.new_full((self.n_patients * n_visits, *values.shape[1:]), fill)
+        return padded.index_copy(0, slots, values).unflatten(0, (self.n_patients, n_visits))
 
     def pack(self, padded: Tensor) -> Tensor:
         """Padded ``[B, V, ...]`` in the caller's order to rows ``[n_visits, ...]``; padding is not
@@ -90,9 +90,10 @@ class Rows(Storage):
             tensor([20., 10., 30.])
         """
         expect_tensor("padded", padded)
-        if padded.dim() < 2 or padded.shape[0] != len(self) or padded.shape[1] < self.max_visits:
+        patients, longest = self.n_patients, self.max_visits
+        if padded.dim() < 2 or padded.shape[0] != patients or padded.shape[1] < longest:
             raise ValueError(
-                f"padded: expected shape [B={len(self)}, V>={self.max_visits}, ...], "
+                f"padded: expected shape [B={patients}, V>={longest}, ...], "
                 f"got {list(padded.shape)}"
             )
         return padded.flatten(0, 1).index_select(0, self._slots_within(padded.shape[1]))
@@ -132,7 +133,7 @@ class Rows(Storage):
         row_of_code = self.row_of_code
         place = torch.arange(self.n_codes, device=self.device) - self.code_offsets[row_of_code]
         slots = self._slots_within(n_visits)[row_of_code] * n_slots + place
-        visit_codes = slots.new_zeros(len(self), n_visits, n_slots)
+        visit_codes = slots.new_zeros(self.n_patients, n_visits, n_slots)
         visit_codes.view(-1).index_copy_(0, slots, self.codes.long())
         if self.code_weights is None:
             visit_mask = torch.zeros_like(visit_codes, dtype=torch.bool)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -102,6 +103,17 @@ class Storage:
             ("visit_targets", ReadOnly(of_visits)),
         ):
             object.__setattr__(self, name, value)
+        if "torch._dynamo" in sys.modules:  # a compiled model may be given this batch
+            _mark_dynamic([*views.values(), *self._moving_tensors()])
+
+    def _moving_tensors(self) -> list[Tensor]:
+        """What does not fit into the two buffers."""
+        loose = (self.visit_features, self.code_weights)
+        return [
+            *(tensor for tensor in loose if tensor is not None),
+            *self.targets.values(),
+            *self.visit_targets.values(),
+        ]
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(
@@ -131,26 +143,34 @@ class Storage:
 
     def __len__(self) -> int:
         """The number of patients."""
-        return self._layout.n_patients
+        return self.n_patients
 
     @property
     def n_patients(self) -> int:
         """The number of patients."""
+        if torch.compiler.is_compiling():  # sizes of tensors are dynamic from the first call on
+            return self._views["sorted_indices"].shape[0]
         return self._layout.n_patients
 
     @property
     def n_visits(self) -> int:
         """The number of real visits, all patients together: the number of packed rows."""
+        if torch.compiler.is_compiling():
+            return self._views["code_offsets"].shape[0] - 1
         return self._layout.n_visits
 
     @property
     def n_codes(self) -> int:
         """The number of real codes, all visits together."""
+        if torch.compiler.is_compiling():
+            return self._views["codes"].shape[0]
         return self._layout.n_codes
 
     @property
     def max_visits(self) -> int:
         """The number of visits of the longest patient; 0 in an empty batch."""
+        if torch.compiler.is_compiling():
+            return self._views["batch_sizes"].shape[0]
         return self._layout.max_visits
 
     @property
@@ -260,6 +280,15 @@ class Storage:
             dict(self.visit_targets),
             self.code_weights,
         )
+
+
+def _mark_dynamic(tensors: Iterable[Tensor]) -> None:
+    """Tell ``torch.compile`` that first dimensions differ from batch to batch, so that the first
+    compilation serves all sizes but 0 and 1, and the second batch does not compile again."""
+    mark = torch._dynamo.maybe_mark_dynamic
+    for tensor in tensors:
+        if tensor.dim():
+            mark(tensor, 0)
 
 
 def trainable(tensor: Tensor) -> Tensor:

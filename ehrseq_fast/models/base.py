@@ -15,6 +15,7 @@ from ..arrays import expect_tensor, kind_of
 from ..autograd import transformed, values_are_hidden
 from ..batch import PackedVisits
 from ..checks import expect_option, refuse_codes_outside
+from ..compiling import let_trace
 from ..rows import PackedRows, VisitState
 from .head import called, hazards_of, run_network
 from .pooling import plain_pool
@@ -164,7 +165,7 @@ class VisitSequenceModel(nn.Module):
             raise untransformed(self.lstm, self.path, error) from error
 
     def _run_batch(self, batch: PackedVisits) -> HiddenStates:
-        if len(batch) == 0:
+        if batch.n_patients == 0:
             raise ValueError("batch: expected at least one patient, got none")
         if batch.code_weights is not None and self._pooling_mode() in ("max", "attention"):
             raise ValueError(
@@ -172,6 +173,7 @@ class VisitSequenceModel(nn.Module):
                 "has no use for them: pass batch.with_code_weights(None)"
             )
         self._check_features(batch)
+        let_trace(self, "lstm")
 
         def packed(values: Tensor) -> PackedRows:
             return PackedRows(values, batch)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..autograd import values_are_hidden
 from ..batch import PackedVisits
+from ..compiling import let_trace
 from ..visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
 from .competing_risks import CompetingRisksSurvivalLSTM
 from .known_forms import arguments_of, form_of
@@ -100,11 +101,21 @@ def describe(module: nn.Module, form: str, pooling: Pooling | None = None) -> Fu
 def fused_class(fused: Fused) -> type[nn.Module]:
     """The subclass of ``fused.kind`` whose forward pass is fused; one for each description."""
     kind: Any = fused.kind
+    parts = _methods_of(fused.form)
+    traced = parts is not None and not any(hasattr(kind, name) for name in parts)
 
     @functools.wraps(kind.forward)
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # values would be constants
+        if torch.jit.is_tracing():  # values would be constants
             return kind.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            given = _packed_arguments(fused, args, kwargs)
+            if given is None and torch.compiler.is_exporting():  # as above
+                return kind.forward(self, *args, **kwargs)
+            if given is not None and traced and torch.compiler.is_dynamo_compiling():
+                result = _traced(fused, self, given)
+                if result is not NOT_SERVED:
+                    return result
         return _forward(fused, self, args, kwargs)
 
     def reduce(self, protocol):
@@ -114,6 +125,7 @@ def fused_class(fused: Fused) -> type[nn.Module]:
         return reduced
 
     contents = {
+        **(parts if traced and parts is not None else {}),
         "__doc__": kind.__doc__,
         "__module__": kind.__module__,
         "__reduce_ex__": reduce,
@@ -128,6 +140,54 @@ def _make(fused: Fused) -> nn.Module:
     """An instance without contents, for ``pickle`` and ``copy``."""
     kind = fused_class(fused)
     return kind.__new__(kind)
+
+
+def _methods_of(form: str) -> dict[str, Any] | None:
+    """What the fused forward pass of a form looks up on the model, by name; None for a form that is
+    not traced. ``torch.compile`` makes no view of a model, as :func:`_view` does."""
+    if form == "pool":
+        return {}
+    if form not in _MODELS:
+        return None
+    found: dict[str, Any] = {"path": "fused"}
+    lineage = _MODELS[form].__mro__
+    for kind in reversed(lineage[: lineage.index(nn.Module)]):
+        own = vars(kind).items()
+        found |= {name: value for name, value in own if name[0] == "_" and name[1] != "_"}
+    if form == "competing_risks":
+        found["link"] = "sigmoid"
+    if form == "baseline":
+        found["_pool_rows"] = _encode_batch
+    return found
+
+
+def _encode_batch(module: Any, batch: PackedVisits) -> Tensor:
+    return VisitEncoder.encode_batch(module.visit_encoder, batch, module.embedding)
+
+
+def _packed_arguments(
+    fused: Fused, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any] | None:
+    """The arguments in order where the first is a packed batch."""
+    given = _bind(fused.arguments, args, kwargs)
+    return given if given is not None and isinstance(given[0], PackedVisits) else None
+
+
+def _traced(fused: Fused, module: Any, given: list[Any]) -> Any:
+    """:func:`run_fused` on a packed batch, as ``torch.compile`` traces it."""
+    if fused.form != "pool":
+        let_trace(module, "lstm")
+    fits = form_of(module) == fused.form
+    for name, value in (("path", "fused"), ("link", "sigmoid")):  # it may have its own of that name
+        fits = fits and module.__dict__.get(name, value) == value
+    if fused.form == "baseline":
+        fits = fits and class_of(module.visit_encoder) is fused.encoder
+        given = [*given[:3], bool(given[3])]
+    if not fits:
+        return NOT_SERVED
+    if fused.form == "pool":
+        return _run_pool(fused, module, given)
+    return _MODELS[fused.form].forward(module, *given)
 
 
 @torch.compiler.disable

@@ -74,8 +74,8 @@ class DiscreteTimeSurvivalLSTM(VisitSequenceModel):
 
     On a GPU the fused and packed paths wait once per call for the sizes of padded tensors, and once
     more for a ``visit_mask`` that is not bool; with a :class:`~ehrseq_fast.PackedVisits` never.
-    ``torch.compile`` works with graph breaks there and at ``nn.LSTM``, which torch does not trace;
-    ``fullgraph=True`` does not.
+    ``torch.compile`` breaks the graph there; with a :class:`~ehrseq_fast.PackedVisits` it makes one
+    graph (``fullgraph=True``) on the fused path.
 
     Where this differs from the reference, whose results depend on padding or fail there: a NaN or
     an invalid code in a padded slot changes nothing (fused path); bidirectional hazards do not

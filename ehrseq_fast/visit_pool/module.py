@@ -275,10 +275,10 @@ class VisitPool(nn.Module):
 
         flat = rows.flatten(0, -2)
         scores = run_network(self.attention, flat)
-        if scores.shape not in ((len(flat), 1), (len(flat),)):
+        n = flat.shape[0]
+        if scores.shape not in ((n, 1), (n,)):
             raise ValueError(
-                f"score: expected a module that gives [n, 1] = {[len(flat), 1]}, got "
-                f"{list(scores.shape)}"
+                f"score: expected a module that gives [n, 1] = {[n, 1]}, got {list(scores.shape)}"
             )
         return scores.reshape(rows.shape[:-1]).to(rows.dtype)
 
