@@ -12,15 +12,16 @@
 // one order, and nothing is added atomically: the same bits on every run.
 //
 // Bounds, by arithmetic; nothing here has been measured. H 256, 16 patients, H100 (132 SMs, 1.7
-// GHz), per visit of a block, each way:
-//   products         16 * 128 * 256 = 0.52 M multiply-adds, 128 a cycle: 4,096 cycles, 2.4 us
-//   shared memory    a thread of 4 rows * 8 patients reads 24 wavefronts (16 of weights, 8 of h
-//   that
-//                    are the same for all lanes) per 32 cycles of multiply-adds: 75 % of its limit
-//   partial sums     4 slices * 8 KB written and read: 512 cycles, 0.3 us
-//   exchange         2 KB to each of 8 blocks, and the barrier: latency, 0.3-0.6 us
-//   global memory    forward 10 KB read, 12 KB written; 16 clusters: 0.8 TB/s of 3.3
-//   together         3-3.5 us; 8 patients to a cluster: 1.8-2.2 us
+// GHz), one visit of a block, each way (for the cluster 8.4 MFLOP, 160-208 KB of global memory):
+//   products       16 * 128 * 256 = 0.52 M multiply-adds, 128 a cycle: 4,096 cycles, 2.4 us
+//   shared memory  a thread of 4 rows and 8 patients reads 24 wavefronts (16 of weights, 8 of h
+//                  which are the same for all lanes) in 32 cycles of multiply-adds: 75 %
+//   partial sums   4 slices of 8 KB, written and read: 512 cycles, 0.3 us
+//   exchange       2 KB to each of 8 blocks, and the barrier: latency, 0.3-0.6 us. Arriving waits
+//                  for all that was written before (MEMBAR.ALL.GPU): results are stored after it
+//   global memory  forward 8 KB read and 12 KB written, backward 16 and 10: 16 clusters of which
+//                  each takes 3.3 us need 0.8-1.0 TB/s of 3.3
+//   together       3-3.5 us; with 8 patients 1.8-2.2 us
 // That is the bound of exact float32: TF32 and 16-bit tensor-core products would leave the exchange
 // and the partial sums, about 1 us. cuDNN, which never uses its persistent kernels for packed
 // input, takes an estimated 4-10 us. Occupancy: one block of 8 warps per SM, as W_hh fills shared
