@@ -33,7 +33,7 @@ from .timing import alternating_blocks, plan
 
 PAGE = Path(__file__).parent.parent / "docs" / "packing.md"
 MARKED = re.compile(r"(<!-- keep gates -->\n).*?(<!-- end keep gates -->)", re.DOTALL)
-SHARES = (0.0, 0.3, 0.5, 1.0, None)  # the last is what the models take
+SHARES = (0.0, 0.4, 1.0, None)  # the last is what the models take
 PATIENTS, HIDDEN = (32, 128, 512, 1024), (64, 128, 256, 512)
 
 

@@ -176,7 +176,7 @@ def test_gates_that_are_not_kept_take_no_memory(cell, compiled):
 
 
 @every_cell
-@pytest.mark.parametrize(("visits", "kept"), [(16384, 16384), (16385, 16385 * 19 // 64)])
+@pytest.mark.parametrize(("visits", "kept"), [(16384, 16384), (16385, 16385 * 25 // 64)])
 def test_without_a_share_gates_of_up_to_16_mib_are_all_kept(cell, compiled, visits, kept):
     layer = cell.fast(1, 64)
     layer.keep_gates = None

@@ -12,17 +12,16 @@ EHRSEQ_INLINE Gates<S> activate(const Vector<Sum<S>> (&sum)[kSums]) {
 }
 
 template <typename S>
-EHRSEQ_INLINE void store_gates(Sum<S>* to, const Gates<S>& gates) {
+EHRSEQ_INLINE void store_gates(Sum<S>* to, int64_t stride, const Gates<S>& gates) {
   store(to, gates.in);
-  store(to + kLanes<S>, gates.forget);
-  store(to + 2 * kLanes<S>, gates.candidate);
-  store(to + 3 * kLanes<S>, gates.out);
+  store(to + stride, gates.forget);
+  store(to + 2 * stride, gates.candidate);
+  store(to + 3 * stride, gates.out);
 }
 
 template <typename S>
-EHRSEQ_INLINE Gates<S> load_gates(const Sum<S>* from) {
-  return {load(from), load(from + kLanes<S>), load(from + 2 * kLanes<S>),
-          load(from + 3 * kLanes<S>)};
+EHRSEQ_INLINE Gates<S> load_gates(const Sum<S>* from, int64_t stride) {
+  return {load(from), load(from + stride), load(from + 2 * stride), load(from + 3 * stride)};
 }
 
 // c = f c' + i g, h = o tanh c.

@@ -111,8 +111,7 @@ def packed_gru(
         keep_gates: the share of visits whose gates the forward pass keeps for the backward pass,
             4H values a visit (the reset gate needs what it scales too); of the others it computes
             them again, to the same bits, which is two products more, of six. None keeps all up to
-            16 MiB, of which computing again would save little, and three tenths of more. 16-bit
-            layers keep all, and so does ``torch.compile``.
+            16 MiB, and two fifths of more. 16-bit layers keep all, and so does ``torch.compile``.
 
     Returns:
         The outputs of the last layer, packed as ``sequence`` is, ``[visits, directions * H]``, and

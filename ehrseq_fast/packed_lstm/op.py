@@ -82,8 +82,8 @@ def packed_lstm(
         keep_gates: the share of visits whose gates the forward pass keeps for the backward pass,
             4H values a visit; of the others it computes them again, to the same bits, which is two
             products more, of six. All of them are half of what the step holds. None keeps all up
-            to 16 MiB, of which computing again would save little, and three tenths of more. 16-bit
-            layers keep all, and so do ``torch.compile`` and the CUDA kernels.
+            to 16 MiB, and two fifths of more. 16-bit layers keep all, and so do ``torch.compile``
+            and the CUDA kernels.
 
     Returns:
         The outputs of the last layer, packed as ``sequence`` is, ``[visits, directions * H]``, and

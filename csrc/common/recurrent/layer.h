@@ -110,6 +110,21 @@ struct Order {
   const int64_t* patient;
 };
 
+// Where the gates of visits lie: kept ones row by row as above, those of a chunk that are computed
+// again laid out as its sum gradients, which take their place one by one.
+template <typename Value>
+struct GatesAt {
+  Value* first;  // of row `first_row`
+  int64_t first_row;
+  int64_t row_stride;
+  int64_t block_stride;
+  int64_t sum_stride;
+
+  Value* at(int64_t row, int64_t block) const {
+    return first + (row - first_row) * row_stride + block * block_stride;
+  }
+};
+
 // The backward pass processes the visits in chunks of times, so that the gradients of the sums of
 // one chunk stay in the cache until everything is computed from them, and those of all visits are
 // never in memory at once. A null pointer is an incoming gradient of zero, or a result that is not
@@ -123,8 +138,7 @@ struct Backward {
   const S* h0;
   const S* start;
   const S* output;
-  const Sum<S>* gates;  // from row `gates_row` on
-  int64_t gates_row;
+  GatesAt<const Sum<S>> gates;
   const Sum<S>* carried;  // of every visit; null where that is the hidden state
   const S* grad_output;
   const S* grad_last_hidden;
@@ -196,7 +210,7 @@ struct Kernels {
   // The gates of rows [from, to), from the states of all visits; `states` holds kRecomputedRows
   // rows of [hidden].
   void (*recompute_gates)(const Forward<S>&, const Order&, int64_t from, int64_t to, S* states,
-                          Sum<S>* gates);
+                          const GatesAt<Sum<S>>& gates);
 };
 
 // Rows of `depth` visits are packed at a time for the weight gradients.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "common/isa.h"
@@ -191,7 +192,11 @@ BackwardResult backward(const Arguments& given, const std::vector<int64_t>& batc
   torch::stable::zero_(zeros);
   const Tensor factors = wanted(need.weights, {plan.threads, kWeightDepth * width});
 
-  const Tensor chunk_gates = scratch<Sum<S>>(input, {recomputes ? chunk_size * kSums * padded : 0});
+  // Gates that are computed again lie where the gradients of their sums will, if these are of the
+  // same type.
+  constexpr bool kInPlace = std::is_same_v<S, Sum<S>>;
+  const Tensor chunk_gates = scratch<Sum<S>>(
+      input, {recomputes && !kInPlace ? blocks * kSums * chunk_size * run.lanes : 0});
   const Tensor gate_panels = scratch<S>(
       input, {recomputes ? blocks * (shape.inputs + shape.hidden) * kGates * run.lanes : 0});
   const Tensor packed_bias = scratch<Sum<S>>(input, {recomputes ? summed : 0});
@@ -220,8 +225,7 @@ BackwardResult backward(const Arguments& given, const std::vector<int64_t>& batc
                     operand(given.h0),
                     operand(given.c0),
                     operand(saved.output),
-                    nullptr,
-                    0,
+                    {},
                     operands.as<Sum<S>>(saved.cells),
                     operand(grad.output),
                     operand(grad.last_hidden),
@@ -283,26 +287,34 @@ BackwardResult backward(const Arguments& given, const std::vector<int64_t>& batc
     });
   }
 
+  const auto gates_of_chunk = [&]() -> Sum<S>* {
+    if constexpr (kInPlace) return data<S>(grad_sums);
+    return data<Sum<S>>(chunk_gates);
+  };
   for (const Times& chunk : chunks) {
     const int64_t row = rows_before(chunk.first);
     const int64_t rows = rows_before(chunk.last) - row;
     layer.chunk_row = row;
-    layer.gates = kept_gates;
-    layer.gates_row = 0;
+    layer.gates = {kept_gates, 0, kSums * padded, kSums * run.lanes, run.lanes};
     if (row + rows > kept) {
-      Sum<S>* gates = data<Sum<S>>(chunk_gates);
-      layer.gates = gates;
-      layer.gates_row = row;
+      const int64_t sum_stride = chunk_size * run.lanes;
+      Sum<S>* const first = gates_of_chunk();
+      const GatesAt<Sum<S>> gates{first, row, run.lanes, kSums * sum_stride, sum_stride};
       // The first rows of one chunk may be among those kept.
       const int64_t held = std::max<int64_t>(0, kept - row);
-      if (held > 0) {
-        std::copy_n(kept_gates + row * kSums * padded, held * kSums * padded, gates);
+      for (int64_t i = row; i < row + held; ++i) {
+        for (int64_t block = 0; block < blocks; ++block) {
+          for (int64_t sum = 0; sum < kSums; ++sum) {
+            std::copy_n(layer.gates.at(i, block) + sum * run.lanes, run.lanes,
+                        gates.at(i, block) + sum * sum_stride);
+          }
+        }
       }
       share_out(rows - held, plan.threads, [&](int64_t from, int64_t to, int64_t share) {
         run.recompute_gates(again, layer.order, row + held + from, row + held + to,
-                            data<S>(states) + share * kRecomputedRows * shape.hidden,
-                            gates + (held + from) * kSums * padded);
+                            data<S>(states) + share * kRecomputedRows * shape.hidden, gates);
       });
+      layer.gates = {first, row, gates.row_stride, gates.block_stride, sum_stride};
     }
     scan(
         steps, chunk, plan, blocks, !given.reverse,

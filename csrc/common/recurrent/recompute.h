@@ -24,7 +24,7 @@ void gather_states(const Forward<S>& layer, const Order& order, int64_t from, in
 
 template <typename S, int R>
 void gates_tile(const Forward<S>& layer, int64_t block, int64_t row, const S* states,
-                Sum<S>* gates) {
+                const GatesAt<Sum<S>>& gates) {
   const Shape& shape = layer.shape;
   const S* panel = layer.panels + block * gate_panel_size<S>(shape);
   Tile<Sum<S>, R, kSums> tile;
@@ -32,14 +32,13 @@ void gates_tile(const Forward<S>& layer, int64_t block, int64_t row, const S* st
   add_gate_products<S, R>(tile, kOfHidden, states, shape.hidden,
                           panel + shape.inputs * kGates * kLanes<S>);
   for (int r = 0; r < R; ++r) {
-    store_gates<S>(gates + r * gates_stride<S>(shape) + block_of_sums<S>(block),
-                   activate<S>(tile.sum[r]));
+    store_gates<S>(gates.at(row + r, block), gates.sum_stride, activate<S>(tile.sum[r]));
   }
 }
 
 template <typename S>
 void recompute_gates(const Forward<S>& layer, const Order& order, int64_t from, int64_t to,
-                     S* states, Sum<S>* gates) {
+                     S* states, const GatesAt<Sum<S>>& gates) {
   const int64_t hidden = layer.shape.hidden;
   for (int64_t first = from; first < to; first += kRecomputedRows) {
     const int64_t last = std::min(first + kRecomputedRows, to);
@@ -47,7 +46,7 @@ void recompute_gates(const Forward<S>& layer, const Order& order, int64_t from, 
     for (int64_t block = 0; block < blocks_of<S>(hidden); ++block) {
       for_row_tiles(first, last, [&](int64_t row, auto rows) {
         gates_tile<S, decltype(rows)::value>(layer, block, row, states + (row - first) * hidden,
-                                             gates + (row - from) * gates_stride<S>(layer.shape));
+                                             gates);
       });
     }
   }

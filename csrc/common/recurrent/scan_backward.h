@@ -70,8 +70,7 @@ EHRSEQ_INLINE void finish_visit_back(const Backward<S>& layer, const Step& step,
     }
   }
 
-  const Gates<S> gates =
-      load_gates<S>(layer.gates + (row - layer.gates_row) * kSums * padded + block * kSums * L);
+  const Gates<S> gates = load_gates<S>(layer.gates.at(row, block), layer.gates.sum_stride);
   Vector<Sum<S>> grad_sums[kSums];
   store(carried, grad_of_sums(layer, step, block, p, gates, grad_hidden, grad_carried, grad_sums));
   for (int64_t sum = 0; sum < kSums; ++sum) {
@@ -94,9 +93,9 @@ EHRSEQ_INLINE void fetch_visit(const Backward<S>& layer, const Step& step, int64
   const int64_t row = step.first_row + p;
   const int64_t before = p < step.continuing ? step.row_before + p : row;
   const int64_t unit = block * L;
-  const Sum<S>* gates = layer.gates + (row - layer.gates_row) * kSums * padded + block * kSums * L;
+  const Sum<S>* gates = layer.gates.at(row, block);
   for (int64_t sum = 0; sum < kSums; ++sum) {
-    __builtin_prefetch(gates + sum * L, 0, kSecondLevel);
+    __builtin_prefetch(gates + sum * layer.gates.sum_stride, 0, kSecondLevel);
     __builtin_prefetch(sum_gradient(layer, block * kSums + sum, row), 1, kSecondLevel);
   }
   if (layer.grad_output) {

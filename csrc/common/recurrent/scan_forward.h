@@ -119,7 +119,8 @@ EHRSEQ_INLINE void finish_visit(const Forward<S>& layer, const Step& step, int64
         next.carried);
   store_some(layer.output + row * shape.hidden + unit, next.hidden, units);
   if (row < layer.kept) {
-    store_gates<S>(layer.gates + row * gates_stride<S>(shape) + block_of_sums<S>(block), gates);
+    store_gates<S>(layer.gates + row * gates_stride<S>(shape) + block_of_sums<S>(block), kLanes<S>,
+                   gates);
   }
   if (p >= step.staying) {
     store_some(layer.last_hidden + p * shape.hidden + unit, next.hidden, units);
