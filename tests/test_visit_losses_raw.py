@@ -145,3 +145,28 @@ def test_an_unchecked_label_that_is_no_class_makes_the_loss_nan(kernels, label):
     assert value.isnan().tolist() == [[False] * 3, [False, True, False]]
     assert torch.equal(grad.isnan(), value.isnan()[..., None].expand_as(grad))
     assert call(operator, given | {"reduction": 1})[0].isnan()
+
+
+def strided(x):
+    """The same numbers, not next to one another."""
+    if x.dim() == 1:
+        return torch.stack([x, x], 1)[:, 0]
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_arguments_of_any_strides(kernels, name):
+    operator = getattr(backends.operators(kernels), name).default
+    torch.manual_seed(1)
+    given = dict(OPERATORS[name][0])
+    for argument, value in given.items():
+        if isinstance(value, torch.Tensor) and argument != "sequence_mask":
+            drawn = torch.rand(value.shape) if value.is_floating_point() else torch.arange(6) % 4
+            given[argument] = drawn.view(value.shape).to(value.dtype)
+    if name == "fixed_horizon_bce":
+        given |= {"event_times": torch.tensor([1.0, 9.0]), "event_indicators": torch.tensor([1, 0])}
+    expected = call(operator, given)
+    tensors = {key: strided(x) for key, x in given.items() if isinstance(x, torch.Tensor)}
+    got = call(operator, given | tensors)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert expected[1].any()
