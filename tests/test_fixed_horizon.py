@@ -237,7 +237,7 @@ def test_what_is_not_finite_is_seen(backend, weighted, value):
     assert (~got.isfinite()).sum() == 2
 
 
-def test_no_visit_that_counts(unemulated):
+def test_no_visit_that_counts(backend):
     x = torch.full((2, 3), torch.nan, requires_grad=True)
     for reduction in REDUCTIONS:
         # censored within the horizon, and an event before the first visit
@@ -482,3 +482,16 @@ def test_the_operator_of_given_labels_refuses(compiled):
         with pytest.raises(ValueError, match="masked_bce: labels and weights: expected labels in"):
             torch.ops.ehrseq_fast.masked_bce(x, labels, weights, True)
     assert torch.ops.ehrseq_fast.masked_bce(x, ones / 0, ones * 0, True)[0] == 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_weights_of_given_labels_that_sum_to_less_than_one(backend, weight):
+    """Their mean is over 1."""
+    x, labels, weights = torch.randn(2, 3), torch.rand(2, 3), torch.zeros(2, 3)
+    weights[1, 1] = weight
+    got = value_and_grad(FixedHorizonProgressionLoss(), x, labels, weights)
+    term = F.binary_cross_entropy_with_logits(x[1, 1], labels[1, 1])
+    assert_matches(got[0], weight * term.double())
+    wanted = torch.zeros(2, 3)
+    wanted[1, 1] = weight * (x[1, 1].sigmoid() - labels[1, 1])
+    assert_matches(got[1], wanted.double())
