@@ -281,7 +281,7 @@ class VisitSequenceModel(nn.Module):
         vectors = self._lstm_input(self._visit_vectors(visit_codes, visit_mask), visit_features)
         states, _ = run_plain(self.lstm, vectors)
         if sequence_mask is None:
-            last_visit = torch.full((len(states),), states.shape[1] - 1, device=states.device)
+            last_visit = torch.full((states.shape[0],), states.shape[1] - 1, device=states.device)
         else:
             last_visit = (sequence_mask != 0).sum(1) - 1
         return HiddenStates(states, self._ends(states, last_visit), times_mask(sequence_mask))
@@ -291,7 +291,7 @@ class VisitSequenceModel(nn.Module):
 
         Taken from the layer's outputs on every path, and not from its final states: a hook or a
         wrapper may change the outputs alone."""
-        ends = states[torch.arange(len(states), device=states.device), last_visit]
+        ends = states[torch.arange(states.shape[0], device=states.device), last_visit]
         if recurrent_layer(self.lstm).bidirectional:
             ends = _of_both_directions(ends, states[:, 0])
         return ends
