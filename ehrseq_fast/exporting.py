@@ -50,7 +50,8 @@ def export_model(model: nn.Module, batch: PackedVisits) -> torch.export.Exported
 
     The program computes on the device of ``batch`` with the backend that was chosen while it was
     made; a batch given to it must have what ``batch`` has of ``visit_features`` and
-    ``code_weights``, and in the same dtypes.
+    ``code_weights``, and in the same dtypes. Recurrent layers are exported on the CPU, by the
+    compiled kernels; PyTorch's own, which take their place elsewhere, are not, on packed sequences.
 
     Args:
         model: a model of :mod:`ehrseq_fast.models`, one that

@@ -33,7 +33,7 @@ from .model_cases import build_plain
 VOCAB = 23
 SIZE = {"embedding_dim": 6, "hidden_dim": 5, "dropout": 0.0}
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("compiled")]
 
 
 class Own(nn.Module):

@@ -17,6 +17,9 @@ from ehrseq_fast.models import ModelWithLoss
 from .model_cases import build_plain
 from .test_compiled_models import batch, batch_for, build
 
+# without the compiled kernels the layers are PyTorch's, whose decomposition unrolls over the visits
+pytestmark = pytest.mark.usefixtures("compiled")
+
 EXPORTED = ("survival", "gru", "own", "own, attention")
 SIZES = ((3, 4), (1, 5), (6, 1), (1, 1), (9, 9))
 
