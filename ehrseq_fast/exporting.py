@@ -63,7 +63,7 @@ def export_model(model: nn.Module, batch: PackedVisits) -> torch.export.Exported
     Raises:
         ValueError: for a model in training mode, whose dropout would be part of the program.
         TypeError: for anything but a module and a packed batch.
-        torch.export's own errors: for a model that decides by the values of tensors.
+        RuntimeError: torch.export's, for a model that decides by the values of tensors.
 
     Example:
         >>> import io, torch
