@@ -158,6 +158,16 @@ def cpu_capability() -> str | None:
     return function().decode()
 
 
+def bfloat16_products() -> str | None:
+    """How the ``cpu`` kernels of recurrent layers multiply bfloat16: in ``pairs`` (AVX512-BF16), or
+    widened to ``float32``; None where they are not loaded. They have no kernels for AMX."""
+    if compiled_cpu.reason is not None or compiled_cpu.path is None:
+        return None
+    function = ctypes.CDLL(compiled_cpu.path).ehrseq_fast_bfloat16_products
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
 _kernels = {
     "cuda": _cuda_kernels(),
     "cpu": Kernels("cpu", operations.COMPILED, compiled_cpu.reason),

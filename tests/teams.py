@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ehrseq_fast import backend
 
-TEAMS = {"any": 0, "torch": 1, "helpers": 2}
+TEAMS = {"any": 0, "torch": 1, "helpers": 2, "late": 3}
 
 
 def library() -> ctypes.CDLL:
@@ -21,7 +21,8 @@ def library() -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def team(name: str) -> Iterator[None]:
-    """In the block loops are run by torch's threads, this package's own, or whichever come."""
+    """In the block loops are run by torch's threads, by this package's own, as where torch's come
+    late, or by any."""
     chosen = library().ehrseq_fast_choose_team
     chosen(TEAMS[name])
     try:

@@ -42,6 +42,18 @@ def test_every_backend_is_accounted_for():
         assert f"  {operation.name} " in report
 
 
+def test_info_says_how_bfloat16_is_multiplied():
+    def said(**environment: str) -> str:
+        (line,) = [line for line in info(**environment)[""].splitlines() if "bfloat16 in" in line]
+        return line.removeprefix("bfloat16 in recurrent layers on the CPU: ")
+
+    if backend.compiled_cpu.reason is None:
+        how, amx = said(EHRSEQ_FAST_CPU_CAPABILITY="baseline").split("; AMX: ")
+        assert how == "widened to float32"
+        assert amx.endswith("the kernels do not use it") == amx.startswith("this CPU has it")
+    assert said(EHRSEQ_FAST_NO_COMPILED="1").startswith("by PyTorch, as no kernels are loaded; ")
+
+
 def test_why_triton_is_not_used():
     pytest.importorskip("triton")
     said = info()["triton"]

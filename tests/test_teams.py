@@ -86,10 +86,19 @@ def recurrent(patients: int) -> None:
     ],
 )
 def test_small_work_stays_on_the_calling_thread(work, small, large):
-    work(small)
-    assert most_shares() == 1
-    work(large)
-    assert most_shares() == 4
+    with team("torch"):
+        work(small)
+        assert most_shares() == 1
+        work(large)
+        assert most_shares() == 4
+
+
+def test_a_scan_of_a_millisecond_stays_on_the_calling_thread_where_others_come_late():
+    with team("late"):
+        recurrent(2048)
+        assert most_shares() == 1
+        recurrent(2 << 16)
+        assert most_shares() == 4
 
 
 @pytest.mark.parametrize("name", ["torch", "helpers"])

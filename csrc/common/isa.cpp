@@ -74,3 +74,12 @@ extern "C" __attribute__((visibility("default"))) const char* ehrseq_fast_cpu_ca
   }();
   return text.c_str();
 }
+
+// Likewise: what the recurrent layers make of products of bfloat16.
+extern "C" __attribute__((visibility("default"))) const char* ehrseq_fast_bfloat16_products() {
+  try {
+    return ehrseq::multiplies_bfloat16() ? "pairs" : "float32";
+  } catch (const std::exception&) {
+    return "float32";
+  }
+}

@@ -214,37 +214,38 @@ void run_by_torch(int64_t shares, void (*run)(void*, int64_t), void* context) {
   if (is_new) return;
   const Nanoseconds waited = end - own_end;
   const bool were_late = last_arrival.load(std::memory_order_relaxed) - begun > kLate ||
-                         (waited > kLate && waited > own_end - begun);
+                         (waited > kLate && waited > 2 * (own_end - begun));
   if (were_late) lateness.found(end);
 }
 
 // For tests.
-enum class Team { kAny, kTorch, kHelpers };
+enum class Team { kAny, kTorch, kHelpers, kLate };
 std::atomic<Team> asked_team{Team::kAny};
 std::atomic<int64_t> most_shares{1};
 
-bool helpers_are_to_run() {
-  if (is_forked.load(std::memory_order_relaxed)) return true;
-  const Team asked = asked_team.load(std::memory_order_relaxed);
-  return asked == Team::kHelpers || (asked == Team::kAny && lateness.is_on(now()));
-}
-
 }  // namespace
+
+bool threads_come_late() {
+  const Team asked = asked_team.load(std::memory_order_relaxed);
+  return asked == Team::kLate || (asked == Team::kAny && lateness.is_on(now()));
+}
 
 int64_t num_threads() { return EHRSEQ_THREADS::get_num_threads(); }
 
 void run_shares(int64_t shares, void (*run)(void* context, int64_t share), void* context) {
   raise(most_shares, shares);
   if (shares == 1) return run(context, 0);
-  if (!helpers_are_to_run()) return run_by_torch(shares, run, context);
+  const bool by_helpers = is_forked.load(std::memory_order_relaxed) || threads_come_late() ||
+                          asked_team.load(std::memory_order_relaxed) == Team::kHelpers;
+  if (!by_helpers) return run_by_torch(shares, run, context);
   Loop loop(shares, run, context);
   helpers.load()->run(loop, std::min(shares, granted.load(std::memory_order_relaxed)));
 }
 
 }  // namespace ehrseq
 
-// For tests: whose threads run loops (0: as above, 1: torch's, 2: the helpers), and how many shares
-// the most divided loop since the last call had.
+// For tests: whose threads run loops (0: as above, 1: torch's, 2: the helpers, 3: as where torch's
+// come late), and how many shares the most divided loop since the last call had.
 extern "C" __attribute__((visibility("default"))) void ehrseq_fast_choose_team(int team) {
   ehrseq::asked_team = static_cast<ehrseq::Team>(team);
 }

@@ -14,8 +14,13 @@ namespace ehrseq {
 // As many as torch.set_num_threads says.
 int64_t num_threads();
 
+// Whether threads were late to come a moment ago, as they are beside busy processes: then work of
+// less than a time slice, in which threads wait for one another, is better left to the caller.
+bool threads_come_late();
+
 // Calls run(context, share) once for every share of [0, shares), on at most so many threads, the
-// caller's among them. No call may wait for another: one thread may have to make them all.
+// caller's among them. No call may wait for one that has not begun: one thread may have to make
+// them all.
 void run_shares(int64_t shares, void (*run)(void* context, int64_t share), void* context);
 
 // A loop is divided among threads only so far that each has about this much to do: below, waking

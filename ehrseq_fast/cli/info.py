@@ -38,6 +38,27 @@ def _simd() -> str:
     return getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
 
 
+def has_amx() -> bool | None:
+    """Whether the CPU multiplies bfloat16 in tiles (``amx_bf16``); None where nothing says so."""
+    try:
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return None
+
+
+def _bfloat16() -> str:
+    """How recurrent layers multiply bfloat16 on the CPU, and whether AMX is in it."""
+    products = backend.bfloat16_products()
+    how = {
+        "pairs": "in pairs (AVX512-BF16)",
+        "float32": "widened to float32",
+        None: "by PyTorch, as no kernels are loaded",
+    }[products]
+    amx = {True: "this CPU has it (amx_bf16)", False: "this CPU has none", None: "not known"}
+    unused = ", and the kernels do not use it" if has_amx() and products is not None else ""
+    return f"bfloat16 in recurrent layers on the CPU: {how}; AMX: {amx[has_amx()]}{unused}"
+
+
 def _usable(name: str) -> str:
     """Whether a backend can run here, where and on what condition, or why it cannot."""
     reason = backend.why_not_loaded(name)
@@ -72,6 +93,7 @@ def describe() -> str:
         f"CPU: {torch.get_num_threads()} threads, {_simd()}; kernels for: "
         f"{backend.cpu_capability() or 'none loaded'}; CUDA: "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"),
+        _bfloat16(),
         "Built with: " + (", ".join(f"{k} {v}" for k, v in record.items()) or "no record"),
         "",
         "Backends",

@@ -17,10 +17,11 @@ struct Plan {
 
 template <typename Cell, typename S>
 Plan plan_for(const Shape& shape, const std::vector<Step>& steps) {
-  // Below about this many multiplications waking a thread costs more than it saves.
-  constexpr int64_t kWorthAThread = 1 << 20;
+  // Below about this many multiplications waking a thread costs more than it saves: some 20 us. Of
+  // threads that come late it has to be more, as those that share a step wait for one another.
+  const int64_t worth_a_thread = threads_come_late() ? int64_t{1} << 26 : int64_t{1} << 20;
   const int64_t work = shape.visits * Cell::kGates * shape.hidden * (shape.hidden + shape.inputs);
-  const int64_t most = std::max<int64_t>(1, work / kWorthAThread);
+  const int64_t most = std::max<int64_t>(1, work / worth_a_thread);
   const int64_t threads = std::min(num_threads(), most);
   const int64_t few = Cell::template kernels<S>().tile_rows * threads;
   int64_t time = static_cast<int64_t>(steps.size());
