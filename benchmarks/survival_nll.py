@@ -257,6 +257,7 @@ def jobs(settings: Settings) -> Iterator[Job]:
 # Every mode ---------------------------------------------------------------------------------------
 
 CAUSES = 3
+WEIGHTED = "visit_weighted_nll"  # what the losses call for visit_weight
 
 
 def modes() -> Iterator[Mode]:
@@ -270,6 +271,8 @@ def modes() -> Iterator[Mode]:
     for mask in NUMERIC_MASKS:
         for function in ("discrete_time_survival_nll", "competing_risks_nll"):
             yield _padded_mode(function, "sigmoid", torch.float32, mask)
+    for link in ("probabilities", "sigmoid"):
+        yield Mode(WEIGHTED, link, torch.float32, WEIGHTED, _of_mode)
 
 
 def _padded_mode(
@@ -303,13 +306,16 @@ def _of_mode(mode: Mode, size: Size, device: str) -> Ways:
         reference.competing_risks_nll if competing else reference.discrete_time_survival_nll
     )
     given = mask.to(device, mode.mask or torch.bool)
-    if mode.mask is not None:
+    weights: dict[str, Any] = {}
+    if mode.function == WEIGHTED:
+        weights["visit_weight"] = torch.rand(patients, slots, generator=generator).to(device)
+    if mode.mask is not None or weights:
         hazards = drawn.to(device, mode.dtype).requires_grad_()
         loss = competing_risks_nll if competing else discrete_time_survival_nll
         arguments = (hazards, times, types, given)
         return Ways(
-            lambda: definition(*arguments, Options.of(**options)),
-            lambda: loss(*arguments, **options),
+            lambda: definition(*arguments, Options.of(**options), **weights),
+            lambda: loss(*arguments, **options, **weights),
             [hazards],
             patients,
         )

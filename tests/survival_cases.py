@@ -111,7 +111,8 @@ def on_default_device(arguments):
 
 def definition(hazards: Tensor, *args: Any, **options: Any) -> Tensor:
     """The reference, called as the public losses of padded hazards are."""
-    companions = {name: options.pop(name, None) for name in ("entry_times", "sample_weight")}
+    names = ("entry_times", "sample_weight", "visit_weight")
+    companions = {name: options.pop(name, None) for name in names}
     competing = hazards.dim() == 3
     loss = reference.competing_risks_nll if competing else reference.discrete_time_survival_nll
     mask = args[2] if len(args) > 2 else options.pop("sequence_mask", None)

@@ -34,7 +34,7 @@ struct Trials {
 
 // One way from a row's values to the likelihood of trials: adds a vector of trials to the sum and
 // gives their gradient. In `mixed`, `event` and `counts` mark lanes: which trial is the event, and
-// which are trials at all.
+// which are trials at all. `weigh` sets the lanes' weights, of a Total that has some.
 //
 // A derivative of 0 that a trial has is written as -0, and +0 where no value counts: infinity times
 // the one is NaN in the backward pass, times the other 0 (scale_cpu.cpp). So `scale` is never +0.
@@ -109,6 +109,7 @@ class FromProbabilities {
     return only_where<T>(counts, only_where<T>(noted_inside(h), slope));
   }
 
+  EHRSEQ_INLINE void weigh(const Lanes<T>& weights) { product_.weigh(weights); }
   EHRSEQ_INLINE void flush() { product_.flush(); }
   EHRSEQ_INLINE auto unfinished() { return product_.unfinished(); }
 
@@ -180,6 +181,7 @@ class FromLogits {
     return only_where<T>(counts, scaled_sigmoid(x, decay, scales));
   }
 
+  EHRSEQ_INLINE void weigh(const Lanes<T>& weights) { sum_.weigh(weights); }
   EHRSEQ_INLINE void flush() { sum_.flush(); }
   EHRSEQ_INLINE auto unfinished() const { return sum_.unfinished(); }
   EHRSEQ_INLINE void join(Mask<T>* /*inside*/) const {}  // every number is a logit
@@ -243,6 +245,7 @@ class FromCloglog {
     return only_where<T>(counts, with_sign(scales * (event ? slope : m)));
   }
 
+  EHRSEQ_INLINE void weigh(const Lanes<T>& weights) { sum_.weigh(weights); }
   EHRSEQ_INLINE void flush() { sum_.flush(); }
   EHRSEQ_INLINE auto unfinished() const { return sum_.unfinished(); }
   EHRSEQ_INLINE void join(Mask<T>* /*inside*/) const {}  // every number is a logit
@@ -402,11 +405,11 @@ class Softmax {
     return sum.unfinished();
   }
 
- private:
-  // Visits side by side in the lanes, the classes one after another in the scratch.
-  template <typename scalar_t, typename grad_t>
-  EHRSEQ_INLINE void add(SumOfSoftplus<T>& sum, const scalar_t* row, grad_t* grad, int64_t visit,
-                         int64_t visits, int64_t target, T scale) {
+  // Visits side by side in the lanes, the classes one after another in the scratch. `scale` is one
+  // number or one of each visit.
+  template <typename Sum, typename Scale, typename scalar_t, typename grad_t>
+  EHRSEQ_INLINE void add(Sum& sum, const scalar_t* row, grad_t* grad, int64_t visit, int64_t visits,
+                         int64_t target, const Scale& scale) {
     const scalar_t* logits = row + visit * classes_;
     std::fill(scratch_.begin(), scratch_.end(), T(0));
     for (int64_t i = 0; i < visits; ++i) {
@@ -439,7 +442,7 @@ class Softmax {
 
     if (grad == nullptr) return;
     for (int64_t c = 0; c < classes_; ++c) {
-      const Lanes<T> slope = lanes_of(c) * share - (c == target ? scale : T(0));
+      const Lanes<T> slope = lanes_of(c) * share - (c == target ? scale : Scale{});
       store(&scratch_[c * kLanes<T>], slope == T(0) ? broadcast(T(-0.0)) : slope);
     }
     for (int64_t i = 0; i < visits; ++i) {
@@ -449,6 +452,7 @@ class Softmax {
     }
   }
 
+ private:
   EHRSEQ_INLINE Lanes<T> lanes_of(int64_t c) const { return load(&scratch_[c * kLanes<T>]); }
 
   int64_t classes_;

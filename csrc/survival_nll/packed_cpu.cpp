@@ -52,11 +52,6 @@ class NeighbouringRanks : public RankedPatients<scalar_t, LossSettings> {
   };
 
   Worker worker() const { return {*this}; }
-  // False once a value was refused.
-  bool possible() const { return possible_.load(); }
-
- private:
-  mutable std::atomic<bool> possible_{true};
 };
 
 std::tuple<Tensor, Tensor> packed_survival_nll(

@@ -24,7 +24,11 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | No
 
 
 class Loss(Protocol):
-    """The options of a loss, and what computes it with them."""
+    """The options of a loss, and what computes it with them.
+
+    A class that takes more rows of visits than its hazards has ``of_visits``, their positions among
+    the inputs.
+    """
 
     def define(self, inputs: Inputs) -> Tensor:
         """The definition, of padded inputs."""
@@ -70,18 +74,21 @@ def nll(chosen: str, rows: Rows, inputs: Inputs, loss: Loss) -> Tensor:
     ``torch.func`` or forward mode is active (:func:`~ehrseq_fast.autograd.transformed`)."""
     hazards = inputs[0]
     if chosen == "reference":
-        return loss.define(as_padded(rows, inputs))
+        return loss.define(as_padded(rows, inputs, loss))
     if hazards.requires_grad and torch.is_grad_enabled():
         return _Nll.apply(chosen, loss, *rows, *inputs)
     return loss.compute(operators(chosen), rows, inputs, False)[0]
 
 
-def as_padded(rows: Rows, inputs: Inputs) -> Inputs:
+def as_padded(rows: Rows, inputs: Any, loss: Loss | None = None) -> Any:
     """The same patients with hazards ``[B, V, ...]`` and a mask."""
     if rows[0] is None:
         return inputs
     row, exists = _numbers(rows)
-    return inputs[0][row], *inputs[1:3], exists, *inputs[4:]
+    padded = [inputs[0][row], *inputs[1:3], exists, *inputs[4:]]
+    for position in getattr(loss, "of_visits", ()):
+        padded[position] = inputs[position][row]
+    return tuple(padded)
 
 
 def padded_values(rows: Rows, values: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ class _Nll(torch.autograd.Function):
         if torch.is_grad_enabled() or transformed(grad_nll):
             # create_graph=True: a gradient that has a gradient itself; or several gradients at once
             with torch.enable_grad():
-                value = ctx.loss.define(as_padded(rows, inputs))
+                value = ctx.loss.define(as_padded(rows, inputs, ctx.loss))
             (grad,) = torch.autograd.grad(
                 value, hazards, grad_nll, create_graph=torch.is_grad_enabled()
             )

@@ -14,6 +14,7 @@ from ..batch import PackedVisits
 from ..checks import INTEGER, REAL
 from ..rows import PackedRows
 from ..rows.beside import with_batch
+from ..visit_weighted_nll.op import weighted_nll
 from .checks import (
     check_link,
     check_outcomes,
@@ -25,7 +26,6 @@ from .checks import (
 )
 from .fused import PADDED, Inputs, SurvivalNll, nll
 from .packed import packed_competing_risks_nll, packed_survival_nll
-from .visit_weight import weighted_nll
 
 
 def discrete_time_survival_nll(
@@ -78,8 +78,9 @@ def discrete_time_survival_nll(
             pass, so one that requires a gradient is refused.
         visit_weight: ``[B, V]`` (of packed rows ``[n_visits]`` or PackedRows) floating: multiplies
             each visit's term. Not negative where a visit is read; what it has elsewhere changes
-            nothing, even a NaN. A loss with it is computed by the plain PyTorch definition, on any
-            device and whatever backend is asked for; it may require a gradient.
+            nothing, even a NaN. On the CPU a kernel computes it; on a GPU it is the plain PyTorch
+            definition, whatever backend is asked for. One that requires a gradient is refused as
+            ``sample_weight`` is; ``torch.func.grad`` differentiates by it.
         reduction: ``"mean"`` over the patients (always divided by B, whatever the weights; nan for
             B = 0, as ``torch.mean``), ``"sum"``, or ``"none"`` for ``[B]``.
         validate: check values on a GPU too, at the price of a synchronisation.

@@ -13,6 +13,7 @@ from ..autograd import transformed
 from ..backend import must_check_values
 from ..checks import INTEGER, REAL
 from ..rows import PackedRows
+from ..visit_weighted_nll.op import weighted_nll
 from .checks import (
     check_companions,
     check_hazards,
@@ -22,7 +23,7 @@ from .checks import (
     check_single_link,
 )
 from .fused import Inputs, Rows, SurvivalNll, as_padded, nll
-from .visit_weight import weight_of_rows, weighted_nll
+from .visit_weight import weight_of_rows
 
 if TYPE_CHECKING:
     from ..batch import PackedVisits

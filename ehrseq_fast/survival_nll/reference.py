@@ -67,14 +67,15 @@ def competing_risks_nll(
         at_risk = (survived | event).any(2, keepdim=True)
         wide = hazards.to(accumulator(hazards.dtype))
         log_p = torch.where(at_risk, wide, 0.0).log_softmax(2)
-        terms, read = -torch.where(event | nothing, log_p, 0.0), at_risk[..., 0]
+        read = event | nothing
+        terms = -torch.where(read, log_p, 0.0)
     else:
         event = at_time & (classes + 1 == types)
         survived = survived.expand_as(event)
         if options.censored_visit == "included":
             survived = survived | (at_time & ~event)
         terms = _bernoulli_nll(hazards, event, survived, options)
-        read = (event | survived).any(2)
+        read = event | survived
     nll = summed(terms, read, visit_weight)
     return reduced(nll, sample_weight, options.reduction)
 
@@ -141,13 +142,13 @@ def rounds_to_one(value: float, dtype: torch.dtype) -> bool:
 
 
 def summed(terms: Tensor, read: Tensor, visit_weight: Tensor | None) -> Tensor:
-    """The sum of each patient's terms ``[B, V]`` or ``[B, V, K]``, weighted by visits where these
-    are read ``[B, V]``."""
+    """The sum of each patient's terms ``[B, V]`` or ``[B, V, K]``, weighted by visits where they
+    are ``read``, of the same shape: an infinity times a term that is none would be NaN."""
     dims = tuple(range(1, terms.dim()))
     if visit_weight is None:
         return terms.sum(dims)
-    weight = torch.where(read, visit_weight.to(terms.dtype), 0.0)
-    return (terms * weight.view(*weight.shape, *(1,) * (terms.dim() - 2))).sum(dims)
+    of_values = visit_weight.view(*visit_weight.shape, *(1,) * (terms.dim() - 2))
+    return (terms * torch.where(read, of_values.to(terms.dtype), 0.0)).sum(dims)
 
 
 def reduced(nll: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:

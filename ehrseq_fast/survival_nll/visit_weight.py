@@ -1,5 +1,4 @@
-"""The losses of hazards with a weight for each visit. No kernel knows of them, so they are computed
-by the reference, on any device."""
+"""Weights of the visits of a loss: their kind and shape, and those of packed rows."""
 
 from __future__ import annotations
 
@@ -7,41 +6,25 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backend import must_check_values
 from ..checks import FLOATING
 from ..rows import PackedRows
 from ..rows.beside import values_beside
-from .checks import (
-    check_companion,
-    check_outcomes,
-    check_probabilities,
-    refuse_visit_weight,
-    visits_read,
-)
-from .fused import PADDED, Rows, SurvivalNll, as_padded, nll, padded_values
+from .checks import check_companion
+from .fused import Rows, padded_values
 
 
-def weighted_nll(
-    rows: Rows, inputs: Any, options: SurvivalNll, visit_weight: Any, validate: bool
-) -> Tensor:
-    """The loss of arguments that have been checked, but for values and the weights."""
-    weight = padded_weight(rows, inputs[0], visit_weight, "hazards")
-    padded = as_padded(rows, inputs)
-    if must_check_values("reference", inputs[0].device.type, validate):
-        check_outcomes(padded, options.link)
-        check_probabilities(padded, options)
-        refuse_visit_weight(weight, visits_read(padded, options.censored_visit == "included"))
-    inputs = (*padded, weight)
-    return nll("reference", PADDED, inputs, options)
-
-
-def padded_weight(rows: Rows, hazards: Tensor, visit_weight: Any, name: str) -> Tensor:
-    """Weights ``[B, V]``, or ``[n_visits]`` of packed rows, as padded ones; refused where they do
-    not fit the hazards, which errors call ``name``."""
+def check_weight(rows: Rows, hazards: Tensor, visit_weight: Any, name: str) -> None:
+    """Refuse anything but weights ``[B, V]``, or ``[n_visits]`` of packed rows, that fit the
+    hazards, which errors call ``name``."""
     dims = ("B", "V") if rows[0] is None else ("n_visits",)
     shape = tuple(hazards.shape[: len(dims)])
     of_weight = ("visit_weight", visit_weight, FLOATING, "a floating-point")
     check_companion(hazards, name, shape, *of_weight, dims)
+
+
+def padded_weight(rows: Rows, hazards: Tensor, visit_weight: Any, name: str) -> Tensor:
+    """Checked weights as padded ones."""
+    check_weight(rows, hazards, visit_weight, name)
     return padded_values(rows, visit_weight)
 
 

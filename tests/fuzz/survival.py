@@ -16,6 +16,9 @@ from ..survival_cases import definition
 from .arguments import FLOATING, Call, Draw
 from .operators import REDUCTIONS, gradient, makes
 
+# as the operators number them; not of logits is number 0
+LINKS_OF_LOGITS = ("probabilities", "sigmoid", "softmax", "cloglog")
+
 
 @makes("survival_nll", "competing_risks_nll", "packed_survival_nll")
 def _nll(draw: Draw, ops: Any, name: str) -> Call:
@@ -41,7 +44,7 @@ def _nll(draw: Draw, ops: Any, name: str) -> Call:
         "reduction": REDUCTIONS[reduction],
     }
     if link:
-        options["link"] = ("probabilities", "sigmoid", "softmax", "cloglog")[link]
+        options["link"] = LINKS_OF_LOGITS[link]
     last = [link, included, 1e-7, reduction, True]
 
     def forward(padded: Tensor) -> Tensor:
@@ -155,6 +158,55 @@ def _piecewise(draw: Draw, ops: Any, name: str) -> Call:
     values = batch.pack(logits) if is_packed else logits
     last = [entries, weights, fraction, link, option, True]
     return Call(getattr(ops, name), [values, times, seen, *layout, *last], expected)
+
+
+@makes("visit_weighted_nll")
+def _visit_weighted(draw: Draw, ops: Any, name: str) -> Call:
+    """Padded or packed, of one event or of several."""
+    patients, slots, causes = draw.whole(1, 6), draw.whole(1, 40), draw.whole(1, 3)
+    competing, is_packed = draw.chance(0.5), draw.chance(0.5)
+    link = draw.one_of((0, 1, 2, 3) if competing else (0, 1, 3))
+    lengths = draw.integers(1, slots + 1, (patients,))
+    lengths[0] = slots
+    times = (torch.from_numpy(draw.random.random(patients)) * lengths).long()
+    types = draw.integers(0, (causes if competing else 1) + 1, (patients,))
+    shape = (patients, slots, causes + (link == 2)) if competing else (patients, slots)
+    hazards = draw.floats(shape, torch.float64)
+    hazards = (hazards if link else hazards.sigmoid().clamp(0.01, 0.9)).to(draw.one_of(FLOATING))
+    mask = torch.arange(slots) < lengths[:, None]
+    entries = None if draw.chance(0.5) else (times * draw.random.random()).long()
+    weights = None if draw.chance(0.5) else draw.floats((patients,)).abs()
+    accumulates = torch.float64 if hazards.dtype == torch.float64 else torch.float32
+    of_visits = draw.floats((patients, slots), accumulates).abs()
+    included, reduction = draw.chance(0.5), draw.whole(0, 2)
+    batch = PackedVisits.from_lists([[[1]] * n for n in lengths.tolist()])
+    options: dict[str, Any] = {"link": LINKS_OF_LOGITS[link]} if link else {}
+
+    def forward(padded: Tensor) -> Tensor:
+        return definition(
+            padded,
+            times,
+            types,
+            mask,
+            from_logits=link > 0,
+            censored_visit="included" if included else "excluded",
+            entry_times=entries,
+            sample_weight=None if weights is None else weights.double(),
+            visit_weight=of_visits.double(),
+            reduction=REDUCTIONS[reduction],
+            **options,
+        )
+
+    def expected() -> list[Tensor]:
+        value = forward(hazards.double())
+        grad = gradient(forward, [hazards], torch.ones_like(value))[0]
+        return [value, batch.pack(grad) if is_packed else grad]
+
+    rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
+    layout = [None, *rows] if is_packed else [mask, None, None, None]
+    values, beside = (batch.pack(x) if is_packed else x for x in (hazards, of_visits))
+    last = [entries, weights, beside, competing, link, included, 1e-7, reduction, True]
+    return Call(getattr(ops, name), [values, times, types, *layout, *last], expected)
 
 
 @makes("survival_nll_scale")

@@ -93,25 +93,25 @@ struct LogitsShape {
   int64_t classes;  // a visit's values
 };
 
-// Logits over time and all that comes with them.
+// Logits over time and all that comes with them. `name` is what the operator calls them.
 inline LogitsShape expect_logits(const char* operation, bool competing, const Tensor& logits,
                                  const Tensor& event_times, const Tensor& event_types,
                                  const OptionalTensor& sequence_mask,
                                  const OptionalTensor& row_starts,
                                  const OptionalTensor& unsorted_indices,
                                  const OptionalTensor& last_rows, const OptionalTensor& entry_times,
-                                 const OptionalTensor& sample_weight) {
+                                 const OptionalTensor& sample_weight, const char* name = "logits") {
   const bool packed = row_starts.has_value();
   if (packed != unsorted_indices.has_value() || packed != last_rows.has_value()) {
     refuse(operation, "row_starts, unsorted_indices, last_rows", "all or none of them", "some");
   }
   const int64_t dims = (packed ? 1 : 2) + (competing ? 1 : 0);
   expect_dim(
-      logits, operation, "logits", dims,
+      logits, operation, name, dims,
       packed ? (competing ? "[n_visits, K]" : "[n_visits]") : (competing ? "[B, V, K]" : "[B, V]"));
-  expect_floating(logits, operation, "logits");
+  expect_floating(logits, operation, name);
   LogitsShape shape{packed, 0, 0, competing ? logits.size(dims - 1) : 1};
-  if (shape.classes < 1) refuse(operation, "logits", "at least one cause", "0 values per visit");
+  if (shape.classes < 1) refuse(operation, name, "at least one cause", "0 values per visit");
   if (packed) {
     if (sequence_mask.has_value()) {
       refuse(operation, "sequence_mask", "none with a packed batch", "one");
@@ -124,7 +124,7 @@ inline LogitsShape expect_logits(const char* operation, bool competing, const Te
     shape.slots = logits.size(1);
     expect_sequence_mask(operation, sequence_mask, shape.patients, shape.slots);
   }
-  expect_row_length(operation, shape.slots, shape.classes, "logits");
+  expect_row_length(operation, shape.slots, shape.classes, name);
   expect_outcomes(operation, shape.patients, competing, event_times, event_types, entry_times,
                   sample_weight);
   return shape;

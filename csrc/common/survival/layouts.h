@@ -49,7 +49,8 @@ class PaddedPatients {
       if (grad) std::fill(grad, grad + count * row_length, grad_t(0));
       bool possible = true;
       rows_nll(all.settings_,
-               Rows<scalar_t>{all.values_ + offset, grad, outcomes, count, &possible}, patient_nll);
+               Rows<scalar_t>{all.values_ + offset, grad, outcomes, count, &possible, first},
+               patient_nll);
       if (!possible) all.possible_.store(false, std::memory_order_relaxed);
       return possible;
     }
@@ -103,7 +104,13 @@ class RankedPatients {
       settings.slots = slots_read(settings, outcomes, count);
       visits_.gather(all_.values_, first, count, settings.slots);
       grad_t* grad = all_.grad_ ? visits_.zero_gradients() : nullptr;
-      rows_nll(settings, Rows<scalar_t>{visits_.values(), grad, outcomes, count}, patient_nll);
+      bool possible = true;
+      rows_nll(settings, Rows<scalar_t>{visits_.values(), grad, outcomes, count, &possible, first},
+               patient_nll);
+      if (!possible) {
+        all_.possible_.store(false, std::memory_order_relaxed);
+        return false;
+      }
       if (grad) visits_.scatter_gradients(all_.grad_);
       return true;
     }
@@ -120,6 +127,8 @@ class RankedPatients {
     const int64_t groups = (settings_.patients + kGroup - 1) / kGroup;
     return count_ / std::max<int64_t>(1, groups) + 1;
   }
+  // False once a value was refused.
+  bool possible() const { return possible_.load(); }
 
  protected:
   void copy_outcomes(int64_t first, int64_t count, Outcome* outcomes) const {
@@ -132,6 +141,7 @@ class RankedPatients {
   const scalar_t* values_;
   grad_t* grad_;
   int64_t count_;
+  mutable std::atomic<bool> possible_{true};
 };
 
 }  // namespace ehrseq::survival

@@ -16,6 +16,7 @@ struct Rows {
   int64_t patients;  // at most OutcomeReader::kAtOnce
   // Set to false by a kernel that finds a value which its loss refuses.
   bool* possible = nullptr;
+  int64_t first = 0;  // the number of the first of these patients, as the layout counts them
 };
 
 }  // namespace ehrseq::survival
