@@ -279,10 +279,9 @@ def choose(operation: str, device: str, dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: if a backend was asked for and cannot run this call, with the reason.
     """
-    asked = requested()
-    # torch.compile warns of cached functions, and traces what they wrap
-    find = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
-    return find(asked, operation, device, dtype)
+    if torch.compiler.is_compiling():  # which warns of cached functions, and traces what they wrap
+        return _choose.__wrapped__(_requested_while_compiling(), operation, device, dtype)
+    return _choose(_requested(), operation, device, dtype)
 
 
 @cache
@@ -312,12 +311,18 @@ def _has_kernels(operation: str, backend: str) -> bool:
 
 def requested() -> str | None:
     """The backend that was asked for; None where the package chooses."""
-    if torch.compiler.is_compiling():
-        traced: Any = _traced.blocks
-        for block in reversed(traced) if isinstance(traced, tuple) else ():
-            if block.is_open:
-                return block.backend
-        return _by_environment
+    return _requested_while_compiling() if torch.compiler.is_compiling() else _requested()
+
+
+def _requested_while_compiling() -> str | None:
+    traced: Any = _traced.blocks
+    for block in reversed(traced) if isinstance(traced, tuple) else ():
+        if block.is_open:
+            return block.backend
+    return _by_environment
+
+
+def _requested() -> str | None:
     blocks = _blocks.get()
     if blocks and not blocks[-1].is_open:
         blocks = _enter(blocks)
@@ -374,11 +379,9 @@ def validate_on_device() -> bool:
 def must_check_values(chosen: str, device: str, validate: bool) -> bool:
     """Whether an operation has to check values before its kernel runs: the ``cpu`` kernels check
     them as they read them, and a GPU would have to be waited for."""
-    if torch.compiler.is_compiling():
+    if (chosen == "cpu" and device == "cpu") or torch.compiler.is_compiling():
         return False
-    if device == "cpu":
-        return chosen != "cpu"
-    return validate or validate_on_device()
+    return device == "cpu" or validate or validate_on_device()
 
 
 def request_from_environment() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .autograd import transformed
 from .checks import REAL
 from .rows import PackedRows
+from .rows.beside import ROWS, fields_of
 from .survival_nll.checks import check_companion, check_mask, refuse_mask
 
 
@@ -68,7 +69,7 @@ def layout_of(
         return logits, Visits(sequence_mask), None
     refuse_mask(sequence_mask)
     batch = logits.batch
-    visits = Visits(None, batch.row_starts, batch.unsorted_indices, batch.last_rows)
+    visits = Visits(None, *fields_of(batch, *ROWS))
     return logits.values, visits, len(batch)
 
 

@@ -28,10 +28,15 @@ inline int64_t product(const std::vector<int64_t>& shape) {
   return n;
 }
 
+// Spares the common case a call of torch's dispatcher, which costs as much as a small kernel.
+inline torch::stable::Tensor made_contiguous(const torch::stable::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 inline std::optional<torch::stable::Tensor> contiguous_or_none(
     const std::optional<torch::stable::Tensor>& tensor) {
   if (!tensor.has_value()) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
+  return made_contiguous(*tensor);
 }
 
 }  // namespace ehrseq

@@ -1,6 +1,7 @@
 // Allocation, and tensors as kernels read them.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -8,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -39,6 +41,28 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
   return tensor;
 }
 
+// As empty(), for kernels that take no longer than a call of torch's dispatcher, which looks
+// new_empty up by its name: this one is allocated without it. (So it is not filled under
+// torch.use_deterministic_algorithms: all of it has to be written.)
+inline Tensor allocated(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(1, shape[i])) {
+    strides[i] = stride;
+  }
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto number_of_dtype =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               number_of_dtype, device_type, like.get_device_index(), &handle));
+  Tensor tensor(handle);
+  prefer_large_pages(tensor);
+  return tensor;
+}
+
 template <typename T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
@@ -55,7 +79,8 @@ class Operands {
  public:
   template <typename T>
   const T* as(const Tensor& tensor) {
-    held_.push_back(torch::stable::contiguous(torch::stable::to(tensor, kDtypeOf<T>)));
+    const bool converts = tensor.scalar_type() != kDtypeOf<T>;
+    held_.push_back(made_contiguous(converts ? torch::stable::to(tensor, kDtypeOf<T>) : tensor));
     return data<T>(held_.back());
   }
 

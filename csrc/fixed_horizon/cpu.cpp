@@ -182,7 +182,7 @@ template <typename Layout, typename ShareOf>
 std::tuple<Tensor, Tensor> loss_of(const Layout& layout, const Targets& targets, Settings settings,
                                    const Tensor& logits, Reduction reduction, bool needs_grad,
                                    const ShareOf& share_of) {
-  const Tensor rows = torch::stable::contiguous(logits);
+  const Tensor rows = made_contiguous(logits);
   bool possible = true;
   std::vector<Range> ranges(layout.patients());
   const auto make_reader = [&] {
@@ -196,7 +196,8 @@ std::tuple<Tensor, Tensor> loss_of(const Layout& layout, const Targets& targets,
     using scalar_t = typename decltype(tag)::type;
     using T = accumulator_t<scalar_t>;
     const bool reduces = reduction != Reduction::kNone;
-    const Tensor loss = empty(rows, reduces ? std::vector<int64_t>{} : shape_of(rows), kDtypeOf<T>);
+    const Tensor loss =
+        allocated(rows, reduces ? std::vector<int64_t>{} : shape_of(rows), kDtypeOf<T>);
     const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
     const Data<scalar_t> given{data<const scalar_t>(rows),
                                needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr,

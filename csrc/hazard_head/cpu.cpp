@@ -27,7 +27,7 @@ Shape checked_head(const char* name, const Tensor& input, const Tensor& weight, 
 class KeptUnits {
  public:
   explicit KeptUnits(const OptionalTensor& kept) {
-    if (kept) held_ = torch::stable::contiguous(*kept);
+    if (kept) held_ = made_contiguous(*kept);
   }
 
   const uint8_t* bytes() const { return held_ ? data<uint8_t>(*held_) : nullptr; }

@@ -39,8 +39,7 @@ struct Targets {
 // Checked at every call: wrong offsets and codes would lead out of bounds.
 Targets read_targets(const Tensor& codes, const Tensor& code_offsets, const Shape& shape,
                      bool sampled) {
-  Targets targets{torch::stable::contiguous(codes), torch::stable::contiguous(code_offsets),
-                  nullptr, nullptr};
+  Targets targets{made_contiguous(codes), made_contiguous(code_offsets), nullptr, nullptr};
   targets.codes = data<const int32_t>(targets.codes_tensor);
   targets.offsets = data<const int32_t>(targets.offsets_tensor);
   const int32_t* offsets = targets.offsets;

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> padded_nll(const char* operation, bool competing, con
   const OutcomeReader outcomes(patients, VisitMask(sequence_mask, slots), causes,
                                name_of_types(competing), event_times, event_types, entry_times,
                                sample_weight);
-  const Tensor rows = torch::stable::contiguous(hazards);
+  const Tensor rows = made_contiguous(hazards);
   std::tuple<Tensor, Tensor> result;
   dispatch_floating(hazards.scalar_type(), operation, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> packed_survival_nll(
   const OutcomeReader reader(layout.patients(), VisitMask(layout.lengths()), causes,
                              name_of_types(competing), event_times, event_types, entry_times,
                              sample_weight);
-  const Tensor rows = torch::stable::contiguous(hazards);
+  const Tensor rows = made_contiguous(hazards);
   std::tuple<Tensor, Tensor> result;
   dispatch_floating(rows.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;

@@ -83,8 +83,8 @@ Tensor survival_nll_scale(const Tensor& grad, const Tensor& grad_nll,
   if (row_starts.has_value()) {
     packed.emplace(kName, grad.size(0), *row_starts, *unsorted_indices, *last_rows);
   }
-  const Tensor saved = torch::stable::contiguous(grad);
-  Tensor result = empty(saved, shape_of(saved), dtype);
+  const Tensor saved = made_contiguous(grad);
+  Tensor result = allocated(saved, shape_of(saved), dtype);
   if (saved.numel() == 0) return result;
   if (dtype == ScalarType::Half) {
     scale_all<float, Half>(saved, grad_nll, packed, result);

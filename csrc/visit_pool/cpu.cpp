@@ -44,8 +44,8 @@ PaddedCodes padded_codes(const Tensor& codes, const OptionalTensor& mask, int64_
                          const char* operation) {
   expect_on_cpu(operation, codes, mask);
   pooling::expect_padded_codes(codes, mask, operation);
-  return {torch::stable::contiguous(codes), contiguous_or_none(mask),
-          product(leading_shape(codes, 1)), codes.size(codes.dim() - 1), vocabulary};
+  return {made_contiguous(codes), contiguous_or_none(mask), product(leading_shape(codes, 1)),
+          codes.size(codes.dim() - 1), vocabulary};
 }
 
 // Calls body with the C++ types of the codes and of the mask.
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
   pooling::expect_table(weight, kName);
   pooling::expect_mode(mode, kName);
   const auto in = padded_codes(codes, visit_mask, weight.size(0), kName);
-  const auto table = torch::stable::contiguous(weight);
+  const auto table = made_contiguous(weight);
   const int64_t step = visits_per_step(kVisitsPerStep, in.n_slots);
   const int64_t row_size = table.size(1);
   auto shape = leading_shape(codes, 1);
@@ -237,7 +237,7 @@ Tensor visit_pool_backward(Tensor grad, Tensor codes, int64_t vocabulary, Option
   with_padded_index("visit_pool_backward", grad, codes, vocabulary, visit_mask, arg_max, mode,
                     padding_idx, [&](auto tag, auto index) {
                       using scalar_t = typename decltype(tag)::type;
-                      const auto rows = torch::stable::contiguous(grad);
+                      const auto rows = made_contiguous(grad);
                       const int64_t row_size = rows.size(rows.dim() - 1);
                       grad_weight = empty(rows, {vocabulary, row_size}, rows.scalar_type());
                       auto* out = static_cast<scalar_t*>(grad_weight->data_ptr());
@@ -260,7 +260,7 @@ std::tuple<Tensor, Tensor> visit_pool_backward_sparse(Tensor grad, Tensor codes,
   with_padded_index("visit_pool_backward_sparse", grad, codes, vocabulary, visit_mask, arg_max,
                     mode, padding_idx, [&](auto tag, auto index) {
                       using scalar_t = typename decltype(tag)::type;
-                      const auto rows = torch::stable::contiguous(grad);
+                      const auto rows = made_contiguous(grad);
                       const int64_t row_size = rows.size(rows.dim() - 1);
                       auto code_ids = empty(rows, {index.n_codes}, ScalarType::Long);
                       auto code_rows = empty(rows, {index.n_codes, row_size}, rows.scalar_type());

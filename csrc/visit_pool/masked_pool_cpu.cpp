@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
   expect_floating(embeddings, kName, "embeddings");
   pooling::expect_mask(mask, leading_shape(embeddings, 1), kName);
   pooling::expect_mode(mode, kName);
-  const auto table = torch::stable::contiguous(embeddings);
+  const auto table = made_contiguous(embeddings);
   const auto real = contiguous_or_none(mask);
   auto shape = leading_shape(table, 2);
   const int64_t n_visits = product(shape);
@@ -99,7 +99,7 @@ Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg
   const int64_t n_visits = product(shape);
   shape.push_back(n_slots);
   pooling::expect_mask(mask, shape, kName);
-  const auto rows = torch::stable::contiguous(grad);
+  const auto rows = made_contiguous(grad);
   const auto real = contiguous_or_none(mask);
   const Winners won(arg_max, mode);
   const int64_t row_size = rows.size(rows.dim() - 1);

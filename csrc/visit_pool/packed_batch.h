@@ -50,8 +50,8 @@ inline PackedBatch packed_batch(const Tensor& codes, const Tensor& code_offsets,
                                 const char* operation) {
   expect_on_cpu(operation, codes, code_offsets);
   pooling::expect_packed_codes(codes, code_offsets, operation);
-  PackedBatch in{torch::stable::contiguous(codes), torch::stable::contiguous(code_offsets), nullptr,
-                 nullptr, code_offsets.size(0) - 1};
+  PackedBatch in{made_contiguous(codes), made_contiguous(code_offsets), nullptr, nullptr,
+                 code_offsets.size(0) - 1};
   in.codes = static_cast<const int32_t*>(in.codes_tensor.data_ptr());
   in.offsets = static_cast<const int32_t*>(in.offsets_tensor.data_ptr());
   const int64_t n_codes = codes.size(0);
@@ -116,9 +116,9 @@ inline PackedIndex packed_index(const Tensor& index_codes, const Tensor& index_o
                                 const char* operation) {
   expect_on_cpu(operation, index_codes, index_offsets, index_visits);
   pooling::expect_index(index_codes, index_offsets, index_visits, operation);
-  PackedIndex in{torch::stable::contiguous(index_codes),
-                 torch::stable::contiguous(index_offsets),
-                 torch::stable::contiguous(index_visits),
+  PackedIndex in{made_contiguous(index_codes),
+                 made_contiguous(index_offsets),
+                 made_contiguous(index_visits),
                  nullptr,
                  nullptr,
                  nullptr,

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> packed_visit_pool(Tensor codes, Tensor code_offsets, 
   expect_on_cpu(kName, weight);
   pooling::expect_table(weight, kName);
   pooling::expect_mode(mode, kName);
-  const auto table = torch::stable::contiguous(weight);
+  const auto table = made_contiguous(weight);
   const auto in = packed_batch(codes, code_offsets, table.size(0), kName);
   const int64_t row_size = table.size(1);
   const std::vector<int64_t> shape{in.n_visits, row_size};
@@ -89,8 +89,8 @@ struct PackedGradient {
                  const Tensor& index_offsets, const Tensor& index_visits, int64_t vocabulary,
                  const OptionalTensor& arg_max, int64_t mode_, int64_t padding_idx,
                  const char* operation)
-      : rows(torch::stable::contiguous(grad)),
-        offsets(torch::stable::contiguous(code_offsets)),
+      : rows(made_contiguous(grad)),
+        offsets(made_contiguous(code_offsets)),
         winners(arg_max, mode_),
         mode(mode_) {
     expect_on_cpu(operation, grad, code_offsets, arg_max);
@@ -175,8 +175,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_pool(Tensor codes, Tensor co
   expect_on_cpu(kName, weight, scores);
   pooling::expect_table(weight, kName);
   pooling::expect_scores(scores, weight, kName);
-  const auto table = torch::stable::contiguous(weight);
-  const auto score = torch::stable::contiguous(scores);
+  const auto table = made_contiguous(weight);
+  const auto score = made_contiguous(scores);
   const auto in = packed_batch(codes, code_offsets, table.size(0), kName);
   const int64_t row_size = table.size(1);
   auto pooled = empty(table, {in.n_visits, row_size}, table.scalar_type());
@@ -226,12 +226,12 @@ std::tuple<Tensor, Tensor> packed_attention_pool_backward(Tensor grad, Tensor po
   pooling::expect_scores(scores, weight, kName);
   pooling::expect_attention_gradient(grad, pooled, highest, inverse, weight, kName);
   pooling::expect_padding(padding_idx, weight.size(0), kName);
-  const auto rows = torch::stable::contiguous(grad);
-  const auto table = torch::stable::contiguous(weight);
-  const auto outputs = torch::stable::contiguous(pooled);
-  const auto score = torch::stable::contiguous(scores);
-  const auto highest_of = torch::stable::contiguous(highest);
-  const auto inverse_of = torch::stable::contiguous(inverse);
+  const auto rows = made_contiguous(grad);
+  const auto table = made_contiguous(weight);
+  const auto outputs = made_contiguous(pooled);
+  const auto score = made_contiguous(scores);
+  const auto highest_of = made_contiguous(highest);
+  const auto inverse_of = made_contiguous(inverse);
   const int64_t row_size = table.size(1);
   const int64_t vocabulary = table.size(0);
   const auto index =

@@ -18,8 +18,8 @@ struct PackedBatch {
 
   PackedBatch(const Tensor& codes_, const Tensor& offsets_, int64_t vocabulary,
               const char* operation)
-      : codes_tensor(torch::stable::contiguous(codes_)),
-        offsets_tensor(torch::stable::contiguous(offsets_)),
+      : codes_tensor(made_contiguous(codes_)),
+        offsets_tensor(made_contiguous(offsets_)),
         n_visits(offsets_.numel() - 1) {
     pooling::expect_packed_codes(codes_, offsets_, operation);
     codes = {data_of<int32_t>(codes_tensor), data_of<int32_t>(offsets_tensor), codes_tensor.numel(),
@@ -37,9 +37,9 @@ struct PackedIndex {
 
   PackedIndex(const Tensor& codes_, const Tensor& offsets_, const Tensor& visits_, int64_t n_visits,
               int64_t vocabulary, const char* operation)
-      : codes_tensor(torch::stable::contiguous(codes_)),
-        offsets_tensor(torch::stable::contiguous(offsets_)),
-        visits_tensor(torch::stable::contiguous(visits_)) {
+      : codes_tensor(made_contiguous(codes_)),
+        offsets_tensor(made_contiguous(offsets_)),
+        visits_tensor(made_contiguous(visits_)) {
     pooling::expect_index(codes_, offsets_, visits_, operation);
     view = {data_of<int32_t>(codes_tensor),
             data_of<int32_t>(offsets_tensor),

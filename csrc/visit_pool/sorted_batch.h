@@ -57,7 +57,7 @@ struct PaddedBatch {
   int32_t n_slots;
 
   PaddedBatch(const Tensor& codes_, const OptionalTensor& mask_, int64_t vocabulary)
-      : codes_tensor(torch::stable::contiguous(codes_)),
+      : codes_tensor(made_contiguous(codes_)),
         mask_tensor(contiguous_or_none(mask_)),
         codes{codes_tensor.const_data_ptr(), codes_tensor.scalar_type() == ScalarType::Long,
               vocabulary},

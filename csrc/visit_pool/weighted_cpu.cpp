@@ -62,11 +62,11 @@ std::tuple<Tensor, Tensor> packed_weighted_pool(Tensor codes, Tensor code_offset
   expect_on_cpu(kName, weight, code_weights);
   pooling::expect_table(weight, kName);
   pooling::expect_weighted_mode(mode, kName);
-  const auto table = torch::stable::contiguous(weight);
+  const auto table = made_contiguous(weight);
   const auto in = packed_batch(codes, code_offsets, table.size(0), kName);
   const ScalarType sums = pooling::sum_dtype(table);
   pooling::expect_code_weights(code_weights, codes, sums, kName);
-  const auto of_codes = torch::stable::contiguous(code_weights);
+  const auto of_codes = made_contiguous(code_weights);
   const int64_t row_size = table.size(1);
   auto pooled = empty(table, {in.n_visits, row_size}, table.scalar_type());
   auto totals = empty(table, {mode == kMean ? in.n_visits : 0}, sums);
@@ -192,8 +192,8 @@ struct WeightedGradient {
                    const Tensor& index_codes, const Tensor& index_offsets,
                    const Tensor& index_visits, const OptionalTensor& index_positions,
                    int64_t vocabulary_, int64_t mode_, int64_t padding_idx, const char* operation_)
-      : rows(torch::stable::contiguous(grad)),
-        of_codes(torch::stable::contiguous(code_weights)),
+      : rows(made_contiguous(grad)),
+        of_codes(made_contiguous(code_weights)),
         of_visits(contiguous_or_none(totals)),
         vocabulary(vocabulary_),
         mode(mode_),
@@ -278,10 +278,10 @@ Tensor packed_weighted_pool_backward_weights(Tensor grad, OptionalTensor pooled,
   constexpr auto kName = "packed_weighted_pool_backward_weights";
   expect_on_cpu(kName, grad, pooled, totals, weight);
   pooling::expect_table(weight, kName);
-  const auto table = torch::stable::contiguous(weight);
+  const auto table = made_contiguous(weight);
   const auto in = packed_batch(codes, code_offsets, table.size(0), kName);
   pooling::expect_weights_gradient(grad, pooled, totals, in.n_visits, table, mode, kName);
-  const auto rows = torch::stable::contiguous(grad);
+  const auto rows = made_contiguous(grad);
   const auto means = contiguous_or_none(pooled);
   const auto of_visits = contiguous_or_none(totals);
   auto grad_weights = empty(table, {codes.size(0)}, pooling::sum_dtype(table));

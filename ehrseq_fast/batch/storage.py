@@ -141,6 +141,12 @@ class Storage:
                 "not follow: make a changed copy with with_outcomes(...) or with_codes(...)"
             )
 
+    def fields(self, *names: str) -> tuple[Any, ...]:
+        """Several of the attributes above in one look at whether they were changed."""
+        self.refuse_changes()
+        views = self._views
+        return tuple([views.get(name) for name in names])
+
     def __len__(self) -> int:
         """The number of patients."""
         return self.n_patients

@@ -7,6 +7,16 @@ from typing import Any
 from ..batch import PackedVisits
 from .packed_rows import PackedRows
 
+# where the visits of a batch are: visit t of patient p is row row_starts[t] + unsorted_indices[p]
+ROWS = ("row_starts", "unsorted_indices", "last_rows")
+
+
+def fields_of(batch: Any, *names: str) -> tuple[Any, ...]:
+    """Several attributes of a batch, or of what is used as one."""
+    if isinstance(batch, PackedVisits):
+        return batch.fields(*names)
+    return tuple([getattr(batch, name) for name in names])
+
 
 def with_batch(rows: Any, given: Any, name: str, argument: str = "event_times") -> tuple[Any, Any]:
     """``rows`` and ``given`` as they are; of ``loss(rows, batch)`` the rows of that batch, whose

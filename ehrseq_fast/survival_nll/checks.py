@@ -107,6 +107,18 @@ def check_companions(
     name, types, allowed = event_types
     kind = "a bool, integer or floating-point" if allowed is REAL else "an integer or bool"
     check_companion(hazards, name_of_hazards, shape, name, types, allowed, kind)
+    check_entries_and_weights(hazards, patients, entry_times, sample_weight, name_of_hazards)
+
+
+def check_entries_and_weights(
+    hazards: Tensor,
+    patients: int,
+    entry_times: Tensor | None,
+    sample_weight: Tensor | None,
+    name_of_hazards: str = "hazards",
+) -> None:
+    """As :func:`check_companions`, beside outcomes that need no check."""
+    shape = (patients,)
     if entry_times is not None:
         check_companion(
             hazards, name_of_hazards, shape, "entry_times", entry_times, INTEGER, "an integer"
@@ -147,7 +159,8 @@ def check_companion(
 ) -> None:
     """Refuse a tensor beside ``hazards`` that is on another device, or not of these dtypes and this
     shape, whose dimensions ``dims`` names."""
-    expect_tensor(name, tensor)
+    if not isinstance(tensor, Tensor):
+        expect_tensor(name, tensor)
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {kind} dtype, got {tensor.dtype}")
     if tensor.shape != shape:
@@ -156,7 +169,8 @@ def check_companion(
             f"{name}: expected shape [{names}] = {list(shape)} "
             f"for {name_of_hazards} {list(hazards.shape)}, got {list(tensor.shape)}"
         )
-    expect_device(name, tensor, hazards.device, name_of_hazards)
+    if tensor.device != hazards.device:
+        expect_device(name, tensor, hazards.device, name_of_hazards)
 
 
 def check_outcomes(inputs: Inputs, link: str) -> None:

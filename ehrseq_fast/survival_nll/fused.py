@@ -76,6 +76,8 @@ def nll(chosen: str, rows: Rows, inputs: Inputs, loss: Loss) -> Tensor:
     if chosen == "reference":
         return loss.define(as_padded(rows, inputs, loss))
     if hazards.requires_grad and torch.is_grad_enabled():
+        if chosen == "cpu" and not torch.compiler.is_compiling():
+            return _NllOnHost.apply(hazards, loss, rows, inputs)
         return _Nll.apply(chosen, loss, *rows, *inputs)
     return loss.compute(operators(chosen), rows, inputs, False)[0]
 
@@ -106,20 +108,13 @@ def _numbers(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 class _Nll(torch.autograd.Function):
-    """The kernel writes the gradient along with the loss, so that backward has only to scale it.
-
-    On the host the first backward pass returns that very tensor, which nothing else uses; a second
-    pass computes it again. So no copy is ever made, and changing the result in place, even where
-    autograd does not see it, changes no other result.
-    """
+    """The kernel writes the gradient along with the loss, so that backward has only to scale it."""
 
     @staticmethod
     def forward(ctx: Any, chosen: str, loss: Loss, *tensors: Any) -> Tensor:
         rows, inputs = tensors[:3], tensors[3:]
         value, grad = loss.compute(operators(chosen), rows, inputs, True)
-        returns_own = chosen == "cpu" and not torch.compiler.is_compiling()
-        ctx.once = [grad] if returns_own else []
-        ctx.save_for_backward(None if returns_own else grad, *rows, *inputs)
+        ctx.save_for_backward(grad, *rows, *inputs)
         ctx.chosen, ctx.loss = chosen, loss
         return value
 
@@ -127,23 +122,50 @@ class _Nll(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         saved, *tensors = ctx.saved_tensors
         rows, inputs = tuple(tensors[:3]), tuple(tensors[3:])
-        hazards = inputs[0]
         if torch.is_grad_enabled() or transformed(grad_nll):
-            # create_graph=True: a gradient that has a gradient itself; or several gradients at once
-            with torch.enable_grad():
-                value = ctx.loss.define(as_padded(rows, inputs, ctx.loss))
-            (grad,) = torch.autograd.grad(
-                value, hazards, grad_nll, create_graph=torch.is_grad_enabled()
-            )
-        elif saved is not None:
-            grad = _scaled(ctx.chosen, saved, grad_nll, rows, hazards.dtype)
+            grad = _by_definition(ctx.loss, rows, inputs, grad_nll)
         else:
-            try:
-                own = ctx.once.pop()
-            except IndexError:
-                _, own = ctx.loss.compute(operators(ctx.chosen), rows, inputs, True)
-            grad = _scaled_in_place(own, grad_nll, rows, hazards.dtype)
+            grad = _scaled(ctx.chosen, saved, grad_nll, rows, inputs[0].dtype)
         return *(None,) * 5, grad, *(None,) * (len(inputs) - 1)
+
+
+class _NllOnHost(torch.autograd.Function):
+    """As :class:`_Nll`, where calls are short: tensors that get no gradient are no arguments, each
+    of which costs autograd some time.
+
+    The first backward pass returns the very tensor that the kernel wrote, which nothing else uses;
+    a second pass computes it again. So no copy is ever made, and changing the result in place, even
+    where autograd does not see it, changes no other result.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hazards: Tensor, loss: Loss, rows: Any, inputs: Any) -> Tensor:
+        value, grad = loss.compute(operators("cpu"), rows, (hazards, *inputs[1:]), True)
+        ctx.save_for_backward(hazards, *rows, *inputs[1:])
+        ctx.once, ctx.loss = [grad], loss
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        # looked at in every pass, so that what changed since the forward pass is noticed
+        hazards, *tensors = ctx.saved_tensors
+        rows, inputs = tuple(tensors[:3]), (hazards, *tensors[3:])
+        if torch.is_grad_enabled() or transformed(grad_nll):
+            return _by_definition(ctx.loss, rows, inputs, grad_nll), None, None, None
+        try:
+            own = ctx.once.pop()
+        except IndexError:
+            _, own = ctx.loss.compute(operators("cpu"), rows, inputs, True)
+        return _scaled_in_place(own, grad_nll, rows, hazards.dtype), None, None, None
+
+
+def _by_definition(loss: Loss, rows: Any, inputs: Any, grad_nll: Tensor) -> Tensor:
+    """With create_graph=True a gradient that has a gradient itself; or several gradients at
+    once."""
+    with torch.enable_grad():
+        value = loss.define(as_padded(rows, inputs, loss))
+    (grad,) = torch.autograd.grad(value, inputs[0], grad_nll, create_graph=torch.is_grad_enabled())
+    return grad
 
 
 def _scaled(chosen: str, grad: Tensor, grad_nll: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:

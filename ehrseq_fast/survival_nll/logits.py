@@ -12,7 +12,7 @@ from ..autograd import transformed
 from ..backend import must_check_values
 from ..checks import INTEGER, REAL
 from ..rows import PackedRows
-from ..rows.beside import with_batch
+from ..rows.beside import ROWS, fields_of, with_batch
 from .checks import (
     check_column,
     check_companions,
@@ -62,13 +62,14 @@ def loss_of_logits(
     if isinstance(logits, PackedRows):
         refuse_mask(mask)
         batch, logits = logits.batch, logits.values
-        times = batch.event_times if times is None else times
-        types = getattr(batch, name) if types is None else types
+        *fields, own_times, own_types = fields_of(batch, *ROWS, "event_times", name)
+        times = own_times if times is None else times
+        types = own_types if types is None else types
         if times is None or types is None:
             raise ValueError(
                 f"event_times and {name}: expected with the batch or the call, got None"
             )
-        rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
+        rows = (fields[0], fields[1], fields[2])
         patients = len(batch)
         check_hazards(logits, ("n_visits", "K") if loss.competing else ("n_visits",), "logits")
         kinds = (name, types, allowed)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -11,11 +9,14 @@ from .. import backend
 from ..arrays import kind_of
 from ..autograd import transformed
 from ..backend import must_check_values
+from ..batch import PackedVisits
 from ..checks import INTEGER, REAL
 from ..rows import PackedRows
+from ..rows.beside import ROWS, fields_of
 from ..visit_weighted_nll.op import weighted_nll
 from .checks import (
     check_companions,
+    check_entries_and_weights,
     check_hazards,
     check_link,
     check_outcomes,
@@ -25,8 +26,7 @@ from .checks import (
 from .fused import Inputs, Rows, SurvivalNll, as_padded, nll
 from .visit_weight import weight_of_rows
 
-if TYPE_CHECKING:
-    from ..batch import PackedVisits
+_KINDS = INTEGER | {torch.bool}
 
 
 def packed_survival_nll(
@@ -72,19 +72,12 @@ def packed_survival_nll(
         tensor([2.3026, 0.2231])
     """
     hazards, batch = _rows_and_batch(hazards, batch)
-    times = batch.event_times if event_times is None else event_times
-    seen = batch.event_indicators if event_indicators is None else event_indicators
-    if times is None or seen is None:
-        raise ValueError(
-            "event_times and event_indicators: expected with the batch or the call, got None"
-        )
-    types = ("event_indicators", seen, REAL)
-    _check_tensors(hazards, batch, (), times, types, entry_times, sample_weight)
+    given = ("event_indicators", event_indicators, REAL)
+    rows, inputs = _inputs(hazards, batch, (), event_times, given, entry_times, sample_weight)
     check_single_link(link, from_logits)
-    inputs = (hazards, times, seen, None, entry_times, sample_weight)
     link = link if from_logits else "probabilities"
     options = SurvivalNll(link, censored_visit, eps, reduction)
-    return _packed_nll(batch, inputs, options, visit_weight, validate)
+    return _packed_nll(batch, rows, inputs, options, visit_weight, validate)
 
 
 def packed_competing_risks_nll(
@@ -120,20 +113,13 @@ def packed_competing_risks_nll(
         tensor(1.0217)
     """
     hazards, batch = _rows_and_batch(hazards, batch)
-    times = batch.event_times if event_times is None else event_times
-    kinds = batch.event_types if event_types is None else event_types
-    if times is None or kinds is None:
-        raise ValueError(
-            "event_times and event_types: expected with the batch or the call, got None"
-        )
     trailing = ("K + 1",) if link == "softmax" else ("K",)
-    types = ("event_types", kinds, INTEGER | {torch.bool})
-    _check_tensors(hazards, batch, trailing, times, types, entry_times, sample_weight)
+    given = ("event_types", event_types, _KINDS)
+    rows, inputs = _inputs(hazards, batch, trailing, event_times, given, entry_times, sample_weight)
     check_link(hazards, link, from_logits)
-    inputs = (hazards, times, kinds, None, entry_times, sample_weight)
     link = link if from_logits else "probabilities"
     options = SurvivalNll(link, censored_visit, eps, reduction)
-    return _packed_nll(batch, inputs, options, visit_weight, validate)
+    return _packed_nll(batch, rows, inputs, options, visit_weight, validate)
 
 
 def _rows_and_batch(
@@ -155,31 +141,47 @@ def _rows_and_batch(
     return hazards.values, batch
 
 
-def _check_tensors(
+def _inputs(
     hazards: Tensor,
     batch: PackedVisits,
     trailing: tuple[str, ...],
-    event_times: Tensor,
-    event_types: tuple[str, Tensor, frozenset[torch.dtype]],
+    event_times: Tensor | None,
+    event_types: tuple[str, Tensor | None, frozenset[torch.dtype]],
     entry_times: Tensor | None,
     sample_weight: Tensor | None,
-) -> None:
+) -> tuple[Rows, Inputs]:
+    """What the loss is computed of, with the batch's outcomes where none are given; checked."""
+    name, types, allowed = event_types
+    names = (*ROWS, "event_times", name)
+    row_starts, ranks, last_rows, own_times, own_types = fields_of(batch, *names)
+    times = own_times if event_times is None else event_times
+    kinds = own_types if types is None else types
+    is_own = event_times is None and types is None
+    if times is None or kinds is None:
+        raise ValueError(f"event_times and {name}: expected with the batch or the call, got None")
     check_hazards(hazards, ("n_visits", *trailing))
     if hazards.shape[0] != batch.n_visits:
         raise ValueError(
             f"hazards: expected one row per visit, n_visits = {batch.n_visits}, "
             f"got {list(hazards.shape)}"
         )
-    if batch.row_starts.device != hazards.device:
+    if row_starts.device != hazards.device:
         raise ValueError(
             f"batch: expected on {hazards.device}, where hazards is, got "
-            f"{batch.row_starts.device}: move it with batch.to(device)"
+            f"{row_starts.device}: move it with batch.to(device)"
         )
-    check_companions(hazards, len(batch), event_times, event_types, entry_times, sample_weight)
+    if is_own and isinstance(batch, PackedVisits):  # whose outcomes were checked when it was made
+        check_entries_and_weights(hazards, len(batch), entry_times, sample_weight)
+    else:
+        given = (name, kinds, allowed)
+        check_companions(hazards, len(batch), times, given, entry_times, sample_weight)
+    rows = (row_starts, ranks, last_rows)
+    return rows, (hazards, times, kinds, None, entry_times, sample_weight)
 
 
 def _packed_nll(
     batch: PackedVisits,
+    rows: Rows,
     inputs: Inputs,
     options: SurvivalNll,
     visit_weight: Tensor | PackedRows | None,
@@ -187,7 +189,6 @@ def _packed_nll(
 ) -> Tensor:
     hazards = inputs[0]
     device = hazards.device.type
-    rows: Rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
     options.check()
     if visit_weight is not None:
         weight = weight_of_rows(hazards, batch, visit_weight)

@@ -105,11 +105,6 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
 }
 
-// Spares the common case a call of torch's dispatcher.
-inline Tensor made_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 template <typename T>
 const T* data_of(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

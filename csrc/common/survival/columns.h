@@ -54,9 +54,7 @@ class Column {
   explicit Column(const Tensor& tensor) : Column(tensor, tensor.stride(0)) {}
 
   // One number per visit, [B, V] or [n_visits], in the order of memory.
-  static Column of_visits(const Tensor& tensor) {
-    return Column(torch::stable::contiguous(tensor), 1);
-  }
+  static Column of_visits(const Tensor& tensor) { return Column(made_contiguous(tensor), 1); }
 
   // The values of patients begin..end, as numbers of type T.
   template <typename T>

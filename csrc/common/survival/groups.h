@@ -35,8 +35,8 @@ Tensor nll_of_groups(const Settings& settings, const Tensor& hazards, const Layo
   using nll_t = accumulator_t<scalar_t>;
   constexpr int64_t kGroup = OutcomeReader::kAtOnce;
   const bool reduces = settings.reduction != Reduction::kNone;
-  Tensor nll = empty(hazards, reduces ? std::vector<int64_t>{} : std::vector{settings.patients},
-                     kDtypeOf<nll_t>);
+  Tensor nll = allocated(hazards, reduces ? std::vector<int64_t>{} : std::vector{settings.patients},
+                         kDtypeOf<nll_t>);
   nll_t* nll_data = static_cast<nll_t*>(nll.mutable_data_ptr());
   const int64_t groups = (settings.patients + kGroup - 1) / kGroup;
   const int64_t grain = std::max<int64_t>(1, Layout::kWorthAThread / layout.values_per_group());
@@ -72,8 +72,8 @@ Tensor nll_of_groups(const Settings& settings, const Tensor& hazards, const Layo
 // Where the gradient of the hazards is saved; empty where none is needed.
 template <typename scalar_t>
 Tensor empty_gradient(const Tensor& hazards, bool needs_grad) {
-  return empty(hazards, needs_grad ? shape_of(hazards) : std::vector<int64_t>{0},
-               kDtypeOf<saved_grad_t<scalar_t>>);
+  return allocated(hazards, needs_grad ? shape_of(hazards) : std::vector<int64_t>{0},
+                   kDtypeOf<saved_grad_t<scalar_t>>);
 }
 
 inline double share_of_a_patient(Reduction reduction, int64_t patients) {

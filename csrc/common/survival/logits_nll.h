@@ -18,7 +18,7 @@ template <typename Settings>
 std::tuple<Tensor, Tensor> padded_nll(const char* operation, const Tensor& logits,
                                       const Settings& settings, const OutcomeReader& outcomes,
                                       bool needs_grad) {
-  const Tensor rows = torch::stable::contiguous(logits);
+  const Tensor rows = made_contiguous(logits);
   std::tuple<Tensor, Tensor> result;
   dispatch_floating(rows.scalar_type(), operation, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -37,7 +37,7 @@ template <typename Settings>
 std::tuple<Tensor, Tensor> packed_nll(const char* operation, const Tensor& logits,
                                       const Settings& settings, const RankLayout& layout,
                                       const OutcomeReader& reader, bool needs_grad) {
-  const Tensor rows = torch::stable::contiguous(logits);
+  const Tensor rows = made_contiguous(logits);
   std::tuple<Tensor, Tensor> result;
   dispatch_floating(rows.scalar_type(), operation, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;

@@ -17,10 +17,10 @@ class RankLayout {
   RankLayout(const char* operation, int64_t n_visits, const Tensor& row_starts, const Tensor& ranks,
              const Tensor& last_rows)
       : operation_(operation),
-        row_starts_(torch::stable::contiguous(row_starts)),
-        ranks_(torch::stable::contiguous(ranks)),
+        row_starts_(made_contiguous(row_starts)),
+        ranks_(made_contiguous(ranks)),
         patients_(ranks_.numel()) {
-    const Tensor last = torch::stable::contiguous(last_rows);
+    const Tensor last = made_contiguous(last_rows);
     const int64_t* starts = this->row_starts();
     const int64_t times = row_starts_.numel() - 1;
     if (starts[0] != 0) refuse_start(0, "0");

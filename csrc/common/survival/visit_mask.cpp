@@ -40,7 +40,7 @@ auto counter_of(ScalarType dtype) -> decltype(&count_visits<BoolMask>) {
 
 VisitMask::VisitMask(const OptionalTensor& mask, int64_t slots) : slots_(slots) {
   if (!mask.has_value()) return;
-  mask_ = mask->stride(1) == 1 ? *mask : torch::stable::contiguous(*mask);
+  mask_ = mask->stride(1) == 1 ? *mask : made_contiguous(*mask);
 }
 
 void VisitMask::count_visits(int64_t begin, int64_t end, int64_t* visits) const {
