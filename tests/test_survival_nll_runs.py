@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+import ehrseq_fast
+from ehrseq_fast import DiscreteTimeSurvivalLoss, PackedRows, PackedVisits
 from ehrseq_fast.survival_nll import discrete_time_survival_nll
 
 from .conftest import is_emulated
@@ -181,3 +183,37 @@ def test_without_grad_none_is_made(compiled):
     with torch.no_grad():
         nll = discrete_time_survival_nll(hazards.requires_grad_(), *args[:2])
     assert not nll.requires_grad
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_call_costs_little_beside_its_kernel(compiled, layout):
+    """Counted, as times depend on the machine: functions of the package that are entered, and
+    operators of torch that run beside the loss's."""
+    batch = PackedVisits.from_lists(
+        [[[1], [2]], [[2], [1]]], event_times=[1, 1], event_indicators=[1, 0]
+    )
+    hazards = torch.full((2, 2), 0.5, requires_grad=True)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    times, seen = batch.event_times, batch.event_indicators
+    rows = PackedRows(torch.full((4,), 0.5, requires_grad=True), batch)
+    arguments = (rows,) if layout == "packed" else (hazards, times, seen, mask)
+    loss = DiscreteTimeSurvivalLoss()
+    loss(*arguments).backward()
+    entered, package = [], os.path.dirname(ehrseq_fast.__file__) + os.sep
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            entered.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        nll = loss(*arguments)
+    finally:
+        sys.setprofile(before)
+    assert len(entered) <= 32, entered
+    del nll
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss(*arguments)
+    ran = [event.key for event in profile.key_averages() if event.key.startswith("aten::")]
+    assert not ran, ran

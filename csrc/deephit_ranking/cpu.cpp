@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -56,24 +57,49 @@ std::vector<Outcome> read_in_groups(const Settings& settings, const OutcomeReade
   return outcomes;
 }
 
+// Whether a patient's softmax takes no more memory than what it was computed of.
+template <typename scalar_t>
+constexpr bool kKeepsMass = std::is_same_v<scalar_t, accumulator_t<scalar_t>>;
+
 // Patients whose visits are rows of a padded tensor.
 template <typename scalar_t>
 class PaddedVisits {
  public:
   using grad_t = saved_grad_t<scalar_t>;
 
-  PaddedVisits(const Settings& settings, const scalar_t* logits)
-      : row_length_(settings.slots * settings.classes), logits_(logits) {}
+  // `grad` is null where none is needed. Until it is written it holds what mass() is for.
+  PaddedVisits(const Settings& settings, const scalar_t* logits, grad_t* grad)
+      : row_length_(settings.slots * settings.classes),
+        classes_(settings.classes),
+        logits_(logits),
+        grad_(grad) {}
 
   const scalar_t* row(int64_t patient) const { return logits_ + patient * row_length_; }
+
+  // Where a patient's softmax is kept; null where it is not.
+  accumulator_t<scalar_t>* mass(int64_t patient) {
+    if constexpr (kKeepsMass<scalar_t>) {
+      if (grad_ != nullptr) return grad_ + patient * row_length_;
+    }
+    return nullptr;
+  }
 
   class Writer {
    public:
     Writer(const PaddedVisits& all, grad_t* grad) : all_(all), grad_(grad) {}
     int64_t patient(int64_t number) const { return number; }
     grad_t* row(int64_t number) const { return grad_ + number * all_.row_length_; }
-    void begin(int64_t first, int64_t count) {
-      std::fill_n(row(first), count * all_.row_length_, grad_t(0));
+    void begin(int64_t first, int64_t count, const Outcome* outcomes) {
+      if (!kKeepsMass<scalar_t>) {
+        std::fill_n(row(first), count * all_.row_length_, grad_t(0));
+        return;
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        grad_t* of_patient = row(first + i);
+        std::fill_n(of_patient, outcomes[i].entry * all_.classes_, grad_t(0));
+        std::fill(of_patient + outcomes[i].visits * all_.classes_, of_patient + all_.row_length_,
+                  grad_t(0));
+      }
     }
     void end(int64_t, int64_t) {}
 
@@ -84,7 +110,9 @@ class PaddedVisits {
 
  private:
   int64_t row_length_;
+  int64_t classes_;
   const scalar_t* logits_;
+  grad_t* grad_;
 };
 
 // Patients whose visits are rows of a packed batch. They are copied, patient after patient, as sums
@@ -115,12 +143,21 @@ class RankedVisits {
 
   const scalar_t* row(int64_t patient) const { return values_.data() + starts_[patient]; }
 
+  // In place of the copy.
+  accumulator_t<scalar_t>* mass(int64_t patient) {
+    if constexpr (kKeepsMass<scalar_t>) {
+      return values_.data() + starts_[patient];
+    } else {
+      return nullptr;
+    }
+  }
+
   class Writer {
    public:
     Writer(const RankedVisits& all, grad_t* grad) : all_(all), grad_(grad) {}
     int64_t patient(int64_t rank) const { return all_.layout_.patient_of_rank(rank); }
     grad_t* row(int64_t rank) { return rows_.data() + (rank - first_) * length_; }
-    void begin(int64_t first, int64_t count) {
+    void begin(int64_t first, int64_t count, const Outcome*) {
       first_ = first;
       // the first ranks have the most visits
       length_ = all_.layout_.lengths()[patient(first)] * all_.classes_;
@@ -172,7 +209,7 @@ struct Sums {
 };
 
 template <typename scalar_t, typename Visits>
-void sum_pairs(const Settings& settings, const Visits& visits, const std::vector<Outcome>& outcomes,
+void sum_pairs(const Settings& settings, Visits& visits, const std::vector<Outcome>& outcomes,
                Sums<accumulator_t<scalar_t>>& sums) {
   using T = accumulator_t<scalar_t>;
   const int64_t stride = settings.stride();
@@ -181,7 +218,10 @@ void sum_pairs(const Settings& settings, const Visits& visits, const std::vector
   std::vector<double> of_later(groups * stride);
   for_each_group<T>(settings, [&](int64_t first, int64_t count, std::vector<T>& memory) {
     Rows<scalar_t> rows{{}, outcomes.data() + first, count};
-    for (int64_t i = 0; i < count; ++i) rows.logits[i] = visits.row(first + i);
+    for (int64_t i = 0; i < count; ++i) {
+      rows.logits[i] = visits.row(first + i);
+      rows.mass[i] = visits.mass(first + i);
+    }
     const int64_t at = first / kGroup * stride;
     sum_later(settings, rows, Later<T>{largest.data() + at, of_later.data() + at},
               sums.own.data() + first, memory);
@@ -201,7 +241,7 @@ void sum_pairs(const Settings& settings, const Visits& visits, const std::vector
 }
 
 template <typename scalar_t, typename Visits>
-void write_all(const Settings& settings, const Visits& visits, const std::vector<Outcome>& outcomes,
+void write_all(const Settings& settings, Visits& visits, const std::vector<Outcome>& outcomes,
                Sums<accumulator_t<scalar_t>>& sums, saved_grad_t<scalar_t>* grad) {
   using T = accumulator_t<scalar_t>;
   const double patients = static_cast<double>(settings.patients);
@@ -218,7 +258,6 @@ void write_all(const Settings& settings, const Visits& visits, const std::vector
   }
   for_each_group<T>(settings, [&](int64_t first, int64_t count, std::vector<T>& memory) {
     typename Visits::Writer writer(visits, grad);
-    writer.begin(first, count);
     Outcome of_rows[kGroup];
     double own[kGroup];
     saved_grad_t<scalar_t>* grads[kGroup];
@@ -228,8 +267,10 @@ void write_all(const Settings& settings, const Visits& visits, const std::vector
       of_rows[i] = outcomes[patient];
       own[i] = sums.own[patient];
       rows.logits[i] = visits.row(patient);
-      grads[i] = writer.row(first + i);
+      rows.mass[i] = visits.mass(patient);
     }
+    writer.begin(first, count, of_rows);
+    for (int64_t i = 0; i < count; ++i) grads[i] = writer.row(first + i);
     write_gradients(settings, rows, Slopes<T>{sums.largest.data(), of_events.data(), own}, grads,
                     memory);
     writer.end(first, count);
@@ -237,12 +278,11 @@ void write_all(const Settings& settings, const Visits& visits, const std::vector
 }
 
 template <typename scalar_t, typename Visits>
-std::tuple<Tensor, Tensor> loss_and_grad(const Settings& settings, const Tensor& logits,
-                                         const Visits& visits, const std::vector<Outcome>& outcomes,
+std::tuple<Tensor, Tensor> loss_and_grad(const Settings& settings, const Tensor& grad,
+                                         Visits& visits, const std::vector<Outcome>& outcomes,
                                          bool needs_grad) {
   using T = accumulator_t<scalar_t>;
-  const Tensor loss = empty(logits, {}, kDtypeOf<T>);
-  const Tensor grad = empty_gradient<scalar_t>(logits, needs_grad);
+  const Tensor loss = allocated(grad, {}, kDtypeOf<T>);
   if (settings.patients == 0) {
     *data<T>(loss) = std::numeric_limits<T>::quiet_NaN();
     return {loss, grad};
@@ -287,17 +327,19 @@ std::tuple<Tensor, Tensor> deephit_ranking(Tensor logits, Tensor event_times, Te
       sample_weight);
   const std::vector<Outcome> outcomes = read_in_groups(settings, reader);
 
-  const Tensor rows = torch::stable::contiguous(logits);
+  const Tensor rows = made_contiguous(logits);
   std::tuple<Tensor, Tensor> result;
   dispatch_floating(rows.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const auto* values = data<const scalar_t>(rows);
+    const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
     if (layout) {
-      const RankedVisits<scalar_t> visits(settings, *layout, values);
-      result = loss_and_grad<scalar_t>(settings, rows, visits, outcomes, needs_grad);
+      RankedVisits<scalar_t> visits(settings, *layout, values);
+      result = loss_and_grad<scalar_t>(settings, grad, visits, outcomes, needs_grad);
     } else {
-      const PaddedVisits<scalar_t> visits(settings, values);
-      result = loss_and_grad<scalar_t>(settings, rows, visits, outcomes, needs_grad);
+      auto* grads = needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr;
+      PaddedVisits<scalar_t> visits(settings, values, grads);
+      result = loss_and_grad<scalar_t>(settings, grad, visits, outcomes, needs_grad);
     }
   });
   return result;

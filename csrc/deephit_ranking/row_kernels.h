@@ -5,7 +5,8 @@
 //   Σ_j w_i w_j exp(a_j(T) - a_i(T)) = w_i exp(m(T) - a_i(T)) · Σ_j w_j exp(a_j(T) - m(T)),
 // where m(T) is the largest a_j(T): one sum for each time, shared by all its events. The sums are
 // made of groups of patients, each with a largest exponent of its own, and joined in the groups'
-// order. The gradient computes a again: that costs less than memory for it.
+// order. The gradient computes a again, of a softmax that was kept where its own memory can hold
+// it: that costs less than memory for both.
 //
 // Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
 
@@ -73,16 +74,25 @@ template <typename T, typename scalar_t>
 EHRSEQ_INLINE void softmax(const scalar_t* row, const Range<T>& at_risk, T* mass) {
   std::fill(mass, mass + at_risk.first, T(0));
   at_risk.fill_around(mass, -HUGE_VAL);
+  Lanes<T> most{};  // the logit of "beyond"; a NaN is left to the sum
+  const auto take = [&](int64_t at) __attribute__((always_inline)) {
+    const Lanes<T> x = load(row + at);
+    store(mass + at, x);
+    most = x > most ? x : most;
+  };
   int64_t at = at_risk.begin;
-  for (; at + kLanes<T> <= at_risk.end; at += kLanes<T>) store(mass + at, load(row + at));
-  for (; at < at_risk.end; ++at) mass[at] = static_cast<T>(row[at]);
-
-  Lanes<T> most{};  // the logit of "beyond"
-  for (at = at_risk.first; at < at_risk.last; at += kLanes<T>) {
-    const Lanes<T> x = load(mass + at);
-    most = x > most ? x : most;  // a NaN is left to the sum
+  for (; at + kLanes<T> <= at_risk.end; at += kLanes<T>) take(at);
+  T largest = 0;
+  if (at < at_risk.end && at > at_risk.begin) {
+    take(at_risk.end - kLanes<T>);
+  } else {
+    for (; at < at_risk.end; ++at) {
+      mass[at] = static_cast<T>(row[at]);
+      largest = mass[at] > largest ? mass[at] : largest;
+    }
   }
-  const T largest = largest_of_lanes<T>(most);
+  largest = std::max(largest, largest_of_lanes<T>(most));
+
   Wide<T> sums{};
   for (at = at_risk.first; at < at_risk.last; at += kLanes<T>) {
     const Lanes<T> term = exp_nonpositive<T>(load(mass + at) - largest);
@@ -97,81 +107,109 @@ EHRSEQ_INLINE void softmax(const scalar_t* row, const Range<T>& at_risk, T* mass
   }
 }
 
-// Cumulative sums times `factor` of the first `visits` visits: four additions at once where there
-// is one value per visit, each of which would wait for the last.
+// Sums over visits are made of four at a time: as wide as most processors add doubles at once, and
+// few steps from one four to the next.
+using Four = lanes_t<double, 4>;
+using Places = lanes_t<int64_t, 4>;
+
+template <typename T>
+EHRSEQ_INLINE Four load_four(const T* from) {
+  return __builtin_convertvector(load_exactly<4>(from), Four);
+}
+
+template <typename T>
+EHRSEQ_INLINE void store_four(T* to, const Four& lanes) {
+  store_exactly<4>(to, __builtin_convertvector(lanes, lanes_t<T, 4>));
+}
+
+// body(count, first cause) with `count` a constant, for all causes by fours: sums that do not wait
+// for one another.
+template <typename Body>
+EHRSEQ_INLINE void for_causes(int64_t classes, const Body& body) {
+  int64_t cause = 0;
+  for (; cause + 4 <= classes; cause += 4) body(std::integral_constant<int, 4>{}, cause);
+  if (classes - cause == 3) body(std::integral_constant<int, 3>{}, cause);
+  if (classes - cause == 2) body(std::integral_constant<int, 2>{}, cause);
+  if (classes - cause == 1) body(std::integral_constant<int, 1>{}, cause);
+}
+
+// Cumulative sums times `factor` of the first `visits` visits. With one value per visit up to three
+// more are read and written.
 template <typename T>
 EHRSEQ_INLINE void cumulative_sums(const T* values, int64_t visits, int64_t classes, double factor,
                                    T* sums) {
   if (classes > 1) {
-    for (int64_t cause = 0; cause < classes; ++cause) {
-      double sum = 0;
+    for_causes(classes, [&](auto count, int64_t cause) __attribute__((always_inline)) {
+      constexpr int kCount = decltype(count)::value;
+      double sum[kCount] = {};
       for (int64_t at = cause; at < visits * classes; at += classes) {
-        sum += static_cast<double>(values[at]);
-        sums[at] = static_cast<T>(sum * factor);
+        for (int c = 0; c < kCount; ++c) {
+          sum[c] += static_cast<double>(values[at + c]);
+          sums[at + c] = static_cast<T>(sum[c] * factor);
+        }
       }
-    }
+    });
     return;
   }
-  double sum = 0;
-  int64_t at = 0;
-  for (; at + 4 <= visits; at += 4) {
-    const double first = static_cast<double>(values[at]);
-    const double two = first + static_cast<double>(values[at + 1]);
-    const double third = static_cast<double>(values[at + 2]);
-    const double all = two + (third + static_cast<double>(values[at + 3]));
-    sums[at] = static_cast<T>((sum + first) * factor);
-    sums[at + 1] = static_cast<T>((sum + two) * factor);
-    sums[at + 2] = static_cast<T>((sum + (two + third)) * factor);
-    sum += all;
-    sums[at + 3] = static_cast<T>(sum * factor);
-  }
-  for (; at < visits; ++at) {
-    sum += static_cast<double>(values[at]);
-    sums[at] = static_cast<T>(sum * factor);
+  const Four zeros{};
+  Four before{};  // the sum of all earlier ones, in every lane
+  for (int64_t at = 0; at < visits; at += 4) {
+    const Four x = load_four(values + at);
+    const Four twos = x + __builtin_shuffle(x, zeros, Places{4, 0, 1, 2});
+    const Four fours = twos + __builtin_shuffle(twos, zeros, Places{4, 5, 0, 1});
+    store_four(sums + at, (before + fours) * factor);
+    before += __builtin_shuffle(fours, Places{3, 3, 3, 3});
   }
 }
 
-// Each value becomes the sum of itself and those of later visits.
+// Each value from position `begin` on becomes the sum of itself and those of later visits; the sum
+// of each result times its weight. With one value per visit `begin` is that of a vector, and up to
+// three after the last, which have to be zeros, are read.
 template <typename T>
-EHRSEQ_INLINE void sums_from_the_end(T* values, int64_t visits, int64_t classes) {
+EHRSEQ_INLINE double sums_from_the_end(T* values, const T* weights, int64_t begin, int64_t visits,
+                                       int64_t classes) {
   if (classes > 1) {
-    for (int64_t cause = 0; cause < classes; ++cause) {
-      double sum = 0;
-      for (int64_t at = (visits - 1) * classes + cause; at >= 0; at -= classes) {
-        sum += static_cast<double>(values[at]);
-        values[at] = static_cast<T>(sum);
+    double of_all = 0;
+    for_causes(classes, [&](auto count, int64_t cause) __attribute__((always_inline)) {
+      constexpr int kCount = decltype(count)::value;
+      double sum[kCount] = {};
+      double dot[kCount] = {};
+      for (int64_t at = (visits - 1) * classes + cause; at >= begin; at -= classes) {
+        for (int c = 0; c < kCount; ++c) {
+          sum[c] += static_cast<double>(values[at + c]);
+          values[at + c] = static_cast<T>(sum[c]);
+          dot[c] += sum[c] * static_cast<double>(weights[at + c]);
+        }
       }
-    }
-    return;
+      for (const double of_cause : dot) of_all += of_cause;
+    });
+    return of_all;
   }
-  double sum = 0;
-  int64_t at = visits;
-  for (; at >= 4; at -= 4) {
-    const double last = static_cast<double>(values[at - 1]);
-    const double two = last + static_cast<double>(values[at - 2]);
-    const double third = static_cast<double>(values[at - 3]);
-    const double all = two + (third + static_cast<double>(values[at - 4]));
-    values[at - 1] = static_cast<T>(sum + last);
-    values[at - 2] = static_cast<T>(sum + two);
-    values[at - 3] = static_cast<T>(sum + (two + third));
-    sum += all;
-    values[at - 4] = static_cast<T>(sum);
+  const Four zeros{};
+  Four dots{};
+  Four after{};  // the sum of all later ones, in every lane
+  for (int64_t at = (visits + 3) / 4 * 4 - 4; at >= begin; at -= 4) {
+    const Four x = load_four(values + at);
+    const Four twos = x + __builtin_shuffle(x, zeros, Places{1, 2, 3, 4});
+    const Four fours = twos + __builtin_shuffle(twos, zeros, Places{2, 3, 4, 5});
+    const Four sums = after + fours;
+    store_four(values + at, sums);
+    dots += sums * load_four(weights + at);
+    after += __builtin_shuffle(fours, Places{0, 0, 0, 0});
   }
-  for (; at > 0; --at) {
-    sum += static_cast<double>(values[at - 1]);
-    values[at - 1] = static_cast<T>(sum);
-  }
+  return (dots[0] + dots[1]) + (dots[2] + dots[3]);
 }
 
-// Mass and exponents of a patient, the latter up to the visit of the outcome.
-template <typename T, typename scalar_t>
-EHRSEQ_INLINE Range<T> read_row(const scalar_t* row, const Outcome& outcome,
-                                const Settings& settings, T* mass, T* exponents) {
-  const int64_t classes = settings.classes;
-  const Range<T> at_risk(outcome.entry * classes, outcome.visits * classes);
-  softmax(row, at_risk, mass);
-  cumulative_sums(mass, outcome.time + 1, classes, 1 / settings.sigma, exponents);
-  return at_risk;
+template <typename T>
+EHRSEQ_INLINE Range<T> at_risk_of(const Outcome& outcome, const Settings& settings) {
+  return Range<T>(outcome.entry * settings.classes, outcome.visits * settings.classes);
+}
+
+// The exponents of a patient up to the visit of the outcome.
+template <typename T>
+EHRSEQ_INLINE void read_exponents(const T* mass, const Outcome& outcome, const Settings& settings,
+                                  T* exponents) {
+  cumulative_sums(mass, outcome.time + 1, settings.classes, 1 / settings.sigma, exponents);
 }
 
 // w e^(x - largest). With a weight of 0 the exponents may be above the largest: then it is 0, or
@@ -200,7 +238,11 @@ void sum_rows(const Settings& settings, const Rows<scalar_t>& rows,
   for (int64_t i = 0; i < rows.patients; ++i) {
     const Outcome& outcome = rows.outcomes[i];
     T* exponents = memory.data() + i * stride;
-    read_row(rows.logits[i], outcome, settings, mass, exponents);
+    const auto at_risk = at_risk_of<T>(outcome, settings);
+    softmax(rows.logits[i], at_risk, mass);
+    if (rows.mass[i])
+      std::copy(mass + at_risk.begin, mass + at_risk.end, rows.mass[i] + at_risk.begin);
+    read_exponents(mass, outcome, settings, exponents);
     own[i] = outcome.type > 0 ? static_cast<double>(exponents[event_of(outcome, settings)]) : 0.0;
     const Range<T> range = later_of<T>(outcome, settings);
     range.fill_around(exponents, T(-HUGE_VAL));
@@ -266,7 +308,15 @@ void gradients_of_rows(const Settings& settings, const Rows<scalar_t>& rows,
   T* slope = mass + stride;
   for (int64_t i = 0; i < rows.patients; ++i) {
     const Outcome& outcome = rows.outcomes[i];
-    const Range<T> at_risk = read_row(rows.logits[i], outcome, settings, mass, slope);
+    const auto at_risk = at_risk_of<T>(outcome, settings);
+    if (rows.mass[i]) {
+      std::fill(mass, mass + at_risk.begin, T(0));
+      std::copy(rows.mass[i] + at_risk.begin, rows.mass[i] + at_risk.end, mass + at_risk.begin);
+      std::fill(mass + at_risk.end, mass + at_risk.last, T(0));
+    } else {
+      softmax(rows.logits[i], at_risk, mass);
+    }
+    read_exponents(mass, outcome, settings, slope);
     const Range<T> range = later_of<T>(outcome, settings);
 
     // by the exponents ...
@@ -279,23 +329,21 @@ void gradients_of_rows(const Settings& settings, const Rows<scalar_t>& rows,
     std::fill(slope + range.end, slope + at_risk.last, T(0));
     if (outcome.type > 0) slope[event_of(outcome, settings)] = static_cast<T>(-slopes.own[i]);
     // ... by the mass, which is part of all later exponents, and by the logits
-    sums_from_the_end(slope, outcome.time + 1, settings.classes);
-    Wide<T> dots{};
-    for (int64_t at = at_risk.first; at < at_risk.last; at += kLanes<T>) {
-      const Wide<T> p = widen(load(mass + at));
-      const Wide<T> s = widen(load(slope + at));
-      for (int part = 0; part < Wide<T>::kParts; ++part) {
-        dots.part[part] += p.part[part] * s.part[part];
-      }
-    }
-    const T mean = static_cast<T>(sum_of_wide<T>(dots));
+    const int64_t begin = settings.classes > 1 ? at_risk.begin : at_risk.first;
+    const T mean =
+        static_cast<T>(sums_from_the_end(slope, mass, begin, outcome.time + 1, settings.classes));
     // As survival_nll_scale reads it: -0 is the derivative of a visit that counts, 0 of none.
     const T zero = outcome.type > 0 || range.begin < range.end ? T(-0.0) : T(0);
     auto* grad = grads[i];
-    int64_t at = at_risk.begin;
-    for (; at + kLanes<T> <= at_risk.end; at += kLanes<T>) {
+    const auto write = [&](int64_t at) __attribute__((always_inline)) {
       const Lanes<T> value = load(mass + at) * (load(slope + at) - mean);
       store(grad + at, value == T(0) ? broadcast(zero) : value);
+    };
+    int64_t at = at_risk.begin;
+    for (; at + kLanes<T> <= at_risk.end; at += kLanes<T>) write(at);
+    if (at < at_risk.end && at > at_risk.begin) {
+      write(at_risk.end - kLanes<T>);
+      continue;
     }
     for (; at < at_risk.end; ++at) {
       const T value = mass[at] * (slope[at] - mean);

@@ -30,6 +30,9 @@ struct Rows {
   const scalar_t* logits[OutcomeReader::kAtOnce];  // of each patient's visits
   const Outcome* outcomes;
   int64_t patients;
+  // Where sum_later keeps the softmax of each one's visits at risk for write_gradients; null where
+  // that has to compute it again.
+  accumulator_t<scalar_t>* mass[OutcomeReader::kAtOnce] = {};
 };
 
 // Of each visit and cause (`stride` values): Σ_j w_j exp(exponent of j) over the patients j at risk
@@ -54,7 +57,7 @@ struct Slopes {
   void sum_later(const Settings& settings, const Rows<scalar_t>& rows,              \
                  const Later<accumulator_t<scalar_t>>& later, double* own,          \
                  std::vector<accumulator_t<scalar_t>>& memory);                     \
-  /* grads[i], zeros, gets the gradient of patient i at the visits at risk. */      \
+  /* grads[i] gets the gradient of patient i at the visits at risk. */              \
   void write_gradients(const Settings& settings, const Rows<scalar_t>& rows,        \
                        const Slopes<accumulator_t<scalar_t>>& slopes,               \
                        saved_grad_t<scalar_t>* const* grads,                        \

@@ -39,6 +39,7 @@ struct RangeWorker {
     bool has_visits = reader.ranges_need_visits(layout);
     if (has_visits) reader.read_visits(layout);
     for (int64_t i = 0; i < count; ++i) {
+      reader.prefetch_times(layout, i + 4);
       const Range range = ranges[first + i] = reader.range(layout, settings, i);
       if (range.end < 0) {
         if (!has_visits) reader.read_visits(layout);

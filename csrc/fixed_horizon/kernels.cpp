@@ -18,6 +18,17 @@ double weight_of_visits(const Settings& settings, const Visits& visits, bool* po
   return kernel(settings, visits, possible);
 }
 
+template <typename stored_t>
+Range range_of_times(const Outcome& outcome, const stored_t* times, int64_t visits) {
+  static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::fixed_horizon, range_of_times<stored_t>);
+  return kernel(outcome, times, visits);
+}
+
+template Range range_of_times(const Outcome&, const float*, int64_t);
+template Range range_of_times(const Outcome&, const double*, int64_t);
+template Range range_of_times(const Outcome&, const int32_t*, int64_t);
+template Range range_of_times(const Outcome&, const int64_t*, int64_t);
+
 template <typename scalar_t>
 double loss_of_visits(const Settings& settings, const Visits& visits, const Row<scalar_t>& row,
                       bool* possible) {

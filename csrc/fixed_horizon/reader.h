@@ -21,17 +21,27 @@ using namespace ehrseq::survival;  // NOLINT: what the losses of visits share
 // Numbers of visits [B, V] or [n_visits], as those of one patient after the other.
 class VisitColumn {
  public:
-  explicit VisitColumn(const OptionalTensor& tensor) {
-    if (tensor.has_value()) column_ = Column::of_visits(*tensor);
+  explicit VisitColumn(const OptionalTensor& tensor) : tensor_(contiguous_or_none(tensor)) {
+    if (!tensor_.has_value()) return;
+    column_ = Column::of_visits(*tensor_);
+    data_ = static_cast<const char*>(tensor_->const_data_ptr());
+    bytes_ = static_cast<int64_t>(tensor_->element_size());
   }
 
   bool given() const { return column_.has_value(); }
   double at(int64_t row) const { return column_->at<double>(row); }
 
-  // As Column::typed.
-  template <typename Body>
-  void typed(int64_t row, Body&& body) const {
-    column_->typed(row, body);
+  ScalarType dtype() const { return tensor_->scalar_type(); }
+
+  // Where the numbers are stored, of the type that dtype() is.
+  template <typename T>
+  const T* stored_at(int64_t row) const {
+    return reinterpret_cast<const T*>(data_) + row;
+  }
+
+  void prefetch(int64_t row, int64_t count) const {
+    const char* end = data_ + (row + count) * bytes_;
+    for (const char* at = data_ + row * bytes_; at < end; at += 64) __builtin_prefetch(at);
   }
 
   // Visits first..first + count of row number `row`, of a padded tensor.
@@ -50,7 +60,10 @@ class VisitColumn {
   }
 
  private:
+  OptionalTensor tensor_;
   std::optional<Column> column_;
+  const char* data_ = nullptr;
+  int64_t bytes_ = 0;
 };
 
 // What is known of the visits: labels, or event times to make them of.
@@ -65,31 +78,6 @@ struct Targets {
 
   bool by_index() const { return !labels.given() && !visit_times.given(); }
 };
-
-inline constexpr Range kNoRange{-1, 0};
-
-// The range of the patient's visits that count, at the times at(visit); kNoRange unless these are
-// numbers in ascending order.
-template <typename At>
-Range range_of_times(const Outcome& outcome, int64_t visits, const At& at) {
-  int falls = visits > 0 && !(at(0) <= at(0));
-  for (int64_t visit = 0; visit + 1 < visits; ++visit) falls |= !(at(visit) <= at(visit + 1));
-  if (falls != 0) return kNoRange;
-  const auto first_not = [&](int64_t end, const auto& holds) {
-    int64_t begin = 0;
-    while (begin < end) {
-      const int64_t middle = begin + (end - begin) / 2;
-      if (holds(static_cast<double>(at(middle)))) {
-        begin = middle + 1;
-      } else {
-        end = middle;
-      }
-    }
-    return begin;
-  };
-  const int64_t end = first_not(visits, [&](double now) { return outcome.counts(now); });
-  return {end, first_not(end, [&](double now) { return !outcome.within(now); })};
-}
 
 // Where visits are their own times: found from a guess, which rounding may put one off.
 inline Range range_of(const Outcome& outcome, int64_t visits) {
@@ -162,20 +150,24 @@ class GroupReader {
     if (targets_.labels.given() || targets_.visit_weights.given()) return kNoRange;
     const Outcome outcome(settings, event_times_[i], seen_[i] != 0);
     if (targets_.by_index()) return range_of(outcome, visits_[i]);
-    Range range = kNoRange;
-    targets_.visit_times.typed((first_ + i) * slots_, [&](const auto& at) {
-      range = range_of_times(outcome, visits_[i], at);
-    });
-    return range;
+    return range_at(outcome, (first_ + i) * slots_, visits_[i]);
   }
 
   Range range(const PackedPatients&, const Settings& settings, int64_t i) const {
     if (targets_.labels.given() || targets_.visit_weights.given()) return kNoRange;
     const Outcome outcome(settings, event_times_[i], seen_[i] != 0);
     if (targets_.by_index()) return range_of(outcome, visits_[i]);
-    const double* times = &times_[i * slots_];
-    return range_of_times(outcome, visits_[i], [=](int64_t visit) { return times[visit]; });
+    return range_of_times(outcome, &times_[i * slots_], visits_[i]);
   }
+
+  // Before range() of that patient: parts of rows are read, which the processor's own prefetcher
+  // cannot follow.
+  void prefetch_times(const PaddedVisits&, int64_t i) const {
+    if (i < count_ && targets_.visit_times.given()) {
+      targets_.visit_times.prefetch((first_ + i) * slots_, visits_[i]);
+    }
+  }
+  void prefetch_times(const PackedPatients&, int64_t) const {}
 
   // Whether a range depends on what read_visits reads.
   bool ranges_need_visits(const PaddedVisits&) const { return false; }
@@ -199,6 +191,26 @@ class GroupReader {
   }
 
  private:
+  Range range_at(const Outcome& outcome, int64_t row, int64_t visits) const {
+    const VisitColumn& column = targets_.visit_times;
+    switch (column.dtype()) {
+      case ScalarType::Float:
+        return range_of_times(outcome, column.stored_at<float>(row), visits);
+      case ScalarType::Double:
+        return range_of_times(outcome, column.stored_at<double>(row), visits);
+      case ScalarType::Int:
+        return range_of_times(outcome, column.stored_at<int32_t>(row), visits);
+      case ScalarType::Long:
+        return range_of_times(outcome, column.stored_at<int64_t>(row), visits);
+      default: {  // narrow numbers, which doubles hold
+        thread_local std::vector<double> times;
+        times.resize(visits + 1);
+        column.read(row, visits, times.data());
+        return range_of_times(outcome, times.data(), visits);
+      }
+    }
+  }
+
   void read_column(const PaddedVisits&, const Column& column, double* to) const {
     column.read(first_, first_ + count_, to);
   }

@@ -73,6 +73,44 @@ class Labels {
   Mask<double> wrong_{};
 };
 
+// Of ascending times, those that meet a condition which earlier ones meet too are the first ones:
+// they are counted.
+template <typename stored_t>
+Range range_of_times(const Outcome& outcome, const stored_t* times, int64_t visits) {
+  using Times = lanes_t<stored_t, kLanes<double>>;
+  Mask<double> falls{};
+  Mask<double> counted{};
+  Mask<double> counted_without{};  // of them the visits without the event within the horizon
+  const auto look_at = [&](const Times& now, const Times& next,
+                           const Mask<double>& exists) __attribute__((always_inline)) {
+    falls |= exists & ~__builtin_convertvector(now <= next, Mask<double>);
+    const Doubles time = __builtin_convertvector(now, Doubles);
+    const Doubles end = time + outcome.horizon;
+    const Mask<double> counts = exists & (time < outcome.time) & (end <= outcome.observed);
+    counted -= counts;
+    counted_without -= counts & ~(Mask<double>)(end >= outcome.event);
+  };
+  int64_t at = 0;
+  for (; at + kLanes<double> < visits; at += kLanes<double>) {
+    look_at(load_exactly<kLanes<double>>(times + at), load_exactly<kLanes<double>>(times + at + 1),
+            ~Mask<double>{});
+  }
+  // The last eight or fewer. What follows the last visit is the visit itself: a NaN is no number.
+  if (visits > 0) {
+    const int64_t left = visits - at;
+    stored_t rest[kLanes<double> + 1];
+    for (int64_t i = 0; i <= kLanes<double>; ++i) {
+      rest[i] = times[at + std::min<int64_t>(i, left - 1)];
+    }
+    look_at(load_exactly<kLanes<double>>(rest), load_exactly<kLanes<double>>(rest + 1),
+            lane_numbers<double>() < broadcast<int64_t>(left));
+  }
+  const auto either = [](const auto& a, const auto& b)
+                          __attribute__((always_inline)) { return a | b; };
+  if (join_lanes<int64_t>(falls, either) != 0) return kNoRange;
+  return {sum_of_lanes<int64_t>(counted), sum_of_lanes<int64_t>(counted_without)};
+}
+
 inline double weight_of_visits(const Settings& settings, const Visits& visits, bool* possible) {
   Labels labels(settings, visits);
   Doubles sums{};
@@ -122,14 +160,15 @@ EHRSEQ_INLINE Lanes<T> marked(const Mask<T>& counts, const Lanes<T>& slope) {
   return counts ? (slope == T(0) ? broadcast(T(-0.0)) : slope) : Lanes<T>{};
 }
 
-// A row in vectors of T, of which the last may be in part beyond the visits.
+// A row in vectors of T, of which the last may be in part beyond the visits: what is read there
+// means nothing, and what is written there, while it is in the row, finish() makes zeros.
 template <typename T, typename scalar_t>
 class RowLanes {
  public:
   RowLanes(const Row<scalar_t>& row, int64_t visits) : row_(row), visits_(visits) {}
 
   EHRSEQ_INLINE Lanes<T> logits(int64_t at) const {
-    if (at + kLanes<T> <= visits_) return load(row_.logits + at);
+    if (at + kLanes<T> <= row_.slots) return load(row_.logits + at);
     T some[kLanes<T>] = {};
     for (int64_t i = at; i < visits_; ++i) some[i - at] = static_cast<T>(row_.logits[i]);
     return load(some);
@@ -156,7 +195,7 @@ class RowLanes {
  private:
   template <typename stored_t>
   EHRSEQ_INLINE void set(stored_t* to, int64_t at, const Lanes<T>& lanes) const {
-    if (at + kLanes<T> <= visits_) return store(to + at, lanes);
+    if (at + kLanes<T> <= row_.slots) return store(to + at, lanes);
     T some[kLanes<T>];
     store(some, lanes);
     for (int64_t i = at; i < visits_; ++i) to[i] = static_cast<stored_t>(some[i - at]);

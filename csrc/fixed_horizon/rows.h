@@ -54,6 +54,13 @@ struct Outcome {
   double event;
 };
 
+inline constexpr Range kNoRange{-1, 0};
+
+// The range of the patient's visits that count, at these times; kNoRange unless these are numbers
+// in ascending order. Of float, double, int32_t and int64_t.
+template <typename stored_t>
+Range range_of_times(const Outcome& outcome, const stored_t* times, int64_t visits);
+
 // Where a row of `slots` begins; visits come first, the slots after them are set to 0.
 template <typename scalar_t>
 struct Row {

@@ -92,10 +92,11 @@ struct TermWorker {
   bool block(const Block& block, double* losses) {
     if (!targets.read(layout, block, labels, weights)) return false;
     const int64_t at = block.row * settings.classes;
-    rows_loss(settings,
-              Rows<scalar_t>{logits + at, grad ? grad + at : nullptr, labels, weights, block.count,
-                             memory.data()},
-              losses);
+    rows_loss(
+        settings,
+        Rows<scalar_t>{logits + at, grad ? grad + at : nullptr, labels, weights, block.count,
+                       memory.data(), logits + block.next_row * settings.classes, block.next_count},
+        losses);
     if (terms) {
       for (int64_t i = 0; i < block.count; ++i) terms[block.row + i] = static_cast<T>(losses[i]);
     }
@@ -124,7 +125,7 @@ std::tuple<Tensor, Tensor> loss_of(const Layout& layout, const Tensor& logits,
                                    const std::vector<int64_t>& shape_of_terms,
                                    const Targets& targets, const std::vector<double>& class_weights,
                                    double smoothing, Reduction reduction, bool needs_grad) {
-  const Tensor rows = torch::stable::contiguous(logits);
+  const Tensor rows = made_contiguous(logits);
   const double* of_classes = class_weights.empty() ? nullptr : class_weights.data();
   Settings settings{targets.classes, smoothing, 1.0, of_classes,
                     static_cast<double>(targets.classes)};
@@ -143,7 +144,8 @@ std::tuple<Tensor, Tensor> loss_of(const Layout& layout, const Tensor& logits,
     using scalar_t = typename decltype(tag)::type;
     using T = accumulator_t<scalar_t>;
     const bool reduces = reduction != Reduction::kNone;
-    const Tensor loss = empty(rows, reduces ? std::vector<int64_t>{} : shape_of_terms, kDtypeOf<T>);
+    const Tensor loss =
+        allocated(rows, reduces ? std::vector<int64_t>{} : shape_of_terms, kDtypeOf<T>);
     const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
     const double sum = sum_of_visits(
         layout, targets.classes,

@@ -62,6 +62,56 @@ EHRSEQ_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t 
   }
 }
 
+#if EHRSEQ_ISA_LEVEL >= 2
+// Four numbers of each of sixteen rows, whole vectors at a time: vectors that were stored in parts
+// could not be loaded before these have left the processor's queue.
+struct FourColumns {
+  __m512 column[4];
+};
+
+// Rows 4g + i are 16 bytes in part g of row[i], in columns they are four lanes.
+EHRSEQ_INLINE FourColumns transpose_parts(const FourColumns& row) {
+  const __m512 low_ab = _mm512_unpacklo_ps(row.column[0], row.column[1]);
+  const __m512 high_ab = _mm512_unpackhi_ps(row.column[0], row.column[1]);
+  const __m512 low_cd = _mm512_unpacklo_ps(row.column[2], row.column[3]);
+  const __m512 high_cd = _mm512_unpackhi_ps(row.column[2], row.column[3]);
+  return {{_mm512_shuffle_ps(low_ab, low_cd, 0x44), _mm512_shuffle_ps(low_ab, low_cd, 0xee),
+           _mm512_shuffle_ps(high_ab, high_cd, 0x44), _mm512_shuffle_ps(high_ab, high_cd, 0xee)}};
+}
+
+EHRSEQ_INLINE void columns_of_sixteen(const float* rows, int64_t classes, float* columns) {
+  for (int64_t c = 0; c < classes; c += 4) {
+    const int64_t first = std::min(c, classes - 4);
+    FourColumns four;
+    for (int i = 0; i < 4; ++i) {
+      const float* from = rows + i * classes + first;
+      __m512 parts = _mm512_castps128_ps512(_mm_loadu_ps(from));
+      parts = _mm512_insertf32x4(parts, _mm_loadu_ps(from + 4 * classes), 1);
+      parts = _mm512_insertf32x4(parts, _mm_loadu_ps(from + 8 * classes), 2);
+      four.column[i] = _mm512_insertf32x4(parts, _mm_loadu_ps(from + 12 * classes), 3);
+    }
+    four = transpose_parts(four);
+    for (int i = 0; i < 4; ++i) _mm512_storeu_ps(columns + (first + i) * 16, four.column[i]);
+  }
+}
+
+EHRSEQ_INLINE void rows_of_sixteen(const float* columns, int64_t classes, float* rows) {
+  for (int64_t c = 0; c < classes; c += 4) {
+    const int64_t first = std::min(c, classes - 4);
+    FourColumns four;
+    for (int i = 0; i < 4; ++i) four.column[i] = _mm512_loadu_ps(columns + (first + i) * 16);
+    four = transpose_parts(four);
+    for (int i = 0; i < 4; ++i) {
+      float* to = rows + i * classes + first;
+      _mm_storeu_ps(to, _mm512_castps512_ps128(four.column[i]));
+      _mm_storeu_ps(to + 4 * classes, _mm512_extractf32x4_ps(four.column[i], 1));
+      _mm_storeu_ps(to + 8 * classes, _mm512_extractf32x4_ps(four.column[i], 2));
+      _mm_storeu_ps(to + 12 * classes, _mm512_extractf32x4_ps(four.column[i], 3));
+    }
+  }
+}
+#endif
+
 // The logits of up to kLanes rows, one vector for each class.
 template <typename T>
 class LanesOfRows {
@@ -75,8 +125,13 @@ class LanesOfRows {
   // Rows from `count` on are zeros.
   template <typename scalar_t>
   EHRSEQ_INLINE void take(const scalar_t* logits, int64_t count) {
-    transpose(as_accumulators(logits, count * classes_), classes_, columns_, kRows, count,
-              classes_);
+    const T* rows = as_accumulators(logits, count * classes_);
+#if EHRSEQ_ISA_LEVEL >= 2
+    if constexpr (sizeof(T) == 4) {
+      if (count == kRows && classes_ >= 4) return columns_of_sixteen(rows, classes_, columns_);
+    }
+#endif
+    transpose(rows, classes_, columns_, kRows, count, classes_);
     for (int64_t c = 0; c < (count < kRows ? classes_ : 0); ++c) {
       for (int64_t i = count; i < kRows; ++i) columns_[c * kRows + i] = T(0);
     }
@@ -84,14 +139,12 @@ class LanesOfRows {
 
   EHRSEQ_INLINE Lanes<T> of(int64_t c) const { return load(&columns_[c * kRows]); }
   EHRSEQ_INLINE void set(int64_t c, const Lanes<T>& lanes) { store(&columns_[c * kRows], lanes); }
-  T at(int64_t c, int64_t row) const { return columns_[c * kRows + row]; }
-  void set(int64_t c, int64_t row, T value) { columns_[c * kRows + row] = value; }
 
   template <typename grad_t>
   EHRSEQ_INLINE void give(grad_t* grad, int64_t count) {
     T* rows = rows_;
     if constexpr (std::is_same_v<grad_t, T>) rows = grad;
-    transpose(columns_, kRows, rows, classes_, classes_, count);
+    give_rows(rows, count);
     if constexpr (!std::is_same_v<grad_t, T>) {
       const int64_t values = count * classes_;
       int64_t at = 0;
@@ -101,6 +154,15 @@ class LanesOfRows {
   }
 
  private:
+  EHRSEQ_INLINE void give_rows(T* rows, int64_t count) const {
+#if EHRSEQ_ISA_LEVEL >= 2
+    if constexpr (sizeof(T) == 4) {
+      if (count == kRows && classes_ >= 4) return rows_of_sixteen(columns_, classes_, rows);
+    }
+#endif
+    transpose(columns_, kRows, rows, classes_, classes_, count);
+  }
+
   template <typename scalar_t>
   EHRSEQ_INLINE const T* as_accumulators(const scalar_t* logits, int64_t values) {
     if constexpr (std::is_same_v<scalar_t, T>) {
@@ -125,12 +187,24 @@ EHRSEQ_INLINE Wide<T> load_wide(const double* from) {
   return wide;
 }
 
-// Each lane's number of class `label`; of class 0 where the label is -1.
+// The classes that lanes have as labels; -1 for a lane that is left out, or beyond the rows.
 template <typename T>
-EHRSEQ_INLINE Lanes<T> at_labels(const LanesOfRows<T>& lanes, const int32_t* labels) {
-  T found[LanesOfRows<T>::kRows];
-  for (int64_t i = 0; i < LanesOfRows<T>::kRows; ++i) found[i] = lanes.at(labels[i], i);
-  return load(found);
+EHRSEQ_INLINE Mask<T> load_labels(const int64_t* labels, int64_t count) {
+  constexpr int64_t kRows = LanesOfRows<T>::kRows;
+  lanes_t<int64_t, kRows> wide = lanes_t<int64_t, kRows>{} - 1;
+  if (count == kRows) {
+    __builtin_memcpy(&wide, labels, sizeof wide);
+  } else {
+    __builtin_memcpy(&wide, labels, count * sizeof(int64_t));
+  }
+  return __builtin_convertvector(wide, Mask<T>);
+}
+
+template <typename T>
+EHRSEQ_INLINE bool all_lanes(const Mask<T>& mask) {
+  const auto both = [](const auto& a, const auto& b)
+                        __attribute__((always_inline)) { return a & b; };
+  return join_lanes<int64_t>((Mask<double>)mask, both) == -1;
 }
 
 // Settings::smoothing is 0 unless kSmoothed.
@@ -144,20 +218,18 @@ void some_rows(const Settings& settings, LanesOfRows<T>& lanes, const scalar_t* 
   const double all_weights = settings.sum_of_weights;
   lanes.take(logits, count);
 
-  int32_t labels[kRows] = {};
+  const Mask<T> label = load_labels<T>(given_labels, count);
+  const Mask<T> counts = label >= 0;
+  const bool all_count =
+      all_lanes<T>(counts | (lane_numbers<T>() >= static_cast<bits_t<T>>(count)));
   double weights[kRows] = {};
-  double label_weights[kRows] = {};
-  bool all_count = true;
-  for (int64_t i = 0; i < count; ++i) {
-    const bool counts = given_labels[i] >= 0;
-    all_count &= counts;
-    labels[i] = static_cast<int32_t>(counts ? given_labels[i] : 0);
-    weights[i] = counts ? given_weights[i] : 0.0;
-  }
+  double label_weights[kRows];
+  for (int64_t i = 0; i < count; ++i) weights[i] = given_labels[i] < 0 ? 0.0 : given_weights[i];
+  std::memcpy(label_weights, weights, sizeof weights);
   if (settings.weights != nullptr) {
-    for (int64_t i = 0; i < kRows; ++i) label_weights[i] = weights[i] * settings.weights[labels[i]];
-  } else {
-    std::memcpy(label_weights, weights, sizeof weights);
+    for (int64_t i = 0; i < count; ++i) {
+      if (given_labels[i] >= 0) label_weights[i] *= settings.weights[given_labels[i]];
+    }
   }
   Wide<T> of_label = load_wide<T>(label_weights);  // the weight of the label's term
   Wide<T> of_classes = load_wide<T>(weights);      // and of all classes' terms, before theirs
@@ -166,13 +238,18 @@ void some_rows(const Settings& settings, LanesOfRows<T>& lanes, const scalar_t* 
     of_classes.part[p] *= settings.smoothing / static_cast<double>(classes);
   }
 
+  const auto is_label = [&](int64_t c) __attribute__((always_inline)) {
+    return label == broadcast<bits_t<T>>(static_cast<bits_t<T>>(c));
+  };
   Lanes<T> largest = lanes.of(0);
+  Lanes<T> of_own_class = largest;
   for (int64_t c = 1; c < classes; ++c) {
     const Lanes<T> x = lanes.of(c);
     largest = x > largest ? x : largest;  // a NaN is left to the sum
+    of_own_class = is_label(c) ? x : of_own_class;
   }
   const Wide<T> at_largest = widen(largest);
-  const Wide<T> at_label = widen(at_labels(lanes, labels));
+  const Wide<T> at_label = widen(of_own_class);
 
   Wide<T> sums{};
   Wide<T> spread{};  // sum of weight_c (m - x_c)
@@ -180,6 +257,7 @@ void some_rows(const Settings& settings, LanesOfRows<T>& lanes, const scalar_t* 
     const Lanes<T> x = lanes.of(c);
     const Lanes<T> term = exp_nonpositive<T>(x - largest);
     lanes.set(c, term);
+    of_own_class = is_label(c) ? term : of_own_class;
     const Wide<T> wide = widen(term);
     for (int p = 0; p < kParts; ++p) sums.part[p] += wide.part[p];
     if (kSmoothed) {
@@ -208,7 +286,7 @@ void some_rows(const Settings& settings, LanesOfRows<T>& lanes, const scalar_t* 
   if (grad == nullptr) return;
 
   // The label's derivative is -share (s - e^(x_y - m)) / s, without the digits that p_y - 1 loses.
-  const Wide<T> label_terms = widen(at_labels(lanes, labels));
+  const Wide<T> label_terms = widen(of_own_class);
   Wide<T> ratios;  // what e^(x - m) is multiplied by
   Wide<T> slopes;  // the derivatives by the labels' logits
   for (int p = 0; p < kParts; ++p) {
@@ -222,6 +300,15 @@ void some_rows(const Settings& settings, LanesOfRows<T>& lanes, const scalar_t* 
       slopes.part[p] += from_classes * label_terms.part[p];
     }
   }
+  if (kSmoothed) {
+    double own[kRows] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      if (given_labels[i] >= 0) own[i] = settings.share * settings.weight_of(given_labels[i]);
+    }
+    const Wide<T> wide = load_wide<T>(own);
+    for (int p = 0; p < kParts; ++p) slopes.part[p] -= wide.part[p] * of_classes.part[p];
+  }
+  const Lanes<T> of_labels = narrow(slopes);
   const Lanes<T> narrow_ratios = narrow(ratios);
   for (int64_t c = 0; c < classes; ++c) {
     Lanes<T> slope = lanes.of(c) * narrow_ratios;
@@ -231,23 +318,19 @@ void some_rows(const Settings& settings, LanesOfRows<T>& lanes, const scalar_t* 
       for (int p = 0; p < kParts; ++p) wide.part[p] -= weight * of_classes.part[p];
       slope = narrow(wide);
     }
-    lanes.set(c, signed_zeros<T>(slope));
-  }
-  if (kSmoothed) {
-    double own[kRows];
-    for (int64_t i = 0; i < kRows; ++i) own[i] = settings.share * settings.weight_of(labels[i]);
-    const Wide<T> wide = load_wide<T>(own);
-    for (int p = 0; p < kParts; ++p) slopes.part[p] -= wide.part[p] * of_classes.part[p];
-  }
-  T of_labels[kRows];
-  store(of_labels, signed_zeros<T>(narrow(slopes)));
-  for (int64_t i = 0; i < count; ++i) lanes.set(labels[i], i, of_labels[i]);
-  if (!all_count) {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < (given_labels[i] < 0 ? classes : 0); ++c) lanes.set(c, i, T(0));
-    }
+    slope = signed_zeros<T>(is_label(c) ? of_labels : slope);
+    lanes.set(c, all_count ? slope : (counts ? slope : Lanes<T>{}));
   }
   lanes.give(grad, count);
+}
+
+// Patients' visits are far apart where they are padded, which the processor's own prefetcher cannot
+// follow.
+template <typename scalar_t>
+EHRSEQ_INLINE void prefetch(const scalar_t* from, int64_t values) {
+  constexpr int64_t kLine = 64 / sizeof(scalar_t);
+  constexpr int64_t kMost = 32 * kLine;  // of a row of many classes the prefetcher sees the rest
+  for (int64_t at = 0; at < std::min(values, kMost); at += kLine) __builtin_prefetch(from + at);
 }
 
 template <bool kSmoothed, typename scalar_t>
@@ -257,6 +340,7 @@ void all_rows(const Settings& settings, const Rows<scalar_t>& rows, double* loss
   LanesOfRows<T> lanes(settings.classes, rows.memory);
   for (int64_t at = 0; at < rows.count; at += kRows) {
     const int64_t values = at * settings.classes;
+    if (at < rows.count_ahead) prefetch(rows.ahead + values, kRows * settings.classes);
     some_rows<kSmoothed, T>(settings, lanes, rows.logits + values,
                             rows.grad ? rows.grad + values : nullptr, rows.labels + at,
                             rows.weights + at, std::min(kRows, rows.count - at), losses + at);

@@ -29,6 +29,8 @@ struct Rows {
   const double* weights;            // [count] of the rows, without those of the classes
   int64_t count;                    // at most survival::kBlockRows
   accumulator_t<scalar_t>* memory;  // values_in_memory(K) of them
+  const scalar_t* ahead;            // [count_ahead, K] of the rows that will be asked for next
+  int64_t count_ahead;
 };
 
 inline int64_t values_in_memory(int64_t classes) {

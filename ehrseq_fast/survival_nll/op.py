@@ -112,7 +112,8 @@ def discrete_time_survival_nll(
     times: Any
     hazards, times = with_batch(hazards, event_times, "hazards")
     if isinstance(hazards, PackedRows):
-        refuse_mask(sequence_mask)
+        if sequence_mask is not None:
+            refuse_mask(sequence_mask)
         return packed_survival_nll(
             hazards,
             event_times=times,
@@ -201,7 +202,8 @@ def competing_risks_nll(
     times: Any
     hazards, times = with_batch(hazards, event_times, "hazards")
     if isinstance(hazards, PackedRows):
-        refuse_mask(sequence_mask)
+        if sequence_mask is not None:
+            refuse_mask(sequence_mask)
         return packed_competing_risks_nll(
             hazards,
             event_times=times,
@@ -250,7 +252,7 @@ def _nll(
     chosen = backend.choose("survival_nll", device, hazards.dtype)
     if transformed(hazards, inputs[5]):
         chosen = "reference"
-    if must_check_values(chosen, device, validate):
+    if chosen != "cpu" and must_check_values(chosen, device, validate):
         check_outcomes(inputs, options.link)
         check_probabilities(inputs, options)
     return nll(chosen, PADDED, inputs, options)

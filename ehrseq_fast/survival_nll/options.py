@@ -34,8 +34,10 @@ class Options(NamedTuple):
 
     def check(self) -> None:
         """``ValueError`` for unknown options."""
-        expect_option("censored_visit", self.censored_visit, CENSORED_VISITS)
-        expect_option("reduction", self.reduction, REDUCTIONS)
+        if type(self.censored_visit) is not str or self.censored_visit not in CENSORED_VISITS:
+            expect_option("censored_visit", self.censored_visit, CENSORED_VISITS)
+        if type(self.reduction) is not str or self.reduction not in REDUCTIONS:
+            expect_option("reduction", self.reduction, REDUCTIONS)
         if not 0 <= self.eps < 0.5:
             raise ValueError(f"eps: expected 0 <= eps < 0.5, got {self.eps}")
 

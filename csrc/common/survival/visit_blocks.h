@@ -26,6 +26,8 @@ struct Block {
   int64_t patient;
   int64_t visit;
   bool by_patient;
+  int64_t next_row = 0;  // the block after it, as far as it is known
+  int64_t next_count = 0;
 
   int64_t patient_of(int64_t i) const { return by_patient ? patient + i : patient; }
 };
@@ -58,7 +60,16 @@ class PaddedVisits {
       if (visits[i] == kMalformed) return false;
       const int64_t row = (first + i) * slots_;
       for (int64_t visit = 0; visit < visits[i]; visit += kBlockRows) {
-        body(Block{row + visit, std::min(kBlockRows, visits[i] - visit), first + i, visit, false});
+        Block block{row + visit, std::min(kBlockRows, visits[i] - visit), first + i, visit, false};
+        const int64_t left = visits[i] - visit - block.count;
+        if (left > 0) {
+          block.next_row = block.row + block.count;
+          block.next_count = std::min(kBlockRows, left);
+        } else if (i + 1 < count) {
+          block.next_row = row + slots_;
+          block.next_count = std::clamp<int64_t>(visits[i + 1], 0, kBlockRows);
+        }
+        body(block);
       }
       if (visits[i] < slots_) padding(row + visits[i], slots_ - visits[i]);
     }
