@@ -281,6 +281,20 @@ def test_refusals_name_the_first_patient_in_either_layout(kind, backend):
             drawn.padded()
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_one_negative_weight_is_refused_wherever_it_is(kind):
+    """A kernel has a loop for visits that were survived for certain, and one for the others."""
+    drawn = Drawn(kind, 24, slots=40)
+    patient = int((drawn.p.times - drawn.p.entries).argmax())
+    entry, time = int(drawn.p.entries[patient]), int(drawn.p.times[patient])
+    for visit in (entry, (entry + time) // 2, time - 1):
+        weight = drawn.weight.clone()
+        weight[patient, visit] = -1
+        for run in (drawn.padded, drawn.packed):
+            with pytest.raises(ValueError, match=f"patient {patient} has -1 at visit {visit} "):
+                run(visit_weight=weight)
+
+
 def test_the_operator_refuses_weights_that_do_not_fit():
     drawn = Drawn(("sigmoid", None, False), 3, slots=4)
     nothing = [None] * 6
