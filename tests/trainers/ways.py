@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .features import EVERYBODY, FEATURES, TOGETHER, Feature, weights
 from .page import definitions
@@ -92,14 +95,20 @@ def public_trainer(packed: bool) -> Way:
 # Of two processes: what each of them calls
 
 
-def divided(name: str) -> Callable[[Feature, int], list[Tensor]]:
+def divided(name: str, wrap: Callable[[nn.Module], nn.Module] = lambda training: training) -> Any:
+    """A function ``name(training, loader)`` of the page, whose loss is wrapped before."""
+
     def way(feature: Feature, rank: int) -> list[Tensor]:
         training = feature.training(across_processes=True)
-        getattr(definitions(), name)(training, feature.loader(UNEQUAL[rank]))
+        getattr(definitions(), name)(wrap(training), feature.loader(UNEQUAL[rank]))
         whole = weights(training.model)
         return [w.full_tensor() if isinstance(w, DTensor) else w for w in whole]
 
     return way
+
+
+def fully_sharded(training: nn.Module) -> nn.Module:
+    return fully_shard(training, mesh=init_device_mesh("cpu", (RANKS,)))
 
 
 def divided_by_lightning(feature: Feature, rank: int) -> list[Tensor]:
@@ -135,7 +144,7 @@ def reset_accelerate() -> None:
 
 OF_LABELS = ("labels", "labels, GRU")
 # to compile another forward pass takes five seconds
-COMPILED = ("LSTM", "LSTM, float32", "GRU", "code weights", "labels")
+COMPILED = ("LSTM", "GRU", "code weights", "labels")
 ONE: dict[str, Way] = {
     "gradient accumulation": of_page(
         "accumulated", batches=[batch for pair in zip(*UNEQUAL, strict=True) for batch in pair]
@@ -151,7 +160,9 @@ ONE: dict[str, Way] = {
 }
 TWO: dict[str, Callable[[Feature, int], list[Tensor]]] = {
     "DDP, two processes": divided("distributed"),
+    "DDP, activation checkpointing": divided("recomputed", DistributedDataParallel),
     "FSDP2, two processes": divided("sharded"),
+    "FSDP2, activation checkpointing": divided("recomputed", fully_sharded),
     "Lightning, DDP": divided_by_lightning,
     "Accelerate, two processes": divided_by_accelerate,
 }
