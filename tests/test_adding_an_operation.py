@@ -58,10 +58,11 @@ def copy(tmp_path, compiled):
     touch(folder / fuzzer, (imported, imported + added))
     library = folder / "visit_scale.so"
     of_torch = Path(torch.__file__).parent
-    source = folder / "csrc" / "visit_scale" / "cpu.cpp"
-    included = ["-I", folder / "csrc", "-isystem", of_torch / "include"]
+    csrc = folder / "csrc"
+    sources = [csrc / "visit_scale" / "cpu.cpp", csrc / "common" / "parallel.cpp"]
+    included = ["-I", csrc, "-isystem", of_torch / "include"]
     linked = ["-L", of_torch / "lib", "-ltorch_cpu"]
-    subprocess.run(["g++", *FLAGS, *included, source, "-o", library, *linked], check=True)
+    subprocess.run(["g++", *FLAGS, *included, *sources, "-o", library, *linked], check=True)
     last = "from .warmup import warmup\n"
     load = f"\n\ndef _load():\n    import torch\n\n    torch.ops.load_library({str(library)!r})\n"
     called = "backend.load_triton_kernels()\n"
