@@ -22,13 +22,11 @@ from tests.recurrent_layers import CELLS
 
 from .teams import most_shares, team
 
-pytestmark = pytest.mark.usefixtures("compiled")
-
 WIDTH = 128
 
 
 @pytest.fixture(autouse=True)
-def four_threads():
+def four_threads(compiled):
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     most_shares()
