@@ -152,7 +152,8 @@ def planted(kind: str) -> Path:
         *(f"-I{here.parent / 'csrc'}", f"-I{here / 'native'}"),
         *("-isystem", str(torch_folder / "include")),
         *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"),
-        *(str(here / "native" / "planted.cpp"), "-o", str(library)),
+        *(str(here / "native" / "planted.cpp"), str(here.parent / "csrc/common/parallel.cpp")),
+        *("-o", str(library)),
         *(f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"),
     ]
     subprocess.run(command, env=without, check=True)
