@@ -172,6 +172,33 @@ def test_accelerated_models(variant):
     assert type(model) is type(build_plain(variant))
 
 
+@pytest.mark.parametrize("name", ["embedding", "lstm", "hazard_head"])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_hooks_are_seen(name, is_late):
+    """Those registered before the first call, and later ones where PyTorch looks for them again."""
+    model, visits, seen = build("survival"), batch(3, 4), []
+    compiled = torch.compile(model, backend="eager")
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=not is_late):
+        if is_late:
+            compiled(visits)
+        getattr(model, name).register_forward_hook(lambda *_: seen.append(name))
+        torch.testing.assert_close(compiled(visits).values, model(visits).values)
+    assert seen == [name, name]
+
+
+@pytest.mark.parametrize("name", ["embedding", "hazard_head"])
+def test_an_accelerated_model_with_a_late_hook_is_not_traced(name):
+    model, visits = build_plain("survival"), batch(3, 4)
+    accelerate(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        compiled(visits)
+        getattr(model, name).register_forward_hook(lambda *_: None)
+        for run in (model, compiled):  # its own forward takes no packed batch
+            with pytest.raises(TypeError, match="missing 2 required positional arguments"):
+                run(visits)
+
+
 def test_an_accelerated_pool():
     pool = Pool("mean")
     accelerate(pool)

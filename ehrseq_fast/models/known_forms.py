@@ -91,7 +91,7 @@ def is_watched(module: nn.Module) -> bool:
         "forward" in own
         or "_call_impl" in own
         or own.get("_compiled_call_impl") is not None
-        or any(own[hooks] for hooks in _HOOKS)
+        or any(getattr(module, hooks) for hooks in _HOOKS)
     )
 
 

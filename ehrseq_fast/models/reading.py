@@ -84,7 +84,7 @@ def is_plain_embedding(embedding: object) -> TypeGuard[nn.Embedding]:
     )
 
 
-def _is_unchanged(module: object, kind: type[nn.Module], compiling: bool) -> bool:
+def _is_unchanged(module: Any, kind: type[nn.Module], compiling: bool) -> bool:
     """:func:`is_plain`, apart from what holds of all modules."""
     if type(module) is not kind:
         return False
@@ -95,11 +95,12 @@ def _is_unchanged(module: object, kind: type[nn.Module], compiling: bool) -> boo
         and kind.forward is _FORWARDS[kind]
         # the tracer puts its own in the place of both
         and (compiling or (kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL))
+        # as attributes, which torch.compile can be told to look at again (docs/export.md)
         and not (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
         )
         and own.get("_compiled_call_impl") is None
         and _holds_plain_tensors(own)
