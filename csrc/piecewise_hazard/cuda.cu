@@ -13,24 +13,10 @@
 #include "common/survival/sums_cuda.h"
 #include "piecewise_hazard/arguments.h"
 #include "piecewise_hazard/kernels.cuh"
+#include "survival_nll/launch_nll.h"
 
 namespace ehrseq::survival::piecewise::cuda {
 namespace {
-
-template <typename Model, typename Layout, typename scalar_t>
-std::tuple<Tensor, Tensor> launch_nll(const KernelSettings& settings, const Layout& layout,
-                                      const OutcomeColumns& outcomes, const Tensor& logits,
-                                      bool needs_grad) {
-  using grad_t = saved_grad_t<scalar_t>;
-  const OnDeviceOf device(kName, logits);
-  const LossTensors<accumulator_t<scalar_t>, grad_t> tensors(
-      device, logits, settings.patients, settings.lanes, settings.reduces, needs_grad);
-  const Hazards<scalar_t, grad_t> values{
-      data_of<scalar_t>(logits), needs_grad ? mutable_data_of<grad_t>(tensors.grad) : nullptr};
-  launch(nll_and_grad<Model, Layout, scalar_t, grad_t>, dim3(tensors.blocks()), dim3(kThreads), 0,
-         device.stream(), settings, layout, outcomes, values, tensors.result());
-  return {tensors.nll, tensors.grad};
-}
 
 template <typename Layout>
 std::tuple<Tensor, Tensor> nll_and_gradient(const KernelSettings& settings, const Layout& layout,
@@ -40,8 +26,8 @@ std::tuple<Tensor, Tensor> nll_and_gradient(const KernelSettings& settings, cons
   dispatch_floating(logits.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const auto launched = [&](auto model) {
-      return launch_nll<decltype(model), Layout, scalar_t>(settings, layout, outcomes, logits,
-                                                           needs_grad);
+      return launch_nll<decltype(model), Layout, scalar_t>(kName, settings, layout, outcomes,
+                                                           logits, needs_grad);
     };
     both = link == RateLink::kExp ? launched(RateModel<Exp>{}) : launched(RateModel<Softplus>{});
   });

@@ -12,6 +12,7 @@
 #include "common/survival/sums_cuda.h"
 #include "survival_nll/arguments.h"
 #include "survival_nll/kernels.cuh"
+#include "survival_nll/launch_nll.h"
 #include "survival_nll/scaling.cuh"
 
 namespace ehrseq::survival::cuda {
@@ -20,21 +21,6 @@ namespace {
 using torch::headeronly::ScalarType;
 
 // --- forward ---------------------------------------------------------------------------------
-
-template <typename Model, typename Layout, typename scalar_t>
-std::tuple<Tensor, Tensor> launch_nll(const char* operation, const KernelSettings& settings,
-                                      const Layout& layout, const OutcomeColumns& outcomes,
-                                      const Tensor& hazards, bool needs_grad) {
-  using grad_t = saved_grad_t<scalar_t>;
-  const OnDeviceOf device(operation, hazards);
-  const LossTensors<accumulator_t<scalar_t>, grad_t> tensors(
-      device, hazards, settings.patients, settings.lanes, settings.reduces, needs_grad);
-  const Hazards<scalar_t, grad_t> values{
-      data_of<scalar_t>(hazards), needs_grad ? mutable_data_of<grad_t>(tensors.grad) : nullptr};
-  launch(nll_and_grad<Model, Layout, scalar_t, grad_t>, dim3(tensors.blocks()), dim3(kThreads), 0,
-         device.stream(), settings, layout, outcomes, values, tensors.result());
-  return {tensors.nll, tensors.grad};
-}
 
 template <typename Layout>
 std::tuple<Tensor, Tensor> nll_and_gradient(const char* operation, KernelSettings settings,

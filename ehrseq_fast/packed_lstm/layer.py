@@ -31,13 +31,7 @@ class Layer(torch.autograd.Function):
         kept,
     ):
         operands = (input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)
-        output, h_n, c_n, gates, cells = torch.ops.ehrseq_fast.packed_lstm_layer(
-            *operands, reverse, True, kept
-        )
-        ctx.save_for_backward(*operands, output, gates, cells)
-        ctx.reverse = reverse
-        ctx.set_materialize_grads(False)
-        return output, h_n, c_n
+        return _results(ctx, torch.ops.ehrseq_fast, operands, reverse, kept)
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n):
@@ -64,20 +58,25 @@ class CudaLayer(torch.autograd.Function):
     ):
         operands = (input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)
         kernels = backend.operators("cuda")
-        output, h_n, c_n, gates, cells = kernels.packed_lstm_layer(
-            *operands, reverse, True, input.shape[0]
-        )
-        ctx.save_for_backward(*operands, output, gates, cells)
-        ctx.reverse = reverse
         ctx.operator = kernels.packed_lstm_layer_backward
-        ctx.set_materialize_grads(False)
-        return output, h_n, c_n
+        return _results(ctx, kernels, operands, reverse, input.shape[0])
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n):
         # whose products would be torch's in 16 bits
         with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
             return _gradients(ctx, ctx.operator, (grad_output, grad_h_n, grad_c_n))
+
+
+def _results(
+    ctx: Any, kernels: Any, operands: tuple[Tensor | None, ...], reverse: bool, kept: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs and final states; what the backward pass needs is saved."""
+    output, h_n, c_n, gates, cells = kernels.packed_lstm_layer(*operands, reverse, True, kept)
+    ctx.save_for_backward(*operands, output, gates, cells)
+    ctx.reverse = reverse
+    ctx.set_materialize_grads(False)
+    return output, h_n, c_n
 
 
 def _gradients(

@@ -69,16 +69,9 @@ def deephit_ranking(
     of_patients: tuple[Any, ...] = (
         logits,
         *(None if tensor is None else tensor.contiguous() for tensor in given),
-        event_times,
-        event_times.stride(0),
-        event_types,
-        event_types.stride(0),
-        sequence_mask,
-        *(sequence_mask.stride() if sequence_mask is not None else (0, 0)),
-        entry_times,
-        0 if entry_times is None else entry_times.stride(0),
-        sample_weight,
-        0 if sample_weight is None else sample_weight.stride(0),
+        *arguments.columns_of_patients(
+            event_times, event_types, sequence_mask, entry_times, sample_weight
+        ),
     )
     sizes = (patients, slots, patients * slots if row_starts is None else logits.shape[0])
     options = {

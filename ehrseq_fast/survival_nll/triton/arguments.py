@@ -3,7 +3,7 @@ the words of the compiled ones (``csrc/survival_nll``)."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -184,6 +184,24 @@ def check_numbers(
         kind = kinds.get(dtypes, "a bool, integer or float")
         refuse(operation, name, f"{kind} dtype", tensor.dtype)
     _check_device(operation, logits, tensor)
+
+
+def column(tensor: Tensor | None) -> tuple[Tensor | None, int]:
+    """One number per patient as a kernel takes it: the tensor and its stride."""
+    return tensor, 0 if tensor is None else tensor.stride(0)
+
+
+def columns_of_patients(
+    event_times: Tensor,
+    event_types: Tensor,
+    sequence_mask: Tensor | None,
+    entry_times: Tensor | None,
+    sample_weight: Tensor | None,
+) -> tuple[Any, ...]:
+    """What the kernels of the losses over time take of outcomes and the mask, in their order."""
+    mask = (sequence_mask, *(sequence_mask.stride() if sequence_mask is not None else (0, 0)))
+    of_outcomes = (*column(event_times), *column(event_types))
+    return (*of_outcomes, *mask, *column(entry_times), *column(sample_weight))
 
 
 def check_scale(

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..operators import REDUCTIONS, empty_nll_and_grad
+from .arguments import column
 from .sums import MOST_PROGRAMS
 from .tiles import WARPS, accumulator_of, tile_of
 from .workspace import workspace
@@ -56,15 +57,14 @@ def loss_of_visits(
         return loss, grad
     tile = tile_of(inputs.slots, min(inputs.classes, MOST_CLASSES))
     programs = min(MOST_PROGRAMS.value, max(1, triton.cdiv(inputs.patients, tile["PATIENTS"])))
-    mask, weight = inputs.sequence_mask, inputs.sample_weight
+    mask = inputs.sequence_mask
     given = (
         logits,
         *(contiguous(tensor) for tensor in inputs.rows),
         mask,
         *(mask.stride() if mask is not None else (0, 0)),
         contiguous(inputs.visit_weight),
-        weight,
-        0 if weight is None else weight.stride(0),
+        *column(inputs.sample_weight),
     )
     is_packed = inputs.rows[0] is not None
     n_rows = logits.shape[0] if is_packed else inputs.patients * inputs.slots
