@@ -66,8 +66,6 @@ class Loop {
     }
   }
 
-  int64_t shares() const { return shares_; }
-
   // The helpers' mutex guards these.
   int64_t wanted = 0;  // helpers that may still join
   int64_t inside = 0;

@@ -61,8 +61,8 @@ struct Inputs {
 template <typename RowOf, typename MakePatients>
 std::tuple<Tensor, Tensor> nll_of(const Inputs& inputs, const int64_t* row_starts,
                                   const RowOf& row_of, const MakePatients& make_patients) {
-  const Tensor rows = torch::stable::contiguous(inputs.hazards);
-  const Tensor of_visits = torch::stable::contiguous(inputs.weights);
+  const Tensor rows = made_contiguous(inputs.hazards);
+  const Tensor of_visits = made_contiguous(inputs.weights);
   std::tuple<Tensor, Tensor> result;
   dispatch_floating(rows.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor> visit_weighted_nll(
   const RankLayout layout(kName, hazards.size(0), *row_starts, *unsorted_indices, *last_rows);
   const OutcomeReader outcomes = reader_of(VisitMask(layout.lengths()));
   const std::vector<Outcome> all = read_all(outcomes, shape.patients);
-  const Tensor rank_of = torch::stable::contiguous(*unsorted_indices);
+  const Tensor rank_of = made_contiguous(*unsorted_indices);
   const auto* ranks = data<const int64_t>(rank_of);
   return nll_of(
       {hazards, visit_weight, settings, outcomes, needs_grad}, layout.row_starts(),

@@ -46,7 +46,9 @@ std::tuple<Tensor, Tensor> packed_nll(const char* operation, const Tensor& logit
     const RankedPatients<scalar_t, Settings> all(
         settings, layout, outcomes, data<const scalar_t>(rows),
         needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr, rows.numel());
-    result = {nll_of_groups<scalar_t>(settings, rows, all), grad};
+    const Tensor nll = nll_of_groups<scalar_t>(settings, rows, all);
+    if (!all.possible()) reader.refuse();
+    result = {nll, grad};
   });
   return result;
 }
