@@ -43,9 +43,8 @@ BUCKETS = (0.5, 0.3, 0.1)
 ONE, BOTH = "one direction", "both directions"
 PACKED_ROWS_NOTE = (
     "PyTorch's layer is given rows packed beforehand, its best case; packing and padding included "
-    "it takes several times longer. The layer computes at 84-87% of a core's multiply-add peak "
-    "(99-103 of 118 GFLOP/s on an AMD Zen 4, which halves 512-bit multiply-adds): where the "
-    "bound is more than 1.15 times the ratio measured, it is beyond that CPU's peak"
+    "it takes several times longer (cpu.md). The layer takes no longer than torch.mm takes for its "
+    "products alone (the targets over its own products): what is missing is beyond this CPU's rate"
 )
 
 Part = tuple[slice, slice]  # visits and patients of a padded batch

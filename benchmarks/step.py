@@ -408,8 +408,7 @@ OMOP = "training step, real OMOP batch of 256"
 OUTPATIENT = "training step, outpatient batch of 128"
 PADDED_NOTE = (
     "to hold less memory the models' LSTM computes most gates of a large batch again in the "
-    "backward pass: model.lstm.keep_gates = 1.0 saves a fifth of the layer's time, and the step "
-    "then holds 1/15 instead of 1/20 of the padded one's memory (docs/packing.md)"
+    "backward pass; model.lstm.keep_gates = 1.0 trades memory for that time (docs/packing.md)"
 )
 
 
