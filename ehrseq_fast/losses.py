@@ -101,9 +101,9 @@ class FixedHorizonProgressionLoss(nn.Module):
             labels: ``[B, V]`` bool or numeric, in [0, 1] at valid visits; beside packed rows such
                 rows or ``[n_visits]``. Or in their place the batch of packed logits, with
                 outcomes: ``loss(rows, batch)``.
-            valid_mask: ``[B, V]`` bool or numeric; a fraction is a weight, a
-                NaN or an infinity shows in the loss. Beside packed rows such
-                rows or ``[n_visits]``, and without it all of their visits are valid.
+            valid_mask: ``[B, V]`` bool or numeric; a fraction is a weight, a NaN or an infinity
+                shows in the loss. Beside packed rows such rows or ``[n_visits]``, and without it
+                all of their visits are valid.
             event_times, event_indicators, sequence_mask, visit_times, visit_weight, sample_weight:
                 in place of labels, as for :func:`~ehrseq_fast.fixed_horizon_bce`. Of packed rows
                 the outcomes may be left out: with ``horizon_visits`` they are
@@ -113,10 +113,10 @@ class FixedHorizonProgressionLoss(nn.Module):
 
         Raises:
             ValueError: for shapes that differ, labels outside [0, 1] at valid visits, and a mask
-                that is negative (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``; under
-                ``vmap`` those of all samples are looked at); labels and event times at once;
-                without labels, a loss that was made without a horizon, and what
-                :func:`~ehrseq_fast.fixed_horizon_bce` refuses.
+                that is negative (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``; under ``vmap`` those of
+                all samples are looked at); labels and event times at once; without labels, a loss
+                that was made without a horizon, and what :func:`~ehrseq_fast.fixed_horizon_bce`
+                refuses.
             TypeError: for anything but tensors of real numbers and packed rows.
         """
         logits, labels = with_batch(logits, labels, "logits", "labels")

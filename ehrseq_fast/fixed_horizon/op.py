@@ -128,8 +128,8 @@ def fixed_horizon_bce(
 
     Raises:
         ValueError: for shapes or devices that do not fit, unknown options, masks with holes, times
-            that are NaN, negative visits, indicators other than 0 and 1, negative
-            weights, a horizon that is not above 0.
+            that are NaN, negative visits, indicators other than 0 and 1, negative weights, a
+            horizon that is not above 0.
         TypeError: for dtypes, missing outcomes, and event times in floating point without
             ``visit_times``.
 
