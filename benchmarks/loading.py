@@ -3,19 +3,22 @@ patient at a time.
 
 The records are the real ones, many times over, in a store on disk. ``cold`` rows begin with none of
 the store's files in memory: their pages are given back to the system (``posix_fadvise``, which is
-timed too), and that they are gone is checked, by reads that may not wait for the disk. Of a store
-on a file system in memory nothing can be measured cold. Each run opens the store anew, plans an
-epoch and goes through all of its batches in this process.
+timed too), and that they are gone is checked (``mincore``). Of a store on a file system in memory
+nothing can be measured cold. Each run opens the store anew, plans an epoch and goes through all of
+its batches in this process.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -184,7 +187,8 @@ def epoch_case(copies: int = COPIES, visits_per_batch: int = 10_000) -> Case:
         return (torch.tensor(sums),)
 
     def cold_epoch() -> Tensors:
-        drop_pages(folder)
+        if stays := pages_stay(folder):
+            raise RuntimeError(f"a cold epoch cannot be timed: {stays}")
         return epoch()
 
     kept = pages_stay(folder)
@@ -204,32 +208,49 @@ def epoch_case(copies: int = COPIES, visits_per_batch: int = 10_000) -> Case:
     )
 
 
-def drop_pages(folder: Path) -> None:
-    """Give the pages of a folder's files back to the system; those that a process has mapped
-    stay."""
-    for path in folder.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+def pages_stay(folder: Path, seconds: float = 2.0) -> str | None:
+    """Drop a folder's files from memory. Why one of them stays there, None where all are gone.
 
-
-def pages_stay(folder: Path) -> str | None:
-    """Why the files cannot be dropped from memory; None where they can."""
-    if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
+    A page that is being read or written at the moment cannot be dropped, so it is tried again.
+    """
+    if not hasattr(os, "posix_fadvise") or _MINCORE is None:
         return "this system cannot drop files from memory"
-    drop_pages(folder)
-    for path in folder.glob("*.npy"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            if path.stat().st_size and os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT):
+    tried_until = perf_counter() + seconds
+    for path in sorted(folder.iterdir()):
+        while not _dropped(path):
+            if perf_counter() > tried_until:
                 return f"{path.name} stays in memory"
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(descriptor)
+            sleep(0.005)
     return None
+
+
+def _dropped(path: Path) -> bool:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return not _pages_in_memory(file.fileno())
+
+
+def _pages_in_memory(descriptor: int) -> int:
+    """Of a file, told without reading from it: a read would bring them back."""
+    size = os.fstat(descriptor).st_size
+    if not size:
+        return 0
+    assert _MINCORE is not None
+    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        failed = _MINCORE(
+            ctypes.c_void_p(view.ctypes.data),
+            ctypes.c_size_t(size),
+            ctypes.c_void_p(pages.ctypes.data),
+        )
+        del view  # a mapping with views of it cannot be closed
+    if failed:
+        raise OSError(ctypes.get_errno(), "mincore")
+    return int((pages & 1).sum())
+
+
+_MINCORE = getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
 
 
 def _ours() -> dict[str, Any]:
