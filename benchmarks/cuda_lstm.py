@@ -17,6 +17,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from . import devices, machine
 SUMMARY = "settle, on a GPU, whether the packed LSTM's CUDA kernels are the default there"
 
 CHUNK = 64  # patients of like length that are padded together
-BOUND = 3e-5  # of the largest value of each tensor, from float64
+# Of the largest value of each tensor, from float64.
+BOUNDS = {torch.float32: 3e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 LAYERS = ("ours", "cudnn_packed", "cudnn_padded", "cudnn_sorted")
 
 
@@ -41,11 +43,12 @@ class Sizes:
     """What is run."""
 
     patients: Sequence[int] = (32, 128, 256, 1024)
-    hidden: Sequence[int] = (128, 192, 256, 512)
+    hidden: Sequence[int] = (128, 192, 256, 384, 512)
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
     inputs: int = 128
     longest: int = 200
     repeats: int = 1000
-    rounds: int = 7
+    rounds: int = 5
     codes: int = 5000
 
 
@@ -93,44 +96,54 @@ def package_with_cudnn() -> Iterator[None]:
 def measure(device: str, sizes: Sizes) -> dict[str, Any]:
     """A run, all but what compute-sanitizer says."""
     timer = devices.device(device)
-    served = [hidden for hidden in sizes.hidden if _is_served(hidden, device)]
+    served = {
+        dtype: [hidden for hidden in sizes.hidden if _is_served(hidden, dtype, device)]
+        for dtype in sizes.dtypes
+    }
     described = machine.describe_machine(device) | devices.describe(timer)
     found: dict[str, Any] = {
         "gpu": described.get("gpu", device),
         **{name: described.get(name) for name in ("measured_at", "commit", "torch", "cudnn")},
         "equal_to_float64": all(
-            _is_equal(Layer(patients, hidden, sizes, device))
-            for hidden in served
+            _is_equal(Layer(patients, hidden, sizes, device, dtype))
+            for dtype, of_dtype in served.items()
+            for hidden in of_dtype
             for patients in (min(sizes.patients) + 1, min(300, max(sizes.patients)))
         ),
-        "same_bits_1000_times": _has_same_bits(
-            Layer(min(256, max(sizes.patients)), max(served), sizes, device), sizes.repeats
+        "same_bits_1000_times": all(
+            _has_same_bits(
+                Layer(min(256, max(sizes.patients)), max(of_dtype), sizes, device, dtype),
+                sizes.repeats,
+            )
+            for dtype, of_dtype in served.items()
         ),
         "rows": [],
         "steps": [],
     }
-    for hidden in sizes.hidden:
-        for patients in sizes.patients:
-            layer = Layer(patients, hidden, sizes, device)
-            names = [name for name in LAYERS if name != "ours" or hidden in served]
-            row: dict[str, Any] = {"hidden": hidden, "patients": patients, "times": layer.times}
-            for suffix, way in (("_forward", layer.forward), ("", layer.forward_and_backward)):
-                ways = {name: _of(way, name) for name in names}
-                seconds = alternating(timer, ways, sizes.rounds)
-                for name in LAYERS:
-                    taken = seconds.get(name)
-                    row[name + suffix] = None if taken is None else 1e6 * taken / layer.times
-            found["rows"].append(row)
-            if hidden in served:
-                steps = alternating(timer, whole_steps(patients, hidden, sizes, device), 3)
-                taken_ms = {name: 1e3 * seconds for name, seconds in steps.items()}
-                found["steps"].append({"hidden": hidden, "patients": patients, **taken_ms})
+    for dtype, hidden, patients in product(sizes.dtypes, sizes.hidden, sizes.patients):
+        layer = Layer(patients, hidden, sizes, device, dtype)
+        names = [name for name in LAYERS if name != "ours" or hidden in served[dtype]]
+        row: dict[str, Any] = {
+            "arithmetic": cuda.arithmetic(layer.packed.data),
+            **{"hidden": hidden, "patients": patients, "times": layer.times},
+        }
+        for suffix, way in (("_forward", layer.forward), ("", layer.forward_and_backward)):
+            ways = {name: _of(way, name) for name in names}
+            seconds = alternating(timer, ways, sizes.rounds)
+            for name in LAYERS:
+                taken = seconds.get(name)
+                row[name + suffix] = None if taken is None else 1e6 * taken / layer.times
+        found["rows"].append(row)
+        if dtype == torch.float32 and hidden in served[dtype]:
+            steps = alternating(timer, whole_steps(patients, hidden, sizes, device), 3)
+            taken_ms = {name: 1e3 * seconds for name, seconds in steps.items()}
+            found["steps"].append({"hidden": hidden, "patients": patients, **taken_ms})
     return found
 
 
-def _is_served(hidden: int, device: str) -> bool:
+def _is_served(hidden: int, dtype: torch.dtype, device: str) -> bool:
     with package():
-        return cuda.why_not(torch.empty(0, device=device), hidden) is None
+        return cuda.why_not(torch.empty(0, dtype=dtype, device=device), hidden) is None
 
 
 def _of(way: Callable[[str], object], name: str) -> Callable[[], object]:
@@ -157,16 +170,18 @@ def drawn_lengths(patients: int, longest: int) -> list[int]:
 class Layer:
     """One layer and direction, and records for it in the forms that the ways take."""
 
-    def __init__(self, patients: int, hidden: int, sizes: Sizes, device: str) -> None:
+    def __init__(
+        self, patients: int, hidden: int, sizes: Sizes, device: str, dtype: torch.dtype
+    ) -> None:
         torch.manual_seed(0)
-        self.plain = nn.LSTM(sizes.inputs, hidden)
+        self.plain = nn.LSTM(sizes.inputs, hidden).to(dtype)
         self.exact = nn.LSTM(sizes.inputs, hidden).double()
         self.exact.load_state_dict(self.plain.state_dict())
         self.plain.to(device)
         lengths = sorted(drawn_lengths(patients, sizes.longest), reverse=True)
         self.times = lengths[0]
-        self.host = pack_sequence([torch.randn(n, sizes.inputs) for n in lengths])
-        visits = [torch.randn(n, sizes.inputs, device=device) for n in lengths]
+        self.host = pack_sequence([torch.randn(n, sizes.inputs).to(dtype) for n in lengths])
+        visits = [torch.randn(n, sizes.inputs, device=device).to(dtype) for n in lengths]
         self.packed = self.host.to(device)
         self.packed.data.requires_grad_()
         self.padded = pad_sequence(visits).requires_grad_()
@@ -207,8 +222,9 @@ def _is_equal(layer: Layer) -> bool:
     leaves = [exact.data, *layer.exact.parameters()]
     expected = [output, *torch.autograd.grad(output, leaves, torch.ones_like(output))]
     pairs = zip(layer.forward_and_backward("ours"), expected, strict=True)
+    bound = BOUNDS[layer.packed.data.dtype]
     return all(
-        bool((mine.cpu() - theirs).abs().max() <= BOUND * max(1.0, theirs.abs().max().item()))
+        bool((mine.cpu() - theirs).abs().max() <= bound * max(1.0, theirs.abs().max().item()))
         for mine, theirs in pairs
     )
 
@@ -259,24 +275,27 @@ def table(found: dict[str, Any]) -> str:
         "",
         "Microseconds per time step, forward; forward and backward:",
         "",
-        "| hidden | patients | times | " + " | ".join(LAYERS) + " |",
-        "| --- " * (3 + len(LAYERS)) + "|",
+        "| arithmetic | hidden | patients | times | " + " | ".join(LAYERS) + " |",
+        "| --- " * (4 + len(LAYERS)) + "|",
     ]
     for row in found["rows"]:
         cells = [_cell(row[f"{name}_forward"], row[name]) for name in LAYERS]
         lines.append("| " + " | ".join(map(str, _keys(row) + cells)) + " |")
-    lines += ["", "Milliseconds of a whole training step:", ""]
+    lines += ["", "Milliseconds of a whole training step, float32:", ""]
     lines += ["| hidden | patients | ours | cudnn_packed |", "| --- | --- | --- | --- |"]
     for row in found["steps"]:
         cells = [f"{row[name]:.2f}" for name in ("ours", "cudnn_packed")]
         lines.append(f"| {row['hidden']} | {row['patients']} | {' | '.join(cells)} |")
-    faster = sorted(cuda.faster_sizes([found], found["gpu"]))
-    lines += ["", f"The default for hidden sizes: {', '.join(map(str, faster)) or 'none'}"]
+    lines.append("")
+    for arithmetic in dict.fromkeys(row["arithmetic"] for row in found["rows"]):
+        faster = sorted(cuda.faster_sizes([found], found["gpu"], arithmetic))
+        sizes = ", ".join(map(str, faster)) or "none"
+        lines.append(f"The default in {arithmetic} for hidden sizes: {sizes}")
     return "\n".join(lines)
 
 
 def _keys(row: dict[str, Any]) -> list[object]:
-    return [row["hidden"], row["patients"], row["times"]]
+    return [row["arithmetic"], row["hidden"], row["patients"], row["times"]]
 
 
 def _cell(forward: float | None, both: float | None) -> str:

@@ -38,6 +38,13 @@ KERNELS = (
     "static_variables_of_a_cluster",
     "waits_for_its_cluster_for_ever",
     "maps_what_it_does_not_have",
+    "multiplies bfloat16",
+    "multiplies float16",
+    "multiplies tf32",
+    "multiplies bfloat16, exchanged",
+    "multiplies float16, exchanged",
+    "multiplies tf32, exchanged",
+    "multiplies_with_half_a_warp",
 )
 sanitized = pytest.mark.skipif(
     not cuda_on_cpu.SANITIZED, reason="needs the sanitizers: python -m tests.cuda_on_cpu"
@@ -74,6 +81,29 @@ def test_shared_memory_starts_as_garbage(shim):
     assert all(math.isnan(value) for value in out.tolist())
 
 
+@pytest.mark.parametrize(("name", "terms"), [("bfloat16", 16), ("float16", 16), ("tf32", 8)])
+def test_tensor_cores_multiply_what_the_lanes_hold(shim, name, terms):
+    """Small integers, which are exact in every type; and an exchange of two registers is seen."""
+    a, b = torch.randint(-8, 9, (16, terms)).float(), torch.randint(-8, 9, (terms, 8)).float()
+    c, out = torch.randint(-8, 9, (16, 8)).float(), torch.empty(16, 8)
+    given = torch.cat([matrix.flatten() for matrix in (a, b, c)])
+    assert run(shim, f"multiplies {name}", 1, 32, given, out) == SUCCESS
+    assert torch.equal(out, a @ b + c)
+    assert run(shim, f"multiplies {name}, exchanged", 1, 32, given, out) == SUCCESS
+    assert not torch.equal(out, a @ b + c)
+
+
+def test_float32_is_rounded_to_tf32(shim):
+    """To ten bits of the fraction, ties away from zero; what is not finite stays."""
+    values = torch.tensor([1 + 2**-11, -1 - 2**-11, 1 + 2**-12, math.inf, math.nan])
+    a, b = torch.zeros(16, 8), torch.zeros(8, 8)
+    a[:5, 0], b[0] = values, 1.0
+    given, out = torch.cat([a.flatten(), b.flatten(), torch.zeros(128)]), torch.empty(16, 8)
+    assert run(shim, "multiplies tf32", 1, 32, given, out) == SUCCESS
+    expected = torch.tensor([1 + 2**-10, -1 - 2**-10, 1.0, math.inf, math.nan])
+    torch.testing.assert_close(out[:5, 0], expected, rtol=0, atol=0, equal_nan=True)
+
+
 def results_over_orders(shim, name, blocks, threads):
     results = set()
     for _ in range(20):
@@ -93,6 +123,7 @@ def test_a_missing_barrier_and_an_order_of_blocks_show(shim):
     [
         ("waits_for_ever", "deadlock: some threads of block 0"),
         ("returns_before_its_collective", "waits for a lane that has returned|deadlock"),
+        ("multiplies_with_half_a_warp", "waits for a lane that has returned|deadlock"),
         ("shuffles_from_outside_its_mask", "a shuffle reads a lane that is not in its mask"),
         ("traps", r"__trap\(\) \(block 0, 0, 0; thread 3, 0, 0\)"),
     ],

@@ -3,13 +3,11 @@ show. Their sums are in float32; what they have to agree with is in float64."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from ehrseq_fast import PackedLSTM, packed_lstm
@@ -17,61 +15,35 @@ from ehrseq_fast import backend as backends
 from ehrseq_fast.packed_lstm import cuda
 from ehrseq_fast.packed_lstm.reference import packed_lstm_layer
 
-from . import cuda_on_cpu
-from .recurrent_layers import LENGTHS, LSTM, everything, records, results_of, sizes_of
+from .packed_lstm_on_cuda import (
+    NOTHING,
+    backward,
+    bound_of,
+    emulated,
+    forward,
+    launches,
+    on_host,
+    ops,
+    ragged,
+    raw,
+    twice,
+)
+from .packed_lstm_on_cuda import assert_agree as agree
+from .recurrent_layers import LENGTHS, everything, results_of
 
 pytestmark = pytest.mark.operation("packed_lstm")
-on_host = pytest.mark.skipif(cuda_on_cpu.why_not() is not None, reason=str(cuda_on_cpu.why_not()))
 BOUND = 2e-6  # of the largest value of each tensor
 
 
-@contextlib.contextmanager
-def emulated():
-    loaded = cuda_on_cpu.load()
-    with backends.emulating("cuda", cuda_on_cpu.KERNELS), backends.use_backend("cuda"):
-        yield loaded
+def assert_agree(mine, exact, bound=BOUND):
+    assert all(got.dtype == torch.float32 for got in mine)
+    agree(mine, exact, bound)
 
 
 @pytest.fixture
 def shim():
     with emulated() as loaded:
         yield loaded
-
-
-def ops():
-    return getattr(torch.ops, cuda_on_cpu.NAMESPACE)
-
-
-def launches(shim, call):
-    shim.reset_counts()
-    result = call()
-    return result, shim.counts().kernels
-
-
-def assert_agree(mine, exact, bound=BOUND):
-    for got, expected in zip(mine, exact, strict=True):
-        assert got.dtype == torch.float32
-        scale = max(1.0, expected.abs().max().item())
-        torch.testing.assert_close(got.double(), expected, rtol=0, atol=bound * scale)
-
-
-def twice(lengths, inputs=5, hidden=32, given=False, device="cpu", **options):
-    """The same layer, records and states in float32 and in float64, PyTorch's: whole gradients of
-    both."""
-    fast = PackedLSTM(inputs, hidden, **options)
-    exact = nn.LSTM(inputs, hidden, **options).double()
-    exact.load_state_dict(fast.state_dict())
-    visits = records(lengths, inputs, torch.float32)
-    shape = len(fast.all_weights), len(lengths), hidden
-    states = [torch.randn(shape) for _ in range(2)] if given else None
-
-    def of(dtype, device):
-        leaves = [x.detach().to(device, dtype).requires_grad_() for x in visits]
-        if states is None:
-            return leaves, None
-        return leaves, tuple(s.to(device, dtype).requires_grad_() for s in states)
-
-    return fast.to(device), exact, of(torch.float32, device), of(torch.float64, "cpu")
 
 
 @on_host
@@ -133,25 +105,6 @@ def test_no_order_of_blocks_changes_a_bit(shim):
     for seed in range(4):
         shim.set_seed(100 * seed)
         assert all(map(torch.equal, first, everything(fast, *mine)))
-
-
-NOTHING = float("nan")
-
-
-def raw(lengths=(3, 2, 1), inputs=3, hidden=32):
-    """What an operator is called with: rows, weights, biases and states."""
-    weights = LSTM.weights(inputs, hidden, dtype=torch.float32, scale=0.25)
-    states = [torch.randn(len(lengths), hidden) for _ in range(2)]
-    return [torch.randn(sum(lengths), inputs), sizes_of(lengths), *weights, *states]
-
-
-def forward(operands, reverse=False):
-    return ops().packed_lstm_layer(*operands, reverse, True, operands[0].shape[0])
-
-
-def backward(operands, results, incoming, reverse=False):
-    saved = results[0], *results[3:]
-    return ops().packed_lstm_layer_backward(*incoming, *operands, *saved, reverse, True, True, True)
 
 
 @on_host
@@ -228,7 +181,7 @@ def test_gradients_that_are_not_asked_for_or_not_given(shim):
 @pytest.mark.parametrize(
     ("argument", "value", "match"),
     [
-        (0, torch.zeros(6, 3, dtype=torch.float64), "input: expected float32, got float64"),
+        (0, torch.zeros(6, 3, dtype=torch.float64), "input: expected float32 or .*, got float64"),
         (1, torch.tensor([3, 2, 2]), r"batch_sizes: .* 6 in all, got more"),
         (1, torch.tensor([1, 2, 3]), r"batch_sizes\[1\] = 2 after 1"),
         (2, torch.zeros(128, 4), r"weight_ih: expected .*\[128, 3\], got \[128, 4\]"),
@@ -281,7 +234,11 @@ def test_a_second_derivative_is_refused(shim):
 
 @on_host
 @pytest.mark.parametrize(
-    ("hidden", "dtype"), [(33, torch.float32), (320, torch.float32), (32, torch.float64)]
+    ("hidden", "dtype"),
+    [
+        *((33, torch.float32), (320, torch.float32), (32, torch.float64)),
+        *((40, torch.bfloat16), (448, torch.float16)),
+    ],
 )
 def test_what_they_do_not_serve_goes_where_it_went(shim, hidden, dtype):
     fast = PackedLSTM(3, hidden, dtype=dtype)
@@ -311,8 +268,11 @@ def test_they_are_taken_where_they_are_asked_for(shim, monkeypatch):
 
 def a_run(**changed):
     rows = [
-        {"hidden": hidden, "patients": patients, "ours": ours, "cudnn_packed": 9.0}
-        for hidden, patients, ours in ((128, 32, 5.0), (128, 1024, 8.0), (256, 32, 9.5))
+        {"arithmetic": arithmetic, "hidden": hidden, "ours": ours, "cudnn_packed": 9.0}
+        for arithmetic, hidden, ours in (
+            *(("float32", 128, 5.0), ("float32", 128, 8.0), ("float32", 256, 9.5)),
+            *(("bfloat16", 128, 9.5), ("bfloat16", 256, 2.5)),
+        )
     ]
     run = {"gpu": "A GPU", "measured_at": "2026-02-01", "rows": rows}
     return run | dict.fromkeys(cuda.CHECKS, True) | changed
@@ -321,6 +281,8 @@ def a_run(**changed):
 def test_results_decide_by_default():
     assert cuda.faster_sizes([], "A GPU") == set()
     assert cuda.faster_sizes([a_run()], "A GPU") == {128}
+    assert cuda.faster_sizes([a_run()], "A GPU", "bfloat16") == {256}
+    assert cuda.faster_sizes([a_run()], "A GPU", "float16") == set()
     assert cuda.faster_sizes([a_run()], "Another") == set()
     for check in cuda.CHECKS:
         assert cuda.faster_sizes([a_run(**{check: False})], "A GPU") == set()
@@ -331,7 +293,8 @@ def test_results_decide_by_default():
 def test_info_says_why(monkeypatch):
     monkeypatch.delenv(cuda.SWITCH, raising=False)
     assert "are off, as no committed results show them right" in cuda.describe([])
-    assert "A GPU: hidden sizes 128" in cuda.describe([a_run()])
+    said = cuda.describe([a_run()])
+    assert "A GPU, float32: hidden sizes 128; A GPU, bfloat16: hidden sizes 256)" in said
     monkeypatch.setenv(cuda.SWITCH, "1")
     assert f"{cuda.SWITCH} asks for" in cuda.describe([])
     monkeypatch.setenv(cuda.SWITCH, "0")
@@ -343,10 +306,11 @@ def test_the_run_that_settles_the_default(shim, monkeypatch):
     """In small, and against PyTorch's kernels on the host."""
     cuda_lstm = pytest.importorskip("benchmarks.cuda_lstm")
     monkeypatch.delenv(cuda.SWITCH, raising=False)
-    sizes = cuda_lstm.Sizes((2, 5), (32, 40), 3, 4, 2, 1, 30)
+    dtypes = torch.float32, torch.bfloat16
+    sizes = cuda_lstm.Sizes((2, 5), (32, 40), dtypes, 3, 4, 2, 1, 30)
     found = cuda_lstm.measure("cpu", sizes) | {"racecheck": True, "synccheck": True}
     assert all(found[check] is True for check in cuda.CHECKS)
-    assert [row["ours"] is None for row in found["rows"]] == [False, False, True, True]
+    assert [row["ours"] is None for row in found["rows"]] == [False, False, True, True] * 2
     for row in found["rows"]:
         assert all(
             row[f"{name}{way}"] > 0 for name in cuda_lstm.LAYERS[1:] for way in ("", "_forward")
@@ -355,7 +319,9 @@ def test_the_run_that_settles_the_default(shim, monkeypatch):
     assert "not served" in cuda_lstm.table(found)
     for row in found["rows"]:
         row["ours"] = row["ours"] and 0.5 * row["cudnn_packed"]
-    assert "The default for hidden sizes: 32" in cuda_lstm.table(found)
+    for arithmetic in ("float32", "bfloat16"):
+        line = f"The default in {arithmetic} for hidden sizes: 32"
+        assert line in cuda_lstm.table(found)
     assert cuda.SWITCH not in os.environ
 
 
@@ -371,24 +337,32 @@ def gpu(monkeypatch):
     return "cuda"
 
 
-def ragged(patients, longest):
-    return [1 + (i * 7919) % longest for i in range(patients)]
+SHAPES = {
+    **{f"float32-{hidden}": (torch.float32, hidden) for hidden in (32, 128, 192, 256, 288)},
+    **{f"bfloat16-{hidden}": (torch.bfloat16, hidden) for hidden in (32, 96, 256, 384, 416)},
+    **{f"float16-{hidden}": (torch.float16, hidden) for hidden in (128, 416)},
+}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hidden", [32, 128, 192, 256, 288])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("patients", [1, 33, 300])
-def test_any_shape_on_a_gpu(gpu, patients, hidden):
+def test_any_shape_on_a_gpu(gpu, patients, shape):
+    dtype, hidden = SHAPES[shape]
     options = {"num_layers": 2, "bidirectional": True, "given": True, "device": gpu}
-    fast, exact, mine, theirs = twice(ragged(patients, 40), 24, hidden, **options)
+    fast, exact, mine, theirs = twice(ragged(patients, 40), 24, hidden, dtype=dtype, **options)
     results = [result.cpu() for result in everything(fast, *mine)]
-    assert_agree(results, everything(exact, *theirs), bound=2e-5)
+    assert all(result.dtype == dtype for result in results)
+    bound = 2e-5 if dtype == torch.float32 else bound_of(dtype, layers=2)
+    agree(results, everything(exact, *theirs), bound)
 
 
 @pytest.mark.gpu
-def test_the_same_bits_a_thousand_times_on_a_gpu(gpu):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_bits_a_thousand_times_on_a_gpu(gpu, dtype):
     """``EHRSEQ_FAST_REPEATS``: fewer, under a sanitizer."""
-    fast, _, mine, _ = twice(ragged(200, 20), 24, 256, bidirectional=True, device=gpu)
+    options = {"bidirectional": True, "device": gpu, "dtype": dtype}
+    fast, _, mine, _ = twice(ragged(200, 20), 24, 256, **options)
     first = everything(fast, *mine)
     for _ in range(int(os.environ.get("EHRSEQ_FAST_REPEATS", "1000")) - 1):
         assert all(map(torch.equal, first, everything(fast, *mine)))

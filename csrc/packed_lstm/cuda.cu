@@ -1,8 +1,10 @@
-// The packed LSTM's operators on a GPU, float32: a scan over all visits (kernels.cuh) and, around
-// it, products over all visits by torch. Nothing waits for the device. Which calls come here is
-// decided in Python (ehrseq_fast/packed_lstm/cuda.py).
+// The packed LSTM's operators on a GPU: a scan over all visits (kernels.cuh for float32,
+// tensor_kernels.cuh for 16-bit types) and, around it, products over all visits by torch. Nothing
+// waits for the device. Which calls come here is decided in Python
+// (ehrseq_fast/packed_lstm/cuda.py).
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -12,6 +14,7 @@
 #include "common/options.h"
 #include "common/recurrent/batch_sizes.h"
 #include "packed_lstm/kernels.cuh"
+#include "packed_lstm/tensor_kernels.cuh"
 
 namespace ehrseq::packed_lstm::cuda {
 namespace {
@@ -36,23 +39,25 @@ struct Given {
 // Returns the batch sizes.
 std::vector<int64_t> checked(const Given& given) {
   expect_dim(given.input, kName, "input", 2, "[visits, inputs]");
-  expect_dtype(given.input, kName, "input", {ScalarType::Float});
+  const ScalarType dtype = given.input.scalar_type();
+  expect_dtype(given.input, kName, "input",
+               {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   expect_dim(given.weight_hh, kName, "weight_hh", 2, "[4 * hidden, hidden]");
   if (!given.batch_sizes.is_cpu()) refuse(kName, "batch_sizes", "a tensor on the CPU", "another");
   const int64_t visits = given.input.size(0);
   const auto sizes = recurrent::checked_batch_sizes(kName, given.batch_sizes, visits);
   const int64_t hidden = given.weight_hh.size(1);
-  if (hidden < kUnitsOf || hidden > kMostHidden || hidden % kUnitsOf != 0) {
+  const int64_t most = dtype == ScalarType::Float ? kMostHidden : kMostHiddenIn16Bits;
+  if (hidden < kUnitsOf || hidden > most || hidden % kUnitsOf != 0) {
     refuse(kName, "weight_hh",
-           "a multiple of " + std::to_string(kUnitsOf) + " of at most " +
-               std::to_string(kMostHidden) + " hidden units",
+           "a multiple of " + std::to_string(kUnitsOf) + " of at most " + std::to_string(most) +
+               " hidden units",
            std::to_string(hidden));
   }
   constexpr int64_t kMost = int64_t{1} << 30;
   if (sizes[0] > kMost) {
     refuse(kName, "batch_sizes", "at most 2^30 patients", std::to_string(sizes[0]));
   }
-  const ScalarType dtype = ScalarType::Float;
   const std::vector<int64_t> state{sizes[0], hidden};
   expect_like(given.weight_ih, kName, "weight_ih", dtype, {4 * hidden, given.input.size(1)},
               "[4 * hidden, inputs]");
@@ -66,22 +71,26 @@ std::vector<int64_t> checked(const Given& given) {
 }
 
 // Contiguous tensors, which live as long as this does.
+template <typename scalar_t>
 class Operands {
  public:
-  const float* of(const Tensor& tensor) {
-    held_.push_back(made_contiguous(tensor));
-    return data_of<float>(held_.back());
-  }
-  const float* of(const OptionalTensor& tensor) {
+  const scalar_t* of(const Tensor& tensor) { return as<scalar_t>(tensor); }
+  const scalar_t* of(const OptionalTensor& tensor) {
     return tensor.has_value() ? of(*tensor) : nullptr;
+  }
+  template <typename T>
+  const T* as(const Tensor& tensor) {
+    held_.push_back(made_contiguous(tensor));
+    return data_of<T>(held_.back());
   }
 
  private:
   std::vector<Tensor> held_;
 };
 
-float* or_null(const Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr : mutable_data_of<float>(tensor);
+template <typename T>
+T* or_null(const Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : mutable_data_of<T>(tensor);
 }
 
 // The first row of each time and, after them, the number of rows.
@@ -125,28 +134,66 @@ void launch_clusters(void (*kernel)(const Layer), int patients_of_tile, int byte
 // Small tiles as long as all of them run at once.
 bool are_few(int patients) { return patients <= 8 * 16; }
 
-void launch_forward(const Forward& layer, cudaStream_t stream) {
-  const int hidden = layer.visits.hidden;
-  if (are_few(layer.visits.patients)) {
-    launch_clusters(scan_forward<8>, 8, Tile<8>::forward(hidden).bytes(), stream, layer);
-  } else {
-    launch_clusters(scan_forward<16>, 16, Tile<16>::forward(hidden).bytes(), stream, layer);
-  }
+template <int kPatients>
+void launch_tile(const Forward<float>& layer, cudaStream_t stream) {
+  const int bytes = Tile<kPatients>::forward(layer.visits.hidden).bytes();
+  launch_clusters(scan_forward<kPatients>, kPatients, bytes, stream, layer);
+}
+template <int kPatients>
+void launch_tile(const Backward<float>& layer, cudaStream_t stream) {
+  const int bytes = Tile<kPatients>::backward(layer.visits.hidden).bytes();
+  launch_clusters(scan_backward<kPatients>, kPatients, bytes, stream, layer);
+}
+template <int kPatients, typename scalar_t>
+void launch_tile(const Forward<scalar_t>& layer, cudaStream_t stream) {
+  const int bytes = TensorTile<scalar_t, kPatients>::forward(layer.visits.hidden).bytes;
+  launch_clusters(tensor_scan_forward<scalar_t, kPatients>, kPatients, bytes, stream, layer);
+}
+template <int kPatients, typename scalar_t>
+void launch_tile(const Backward<scalar_t>& layer, cudaStream_t stream) {
+  const int bytes = TensorTile<scalar_t, kPatients>::backward(layer.visits.hidden).bytes;
+  launch_clusters(tensor_scan_backward<scalar_t, kPatients>, kPatients, bytes, stream, layer);
 }
 
-void launch_backward(const Backward& layer, cudaStream_t stream) {
-  const int hidden = layer.visits.hidden;
-  if (are_few(layer.visits.patients)) {
-    launch_clusters(scan_backward<8>, 8, Tile<8>::backward(hidden).bytes(), stream, layer);
+template <typename Layer>
+void launch_scan(const Layer& layer, cudaStream_t stream) {
+  if (are_few(layer.visits.patients) || layer.visits.hidden > kMostHiddenOf16Patients) {
+    launch_tile<8>(layer, stream);
   } else {
-    launch_clusters(scan_backward<16>, 16, Tile<16>::backward(hidden).bytes(), stream, layer);
+    launch_tile<16>(layer, stream);
   }
 }
 
 Tensor product(const Tensor& a, const Tensor& b) {
   return made_contiguous(torch::stable::matmul(a, b));
 }
+// In float32, whatever is multiplied.
+Tensor product_in_float(const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() == ScalarType::Float) return product(a, b);
+  if (a.is_cpu()) {  // in tests: torch has the product below on GPUs alone
+    return product(torch::stable::to(a, ScalarType::Float),
+                   torch::stable::to(b, ScalarType::Float));
+  }
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(ScalarType::Float)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
+  return made_contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+}
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+// Calls body(TypeTag<scalar_t>{}) for a dtype that `checked` has let pass.
+template <typename Body>
+void dispatch(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return body(TypeTag<__nv_bfloat16>{});
+    case ScalarType::Half:
+      return body(TypeTag<__half>{});
+    default:
+      return body(TypeTag<float>{});
+  }
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_lstm_layer(
     Tensor input, Tensor batch_sizes, Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
@@ -161,31 +208,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_lstm_layer(
   const OnDeviceOf device(kName, input);
 
   const Tensor starts = starts_of(sizes, input, device.stream());
-  const Tensor sums = product(input, transposed(weight_ih));
+  const Tensor sums = product_in_float(input, transposed(weight_ih));
   const auto of_floats = [&](const std::vector<int64_t>& shape) {
     return empty(input, shape, ScalarType::Float);
   };
-  const Tensor output = of_floats({visits, hidden});
-  const Tensor last_hidden = of_floats({sizes[0], hidden});
-  const Tensor last_cell = of_floats({sizes[0], hidden});
+  const auto like_input = [&](const std::vector<int64_t>& shape) {
+    return empty(input, shape, input.scalar_type());
+  };
+  const Tensor output = like_input({visits, hidden});
+  const Tensor last_hidden = like_input({sizes[0], hidden});
+  const Tensor last_cell = like_input({sizes[0], hidden});
   const Tensor cells = training ? of_floats({visits, hidden}) : of_floats({0});
   // the gates take the place of their sums
   const Tensor gates = training ? sums : of_floats({0, 4 * hidden});
-  Operands operands;
-  launch_forward({{data_of<int64_t>(starts), static_cast<int>(sizes.size()),
-                   static_cast<int>(sizes[0]), static_cast<int>(hidden), reverse},
-                  operands.of(weight_hh),
-                  operands.of(bias_ih),
-                  operands.of(bias_hh),
-                  operands.of(h0),
-                  operands.of(c0),
-                  data_of<float>(sums),
-                  or_null(gates),
-                  or_null(cells),
-                  mutable_data_of<float>(output),
-                  mutable_data_of<float>(last_hidden),
-                  mutable_data_of<float>(last_cell)},
-                 device.stream());
+  const Visits of_scan{data_of<int64_t>(starts), static_cast<int>(sizes.size()),
+                       static_cast<int>(sizes[0]), static_cast<int>(hidden), reverse};
+  dispatch(input.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    Operands<scalar_t> operands;
+    launch_scan(
+        Forward<scalar_t>{of_scan, operands.of(weight_hh), operands.of(bias_ih),
+                          operands.of(bias_hh), operands.of(h0), operands.of(c0),
+                          data_of<float>(sums), or_null<float>(gates), or_null<float>(cells),
+                          mutable_data_of<scalar_t>(output), mutable_data_of<scalar_t>(last_hidden),
+                          mutable_data_of<scalar_t>(last_cell)},
+        device.stream());
+  });
   return {output, last_hidden, last_cell, gates, cells};
 }
 
@@ -200,15 +248,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> packed_lstm_layer_bac
   const std::vector<int64_t> sizes = checked(given);
   const int64_t visits = input.size(0);
   const int64_t hidden = weight_hh.size(1);
-  const ScalarType dtype = ScalarType::Float;
+  const ScalarType dtype = input.scalar_type();
   const std::vector<int64_t> of_visits{visits, hidden};
   const std::vector<int64_t> of_patients{sizes[0], hidden};
   expect_like(grad_output, kName, "grad_output", dtype, of_visits, "[visits, hidden]");
   expect_like(grad_h_n, kName, "grad_h_n", dtype, of_patients, "[patients, hidden]");
   expect_like(grad_c_n, kName, "grad_c_n", dtype, of_patients, "[patients, hidden]");
   expect_like(output, kName, "output", dtype, of_visits, "[visits, hidden]");
-  expect_like(gates, kName, "gates", dtype, {visits, 4 * hidden}, "[visits, 4 * hidden]");
-  expect_like(cells, kName, "cells", dtype, of_visits, "[visits, hidden]");
+  expect_like(gates, kName, "gates", ScalarType::Float, {visits, 4 * hidden},
+              "[visits, 4 * hidden]");
+  expect_like(cells, kName, "cells", ScalarType::Float, of_visits, "[visits, hidden]");
   const OnDeviceOf device(kName, input);
 
   const Tensor starts = starts_of(sizes, input, device.stream());
@@ -219,23 +268,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> packed_lstm_layer_bac
   const Tensor before = wanted(need_weights, of_visits);
   const Tensor grad_h0 = wanted(need_states, of_patients);
   const Tensor grad_c0 = wanted(need_states, of_patients);
-  Operands operands;
-  launch_backward({{data_of<int64_t>(starts), static_cast<int>(sizes.size()),
-                    static_cast<int>(sizes[0]), static_cast<int>(hidden), reverse},
-                   operands.of(weight_hh),
-                   operands.of(h0),
-                   operands.of(c0),
-                   operands.of(output),
-                   operands.of(gates),
-                   operands.of(cells),
-                   operands.of(grad_output),
-                   operands.of(grad_h_n),
-                   operands.of(grad_c_n),
-                   mutable_data_of<float>(grad_sums),
-                   or_null(before),
-                   or_null(grad_h0),
-                   or_null(grad_c0)},
-                  device.stream());
+  const Visits of_scan{data_of<int64_t>(starts), static_cast<int>(sizes.size()),
+                       static_cast<int>(sizes[0]), static_cast<int>(hidden), reverse};
+  dispatch(dtype, [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    Operands<scalar_t> operands;
+    launch_scan(
+        Backward<scalar_t>{of_scan, operands.of(weight_hh), operands.of(h0), operands.of(c0),
+                           operands.of(output), operands.template as<float>(gates),
+                           operands.template as<float>(cells), operands.of(grad_output),
+                           operands.of(grad_h_n), operands.of(grad_c_n),
+                           mutable_data_of<scalar_t>(grad_sums), or_null<scalar_t>(before),
+                           or_null<scalar_t>(grad_h0), or_null<scalar_t>(grad_c0)},
+        device.stream());
+  });
 
   const Tensor none = wanted(false, {});
   const Tensor grad_input = need_input ? product(grad_sums, weight_ih) : none;

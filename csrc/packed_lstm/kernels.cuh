@@ -22,83 +22,24 @@
 //   global memory  forward 8 KB read and 12 KB written, backward 16 and 10: 16 clusters of which
 //                  each takes 3.3 us need 0.8-1.0 TB/s of 3.3
 //   together       3-3.5 us; with 8 patients 1.8-2.2 us
-// That is the bound of exact float32: TF32 and 16-bit tensor-core products would leave the exchange
-// and the partial sums, about 1 us. cuDNN, which never uses its persistent kernels for packed
-// input, takes an estimated 4-10 us. Occupancy: one block of 8 warps per SM, as W_hh fills shared
-// memory (192 KB of 227 at H 256, 225 at H 288, the most that fits); 16 clusters at a time, thus
-// 128 patients in tiles of 8 and 256 in tiles of 16; larger batches take several rounds, the
-// longest first.
+// That is the bound of exact float32; what tensor cores take is in tensor_kernels.cuh. cuDNN, which
+// never uses its persistent kernels for packed input, takes an estimated 4-10 us. Occupancy: one
+// block of 8 warps per SM, as W_hh fills shared memory (192 KB of 227 at H 256, 225 at H 288, the
+// most that fits); 16 clusters at a time, thus 128 patients in tiles of 8 and 256 in tiles of 16;
+// larger batches take several rounds, the longest first.
 #pragma once
 
-#include "packed_lstm/tile.cuh"
+#include "packed_lstm/layer.cuh"
 
 namespace ehrseq::packed_lstm::cuda {
-
-// Row numbers travel in a kernel's parameters: no copy from the host's memory, which would have to
-// wait, or could not be captured in a graph.
-constexpr int kStartsAtOnce = 480;
-struct SomeStarts {
-  int64_t values[kStartsAtOnce];
-};
-
-// Null pointers: no biases, initial states of zeros, cells and gates that are not kept.
-struct Forward {
-  Visits visits;
-  const float* weight;  // [4H, H]
-  const float* input_bias;
-  const float* hidden_bias;
-  const float* h0;
-  const float* c0;
-  const float* sums;  // [visits, 4H]: of the inputs
-  float* gates;       // may be `sums`
-  float* cells;       // [visits, H]
-  float* output;      // [visits, H]
-  float* last_hidden;
-  float* last_cell;
-};
-
-// Null pointers: incoming gradients and initial states of zeros, results that are not needed.
-struct Backward {
-  Visits visits;
-  const float* weight;
-  const float* h0;
-  const float* c0;
-  const float* output;
-  const float* gates;
-  const float* cells;
-  const float* grad_output;
-  const float* grad_last_hidden;
-  const float* grad_last_cell;
-  float* grad_sums;  // [visits, 4H]
-  float* before;     // [visits, H]: the hidden state that each visit began with
-  float* grad_h0;
-  float* grad_c0;
-};
 
 __global__ void keep_starts(const __grid_constant__ SomeStarts some, int count, int64_t* starts) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < count) starts[i] = some.values[i];
 }
 
-#if EHRSEQ_HAS_CLUSTERS
-
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-// The row of the visit that the scan has seen before this one; -1 where it begins with this one.
-__device__ inline int64_t row_before(const Visits& visits, int time, int64_t patient) {
-  if (!visits.reverse) return time > 0 ? visits.starts[time - 1] + patient : -1;
-  if (time + 1 == visits.times || patient >= patients_at(visits, time + 1)) return -1;
-  return visits.starts[time + 1] + patient;
-}
-
-__device__ inline float given_or_zero(const float* from, int64_t at) {
-  return from == nullptr ? 0.0f : from[at];
-}
-
-#endif  // EHRSEQ_HAS_CLUSTERS
-
 template <int kPatients>
-__global__ void __launch_bounds__(kThreads, 1) scan_forward(const Forward layer) {
+__global__ void __launch_bounds__(kThreads, 1) scan_forward(const Forward<float> layer) {
 #if EHRSEQ_HAS_CLUSTERS
   constexpr int kPairs = Pairs<kPatients>::kCount;
   EHRSEQ_DYNAMIC_SHARED(bytes);
@@ -217,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward(const Forward layer)
 }
 
 template <int kPatients>
-__global__ void __launch_bounds__(kThreads, 1) scan_backward(const Backward layer) {
+__global__ void __launch_bounds__(kThreads, 1) scan_backward(const Backward<float> layer) {
 #if EHRSEQ_HAS_CLUSTERS
   constexpr int kPairs = Pairs<kPatients>::kCount;
   EHRSEQ_DYNAMIC_SHARED(bytes);

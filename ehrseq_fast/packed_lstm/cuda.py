@@ -25,16 +25,17 @@ from .. import backend
 RESULTS = Path(__file__).parent.parent / "cuda_lstm.json"
 SWITCH = "EHRSEQ_FAST_CUDA_LSTM"
 
-# csrc/packed_lstm/kernels.cuh: what a cluster's shared memory holds.
+# csrc/packed_lstm/tile.cuh and tensor_tile.cuh: what a cluster's shared memory holds.
 UNITS = 32
-MOST_HIDDEN = 288
+MOST_HIDDEN = {torch.float32: 288, torch.bfloat16: 416, torch.float16: 416}
 
 #: What a run has to have found before its times count.
 CHECKS = ("equal_to_float64", "same_bits_1000_times", "racecheck", "synccheck")
 
 SERVES = (
-    f"float32, hidden sizes that are multiples of {UNITS} up to {MOST_HIDDEN}, GPUs of compute "
-    "capability 9.0 and 10.x, outside autocast and torch.compile"
+    f"hidden sizes that are multiples of {UNITS}, up to {MOST_HIDDEN[torch.float32]} in float32 "
+    f"and {MOST_HIDDEN[torch.bfloat16]} in bfloat16 and float16, GPUs of compute capability 9.0 "
+    "and 10.x, outside autocast and torch.compile"
 )
 
 
@@ -48,21 +49,30 @@ def why_not(data: Tensor, hidden: int) -> str | None:
         return kernels.reason
     if data.device.type != kernels.device:
         return f"they serve {kernels.device} tensors, and these are on {data.device.type}"
-    reason = _why_not_asked_for(data.device, hidden, kernels.emulated)
+    reason = _why_not_asked_for(data, hidden, kernels.emulated)
     return reason or _why_not_served(data, hidden, kernels.emulated)
 
 
 def _why_not_served(data: Tensor, hidden: int, emulated: bool) -> str | None:
-    if data.dtype != torch.float32:
-        return f"they serve float32, and this is {data.dtype}"
+    most = MOST_HIDDEN.get(data.dtype)
+    if most is None:
+        return f"they serve float32, bfloat16 and float16, and this is {data.dtype}"
     if torch.is_autocast_enabled(data.device.type):
         return "autocast takes cuDNN"
-    if hidden % UNITS or hidden > MOST_HIDDEN:
-        return f"they serve multiples of {UNITS} hidden units up to {MOST_HIDDEN}, got {hidden}"
+    if hidden % UNITS or hidden > most:
+        return (
+            f"they serve multiples of {UNITS} hidden units up to {most} in {data.dtype}, "
+            f"got {hidden}"
+        )
     return None if emulated else _why_not_on(data.device)
 
 
-def _why_not_asked_for(device: torch.device, hidden: int, emulated: bool) -> str | None:
+def arithmetic(data: Tensor) -> str:
+    """What the products of a layer over these rows are computed in, as results name it."""
+    return str(data.dtype).removeprefix("torch.")
+
+
+def _why_not_asked_for(data: Tensor, hidden: int, emulated: bool) -> str | None:
     switch = os.environ.get(SWITCH, "")
     if switch == "0":
         return f"{SWITCH} is 0"
@@ -73,7 +83,7 @@ def _why_not_asked_for(device: torch.device, hidden: int, emulated: bool) -> str
         return f"the backend {asked!r} was asked for"
     if emulated:
         return "they are emulated, and were not asked for"
-    if switch or (committed_runs() and hidden in _faster_on(device)):
+    if switch or (committed_runs() and hidden in _faster_on(data.device, arithmetic(data))):
         return None
     return f"no committed results show them right and faster than cuDNN ({SWITCH}=1 takes them)"
 
@@ -98,16 +108,19 @@ def committed_runs() -> tuple[Mapping[str, Any], ...]:
 
 
 @functools.cache
-def _faster_on(device: torch.device) -> set[int]:
-    return faster_sizes(committed_runs(), torch.cuda.get_device_name(device))
+def _faster_on(device: torch.device, arithmetic: str) -> set[int]:
+    return faster_sizes(committed_runs(), torch.cuda.get_device_name(device), arithmetic)
 
 
-def faster_sizes(runs: Sequence[Mapping[str, Any]], gpu: str) -> set[int]:
+def faster_sizes(
+    runs: Sequence[Mapping[str, Any]], gpu: str, arithmetic: str = "float32"
+) -> set[int]:
     """The hidden sizes for which the newest run on GPUs of that name shows the kernels right, and
-    faster than cuDNN on packed rows, forward and backward together, for all numbers of patients.
+    faster in that arithmetic than cuDNN on packed rows, forward and backward together, for all
+    numbers of patients.
 
     Example:
-        >>> row = {"hidden": 256, "patients": 32, "ours": 6.0, "cudnn_packed": 9.0}
+        >>> row = {"arithmetic": "float32", "hidden": 256, "ours": 6.0, "cudnn_packed": 9.0}
         >>> run = {"gpu": "G", "measured_at": "2026-01-01", "rows": [row]}
         >>> faster_sizes([run | dict.fromkeys(CHECKS, True)], "G")
         {256}
@@ -120,8 +133,9 @@ def faster_sizes(runs: Sequence[Mapping[str, Any]], gpu: str) -> set[int]:
     newest = max(of_gpu, key=lambda run: run["measured_at"])
     if not all(newest.get(check) is True for check in CHECKS):
         return set()
-    faster = {row["hidden"]: True for row in newest["rows"]}
-    for row in newest["rows"]:  # without a time of ours: not served
+    rows = [row for row in newest["rows"] if row["arithmetic"] == arithmetic]
+    faster = {row["hidden"]: True for row in rows}
+    for row in rows:  # without a time of ours: not served
         ours = row["ours"]
         faster[row["hidden"]] &= ours is not None and ours < row["cudnn_packed"]
     return {hidden for hidden, always in faster.items() if always}
@@ -140,8 +154,16 @@ def describe(runs: Sequence[Mapping[str, Any]]) -> str:
         return f"packed_lstm on a GPU is cuDNN's: {SWITCH} is 0"
     if switch:
         return f"packed_lstm on a GPU: {SWITCH} asks for {kernels}; everything else is cuDNN's"
-    found = {run["gpu"]: sorted(faster_sizes(runs, run["gpu"])) for run in runs}
-    said = [f"{gpu}: hidden sizes {', '.join(map(str, h))}" for gpu, h in found.items() if h]
+    found = {
+        (run["gpu"], row["arithmetic"]): faster_sizes(runs, run["gpu"], row["arithmetic"])
+        for run in runs
+        for row in run["rows"]
+    }
+    said = [
+        f"{gpu}, {arithmetic}: hidden sizes {', '.join(map(str, sorted(sizes)))}"
+        for (gpu, arithmetic), sizes in found.items()
+        if sizes
+    ]
     if said:
         return (
             f"packed_lstm on a GPU: {kernels} where committed results show them right and faster "

@@ -60,9 +60,11 @@ def packed_lstm(
 
     There are CUDA kernels too, which no GPU has measured, and which are taken only when they are
     asked for: ``EHRSEQ_FAST_CUDA_LSTM=1``, or the backend ``cuda``, on GPUs of compute capability
-    9.0 and 10.x, in float32, for hidden sizes that are multiples of 32 up to 288, outside autocast
-    and ``torch.compile``. All else goes to cuDNN as before. They multiply hidden states in float32;
-    products over all visits follow ``torch.backends.cuda.matmul``.
+    9.0 and 10.x, for hidden sizes that are multiples of 32, up to 288 in float32 and 416 in
+    bfloat16 and float16, outside autocast and ``torch.compile``. All else goes to cuDNN as before.
+    In float32 they multiply hidden states exactly. In 16 bits they do so on tensor cores: weights,
+    hidden states and, backward, the gradients of the gates' sums are 16-bit operands, all sums,
+    gates and cells float32. Products over all visits follow ``torch.backends.cuda.matmul``.
 
     Args:
         sequence: data ``[visits, E]`` with its batch sizes, as ``pack_padded_sequence`` and

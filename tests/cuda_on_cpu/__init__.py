@@ -1,8 +1,9 @@
 """The CUDA kernels of ``csrc`` on the host: compiled by g++ against a stand-in for CUDA's headers.
 
 The same ``kernels.cuh`` and ``cuda.cu`` that nvcc compiles; ``include/`` has CUDA's names and
-``shim.cpp`` runs grids, one fiber per CUDA thread. The operators are registered for CPU tensors in
-``torch.ops.ehrseq_fast_cuda_on_cpu``, so that tests run them as the backend ``cuda``.
+``shim.cpp`` runs grids, one fiber per CUDA thread; ``mma.cpp`` has tensor cores. The operators are
+registered for CPU tensors in ``torch.ops.ehrseq_fast_cuda_on_cpu``, so that tests run them as the
+backend ``cuda``.
 
 ``EHRSEQ_FAST_SANITIZE=1`` builds them with the address and undefined-behaviour sanitizers, which
 have to be loaded before Python is: ``python -m tests.cuda_on_cpu`` runs pytest so.
@@ -113,7 +114,7 @@ def _run(command: list[str]) -> None:
 def build() -> Path:
     """Compile what has changed and link it; the library."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    sources = [HERE / "shim.cpp", *sorted(HERE.glob("*.cu")), *kernels()]
+    sources = [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu")), *kernels()]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         objects = list(pool.map(_compile, sources))
     library = CACHE / f"cuda_on_cpu-{_key(*(path.name for path in objects))}.so"

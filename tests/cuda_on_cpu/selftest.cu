@@ -3,6 +3,7 @@
 
 #include "common/cuda/cluster.cuh"
 #include "common/cuda/device.cuh"
+#include "common/cuda/mma.cuh"
 
 namespace {
 
@@ -134,6 +135,43 @@ __global__ void maps_what_it_does_not_have(const float*, float*) {
   *ehrseq::cuda::in_block(&own, 0) = 1;
 }
 
+// a [16, K] * b [K, 8] + c [16, 8], one after the other in `in`; the lanes hold them as mma.cuh
+// says, or with two registers exchanged.
+template <typename scalar_t, bool kExchanged>
+__global__ void multiplies_on_tensor_cores(const float* in, float* out) {
+  constexpr int kOfWord = 4 / static_cast<int>(sizeof(scalar_t));
+  constexpr int kTerms = 8 * kOfWord;
+  const int group = static_cast<int>(threadIdx.x) / 4;
+  const int in_group = static_cast<int>(threadIdx.x) % 4;
+  const float* a = in;
+  const float* b = a + 16 * kTerms;
+  const float* c = b + kTerms * 8;
+  const auto word = [&](const float* from, int stride) {
+    scalar_t values[kOfWord];
+    for (int i = 0; i < kOfWord; ++i) {
+      values[i] = ehrseq::cuda::as_operand<scalar_t>(from[i * stride]);
+    }
+    unsigned bits;
+    std::memcpy(&bits, values, sizeof bits);
+    return bits;
+  };
+  const auto of_a = [&](int row, int at) { return word(a + row * kTerms + at * kOfWord, 1); };
+  uint4 words = {of_a(group, in_group), of_a(group + 8, in_group), of_a(group, in_group + 4),
+                 of_a(group + 8, in_group + 4)};
+  if (kExchanged) words = {words.x, words.z, words.y, words.w};
+  const unsigned b0 = word(b + in_group * kOfWord * 8 + group, 8);
+  const unsigned b1 = word(b + (in_group + 4) * kOfWord * 8 + group, 8);
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = c[(group + i / 2 * 8) * 8 + 2 * in_group + i % 2];
+  ehrseq::cuda::multiply_add<scalar_t>(sum, words, b0, b1);
+  for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + 2 * in_group + i % 2] = sum[i];
+}
+
+__global__ void multiplies_with_half_a_warp(const float*, float*) {
+  float sum[4] = {};
+  if (threadIdx.x < 16) ehrseq::cuda::multiply_add<__half>(sum, uint4{}, 0, 0);
+}
+
 using Kernel = void (*)(const float*, float*);
 constexpr Kernel kKernels[] = {sub_warp_sums<4>,
                                sub_warp_sums<32>,
@@ -154,7 +192,14 @@ constexpr Kernel kKernels[] = {sub_warp_sums<4>,
                                reads_a_block_that_has_ended,
                                static_variables_of_a_cluster,
                                waits_for_its_cluster_for_ever,
-                               maps_what_it_does_not_have};
+                               maps_what_it_does_not_have,
+                               multiplies_on_tensor_cores<__nv_bfloat16, false>,
+                               multiplies_on_tensor_cores<__half, false>,
+                               multiplies_on_tensor_cores<float, false>,
+                               multiplies_on_tensor_cores<__nv_bfloat16, true>,
+                               multiplies_on_tensor_cores<__half, true>,
+                               multiplies_on_tensor_cores<float, true>,
+                               multiplies_with_half_a_warp};
 
 }  // namespace
 

@@ -136,8 +136,11 @@ void fiber_main() {
   std::abort();  // a finished fiber is never entered again
 }
 
+using Together = void (*)(void* const* of_lanes);
+
 // The lanes of the mask meet; the last one to come computes for all.
-uint64_t meet(Kind kind, unsigned mask, uint64_t value, unsigned source) {
+uint64_t meet(Kind kind, unsigned mask, uint64_t value, unsigned source,
+              Together together = nullptr) {
   Fiber& self = current();
   if (((mask >> self.lane) & 1) == 0) fail("a lane is not in the mask of its collective");
   self.kind = kind;
@@ -167,6 +170,14 @@ uint64_t meet(Kind kind, unsigned mask, uint64_t value, unsigned source) {
     return self.result;
   }
 
+  if (kind == Kind::kTogether) {
+    void* of_lanes[kWarp];
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      if (lanes[lane] == nullptr) fail("a product of a warp that lacks lanes");
+      of_lanes[lane] = reinterpret_cast<void*>(lanes[lane]->value);
+    }
+    together(of_lanes);
+  }
   unsigned votes = 0;
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     if (lanes[lane] != nullptr && lanes[lane]->value != 0) votes |= 1u << lane;
@@ -332,6 +343,9 @@ unsigned ballot(unsigned mask, bool vote) {
 }
 void sync_warp(unsigned mask) { meet(Kind::kSync, mask, 0, 0); }
 void trap() { fail("__trap()"); }
+void meet_whole_warp(void* mine, Together together) {
+  meet(Kind::kTogether, 0xffffffffu, reinterpret_cast<uint64_t>(mine), 0, together);
+}
 
 void sync_block() {
   Fiber& self = current();

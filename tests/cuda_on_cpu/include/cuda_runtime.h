@@ -32,6 +32,10 @@
 // Shared memory whose size is given at launch (see common/cuda/device.cuh).
 #define EHRSEQ_DYNAMIC_SHARED(name) uint4* name = static_cast<uint4*>(cuda_on_cpu::dynamic_shared())
 
+// The products of a warp on tensor cores (see common/cuda/mma.cuh).
+#define EHRSEQ_MMA(shape, types, sum, a, b0, b1) cuda_on_cpu::mma(shape, types, sum, a, b0, b1)
+#define EHRSEQ_ROUND_TO_TF32(x, bits) bits = cuda_on_cpu::rounded_to_tf32(x)
+
 // --- vector types, aligned as CUDA's, so that a misaligned access is caught -------------------
 
 #define CUDA_ON_CPU_VECTORS(T, name, a2, a4)                 \
@@ -135,6 +139,11 @@ void arrive_at_cluster();
 void wait_for_cluster();
 void* map_shared_rank(const void* own, unsigned rank);
 [[noreturn]] void trap();
+// All lanes of the warp meet; the last to come calls this for what each has brought.
+void meet_whole_warp(void* mine, void (*together)(void* const* of_lanes));
+void mma(const char* shape, const char* types, float (&sum)[4], const uint4& a, unsigned b0,
+         unsigned b1);
+unsigned rounded_to_tf32(float x);
 
 template <typename T>
 T shuffle_value(unsigned mask, T value, unsigned source_lane) {

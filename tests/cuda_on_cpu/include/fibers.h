@@ -87,7 +87,7 @@ struct Context {
 // --- threads, warps, blocks ------------------------------------------------------------------
 
 enum class State { kReady, kAtBarrier, kAtCluster, kInWarp, kDone };
-enum class Kind { kShuffle, kBallot, kSync };
+enum class Kind { kShuffle, kBallot, kSync, kTogether };
 
 // One of those that run together; alone, where the grid has no clusters.
 struct Block {
