@@ -278,6 +278,15 @@ def test_refuses(changes, error, message):
         )
 
 
+def test_refuses_days_since_the_start():
+    r = records(100)
+    options = {name: r[name] for name in NAMES} | {"horizons_days": HORIZONS}
+    first = int((r["lengths"] > 1).argmax())
+    message = rf"days_to_end: .* do not rise .* got 0 and then .* \(patient {first}, visit 1; "
+    with pytest.raises(ValueError, match=message):
+        evaluate(**options | {"days_to_end": r["visit_days"]})
+
+
 def every_visit_by_loops(r, horizon, censored_visit):
     """AUC and Brier score of each visit as a landmark, pair by pair."""
     starts = np.cumsum(r["lengths"]) - r["lengths"]

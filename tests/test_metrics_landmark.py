@@ -235,6 +235,18 @@ def test_refuses(metric, changes, message):
         metric(**arguments)
 
 
+@pytest.mark.parametrize("wrong", [1.0, np.nan])
+def test_refuses_visits_that_are_not_in_order(wrong):
+    days = np.array([[0.0, 5.0, 5.0, 9.0], [0.0, 3.0, wrong, np.nan], [0.0, 2.0, 4.0, 6.0]])
+    options = {"landmark": 4, "horizon": 8, "lengths": [4, 3, 4]}
+    outcomes = [10.0, 20.0, 30.0], [1, 1, 0]
+    for metric in METRICS:
+        with pytest.raises(ValueError, match=rf"got 3 and then {wrong:g} \(patient 1, visit 2; 1 "):
+            metric(np.full((3, 4), 0.2), *outcomes, visit_times=days, **options)
+    days[1, 2] = 3  # of one day
+    assert brier(np.full((3, 4), 0.2), *outcomes, visit_times=days, **options) > 0
+
+
 def test_refuses_what_is_no_probability_and_what_has_no_pairs():
     times, seen = [100.0, 200.0, 300.0], [1, 0, 1]
     options = {"landmark": 0, "horizon": 150}

@@ -188,6 +188,20 @@ def test_median_time():
     assert found.tolist() == pytest.approx([10.0, 20 + 20 * 0.14 / 0.192, torch.inf])
 
 
+def test_nan_is_hidden_by_no_certain_event():
+    h = torch.tensor([[0.1, torch.nan, 1.0], [0.1, 1.0, torch.nan], [0.6, torch.nan, 0.1]])
+    expected = (1 - h).cumprod(1)
+    torch.testing.assert_close(survival(h), expected, equal_nan=True)
+    within = risk_within(h, [1, 2, 3])
+    torch.testing.assert_close(within, 1 - expected, equal_nan=True)
+    assert cumulative_incidence(h[..., None])[:, 2].isnan().all()
+    for interpolate in (False, True):  # half are reached before the NaN, or not
+        found = median_time(h, interpolate=interpolate)
+        assert found.isnan().tolist() == [True, False, False]
+    broken = torch.tensor([[[torch.nan, 0.1], [0.2, 0.3]]])
+    assert hazards_from_incidence(broken)[0, 1].isnan().all()
+
+
 def test_a_frame_of_survival():
     pandas = pytest.importorskip("pandas", reason="a data frame needs pandas")
     h = single(shape=(3, 4))
@@ -200,6 +214,8 @@ def test_a_frame_of_survival():
     np.testing.assert_allclose(finer.loc[found.index].to_numpy(), found.to_numpy())
     middle = (found.loc[4] + found.loc[8]) / 2
     np.testing.assert_allclose(finer.loc[6.0], middle)
+    thirds = survival_frame(h, times=torch.tensor([0.0, 30, 60, 90]), interpolate=3)
+    np.testing.assert_allclose(thirds.index, np.linspace(0, 90, 10), rtol=1e-15)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def evaluate(
             competing events J, K: cumulative incidences); None for a model without.
         horizons_days: J horizons; needed with ``risks`` or ``days_to_end``.
         days_to_end: at each visit, the days to the event or the end of observation, in the layout
-            of ``hazards``; without it there are no figures at landmarks.
+            of ``hazards``, not rising from visit to visit; without it there are no figures at
+            landmarks.
         landmarks_days: s of the landmarks; ``"every visit"`` for each visit as a landmark of its
             own, pooled (:mod:`ehrseq_fast.metrics.every_visit`).
         lengths: ``[B]``, visits of each patient.
@@ -251,7 +252,7 @@ def _add_landmarks(
             )
         visits = held.visits
         if not every:
-            visits = last_visits(days, since_entry, np.full(len(held), float(landmark)))
+            visits = last_visits(since_entry, np.full(len(held), float(landmark)))
         for k, cause in enumerate(causes or (None,)):
             seen, others, values = held.seen, None, model
             if held.types is not None:

@@ -19,6 +19,7 @@ from .values import (
     read_types,
     read_values,
     read_visit_times,
+    refuse_unordered,
 )
 
 
@@ -105,4 +106,6 @@ def read_days(values: VisitValues, days_to_end: Any, lengths: ArrayLike | None) 
             f"days_to_end: expected finite days from 0, got {found[first]:g} (patient "
             f"{of[first]}, visit {visit[first]}; {int(wrong.sum())} in all)"
         )
-    return VisitValues("days_to_end", found, starts, days.lengths)
+    checked = VisitValues("days_to_end", found, starts, days.lengths)
+    refuse_unordered(checked, falls=True)
+    return checked

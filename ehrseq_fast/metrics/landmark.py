@@ -22,6 +22,7 @@ from .values import (
     read_values,
     read_visit_times,
     refuse,
+    refuse_unordered,
 )
 
 
@@ -99,7 +100,7 @@ def landmark_auc(
         landmark: s, a number or ``[B]``.
         horizon: w, above 0.
         visit_times: when each visit was, in the layout of ``risk`` and on the scale of
-            ``event_times``.
+            ``event_times``; not falling from one visit to the next.
         lengths: ``[B]``, visits of each patient.
         censored_visit: what the time of a censoring says, as in the losses.
         event_types: ``[B]``, 0 censored, 1 to K the cause of the event; with a ``cause``.
@@ -240,7 +241,9 @@ def select(
     elif scores_alone:
         visits = np.zeros(len(values), np.int64)
     else:
-        visits = last_visits(values, visit_times, start)
+        when = read_when(values, visit_times)
+        refuse_unordered(when, falls=False)
+        visits = last_visits(when, start)
     since = times.astype(np.float64) - start
     found = at_landmark(visits, since, seen, float(horizon), with_censored, competing)
     if not len(found.patients):
@@ -272,20 +275,26 @@ def at_landmark(
     return AtLandmark(patients, visits[patients], *known)
 
 
-def last_visits(values: VisitValues, visit_times: Any, start: NDArray[Any]) -> Ints:
-    """``[B]``: each patient's last visit at ``start`` or before; −1 where there is none."""
+def read_when(values: VisitValues, visit_times: Any) -> VisitValues:
+    """When the visits of ``values`` were."""
     first = visit_times[0] if isinstance(visit_times, (list, tuple)) else visit_times
     has_lengths = isinstance(first, (PackedRows, VisitValues))
     when = read_values("visit_times", visit_times, None if has_lengths else values.lengths)
     if len(when) != len(values) or (when.lengths != values.lengths).any():
         raise ValueError("visit_times: expected the visits of risk, got other lengths")
-    size = int(values.lengths.max())
-    low, high = np.zeros(len(values), np.int64), values.lengths.copy()
+    return when
+
+
+def last_visits(when: VisitValues, start: NDArray[Any]) -> Ints:
+    """``[B]``: each patient's last visit at ``start`` or before; −1 where there is none. Of times
+    that do not fall from visit to visit."""
+    size = int(when.lengths.max())
+    low, high = np.zeros(len(when), np.int64), when.lengths.copy()
     # bisection for all patients at once: reads the real visits alone
     for _ in range(size.bit_length()):
         open_ = low < high
         middle = (low + high) // 2
-        earlier = np.zeros(len(values), np.bool_)
+        earlier = np.zeros(len(when), np.bool_)
         chosen = np.flatnonzero(open_)
         earlier[chosen] = when.at(chosen, middle[chosen]) <= start[chosen]
         low = np.where(open_ & earlier, middle + 1, low)

@@ -325,6 +325,24 @@ def read_entry_times(
     return entry
 
 
+def refuse_unordered(values: VisitValues, *, falls: bool) -> None:
+    """``ValueError`` for times of visits that fall from one visit of a patient to the next, or with
+    ``falls`` for those that rise, and for NaN."""
+    of = np.repeat(np.arange(len(values)), values.lengths)
+    visit = np.arange(len(of)) - np.repeat(values.lengths.cumsum() - values.lengths, values.lengths)
+    found = values.values[values.starts[of] + visit]
+    before, after = found[:-1], found[1:]
+    wrong = ~((after <= before) if falls else (after >= before)) & (of[1:] == of[:-1])
+    if wrong.any():
+        first = int(wrong.argmax())
+        way = "rise" if falls else "fall"
+        raise ValueError(
+            f"{values.name}: expected times that do not {way} from visit to visit, got "
+            f"{before[first]:g} and then {after[first]:g} (patient {of[first + 1]}, visit "
+            f"{visit[first + 1]}; {int(wrong.sum())} in all)"
+        )
+
+
 def refuse(name: str, array: NDArray[Any], wrong: Bools, expected: str) -> None:
     """``ValueError`` with the first patient at fault."""
     if wrong.any():

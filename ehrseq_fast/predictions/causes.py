@@ -130,5 +130,5 @@ def hazards_from_incidence(incidences: Tensor) -> Tensor:
             f"(patient {patient}, visit {visit}, cause {cause + 1})"
         )
     left = 1 - torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], 1).sum(2, keepdim=True)
-    alive = left > 0
+    alive = ~(left <= 0)  # a NaN shows
     return torch.where(alive, steps.clamp(min=0) / torch.where(alive, left, 1.0), 0.0).clamp(max=1)

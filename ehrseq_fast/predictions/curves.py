@@ -89,7 +89,8 @@ def risk_within(
     columns = [min(end, later.shape[1]) - 1 for end in ends]
     over = later >= 1
     logs = torch.log1p(-torch.where(over, 0.0, later)).cumsum(1)
-    risks = torch.where(over.cumsum(1) > 0, 1.0, -torch.expm1(logs))  # small ones keep their digits
+    risks = -torch.expm1(logs)  # small ones keep their digits
+    risks = torch.where((over.cumsum(1) > 0) & ~logs.isnan(), 1.0, risks)
     return risks[:, columns]
 
 
@@ -147,7 +148,7 @@ def median_time(
     interpolate: bool = False,
 ) -> Tensor:
     """The first time at which half have had the event, ``S ≤ 1/2``; infinite where that is not
-    reached.
+    reached, NaN where a hazard before it is NaN.
 
     Args:
         times: ``[V]``, as in :func:`restricted_mean`.
@@ -163,23 +164,24 @@ def median_time(
         tensor([1., inf])
     """
     grid, curve = with_start(padded_hazards(hazards, sequence_mask), times)
-    below = curve <= 0.5
+    below = ~(curve > 0.5)  # or NaN
     reached = below.any(1)
     at = below.to(torch.int8).argmax(1).clamp(min=1)  # the curve begins at 1
     found = grid[at]
+    low = curve.gather(1, at[:, None]).squeeze(1)
     if interpolate:
         high = curve.gather(1, at[:, None] - 1).squeeze(1)
-        low = curve.gather(1, at[:, None]).squeeze(1)
         drop = torch.where(reached, high - low, 1.0)
         found = grid[at - 1] + (grid[at] - grid[at - 1]) * (high - 0.5) / drop
-    return torch.where(reached, found, torch.inf)
+    return torch.where(low.isnan(), torch.nan, torch.where(reached, found, torch.inf))
 
 
 def survival_of(hazards: Tensor) -> Tensor:
-    """A hazard of 1 apart from the logarithms, where it would be infinite."""
+    """A hazard of 1 apart from the logarithms, where it would be infinite. A NaN stays: a certain
+    event at another visit does not hide it."""
     over = hazards >= 1
     curve = torch.log1p(-torch.where(over, 0.0, hazards)).cumsum(1).exp()
-    return torch.where(over.cumsum(1) > 0, 0.0, curve)
+    return torch.where((over.cumsum(1) > 0) & ~curve.isnan(), 0.0, curve)
 
 
 def with_start(hazards: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor]:

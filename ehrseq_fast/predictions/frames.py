@@ -104,8 +104,8 @@ def refined(curve: Tensor, grid: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     """Curves ``[..., V]`` and their times with what lies between, in so many parts each."""
     if parts == 1:
         return curve, grid
-    share = torch.arange(parts, device="cpu") / parts
-    return _between(curve, share), _between(grid, share)
+    share = torch.arange(parts, dtype=torch.float64, device="cpu") / parts
+    return _between(curve, share.to(curve.dtype)), _between(grid, share.to(grid.dtype))
 
 
 def _between(values: Tensor, share: Tensor) -> Tensor:
