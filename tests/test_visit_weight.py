@@ -140,3 +140,21 @@ def test_what_is_refused(backend, name):
         each(loss, x, p, outcomes, visit_weight=weight[:, :5])
     with pytest.raises(ValueError, match=r"visit_weight: expected shape \[n_visits\]"):
         loss(rows, visit_weight=weight[0], **outcomes)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("wrong", [1.5, -0.1])
+@pytest.mark.parametrize("visit", [0, 2, 5])
+def test_probabilities_outside_0_to_1(backend, visit, wrong, packed):
+    """Of one patient among many, at any visit that is read."""
+    hazards = torch.full((9, 6), 0.3)
+    hazards[7, visit] = wrong
+    hazards[2, 4] = wrong  # after the event: not read
+    times, seen = torch.full((9,), 5), torch.ones(9, dtype=torch.long)
+    times[2] = 3
+    weights = torch.linspace(0.5, 1.5, 54).reshape(9, 6)
+    if packed:
+        batch = PackedVisits.from_lists([[[1]] * 6] * 9)
+        hazards, weights = PackedRows(batch.pack(hazards), batch), batch.pack(weights)
+    with pytest.raises(ValueError, match=rf"patient 7 has {wrong} at visit {visit}"):
+        discrete_time_survival_nll(hazards, times, seen, visit_weight=weights, validate=True)
