@@ -99,9 +99,9 @@ def records(lengths, inputs, dtype=torch.float64, requires_grad=True):
 
 
 def weighted(tensor, seed=5):
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    weights = torch.randn(tensor.shape, generator=generator).bfloat16()  # exact in every dtype
-    return (tensor * weights.to(tensor.dtype)).sum()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(tensor.shape, generator=generator, device="cpu")
+    return (tensor * drawn.bfloat16().to(tensor)).sum()  # exact in every dtype
 
 
 def results_of(layer, visits, hx):

@@ -333,8 +333,10 @@ def gpu(monkeypatch):
     reason = cuda.why_not(torch.empty(0, device="cuda"), 32)
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    return "cuda"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 SHAPES = {
