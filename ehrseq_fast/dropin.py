@@ -19,6 +19,8 @@ _PLAIN: dict[type, type] = {packed: plain for plain, packed in _PACKED.items()}
 _FORWARDS: dict[type, Any] = {nn.LSTM: nn.LSTM.forward, nn.GRU: nn.GRU.forward}
 # of an instance whose class accelerate changed to a packed layer
 _MARK = "_ehrseq_fast_accelerated"
+# of an instance with a fused forward pass: what that depends on, beside weights
+FOUND = "_ehrseq_fast_found"
 
 
 @dataclass(frozen=True)
@@ -109,17 +111,21 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     of its ``forward``. Then a copy with random weights is run both ways in float64, in training and
     in ``eval()``, and where outputs or gradients differ the model is left. The model itself is not
     called. What a forward pass does to its own attributes is found too; what it prints or counts
-    elsewhere is not. ``accelerate(model.lstm)`` leaves such a model's own ``forward`` alone.
+    elsewhere is not, nor what it does to codes in the middle of a large vocabulary or to more than
+    600 visits or codes alone. ``accelerate(model.lstm)`` leaves such a model's own ``forward``
+    alone.
 
     **Where the fused pass is used.** For codes ``[B, V, C]`` of int32 or int64, masks of 0 and 1
-    with real visits first and at least one for each patient (``visit_mask`` may be fractional), and
-    float32 or float64 weights. Everything else, and a model whose children were replaced or given
-    hooks since, goes to the model's own ``forward``. A visit without a real code gives zeros in
-    every mode, where ``ehrsequencing`` gives −inf for max and NaN for attention; padded slots are
-    not read. Dropout draws other random numbers. ``torch.compile`` traces the fused pass
-    of a :class:`~ehrseq_fast.PackedVisits` whole, and breaks the graph for padded tensors;
-    :func:`~ehrseq_fast.exporting.export_model` takes it too. ``torch.export`` of padded tensors and
-    ``torch.jit.trace`` take the model's own ``forward``.
+    with real visits first and at least one for each patient, and float32 or float64 weights; for
+    fractional ``visit_mask``, masks of each kind (bool, integers, floating) and arguments left out
+    where the comparison found the same for these too. Everything else goes to the model's own
+    ``forward``, and so does a model whose parts were replaced or given hooks since, or that holds
+    another value where its ``forward`` reads one (a temperature, a flag). A visit without a real
+    code gives zeros in every mode, where ``ehrsequencing`` gives −inf for max and NaN for
+    attention; padded slots are not read. Dropout draws other random numbers. ``torch.compile``
+    traces the fused pass of a :class:`~ehrseq_fast.PackedVisits` whole, and breaks the graph for
+    padded tensors; :func:`~ehrseq_fast.exporting.export_model` takes it too. ``torch.export`` of
+    padded tensors and ``torch.jit.trace`` take the model's own ``forward``.
 
     **Wrapped models.** In ``DistributedDataParallel`` and ``DataParallel`` the module inside is
     accelerated, in every process alike. Models that are compiled (``torch.compile``), scripted or
@@ -169,9 +175,9 @@ def accelerate(model: nn.Module) -> AccelerateReport:
                     parts = ("lstm", "visit_encoder")
                     inside = (id(module._modules.get(part)) for part in parts)
                     fused |= dict.fromkeys(inside, _called(name))
-    for module, target in plan:
-        if target in _PLAIN:
-            module.__dict__[_MARK] = True
+    marks = [_marks(module, target) for module, target in plan]
+    for (module, target), own in zip(plan, marks, strict=True):
+        module.__dict__.update(own)
         module.__class__ = target
     return AccelerateReport(tuple(replaced), tuple(left), tuple(already))
 
@@ -223,13 +229,23 @@ def restore(model: nn.Module) -> tuple[str, ...]:
             )
         found.append((name, module, before))
     for _, module, before in found:
-        module.__dict__.pop(_MARK, None)
+        for mark in (_MARK, FOUND):
+            module.__dict__.pop(mark, None)
         module.__class__ = before
     return tuple(name for name, _, _ in found)
 
 
 def _called(name: str) -> str:
     return name or "the model"
+
+
+def _marks(module: nn.Module, target: Any) -> dict[str, Any]:
+    """What goes with an instance that is given the class ``target``."""
+    if target in _PLAIN:
+        return {_MARK: True}
+    from .models.fused_forward import state_of
+
+    return {FOUND: state_of(target._ehrseq_fast_fused, module)}
 
 
 # Walking a model ----------------------------------------------------------------------------------
@@ -336,11 +352,12 @@ def _why_not_packed(layer: nn.RNNBase) -> str:
 def _plan_form(module: nn.Module) -> Plan | str | None:
     from .models.comparison import compare
     from .models.fused_forward import fused_class
-    from .models.known_forms import FORMS, form_of
+    from .models.known_forms import FORMS, form_of, why_no_form
 
     form = form_of(module)
     if form is None:
-        return None
+        reason = why_no_form(module)
+        return f"its forward stays as it is: {reason}" if reason else None
     if form == "encoder" and getattr(module, "aggregation", None) == "attention":
         return "attention over embeddings that exist has no kernel, but within a whole model"
     if "forward" in module.__dict__ or "_call_impl" in module.__dict__:

@@ -166,7 +166,7 @@ def test_accelerated_models(variant):
         torch._dynamo.reset()  # PyTorch looks for hooks when it traces
         model.visit_encoder.dropout.register_forward_hook(lambda *_: None)
         for run in (step, torch.compile(step, backend="eager")):
-            with pytest.raises(AttributeError, match="'PackedVisits' object has no attribute"):
+            with pytest.raises(TypeError, match="a hook or an option was changed since"):
                 run(batch(3, 3))
     assert "" in restore(model)
     assert type(model) is type(build_plain(variant))
@@ -195,7 +195,7 @@ def test_an_accelerated_model_with_a_late_hook_is_not_traced(name):
         compiled(visits)
         getattr(model, name).register_forward_hook(lambda *_: None)
         for run in (model, compiled):  # its own forward takes no packed batch
-            with pytest.raises(TypeError, match="missing 2 required positional arguments"):
+            with pytest.raises(TypeError, match="a hook or an option was changed since"):
                 run(visits)
 
 

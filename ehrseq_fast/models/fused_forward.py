@@ -3,8 +3,8 @@
 An instance is given the subclass, as PyTorch's parametrizations do it: it stays the same object
 with the same parameters, hooks and other methods, and is an instance of its class as before. What
 the fused pass does not serve goes to the class's own ``forward``: other arguments than the form
-takes, masks with holes, patients without a visit, 16-bit weights, children that were replaced or
-are watched since.
+takes or than were compared, masks with holes, patients without a visit, 16-bit weights, children
+that were replaced or are watched since, options of its own that were changed since.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from ..autograd import values_are_hidden
 from ..batch import PackedVisits
 from ..compiling import let_trace
+from ..dropin import FOUND
 from ..visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
+from .attributes import Found, are_as_found, attributes_of
 from .competing_risks import CompetingRisksSurvivalLSTM
 from .known_forms import arguments_of, form_of
 from .lstm_baseline import LSTMBaseline, VisitEncoder
@@ -59,6 +61,21 @@ class Pooling:
 
 
 @dataclass(frozen=True)
+class Served:
+    """For which arguments a model or a visit encoder was found to compute what is computed here.
+
+    Attributes:
+        masks: dtypes of masks: bool, int64 for all integers, float32 for all that are floating.
+        weighted: whether a fractional mask weighs codes as here.
+        lacking: which arguments may be None: places among all, as many together as in each entry.
+    """
+
+    masks: tuple[torch.dtype, ...]
+    weighted: bool
+    lacking: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class Fused:
     """What the subclass of a module's class was made for.
 
@@ -66,15 +83,23 @@ class Fused:
         kind: the class that the module had.
         form: as in :data:`~ehrseq_fast.models.known_forms.FORMS`.
         arguments: the names of what ``kind.forward`` takes.
+        defaults: what it takes where they are left out; None also where they must not be.
         encoder: the class of a baseline's visit encoder.
         pooling: of the form ``"pool"``.
+        served: of the other forms.
+        reads: the names of the module's own attributes that ``kind.forward`` reads.
+        encoder_reads: those of a baseline's visit encoder.
     """
 
     kind: type[nn.Module]
     form: str
     arguments: tuple[str, ...]
+    defaults: tuple[bool | None, ...]
     encoder: type[nn.Module] | None = None
     pooling: Pooling | None = None
+    served: Served | None = None
+    reads: tuple[str, ...] = ()
+    encoder_reads: tuple[str, ...] = ()
 
 
 def fused_of(module: object) -> Fused | None:
@@ -88,13 +113,43 @@ def class_of(module: object) -> type:
     return type(module) if fused is None else fused.kind
 
 
-def describe(module: nn.Module, form: str, pooling: Pooling | None = None) -> Fused | None:
+def describe(module: nn.Module, form: str) -> Fused | None:
     """``module`` as one of a form; None where its ``forward`` takes other arguments."""
     arguments = arguments_of(type(module), form)
     if arguments is None:
         return None
     encoder = class_of(module._modules["visit_encoder"]) if form == "baseline" else None
-    return Fused(type(module), form, arguments, encoder, pooling)
+    return Fused(type(module), form, tuple(arguments), tuple(arguments.values()), encoder)
+
+
+def state_of(fused: Fused, module: nn.Module) -> tuple[Found, ...]:
+    """What the comparison of ``module`` with the fused forward pass depended on, beside weights.
+
+    Raises:
+        HoldsTensor: where this cannot be told.
+    """
+    found = [attributes_of(module, fused.reads)]
+    if fused.form == "baseline":
+        found.append(attributes_of(_child(module, "visit_encoder"), fused.encoder_reads))
+    if fused.form not in ("pool", "encoder"):
+        found.append(attributes_of(_child(module, "lstm"), ("bidirectional", "batch_first")))
+    return tuple(found)
+
+
+def is_as_found(fused: Fused, module: nn.Module) -> bool:
+    """Whether ``module`` still has the form, and the options with which it was compared."""
+    if form_of(module) != fused.form:
+        return False
+    found = module.__dict__.get(FOUND)
+    if found is None or not are_as_found(module, found[0]):
+        return False
+    if fused.form == "baseline" and not are_as_found(_child(module, "visit_encoder"), found[1]):
+        return False
+    return fused.form in ("pool", "encoder") or are_as_found(_child(module, "lstm"), found[-1])
+
+
+def _child(module: nn.Module, name: str) -> Any:
+    return module._modules[name]
 
 
 @functools.cache
@@ -169,7 +224,7 @@ def _packed_arguments(
     fused: Fused, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Any] | None:
     """The arguments in order where the first is a packed batch."""
-    given = _bind(fused.arguments, args, kwargs)
+    given = _bind(fused, args, kwargs)
     return given if given is not None and isinstance(given[0], PackedVisits) else None
 
 
@@ -177,7 +232,7 @@ def _traced(fused: Fused, module: Any, given: list[Any]) -> Any:
     """:func:`run_fused` on a packed batch, as ``torch.compile`` traces it."""
     if fused.form != "pool":
         let_trace(module, "lstm")
-    fits = form_of(module) == fused.form
+    fits = is_as_found(fused, module)
     for name, value in (("path", "fused"), ("link", "sigmoid")):  # it may have its own of that name
         fits = fits and module.__dict__.get(name, value) == value
     if fused.form == "baseline":
@@ -192,11 +247,17 @@ def _traced(fused: Fused, module: Any, given: list[Any]) -> Any:
 
 @torch.compiler.disable
 def _forward(fused: Fused, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given = _bind(fused.arguments, args, kwargs)
-    if given is not None and form_of(module) == fused.form:
+    given = _bind(fused, args, kwargs)
+    if given is not None and is_as_found(fused, module):
         result = run_fused(fused, module, given)
         if result is not NOT_SERVED:
             return result
+    if given is not None and isinstance(given[0], PackedVisits):
+        raise TypeError(
+            f"{fused.kind.__name__}: expected padded tensors (batch.to_padded()), got a "
+            "PackedVisits: only the fused forward pass takes one, and this model is not what "
+            "accelerate compared it as: a part, a hook or an option was changed since"
+        )
     return fused.kind.forward(module, *args, **kwargs)
 
 
@@ -209,13 +270,13 @@ def run_fused(fused: Fused, module: nn.Module, given: list[Any]) -> Any:
     return _RUN.get(fused.form, _run_model)(fused, module, given)
 
 
-def _bind(
-    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Any] | None:
-    """The arguments in order, None for those left out; None for more than there are names."""
-    if len(args) > len(names) or not kwargs.keys() <= set(names[len(args) :]):
+def _bind(fused: Fused, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+    """The arguments in order, with their defaults; None for more than there are names."""
+    names = fused.arguments[len(args) :]
+    if len(args) > len(fused.arguments) or not kwargs.keys() <= set(names):
         return None
-    return [*args, *(kwargs.get(name) for name in names[len(args) :])]
+    defaults = fused.defaults[len(args) :]
+    return [*args, *(kwargs.get(n, default) for n, default in zip(names, defaults, strict=True))]
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -225,9 +286,12 @@ def _run_model(fused: Fused, module: Any, given: list[Any]) -> Any:
     codes, visit_mask, sequence_mask, *more = given
     packed = isinstance(codes, PackedVisits)
     if not packed:
-        if not _serves(fused.form, module, codes, visit_mask, sequence_mask):
+        if not _serves(module, codes, visit_mask, sequence_mask):
             return NOT_SERVED
         if fused.form == "with_time" and not _are_features(codes, more[0]):
+            return NOT_SERVED
+        place = 4 if fused.form == "with_time" else 3
+        if not _was_compared(fused, given[:place], module.embedding.weight.dtype):
             return NOT_SERVED
     model = _MODELS[fused.form]
     if fused.form != "baseline":
@@ -260,16 +324,35 @@ def _view(
     return view
 
 
-def _serves(form: str, module: Any, codes: Any, visit_mask: Any, sequence_mask: Any) -> bool:
+def _was_compared(fused: Fused, given: list[Any], dtype: torch.dtype) -> bool:
+    """Whether arguments of this kind were among those compared, for a model of ``dtype``. Reads the
+    values of masks where fractional ones are others than here."""
+    served = fused.served
+    assert served is not None
+    lacking = tuple(place for place, value in enumerate(given) if value is None)
+    if lacking and lacking not in served.lacking:
+        return False
+    masks = [mask for mask in given[1:3] if mask is not None]
+    if not all(_kind_of_mask(mask) in served.masks for mask in masks):
+        return False
+    if any(mask.is_floating_point() and mask.dtype not in (torch.float32, dtype) for mask in masks):
+        return False  # a wider one widens, in a narrower one sums are rounded
+    return served.weighted or not is_fractional(given[1])
+
+
+def _kind_of_mask(mask: Tensor) -> torch.dtype:
+    if mask.is_floating_point():
+        return torch.float32
+    return torch.bool if mask.dtype == torch.bool else torch.int64
+
+
+def _serves(module: Any, codes: Any, visit_mask: Any, sequence_mask: Any) -> bool:
     if not _is_plain(codes) or codes.dtype not in CODE_DTYPES or codes.dim() != 3:
         return False
     if not codes.shape[0] or not codes.shape[1] or module.embedding.weight.dtype not in _WIDE:
         return False
-    may_lack = form == "baseline"
     for mask, shape in ((visit_mask, codes.shape), (sequence_mask, codes.shape[:2])):
-        if mask is None and may_lack:
-            continue
-        if mask is None or not _is_mask(mask, shape):
+        if not _is_mask(mask, shape):
             return False
     if values_are_hidden(codes, visit_mask, sequence_mask):
         return False
@@ -300,6 +383,8 @@ def _run_encoder(fused: Fused, module: Any, given: list[Any]) -> Any:
     if mode == "attention" or not _is_plain(embeddings) or embeddings.dim() != 3:
         return NOT_SERVED
     if embeddings.dtype not in _WIDE or not _is_mask(mask, embeddings.shape[:-1]):
+        return NOT_SERVED
+    if not _was_compared(fused, given, embeddings.dtype):
         return NOT_SERVED
     return module.dropout(masked_pool(embeddings, mask, mode=mode))
 
@@ -333,7 +418,7 @@ def _serves_pool(pooling: Pooling, codes: Any, mask: Any) -> bool:
         return mask is None and not pooling.masks
     if not _is_mask(mask, codes.shape) or mask.dtype not in pooling.masks:
         return False
-    return not mask.is_floating_point() or pooling.weighted or not is_fractional(mask)
+    return pooling.weighted or not is_fractional(mask)
 
 
 def _is_mask(mask: Any, shape: tuple[int, ...]) -> bool:

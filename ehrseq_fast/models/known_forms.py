@@ -71,9 +71,39 @@ def form_of(module: nn.Module) -> str | None:
     return form if has_both and fits(children) else None
 
 
-def arguments_of(kind: type[nn.Module], form: str) -> tuple[str, ...] | None:
-    """The names of what ``kind.forward`` takes, in order; None where it is not what the form
-    takes."""
+def why_no_form(module: nn.Module) -> str:
+    """What keeps a model with an ``embedding`` and an ``lstm`` from having a form; empty for all
+    other modules, of which nothing was to be expected.
+
+    Example:
+        >>> from torch import nn
+        >>> from ehrseq_fast.models.known_forms import why_no_form
+        >>> class Model(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embedding, self.lstm = nn.Embedding(9, 4), nn.LSTM(4, 4)
+        >>> why_no_form(Model())
+        'its parts are those of no structure that is known: embedding, lstm'
+    """
+    children: dict[str, Any] = module._modules
+    embedding, layer = children.get("embedding"), children.get("lstm")
+    if not isinstance(embedding, nn.Embedding) or not isinstance(layer, (nn.LSTM, nn.GRU)):
+        return ""
+    if module._parameters or module._buffers:
+        own = ", ".join([*module._parameters, *module._buffers])
+        return f"it has parameters or buffers of its own: {own}"
+    if frozenset(children) not in _MODELS:
+        return f"its parts are those of no structure that is known: {', '.join(children)}"
+    if not is_plain_embedding(embedding):
+        return "its embedding has hooks, a parametrization, max_norm or scale_grad_by_freq"
+    if not _is_layer(layer):
+        return "its layer is not a plain one"
+    return "some of its parts are of other classes than in the structure, or have hooks"
+
+
+def arguments_of(kind: type[nn.Module], form: str) -> dict[str, bool | None] | None:
+    """The names of what ``kind.forward`` takes, in order, with their defaults, None for those that
+    must be given; None where it is not what the form takes."""
     try:
         parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -81,7 +111,10 @@ def arguments_of(kind: type[nn.Module], form: str) -> tuple[str, ...] | None:
     named = all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters)
     if not named or len(parameters) not in _ARGUMENTS[form]:
         return None
-    return tuple(parameter.name for parameter in parameters)
+    defaults = [None if p.default is inspect.Parameter.empty else p.default for p in parameters]
+    if not all(default is None or isinstance(default, bool) for default in defaults):
+        return None
+    return {p.name: default for p, default in zip(parameters, defaults, strict=True)}
 
 
 def is_watched(module: nn.Module) -> bool:

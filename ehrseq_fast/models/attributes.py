@@ -1,0 +1,161 @@
+"""What a ``forward`` reads of its module beside its parts: options, which may be changed later.
+
+Which attributes these are is found out once, while ``forward`` runs on a copy. What they hold is
+kept on the module and compared before each fused forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ABSENT = "<no such attribute>"
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_PLAIN = (bool, int, float, str, type(None))
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+_DEEPEST = 6
+
+
+class HoldsTensor(Exception):
+    """An attribute holds a tensor or a module, whose values may change without a trace."""
+
+
+class _Same:
+    """An object that equals itself alone."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True)
+class Found:
+    """What attributes held.
+
+    Attributes:
+        plain: names, and their numbers, strings and None.
+        others: names, and what can be compared of containers and objects.
+    """
+
+    plain: tuple[tuple[str, Any], ...]
+    others: tuple[tuple[str, Any], ...]
+
+
+@contextlib.contextmanager
+def reads_of(module: nn.Module) -> Iterator[set[str]]:
+    """The names of the attributes that are read of ``module`` meanwhile."""
+    kind: Any = type(module)
+    names: set[str] = set()
+
+    def get(self: Any, name: str) -> Any:
+        names.add(name)
+        return kind.__getattribute__(self, name)
+
+    contents = {"__getattribute__": get, "__module__": kind.__module__}
+    module.__class__ = type(kind)(kind.__name__, (kind,), contents)
+    try:
+        yield names
+    finally:
+        module.__class__ = kind
+
+
+def options_among(names: Iterable[str], module: nn.Module) -> tuple[str, ...]:
+    """The ``names`` that are neither parts of a module nor what every module has."""
+    return tuple(
+        sorted(
+            name
+            for name in names
+            if name not in _OF_EVERY_MODULE
+            and name not in module._modules
+            and not name.startswith("__")
+        )
+    )
+
+
+def attributes_of(module: nn.Module, names: Iterable[str]) -> Found:
+    """What ``module`` itself, and not its class, holds by these names.
+
+    Raises:
+        HoldsTensor: with the name of one that holds a tensor or a module.
+    """
+    plain, others = [], []
+    for name in names:
+        value = module.__dict__.get(name, _ABSENT)
+        is_nan = isinstance(value, float) and math.isnan(value)  # equals no other
+        if type(value) in _PLAIN and not is_nan:
+            plain.append((name, value))
+            continue
+        try:
+            others.append((name, _frozen(value)))
+        except HoldsTensor:
+            raise HoldsTensor(name) from None
+    return Found(tuple(plain), tuple(others))
+
+
+def are_as_found(module: nn.Module, found: Found) -> bool:
+    """Whether the attributes hold what they held; without those that are not plain while
+    ``torch.compile`` traces, for which the answer is no where there are any."""
+    own = module.__dict__
+    for name, value in found.plain:
+        now = own.get(name, _ABSENT)
+        if type(now) is not type(value) or now != value:
+            return False
+    if torch.compiler.is_compiling():
+        return len(found.others) == 0
+    try:
+        return all(_frozen(own.get(name, _ABSENT)) == value for name, value in found.others)
+    except HoldsTensor:
+        return False
+
+
+def contents_of(module: nn.Module) -> dict[str, Any]:
+    """By the name of each attribute what can be compared of it, to see what a call changes."""
+    contents: dict[str, Any] = {}
+    for name, value in module.__dict__.items():
+        inside = None
+        if name not in _OF_EVERY_MODULE:
+            with contextlib.suppress(HoldsTensor):
+                inside = _frozen(value)
+        contents[name] = (_Same(value), inside)
+    return contents
+
+
+def _frozen(value: Any, depth: int = 0) -> Any:
+    """Something that equals what the same makes of a value that holds the same."""
+    kind = type(value)
+    if isinstance(value, (Tensor, nn.Module)):
+        raise HoldsTensor
+    if kind is float:
+        return kind, repr(value)  # as NaN equals no other
+    if kind in _PLAIN:
+        return kind, value
+    inside = None if depth == _DEEPEST else _contents(value)
+    if inside is None:
+        return _Same(value)
+    held = tuple(_frozen(entry, depth + 1) for entry in inside)
+    return kind if isinstance(value, _CONTAINERS) else _Same(value), held
+
+
+def _contents(value: Any) -> list[Any] | None:
+    """What a container or an object of a class holds; None for what cannot be looked into."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    if isinstance(value, (type, FunctionType, ModuleType)):
+        return None
+    own = getattr(value, "__dict__", None)
+    return [*own.keys(), *own.values()] if isinstance(own, dict) else None
