@@ -205,7 +205,7 @@ def test_opcheck(compiled, reduction):
     operator = torch.ops.ehrseq_fast.piecewise_hazard_nll.default
     none = (None,) * 3
     for link in (0, 1):
-        arguments = (x, p.times, p.types, p.mask, *none, p.entries, p.weights, fraction)
+        arguments = (x, p.times, p.types, p.mask, *none, p.entries, p.weights, fraction, None)
         torch.library.opcheck(operator, (*arguments, link, reduction, True))
 
 

@@ -18,7 +18,8 @@ inline LogitsShape expect_rates(const Tensor& logits, const Tensor& event_times,
                                 const OptionalTensor& unsorted_indices,
                                 const OptionalTensor& last_rows, const OptionalTensor& entry_times,
                                 const OptionalTensor& sample_weight, const OptionalTensor& fraction,
-                                int64_t link, int64_t reduction) {
+                                const OptionalTensor& visit_weight, int64_t link,
+                                int64_t reduction) {
   const LogitsShape shape =
       expect_logits(kName, false, logits, event_times, event_indicators, sequence_mask, row_starts,
                     unsorted_indices, last_rows, entry_times, sample_weight);
@@ -27,6 +28,13 @@ inline LogitsShape expect_rates(const Tensor& logits, const Tensor& event_times,
   if (fraction.has_value()) {
     expect_shape(*fraction, kName, "fraction", {shape.patients}, "[B]");
     expect_floating(*fraction, kName, "fraction");
+  }
+  if (visit_weight.has_value()) {
+    expect_shape(*visit_weight, kName, "visit_weight", shape_of(logits),
+                 shape.packed ? "[n_visits]" : "[B, V]");
+    expect_dtype(
+        *visit_weight, kName, "visit_weight",
+        {logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float});
   }
   return shape;
 }

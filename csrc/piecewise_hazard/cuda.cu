@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 
 #include "common/cuda/launch.h"
 #include "common/operators.h"
@@ -21,15 +22,25 @@ namespace {
 template <typename Layout>
 std::tuple<Tensor, Tensor> nll_and_gradient(const KernelSettings& settings, const Layout& layout,
                                             const OutcomeColumns& outcomes, const Tensor& logits,
-                                            RateLink link, bool needs_grad) {
+                                            const OptionalTensor& weights, RateLink link,
+                                            bool needs_grad) {
   std::tuple<Tensor, Tensor> both;
   dispatch_floating(logits.scalar_type(), kName, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    const auto launched = [&](auto model) {
-      return launch_nll<decltype(model), Layout, scalar_t>(kName, settings, layout, outcomes,
-                                                           logits, needs_grad);
+    const auto launched = [&](auto model, const auto& with_weights) {
+      return launch_nll<decltype(model), std::decay_t<decltype(with_weights)>, scalar_t>(
+          kName, settings, with_weights, outcomes, logits, needs_grad);
     };
-    both = link == RateLink::kExp ? launched(RateModel<Exp>{}) : launched(RateModel<Softplus>{});
+    const auto of_link = [&](const auto& with_weights) {
+      return link == RateLink::kExp ? launched(RateModel<Exp>{}, with_weights)
+                                    : launched(RateModel<Softplus>{}, with_weights);
+    };
+    if (weights.has_value()) {
+      using weight_t = accumulator_t<scalar_t>;
+      both = of_link(WeightedLayout<Layout, weight_t>{layout, data_of<weight_t>(*weights)});
+    } else {
+      both = of_link(layout);
+    }
   });
   return both;
 }
@@ -37,14 +48,14 @@ std::tuple<Tensor, Tensor> nll_and_gradient(const KernelSettings& settings, cons
 std::tuple<Tensor, Tensor> piecewise_hazard_nll(
     Tensor logits, Tensor event_times, Tensor event_indicators, OptionalTensor sequence_mask,
     OptionalTensor row_starts, OptionalTensor unsorted_indices, OptionalTensor last_rows,
-    OptionalTensor entry_times, OptionalTensor sample_weight, OptionalTensor fraction, int64_t link,
-    int64_t reduction, bool needs_grad) {
+    OptionalTensor entry_times, OptionalTensor sample_weight, OptionalTensor fraction,
+    OptionalTensor visit_weight, int64_t link, int64_t reduction, bool needs_grad) {
   expect_with(kName, logits, event_times, event_indicators, sequence_mask, row_starts,
-              unsorted_indices, last_rows, entry_times, sample_weight, fraction);
+              unsorted_indices, last_rows, entry_times, sample_weight, fraction, visit_weight);
   // Values of last_rows are not read: the sizes of row_starts tell where a patient ends.
   const LogitsShape shape = expect_rates(logits, event_times, event_indicators, sequence_mask,
                                          row_starts, unsorted_indices, last_rows, entry_times,
-                                         sample_weight, fraction, link, reduction);
+                                         sample_weight, fraction, visit_weight, link, reduction);
   KernelSettings settings{};
   settings.patients = shape.patients;
   settings.slots = static_cast<unsigned>(shape.slots);
@@ -57,14 +68,16 @@ std::tuple<Tensor, Tensor> piecewise_hazard_nll(
   const OutcomeColumns outcomes =
       outcomes_of(false, event_times, event_indicators, entry_times, sample_weight, fraction);
   const Tensor rows = made_contiguous(logits);
+  OptionalTensor weights;
+  if (visit_weight.has_value()) weights = made_contiguous(*visit_weight);
   const auto as_link = static_cast<RateLink>(link);
   if (!shape.packed) {
     const PaddedLayout layout = padded_layout(sequence_mask);
-    return nll_and_gradient(settings, layout, outcomes, rows, as_link, needs_grad);
+    return nll_and_gradient(settings, layout, outcomes, rows, weights, as_link, needs_grad);
   }
   const RowTensors numbers(*row_starts, *unsorted_indices);
-  return nll_and_gradient(settings, numbers.layout(logits.size(0)), outcomes, rows, as_link,
-                          needs_grad);
+  return nll_and_gradient(settings, numbers.layout(logits.size(0)), outcomes, rows, weights,
+                          as_link, needs_grad);
 }
 
 }  // namespace

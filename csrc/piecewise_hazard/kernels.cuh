@@ -45,16 +45,68 @@ struct Exp {
 template <template <typename> class Rate_>
 struct RateModel {};
 
-// f Λ - δ log Λ. What is not seen is left out: 0 times an infinite Λ would be NaN.
-template <typename Rate, typename T>
-__device__ Term<T> last_interval(T x, T fraction, bool is_event) {
+// --- weights of visits -----------------------------------------------------------------------
+
+// What a visit's term is multiplied by, and its slope. Without weights of visits a slope is scaled
+// last, with them its weight is.
+template <typename T>
+struct NoWeight {
+  T scale;
+
+  __device__ Term<T> of(const Term<T>& term) const { return term; }
+  __device__ T scaled(T slope) const { return slope * scale; }
+};
+
+template <typename T>
+struct VisitWeight {
+  T weight;
+  T scale;
+
+  __device__ Term<T> of(const Term<T>& term) const {
+    return {weight * term.nll, weight * scale * term.slope};
+  }
+  __device__ T scaled(T slope) const { return slope; }
+};
+
+// The visits of a layout, and the weights of the rows that they are.
+template <typename Visits, typename T>
+struct WeightedVisits : Visits {
+  const T* weights;
+};
+
+template <typename Layout, typename T>
+struct WeightedLayout {
+  Layout layout;
+  const T* weights;
+
+  __device__ WeightedVisits<typename Layout::Visits, T> visits_of(int64_t patient,
+                                                                  unsigned slots) const {
+    return {layout.visits_of(patient, slots), weights};
+  }
+};
+
+template <typename Visits, typename T>
+__device__ NoWeight<T> weight_of(const Visits&, int64_t, T scale) {
+  return {scale};
+}
+template <typename Visits, typename T>
+__device__ VisitWeight<T> weight_of(const WeightedVisits<Visits, T>& visits, int64_t row, T scale) {
+  return {visits.weights[row], scale};
+}
+
+// --- one patient -----------------------------------------------------------------------------
+
+// f Λ - δ log Λ. What is not seen is left out: 0 times an infinite Λ would be NaN. Both are
+// weighed, as an infinite weight may make them infinities that cancel.
+template <typename Rate, typename T, typename Weight>
+__device__ Term<T> last_interval(T x, T fraction, bool is_event, const Weight& weight) {
   Term<T> term{0, 0};
   if (fraction != T(0)) {
     const Term<T> whole = Rate::integral(x);
-    term = {fraction * whole.nll, fraction * whole.slope};
+    term = weight.of({fraction * whole.nll, fraction * whole.slope});
   }
   if (is_event) {
-    const Term<T> of_log = Rate::log_integral(x);
+    const Term<T> of_log = weight.of(Rate::log_integral(x));
     term = {term.nll - of_log.nll, term.slope - of_log.slope};
   }
   return term;
@@ -81,6 +133,7 @@ __device__ accumulator_t<scalar_t> nll_of_patient(RateModel<Rate>, const Visits&
     if (!visits.has(begin)) break;  // nor has it any later one
     int64_t at[kInFlight];
     T x[kInFlight];
+    decltype(weight_of(visits, 0, scale)) weight[kInFlight];
     bool counts[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -92,16 +145,17 @@ __device__ accumulator_t<scalar_t> nll_of_patient(RateModel<Rate>, const Visits&
                                : visit >= outcome.entry && visit < outcome.survived_to;
       counts[i] = is_slot && is_read && visits.counts(visit);
       x[i] = counts[i] ? T(widen(logits.values[at[i]])) : T(0);
+      if (counts[i]) weight[i] = weight_of(visits, at[i], scale);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       T slope = 0;
       if (counts[i]) {
         const Term<T> term = begin + i * settings.lanes == outcome.time
-                                 ? last_interval<Rate<T>>(x[i], fraction, is_event)
-                                 : Rate<T>::integral(x[i]);
+                                 ? last_interval<Rate<T>>(x[i], fraction, is_event, weight[i])
+                                 : weight[i].of(Rate<T>::integral(x[i]));
         nll += term.nll;
-        slope = signed_zero(term.slope * scale);
+        slope = signed_zero(weight[i].scaled(term.slope));
       }
       if (wants_grad && at[i] >= 0) logits.grad[at[i]] = narrow<grad_t>(slope);
     }

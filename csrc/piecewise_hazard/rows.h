@@ -20,7 +20,16 @@ struct Settings {
   RateLink link;
   Reduction reduction;
   double share;  // of one patient in the result: 1 / patients for the mean, else 1
+  // Of visits, in the dtype of the loss; null where none are given. Visit t of patient p has number
+  // p * slots + t, or, of a packed batch, where p is a rank, row_starts[t] + p.
+  const void* weights = nullptr;
+  const int64_t* row_starts = nullptr;
 };
+
+// Whether the logit of the last interval, and its weight, have a part in the loss.
+inline bool reads_last(const Outcome& outcome) {
+  return outcome.type != 0 || outcome.fraction != 0;
+}
 
 // What is after the last event time of these patients changes nothing.
 inline int64_t slots_read(const Settings& /*settings*/, const Outcome* outcomes, int64_t count) {
@@ -29,7 +38,8 @@ inline int64_t slots_read(const Settings& /*settings*/, const Outcome* outcomes,
   return slots;
 }
 
-// Each patient's loss, unweighted, and the gradient of the weighted one.
+// Each patient's loss, without the weight of the patient, and the gradient of that with it. A visit
+// that is read and has a negative weight is refused.
 void rows_nll(const Settings& settings, const Rows<float>& rows, double* nll);
 void rows_nll(const Settings& settings, const Rows<double>& rows, double* nll);
 void rows_nll(const Settings& settings, const Rows<BFloat16>& rows, double* nll);

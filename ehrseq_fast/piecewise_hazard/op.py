@@ -11,7 +11,7 @@ from .. import backend
 from ..autograd import transformed
 from ..backend import must_check_values
 from ..batch import PackedVisits
-from ..checks import FLOATING, REAL, expect_option
+from ..checks import FLOATING, REAL, accumulator, expect_option
 from ..rows import PackedRows
 from ..rows.beside import with_batch
 from ..survival_nll.checks import (
@@ -28,17 +28,22 @@ from ..survival_nll.checks import (
 )
 from ..survival_nll.fused import PADDED, Rows, as_padded, nll
 from ..survival_nll.operators import REDUCTIONS
-from ..survival_nll.visit_weight import padded_weight, weight_of_rows
+from ..survival_nll.visit_weight import check_weight, weight_of_rows
 from . import reference
 from .operators import LINKS
 
 
-class PiecewiseHazard(NamedTuple):
-    """The options of the loss, and what computes it (:class:`~..survival_nll.fused.Loss`). Its
-    inputs are those of the survival losses and ``fraction``."""
-
+class _Options(NamedTuple):
     link: str
     reduction: str
+
+
+class PiecewiseHazard(_Options):
+    """The options of the loss, and what computes it (:class:`~..survival_nll.fused.Loss`). Its
+    inputs are those of the survival losses, ``fraction`` and ``visit_weight``."""
+
+    __slots__ = ()
+    of_visits = (7,)
 
     def check(self) -> None:
         """``ValueError`` for unknown options."""
@@ -46,7 +51,7 @@ class PiecewiseHazard(NamedTuple):
         expect_option("reduction", self.reduction, REDUCTIONS)
 
     def define(self, inputs: Any) -> Tensor:
-        logits, times, indicators, mask, entry_times, sample_weight, fraction, *more = inputs
+        logits, times, indicators, mask, entry_times, sample_weight, fraction, weight = inputs
         return reference.piecewise_hazard_nll(
             logits,
             times,
@@ -57,7 +62,7 @@ class PiecewiseHazard(NamedTuple):
             reduction=self.reduction,
             entry_times=entry_times,
             sample_weight=sample_weight,
-            visit_weight=more[0] if more else None,
+            visit_weight=weight,
         )
 
     def compute(self, ops: Any, rows: Rows, inputs: Any, needs_grad: bool) -> Any:
@@ -105,8 +110,8 @@ def piecewise_hazard_nll(
         sample_weight: ``[B]``, not negative: multiplies each patient's loss.
         visit_weight: ``[B, V]`` (of packed rows ``[n_visits]`` or PackedRows) floating: multiplies
             each visit's term. Not negative where a visit is read; what it has elsewhere changes
-            nothing, even a NaN. A loss with it is computed by the plain PyTorch definition, on any
-            device and whatever backend is asked for; it may require a gradient.
+            nothing, even a NaN. It may require a gradient, as may ``fraction`` and
+            ``sample_weight``: the loss is then computed by the plain PyTorch definition.
         reduction: ``"mean"`` over the patients, ``"sum"``, or ``"none"`` for ``[B]``.
         validate: check values on a GPU too, at the price of a synchronisation.
 
@@ -154,22 +159,25 @@ def piecewise_hazard_nll(
         check_column(logits, "sample_weight", sample_weight, REAL, "a real", patients)
     if fraction is not None:
         check_column(logits, "fraction", fraction, FLOATING, "a floating-point", patients)
-    inputs: Any = (logits, times, indicators, sequence_mask, entry_times, sample_weight, fraction)
-    chosen = backend.choose("piecewise_hazard", logits.device.type, logits.dtype)
-    if transformed(logits, sample_weight, fraction) or _learns(sample_weight, fraction):
-        chosen = "reference"
-    if visit_weight is not None:
+    of_visits: Any = visit_weight
+    if of_visits is not None:
         if batch is not None:
-            visit_weight = weight_of_rows(logits, batch, visit_weight)
-        weight = padded_weight(rows, logits, visit_weight, "logits")
-        chosen, rows, inputs = "reference", PADDED, (*as_padded(rows, inputs), weight)
+            of_visits = weight_of_rows(logits, batch, of_visits)
+        check_weight(rows, logits, of_visits, "logits")
+        of_visits = of_visits.to(accumulator(logits.dtype))
+    weights = (sample_weight, fraction, of_visits)
+    inputs: Any = (logits, times, indicators, sequence_mask, entry_times, *weights)
+    chosen = backend.choose("piecewise_hazard", logits.device.type, logits.dtype)
+    if transformed(logits, *weights) or _learns(*weights):
+        chosen = "reference"
     if must_check_values(chosen, logits.device.type, validate):
-        padded = as_padded(rows, inputs)[:6]
-        check_outcomes(padded, "sigmoid")
+        *padded, _, weight = as_padded(rows, inputs, loss)
+        outcomes: Any = tuple(padded)
+        check_outcomes(outcomes, "sigmoid")
         check_fraction(fraction)
-        if visit_weight is not None:
-            read = visits_read(padded, False)
-            at_time = visits_read(padded, True) & ~read
+        if weight is not None:
+            read = visits_read(outcomes, False)
+            at_time = visits_read(outcomes, True) & ~read
             partly = True if fraction is None else (fraction != 0)[:, None]
             refuse_visit_weight(weight, read | (at_time & partly))
     return nll(chosen, rows, inputs, loss)

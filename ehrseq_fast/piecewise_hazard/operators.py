@@ -14,12 +14,13 @@ LINKS = {"softplus": 0, "exp": 1}  # as the operator takes them
 
 
 # Logits [B, V] with a mask, or rows of a packed batch, [n_visits]: the visits of patient p are the
-# rows row_starts[t] + unsorted_indices[p].
+# rows row_starts[t] + unsorted_indices[p]. Weights of visits have the shape of the logits and the
+# dtype of the loss.
 @operator(
     "piecewise_hazard_nll(Tensor logits, Tensor event_times, Tensor event_indicators,"
     " Tensor? sequence_mask, Tensor? row_starts, Tensor? unsorted_indices, Tensor? last_rows,"
-    " Tensor? entry_times, Tensor? sample_weight, Tensor? fraction, int link, int reduction,"
-    " bool needs_grad) -> (Tensor nll, Tensor grad)"
+    " Tensor? entry_times, Tensor? sample_weight, Tensor? fraction, Tensor? visit_weight, int link,"
+    " int reduction, bool needs_grad) -> (Tensor nll, Tensor grad)"
 )
 def _(logits: Any, event_times: Any, *arguments: Any) -> Any:
     reduction, needs_grad = arguments[-2:]

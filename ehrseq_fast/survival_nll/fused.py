@@ -27,7 +27,7 @@ class Loss(Protocol):
     """The options of a loss, and what computes it with them.
 
     A class that takes more rows of visits than its hazards has ``of_visits``, their positions among
-    the inputs.
+    the inputs, which may be None there.
     """
 
     def define(self, inputs: Inputs) -> Tensor:
@@ -89,13 +89,9 @@ def as_padded(rows: Rows, inputs: Any, loss: Loss | None = None) -> Any:
     row, exists = _numbers(rows)
     padded = [inputs[0][row], *inputs[1:3], exists, *inputs[4:]]
     for position in getattr(loss, "of_visits", ()):
-        padded[position] = inputs[position][row]
+        if inputs[position] is not None:
+            padded[position] = inputs[position][row]
     return tuple(padded)
-
-
-def padded_values(rows: Rows, values: Tensor) -> Tensor:
-    """Numbers of visits as ``[B, V, ...]``; in the padding those of some visit."""
-    return values if rows[0] is None else values[_numbers(rows)[0]]
 
 
 def _numbers(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from ..checks import FLOATING
 from ..rows import PackedRows
 from ..rows.beside import values_beside
 from .checks import check_companion
-from .fused import Rows, padded_values
+from .fused import Rows
 
 
 def check_weight(rows: Rows, hazards: Tensor, visit_weight: Any, name: str) -> None:
@@ -20,12 +20,6 @@ def check_weight(rows: Rows, hazards: Tensor, visit_weight: Any, name: str) -> N
     shape = tuple(hazards.shape[: len(dims)])
     of_weight = ("visit_weight", visit_weight, FLOATING, "a floating-point")
     check_companion(hazards, name, shape, *of_weight, dims)
-
-
-def padded_weight(rows: Rows, hazards: Tensor, visit_weight: Any, name: str) -> Tensor:
-    """Checked weights as padded ones."""
-    check_weight(rows, hazards, visit_weight, name)
-    return padded_values(rows, visit_weight)
 
 
 def weight_of_rows(hazards: Tensor, batch: Any, visit_weight: Any) -> Any:

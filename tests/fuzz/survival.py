@@ -132,6 +132,8 @@ def _piecewise(draw: Draw, ops: Any, name: str) -> Call:
     entries = None if draw.chance(0.5) else (times * draw.random.random()).long()
     weights = None if draw.chance(0.5) else draw.floats((patients,)).abs()
     fraction = None if draw.chance(0.3) else draw.floats((patients,)).abs().clamp(max=1)
+    accumulates = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    of_visits = None if draw.chance(0.5) else draw.floats((patients, slots), accumulates).abs()
     link, option = draw.whole(0, 1), draw.whole(0, 2)
     batch = PackedVisits.from_lists([[[1]] * n for n in lengths.tolist()])
 
@@ -146,6 +148,7 @@ def _piecewise(draw: Draw, ops: Any, name: str) -> Call:
             reduction=REDUCTIONS[option],
             entry_times=entries,
             sample_weight=None if weights is None else weights.double(),
+            visit_weight=of_visits,
         )
 
     def expected() -> list[Tensor]:
@@ -156,7 +159,8 @@ def _piecewise(draw: Draw, ops: Any, name: str) -> Call:
     rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
     layout = [None, *rows] if is_packed else [mask, None, None, None]
     values = batch.pack(logits) if is_packed else logits
-    last = [entries, weights, fraction, link, option, True]
+    beside = batch.pack(of_visits) if is_packed and of_visits is not None else of_visits
+    last = [entries, weights, fraction, beside, link, option, True]
     return Call(getattr(ops, name), [values, times, seen, *layout, *last], expected)
 
 

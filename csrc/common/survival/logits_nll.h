@@ -14,10 +14,22 @@
 
 namespace ehrseq::survival {
 
-template <typename Settings>
+struct NothingElse {
+  void operator()() const {}
+};
+
+// After a kernel has refused a patient. `refuse_values` throws for what is wrong beside outcomes.
+template <typename Refuse>
+[[noreturn]] void refuse_patients(const OutcomeReader& outcomes, const Refuse& refuse_values) {
+  outcomes.refuse_impossible();
+  refuse_values();
+  outcomes.refuse();
+}
+
+template <typename Settings, typename Refuse = NothingElse>
 std::tuple<Tensor, Tensor> padded_nll(const char* operation, const Tensor& logits,
                                       const Settings& settings, const OutcomeReader& outcomes,
-                                      bool needs_grad) {
+                                      bool needs_grad, const Refuse& refuse_values = {}) {
   const Tensor rows = made_contiguous(logits);
   std::tuple<Tensor, Tensor> result;
   dispatch_floating(rows.scalar_type(), operation, [&](auto tag) {
@@ -27,16 +39,17 @@ std::tuple<Tensor, Tensor> padded_nll(const char* operation, const Tensor& logit
         settings, outcomes, data<const scalar_t>(rows),
         needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr);
     const Tensor nll = nll_of_groups<scalar_t>(settings, rows, all);
-    if (!all.possible()) outcomes.refuse();
+    if (!all.possible()) refuse_patients(outcomes, refuse_values);
     result = {nll, grad};
   });
   return result;
 }
 
-template <typename Settings>
+template <typename Settings, typename Refuse = NothingElse>
 std::tuple<Tensor, Tensor> packed_nll(const char* operation, const Tensor& logits,
                                       const Settings& settings, const RankLayout& layout,
-                                      const OutcomeReader& reader, bool needs_grad) {
+                                      const OutcomeReader& reader, bool needs_grad,
+                                      const Refuse& refuse_values = {}) {
   const Tensor rows = made_contiguous(logits);
   std::tuple<Tensor, Tensor> result;
   dispatch_floating(rows.scalar_type(), operation, [&](auto tag) {
@@ -47,7 +60,7 @@ std::tuple<Tensor, Tensor> packed_nll(const char* operation, const Tensor& logit
         settings, layout, outcomes, data<const scalar_t>(rows),
         needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr, rows.numel());
     const Tensor nll = nll_of_groups<scalar_t>(settings, rows, all);
-    if (!all.possible()) reader.refuse();
+    if (!all.possible()) refuse_patients(reader, refuse_values);
     result = {nll, grad};
   });
   return result;

@@ -50,7 +50,8 @@ def _exp(x):
 # As for the losses of hazards (survival_nll/triton/kernel_nll.py).
 _RUN_TIME = ["mask_patient", "patients", "slots", "n_rows"]
 _POINTERS = ["logits", "row_starts", "ranks", "last_rows", "times", "indicators", "mask", "entries",
-             "weights", "fractions", "nll", "grad", "partials", "ticket"]  # fmt: skip
+             "weights", "fractions", "visit_weights", "nll", "grad", "partials",
+             "ticket"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_POINTERS)
@@ -72,6 +73,7 @@ def piecewise_hazard_kernel(
     weights_stride,
     fractions,
     fractions_stride,
+    visit_weights,
     nll,
     grad,
     partials,
@@ -89,7 +91,8 @@ def piecewise_hazard_kernel(
     """Loss and, unless ``grad`` is None, its gradient before it is scaled.
 
     Grid: programs that walk over the patients. A tile is ``[PATIENTS, VISITS]`` values of the
-    logits, which are contiguous. Reads the logits up to the event time, the outcomes and the mask;
+    logits, which are contiguous, as are the weights of visits. Reads both up to the event time, the
+    outcomes and the mask;
     writes ``grad`` (every value of these patients) and, of each patient, ``nll``; or, if
     ``REDUCES``, one of ``partials``, which the last program adds up into ``nll``.
     """
@@ -135,14 +138,24 @@ def piecewise_hazard_kernel(
             whole_or_part = tl.where(at_time, part[:, None], 1.0)
             adds = before | (at_time & partly[:, None])
             event = at_time & seen[:, None]
-            terms = tl.where(adds, whole_or_part * integral, 0.0) - tl.where(event, log, 0.0)
+            if visit_weights is not None:
+                # Both are weighed, as an infinite weight may make them infinities that cancel; and
+                # scaled with the weight, whose product with a slope may be too large.
+                of_visit = tl.load(visit_weights + row, mask=counts, other=0.0)
+                of_slope = of_visit * scale
+                terms = tl.where(adds, of_visit * (whole_or_part * integral), 0.0)
+                terms -= tl.where(event, of_visit * log, 0.0)
+                slopes = tl.where(adds, of_slope * (whole_or_part * slope), 0.0)
+                slopes -= tl.where(event, of_slope * slope_of_log, 0.0)
+            else:
+                terms = tl.where(adds, whole_or_part * integral, 0.0) - tl.where(event, log, 0.0)
+                slopes = tl.where(adds, whole_or_part * slope, 0.0)
+                slopes = (slopes - tl.where(event, slope_of_log, 0.0)) * scale
             terms_of_visits += tl.where(counts, terms, 0.0)
             if grad is not None:
-                slopes = tl.where(adds, whole_or_part * slope, 0.0)
-                slopes -= tl.where(event, slope_of_log, 0.0)
                 tl.store(
                     grad + row,
-                    tl.where(counts, signed_zero(slopes * scale), 0.0).to(grad.dtype.element_ty),
+                    tl.where(counts, signed_zero(slopes), 0.0).to(grad.dtype.element_ty),
                     mask=inside,
                 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from ...checks import FLOATING
+from ...checks import FLOATING, accumulator
 from ...operations import implemented_in_triton
 from ...survival_nll.operators import empty_nll_and_grad
 from ...survival_nll.triton import arguments
@@ -30,6 +30,7 @@ def piecewise_hazard_nll(
     entry_times: Tensor | None,
     sample_weight: Tensor | None,
     fraction: Tensor | None,
+    visit_weight: Tensor | None,
     link: int,
     reduction: int,
     needs_grad: bool,
@@ -40,9 +41,14 @@ def piecewise_hazard_nll(
         _NAME, logits, False, sequence_mask, given, outcomes
     )
     arguments.check_numbers(_NAME, logits, "fraction", fraction, (patients,), "[B]", FLOATING)
+    dims = "[B, V]" if row_starts is None else "[n_visits]"
+    of_visits = ("visit_weight", visit_weight, tuple(logits.shape), dims)
+    wide = frozenset({accumulator(logits.dtype)})
+    arguments.check_numbers(_NAME, logits, *of_visits, wide)
     arguments.check_rate_link(_NAME, link)
     arguments.check_reduction(_NAME, reduction)
     logits = logits.contiguous()
+    weights = None if visit_weight is None else visit_weight.contiguous()
     rows = tuple(None if tensor is None else tensor.contiguous() for tensor in given)
     nll, grad = empty_nll_and_grad(logits, (patients,), reduction, needs_grad)
     if patients == 0 and not reduction:
@@ -60,6 +66,7 @@ def piecewise_hazard_nll(
             event_times, event_indicators, sequence_mask, entry_times, sample_weight
         ),
         *arguments.column(fraction),
+        weights,
         nll,
         grad if needs_grad else None,
         partials,

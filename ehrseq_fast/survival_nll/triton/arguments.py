@@ -180,9 +180,9 @@ def check_numbers(
     if tensor.shape != shape:
         refuse(operation, name, f"shape {dims} = {list(shape)}", list(tensor.shape))
     if tensor.dtype not in dtypes:
-        kinds = {INTEGER: "an integer", FLOATING: "a floating-point"}
-        kind = kinds.get(dtypes, "a bool, integer or float")
-        refuse(operation, name, f"{kind} dtype", tensor.dtype)
+        kinds = {INTEGER: "an integer dtype", FLOATING: "a floating-point dtype"}
+        kind = kinds.get(dtypes, "a bool, integer or float dtype")
+        refuse(operation, name, kind if len(dtypes) > 1 else str(*dtypes), tensor.dtype)
     _check_device(operation, logits, tensor)
 
 
