@@ -7,7 +7,18 @@ import json
 import numpy as np
 import pytest
 
-from ehrseq_fast.data import EventStore, PartWriter, SubjectChunk, read_meds, to_meds, write_store
+from ehrseq_fast.data import (
+    EventStore,
+    FirstEvent,
+    PartWriter,
+    PatientDataset,
+    SubjectChunk,
+    labels,
+    read_meds,
+    to_meds,
+    write_labels,
+    write_store,
+)
 from ehrseq_fast.data.store import NO_VISIT, group_visits, merge
 from ehrseq_fast.data.store.visits import HOUR
 
@@ -68,6 +79,39 @@ def test_stays_that_overlap(tmp_path, rule, starts, ends):
     store = store_of(tmp_path, rule, SubjectChunk(**STAYS))
     assert store.visit_times.tolist() == days(*starts).tolist()
     assert store.visit_ends.tolist() == days(*ends).tolist()
+
+
+def test_days_to_the_event_count_from_the_end_of_all_that_is_seen(tmp_path):
+    """A visit in the course of a longer stay: nobody could have the event before that ended."""
+    others = {
+        "subject_ids": np.array([5, 6]),
+        "event_subject": np.array([0] * 7 + [1] * 2),
+        "event_times": np.concatenate(
+            [STAYS["event_times"], days("2020-02-01", "2020-01-03", "2020-01-05")]
+        ),
+        "event_codes": [*STAYS["event_codes"], "X", "A", "B"],
+        "event_visits": np.append(STAYS["event_visits"], [NO_VISIT] * 3),
+        "visit_starts": np.append(STAYS["visit_starts"], days("NaT", "NaT", "NaT")),
+        "period_subject": np.array([0, 1]),
+        "period_starts": days("2020-01-01", "2020-01-01"),
+        "period_ends": days("2020-03-01", "2020-03-01"),
+    }
+    store = store_of(tmp_path, "visit_occurrence", SubjectChunk(**others))
+    outcomes = FirstEvent("X").apply(store)
+    assert outcomes.n_visits.tolist() == [3, 2]
+    ends = days(*["2020-02-01"] * 3, *["2020-03-01"] * 2)
+    seen = days("2020-01-14T23", "2020-01-20T05", "2020-01-20T05", "2020-01-03", "2020-01-05")
+    expected = [*((ends - seen) / np.timedelta64(1, "D"))]
+    np.testing.assert_allclose(outcomes.days_to_end(store), expected)
+    data = PatientDataset(store, outcomes)
+    batch = data.__getitems__([1, 0, 0])
+    found = [x.tolist() for x in batch.pad(batch.visit_targets["days_to_end"])]
+    np.testing.assert_allclose(found, [[*expected[3:], 0], expected[:3], expected[:3]], rtol=1e-6)
+    pytest.importorskip("pyarrow", reason="pip install 'ehrseq_fast[meds]'")
+    write_labels(outcomes, store, tmp_path / "labels.parquet")
+    read = labels(tmp_path / "labels.parquet").apply(store)
+    assert read.index_times.tolist() == seen.tolist()
+    assert read.n_visits.tolist() == [1, 3, 3, 1, 2]
 
 
 def test_a_visit_does_not_end_before_it_starts(tmp_path):

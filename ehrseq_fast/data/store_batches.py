@@ -15,7 +15,7 @@ from ..batch import PackedVisits
 from ..batch.builder import from_prefixes
 from .store import EventStore
 from .tasks.outcomes import Outcomes, days_at_risk
-from .tasks.search import DAY_US, microseconds
+from .tasks.search import DAY_US, latest_so_far, microseconds
 
 Ints = NDArray[np.int64]
 MOST_OF_AVAILABLE = 0.5
@@ -103,14 +103,14 @@ class StoreBatches:
         if outcomes is not None or self.with_time_features:
             of_row = _patient_of_row(contents.layout, contents.host, contents.fields)
             visit_us = microseconds(store.visit_times)[visits]
+            first = store.patient_offsets[patients][of_row]
             if outcomes is not None:
                 starts = microseconds(outcomes.risk_starts)[rows]
                 ends = microseconds(outcomes.end_times)[rows]
-                visit_ends = microseconds(store.visit_ends)[visits]
-                days = days_at_risk(visit_ends, starts[of_row], ends[of_row])
+                until = _seen_until(microseconds(store.visit_ends), visits, first, of_row)
+                days = days_at_risk(until, starts[of_row], ends[of_row])
                 by_visit["days_to_end"] = days.astype(np.float32)
             if self.with_time_features:
-                first = store.patient_offsets[patients][of_row]
                 features = torch.from_numpy(_time_features(store, visits, visit_us, first))
         if self.with_visits:
             by_visit["visit"] = visits
@@ -145,6 +145,19 @@ def _patient_of_row(layout: Any, host: torch.Tensor, fields: torch.Tensor) -> In
     ranks = np.arange(layout.n_visits)
     ranks -= np.repeat(np.cumsum(batch_sizes) - batch_sizes, batch_sizes)
     return fields.numpy()[: layout.n_patients][ranks]
+
+
+def _seen_until(ends: Ints, visits: Ints, first: Ints, of_row: Ints) -> Ints:
+    """int64 ``[n_visits]``: when the last code of each packed row's visit and of the patient's
+    earlier ones was recorded."""
+    until = ends[visits]
+    falls = (ends[visits - (visits > first)] > until).any()
+    if not falls:
+        return until
+    order = np.lexsort((visits, of_row))
+    begins = np.concatenate([[0], np.bincount(of_row).cumsum()])
+    until[order] = latest_so_far(until[order], begins)
+    return until
 
 
 def _time_features(

@@ -17,7 +17,15 @@ from .chunks import chunks
 from .dates import places_of
 from .label_columns import VALUES, read_columns, write_columns
 from .outcomes import Outcomes, within_visits
-from .search import DAY_US, NAT, as_times, days_of, first_not_below, microseconds
+from .search import (
+    DAY_US,
+    NAT,
+    as_times,
+    days_of,
+    first_not_below,
+    latest_so_far,
+    microseconds,
+)
 
 if TYPE_CHECKING:
     from ..store import EventStore
@@ -233,27 +241,22 @@ def _label_rows(
     outcomes: Outcomes, store: EventStore, horizon_days: float | None
 ) -> Iterator[dict[str, NDArray[Any]]]:
     n = len(outcomes)
-    visits_of = outcomes.n_visits - outcomes.entry_times if outcomes.each_visit else np.ones(n, int)
-    ends = np.cumsum(visits_of)
+    ends = np.cumsum(outcomes.n_visits)
     first = 0
     while first < n:
         before = int(ends[first - 1]) if first else 0
         last = max(int(np.searchsorted(ends, before + ROWS_AT_ONCE, side="right")), first + 1)
         rows = np.arange(first, last)
+        of, visit = outcomes.select(rows).visits(store)
+        begins = np.concatenate([[0], outcomes.n_visits[rows].cumsum()])
+        seen_until = latest_so_far(microseconds(store.visit_ends[visit]), begins)
         if outcomes.each_visit:
-            row = np.repeat(rows, visits_of[rows])
-            place = np.arange(len(row)) - np.repeat(
-                ends[rows] - visits_of[rows] - before, visits_of[rows]
-            )
-            visit = (
-                store.patient_offsets[outcomes.patients[row]] + outcomes.entry_times[row] + place
-            )
-            times = microseconds(store.visit_ends[visit])
+            place = np.arange(len(of)) - begins[of]
+            predicted = place >= outcomes.entry_times[rows][of]
+            row, times = rows[of[predicted]], seen_until[predicted]
         else:
             row = rows
-            begins = store.patient_offsets[outcomes.patients[rows]]
-            seen_until = microseconds(store.visit_ends[begins + outcomes.n_visits[rows] - 1])
-            times = np.maximum(microseconds(outcomes.index_times)[rows], seen_until)
+            times = np.maximum(microseconds(outcomes.index_times)[rows], seen_until[begins[1:] - 1])
         end = microseconds(outcomes.end_times)[row]
         days = np.where(end == NAT, np.nan, (end - times) / DAY_US)
         indicator = outcomes.event_indicators[row] == 1

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...arrays import ArrayLike, selection
 from ..records import spans
 from .attrition import Attrition
-from .search import DAY_US, NAT, microseconds
+from .search import DAY_US, NAT, latest_so_far, microseconds
 
 if TYPE_CHECKING:
     from ..store import EventStore
@@ -143,21 +143,25 @@ class Outcomes:
         return row, visit
 
     def days_to_end(self, store: EventStore) -> NDArray[np.float64]:
-        """float64 ``[sum(n_visits)]``: days from the last code of each seen visit, or from the
-        start of the risk window where that is later, to the event or the end of observation, never
-        below 0; NaN where ``end_times`` is unknown.
+        """float64 ``[sum(n_visits)]``: days from the last code of each seen visit and of those
+        before it, or from the start of the risk window where that is later, to the event or the end
+        of observation, never below 0; NaN where ``end_times`` is unknown.
 
-        Nobody in the study population has the event before the risk window starts. Days that
-        counted from a visit before it (the last one before an index date, the one before a gap)
+        Nobody in the study population has the event before the risk window starts, nor before the
+        end of a visit that is seen. Days that counted from a visit before it (the last one before
+        an index date, the one before a gap, one in the course of a long stay that began earlier)
         would hold a time in which the event was impossible, and risks would come out too low.
         """
         row, visit = self.visits(store)
+        begins = np.concatenate([[0], self.n_visits.cumsum()])
+        until = latest_so_far(microseconds(store.visit_ends[visit]), begins)
         starts, ends = microseconds(self.risk_starts)[row], microseconds(self.end_times)[row]
-        return days_at_risk(microseconds(store.visit_ends[visit]), starts, ends)
+        return days_at_risk(until, starts, ends)
 
 
 def days_at_risk(visits: Ints, risk_starts: Ints, ends: Ints) -> NDArray[np.float64]:
-    """See :meth:`Outcomes.days_to_end`: of visits that end at these times, all in microseconds."""
+    """See :meth:`Outcomes.days_to_end`: of visits of which all is seen at these times, all in
+    microseconds."""
     days = np.maximum(ends - np.maximum(visits, risk_starts), 0) / DAY_US
     days[ends == NAT] = np.nan
     return days
