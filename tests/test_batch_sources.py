@@ -105,6 +105,24 @@ def test_frames(builder, name):
     assert chosen.vocab_size == 4
 
 
+@pytest.mark.parametrize("ids", [[5, 3, 5], ["bob", "ann", "bob"]])
+def test_outcomes_whose_order_is_not_clear(ids):
+    """Of groupby they come in the order of ids, of drop_duplicates in that of rows."""
+    frame = {"person_id": np.array(ids), "time": np.arange(3), "code": np.arange(3)}
+    outcomes = {"event_times": [1, 0], "event_indicators": [1, 0]}
+    for options in (outcomes, {"targets": {"age": [50, 60]}}):
+        with pytest.raises(ValueError, match=rf"persons: .* \({ids[1]!r} comes after {ids[0]!r}"):
+            PackedVisits.from_frame(frame, **options)
+    assert PackedVisits.from_frame(frame).lengths.tolist() == [2, 1]
+    named = PackedVisits.from_frame(frame, persons=ids[:2], **outcomes)
+    ordered = PackedVisits.from_frame(
+        {**frame, "person_id": np.sort(ids)[::-1][[2, 0, 0]]},
+        **{name: values[::-1] for name, values in outcomes.items()},
+    )
+    assert named.event_times.tolist() == [1, 0]
+    assert ordered.event_times.tolist() == [0, 1]
+
+
 @many
 @given(PATIENTS, st.randoms())
 def test_rows_in_any_order(patients, random):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ def records_of(
     persons: Iterable[Any] | None,
     vocabulary: Mapping[Any, int] | None,
     unknown: int | None,
+    has_outcomes: bool,
 ) -> FlatRecords:
     """Persons in the order of their first row, visits by time, codes by row."""
     person, time, code = columns
@@ -36,7 +38,9 @@ def records_of(
     ids, number = _numbered(person, read[person])
     times = read[time]
     if times.dtype.kind not in "iuf":
-        raise TypeError(f"column {time!r}: expected times or numbers, got text")
+        raise TypeError(
+            f"column {time!r}: expected times or numbers, got text (pandas.to_datetime reads times)"
+        )
     order = np.lexsort((times, number))  # stable: rows of one visit keep their order
     number, times, codes = number[order], times[order], codes[order]
     values = None if value is None else _values(value, read[value])[order]
@@ -47,6 +51,8 @@ def records_of(
     starts = np.flatnonzero(new_visit)
     visit_offsets = np.append(starts, len(number))
     patient_offsets = np.append(np.flatnonzero(new_person[starts]), len(starts))
+    if has_outcomes and persons is None:
+        _refuse_two_orders(ids, person)
     chosen = _chosen(persons, ids, person)
     return FlatRecords(codes, visit_offsets, patient_offsets, chosen, values)
 
@@ -93,6 +99,18 @@ def _codes(
             f"({len(absent)} codes of the frame are not in it; unknown=NUMBER is taken for them)"
         )
     return np.array(numbers, np.int64)[inverse]
+
+
+def _refuse_two_orders(ids: list[Any], name: str) -> None:
+    """Raise where outcomes could be meant in the order of the ids, as ``groupby`` gives them, and
+    where that is another than that of the rows."""
+    for at, (one, following) in enumerate(pairwise(ids)):
+        if following < one:
+            raise ValueError(
+                "persons: expected a list of ids, in the order of the outcomes or targets, got "
+                f"None: the first rows of column {name!r} are not in the order of its ids "
+                f"({following!r} comes after {one!r}, at {at + 1})"
+            )
 
 
 def _chosen(persons: Iterable[Any] | None, ids: list[Any], name: str) -> Array | None:

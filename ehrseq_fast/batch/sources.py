@@ -53,7 +53,8 @@ class Sources(Windows):
             value: the column of the codes' weights (lab values, doses, counts), which become
                 ``code_weights``: numbers, without nulls (a code that has no value may have 1).
             persons: ids, the batch's patients in that order (repetitions allowed); without them all
-                persons in the order of their first rows.
+                persons in the order of their first rows, which with outcomes or targets has to be
+                that of the ids too.
             vocabulary: the number of each code.
             unknown: the number of codes that the vocabulary does not have; None refuses them.
             vocab_size: numbers must be below it.
@@ -62,7 +63,7 @@ class Sources(Windows):
 
         Raises:
             ValueError: a column that is missing or has nulls (with the first row), an id without a
-                row; as :meth:`from_lists`.
+                row, outcomes whose order is not clear; as :meth:`from_lists`.
             IndexError: a code that is not in the vocabulary, with its row; as :meth:`from_lists`.
             TypeError: something that is no frame, columns of other kinds.
 
@@ -77,7 +78,10 @@ class Sources(Windows):
             >>> batch.lengths, batch.codes  # ann: [J45], [I10, E11]; bob: [E11]
             (tensor([2, 1]), tensor([3, 1, 2, 1], dtype=torch.int32))
         """
-        flat = records_of(frame, (person, time, code), value, persons, vocabulary, unknown)
+        outcomes = (event_times, event_indicators, event_types, targets)
+        has_outcomes = any(given is not None for given in outcomes)
+        columns = (person, time, code)
+        flat = records_of(frame, columns, value, persons, vocabulary, unknown, has_outcomes)
         contents = builder.from_flat(
             flat.codes,
             flat.visit_offsets,
