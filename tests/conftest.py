@@ -144,6 +144,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _exact_products():
+    """Of recurrent layers on a GPU, cuDNN's and the package's: float64 is what they are compared
+    with. By default they are TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture
 def compiled():
     """Skip where the compiled kernels are absent, saying why."""

@@ -306,8 +306,7 @@ def test_the_run_that_settles_the_default(shim, monkeypatch):
     """In small, and against PyTorch's kernels on the host."""
     cuda_lstm = pytest.importorskip("benchmarks.cuda_lstm")
     monkeypatch.delenv(cuda.SWITCH, raising=False)
-    dtypes = torch.float32, torch.bfloat16
-    sizes = cuda_lstm.Sizes((2, 5), (32, 40), dtypes, 3, 4, 2, 1, 30)
+    sizes = cuda_lstm.Sizes((2, 5), (32, 40), ("float32", "tf32"), 3, 4, 2, 1, 30)
     found = cuda_lstm.measure("cpu", sizes) | {"racecheck": True, "synccheck": True}
     assert all(found[check] is True for check in cuda.CHECKS)
     assert [row["ours"] is None for row in found["rows"]] == [False, False, True, True] * 2
@@ -319,7 +318,7 @@ def test_the_run_that_settles_the_default(shim, monkeypatch):
     assert "not served" in cuda_lstm.table(found)
     for row in found["rows"]:
         row["ours"] = row["ours"] and 0.5 * row["cudnn_packed"]
-    for arithmetic in ("float32", "bfloat16"):
+    for arithmetic in sizes.arithmetics:
         line = f"The default in {arithmetic} for hidden sizes: 32"
         assert line in cuda_lstm.table(found)
     assert cuda.SWITCH not in os.environ
@@ -341,28 +340,32 @@ def gpu(monkeypatch):
 
 SHAPES = {
     **{f"float32-{hidden}": (torch.float32, hidden) for hidden in (32, 128, 192, 256, 288)},
-    **{f"bfloat16-{hidden}": (torch.bfloat16, hidden) for hidden in (32, 96, 256, 384, 416)},
-    **{f"float16-{hidden}": (torch.float16, hidden) for hidden in (128, 416)},
+    **{f"bfloat16-{hidden}": (torch.bfloat16, hidden) for hidden in (96, 384, 416)},
+    "float16-128": (torch.float16, 128),
+    **{f"tf32-{hidden}": (torch.float32, hidden) for hidden in (96, 288)},
 }
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("patients", [1, 33, 300])
-def test_any_shape_on_a_gpu(gpu, patients, shape):
+def test_any_shape_on_a_gpu(gpu, patients, shape, monkeypatch):
     dtype, hidden = SHAPES[shape]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", shape.startswith("tf32"))
     options = {"num_layers": 2, "bidirectional": True, "given": True, "device": gpu}
     fast, exact, mine, theirs = twice(ragged(patients, 40), 24, hidden, dtype=dtype, **options)
     results = [result.cpu() for result in everything(fast, *mine)]
     assert all(result.dtype == dtype for result in results)
-    bound = 2e-5 if dtype == torch.float32 else bound_of(dtype, layers=2)
+    bound = 2e-5 if shape.startswith("float32") else bound_of(dtype, layers=2)
     agree(results, everything(exact, *theirs), bound)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_same_bits_a_thousand_times_on_a_gpu(gpu, dtype):
+@pytest.mark.parametrize("arithmetic", ["float32", "tf32", "bfloat16", "float16"])
+def test_the_same_bits_a_thousand_times_on_a_gpu(gpu, arithmetic, monkeypatch):
     """``EHRSEQ_FAST_REPEATS``: fewer, under a sanitizer."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", arithmetic == "tf32")
+    dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
     options = {"bidirectional": True, "device": gpu, "dtype": dtype}
     fast, _, mine, _ = twice(ragged(200, 20), 24, 256, **options)
     first = everything(fast, *mine)

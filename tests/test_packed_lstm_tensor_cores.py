@@ -10,26 +10,29 @@ import pytest
 import torch
 
 from ehrseq_fast import PackedLSTM
+from ehrseq_fast.packed_lstm import cuda
 from ehrseq_fast.packed_lstm.reference import packed_lstm_layer
 
 from .packed_lstm_on_cuda import (
     NOTHING,
     assert_agree,
-    backward,
     bound_of,
     emulated,
-    forward,
     launches,
     on_host,
     ops,
     raw,
     twice,
 )
+from .packed_lstm_on_cuda import (
+    backward as backward_of,
+)
+from .packed_lstm_on_cuda import (
+    forward as forward_of,
+)
 from .recurrent_layers import LENGTHS, everything, results_of
 
 pytestmark = [pytest.mark.operation("packed_lstm"), on_host]
-DTYPES = [torch.bfloat16, torch.float16]
-of_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
 
 
 @pytest.fixture
@@ -38,13 +41,30 @@ def shim():
         yield loaded
 
 
+@pytest.fixture(params=["bfloat16", "float16", "tf32"])
+def dtype(request, monkeypatch):
+    """In turn; float32 multiplied as TF32."""
+    if request.param == "tf32":
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        return torch.float32
+    return getattr(torch, request.param)
+
+
+def forward(operands, reverse=False):
+    return forward_of(operands, reverse, operands[0].dtype == torch.float32)
+
+
+def backward(operands, results, incoming, reverse=False, need=(True, True, True)):
+    tf32 = operands[0].dtype == torch.float32
+    return backward_of(operands, results, incoming, reverse, tf32, need)
+
+
 def agree(fast, exact, mine, theirs, dtype, layers=1):
     results = everything(fast, *mine)
     assert all(result.dtype == dtype for result in results)
     assert_agree(results, everything(exact, *theirs), bound_of(dtype, layers))
 
 
-@of_dtypes
 @pytest.mark.parametrize("lengths", ["any order", "length 1", "one patient", "long tail"])
 def test_values_and_gradients(shim, lengths, dtype):
     options = {"bidirectional": True, "given": True, "dtype": dtype}
@@ -60,26 +80,50 @@ def test_layers_without_biases_and_states(shim):
     agree(*twice([3, 1, 4], **options), torch.bfloat16, layers=2)
 
 
-@of_dtypes
-@pytest.mark.parametrize("hidden", [96, 256, 416])
+@pytest.mark.parametrize("hidden", [96, 256, "most"])
 def test_hidden_sizes(shim, hidden, dtype):
     """Units that are no multiple of eight; and the most that shared memory holds."""
+    hidden = cuda.MOST_HIDDEN[dtype] if hidden == "most" else hidden
     agree(*twice([3, 1], 3, hidden, given=True, dtype=dtype), dtype)
 
 
 @pytest.mark.parametrize(("hidden", "bidirectional"), [(32, True), (384, False)])
 def test_tiles_of_sixteen_patients(shim, hidden, bidirectional):
     """Where there are more than 128 patients; the last tile has few, and one of its halves none."""
-    lengths = [1 + i % 3 for i in range(131)] if hidden == 32 else [2, *[1] * 128]
+    lengths = [1 + i % 3 for i in range(131)] if hidden == 32 else [1] * 129
     options = {"bidirectional": bidirectional, "given": True, "dtype": torch.bfloat16}
     agree(*twice(lengths, 2, hidden, **options), torch.bfloat16)
 
 
 def test_tiles_of_eight_patients_for_the_largest_layers(shim):
-    agree(*twice([1] * 129, 2, 416, dtype=torch.float16), torch.float16)
+    fast, exact, mine, theirs = twice([1] * 129, 2, 416, dtype=torch.float16)
+    with torch.no_grad():
+        results = results_of(fast, *mine)
+        assert_agree(results, results_of(exact, *theirs), bound_of(torch.float16))
 
 
-@of_dtypes
+def test_tf32_is_as_cudnn_is_told(shim, monkeypatch):
+    """By either name of the setting; the backward pass multiplies as the forward pass did."""
+    fast, exact, mine, theirs = twice([4, 2, 1], given=True)
+    expected = everything(exact, *theirs)
+    in_float32 = everything(fast, *mine)
+    assert_agree(in_float32, expected, 2e-6)
+    assert cuda.arithmetic(mine[0][0]) == "float32"
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert cuda.arithmetic(mine[0][0]) == "tf32"
+    in_tf32 = everything(fast, *mine)
+    assert not any(map(torch.equal, in_tf32, in_float32))
+    assert_agree(in_tf32, expected, bound_of(torch.float32))
+
+    output = results_of(fast, *mine)[0]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    after = torch.autograd.grad(output.sum(), mine[0])
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    both = torch.autograd.grad(results_of(fast, *mine)[0].sum(), mine[0])
+    assert all(map(torch.equal, after, both))
+
+
 def test_inference_has_the_bits_of_training(shim, dtype):
     fast, _, mine, _ = twice([3, 2], bidirectional=True, given=True, dtype=dtype)
     trained = results_of(fast, *mine)
@@ -87,7 +131,6 @@ def test_inference_has_the_bits_of_training(shim, dtype):
         assert all(map(torch.equal, trained, results_of(fast, *mine)))
 
 
-@of_dtypes
 def test_no_order_of_blocks_changes_a_bit(shim, dtype):
     """Fifty times, each in another order of blocks, warps and lanes."""
     fast, _, mine, _ = twice([3, 2, 2, 1, 1, 1, 1, 1, 1], given=True, dtype=dtype)
@@ -97,7 +140,6 @@ def test_no_order_of_blocks_changes_a_bit(shim, dtype):
         assert all(map(torch.equal, first, everything(fast, *mine)))
 
 
-@of_dtypes
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("argument", "at", "value"),
@@ -125,7 +167,6 @@ def test_what_is_not_finite_goes_where_the_definition_has_it(
         assert_agree([mine[kept]], [theirs[kept]], bound_of(dtype))
 
 
-@of_dtypes
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_gradient_that_is_not_finite_stays_with_its_patient(shim, reverse, dtype):
     operands = raw(dtype=dtype)
@@ -142,21 +183,18 @@ def test_a_gradient_that_is_not_finite_stays_with_its_patient(shim, reverse, dty
     assert grads[1].isnan().any()
 
 
-@of_dtypes
 def test_gradients_that_are_not_asked_for(shim, dtype):
     operands = raw(dtype=dtype)
     results = forward(operands)
     incoming = [torch.randn_like(result) for result in results[:3]]
-    saved = results[0], *results[3:]
     whole = backward(operands, results, incoming)
     for need in ((True, False, False), (False, True, False), (False, False, True)):
-        grads = ops().packed_lstm_layer_backward(*incoming, *operands, *saved, False, *need)
+        grads = backward(operands, results, incoming, need=need)
         wanted = [need[0], *[need[1]] * 3, *[need[2]] * 2]
         for grad, all_of_it, is_wanted in zip(grads, whole, wanted, strict=True):
             assert torch.equal(grad, all_of_it) if is_wanted else grad.numel() == 0
 
 
-@of_dtypes
 def test_states_are_kept_in_float32_and_share_no_memory(shim, dtype):
     operands = raw(dtype=dtype)
     before = copy.deepcopy(operands)
@@ -186,16 +224,16 @@ def test_operands_that_begin_anywhere(shim):
     assert all(map(torch.equal, *grads))
 
 
-@of_dtypes
 def test_opcheck(shim, dtype):
     operands = raw((2, 1), dtype=dtype)
     operands = [x.requires_grad_(False) for x in operands]
     tests = ("test_schema", "test_faketensor")
-    arguments = (*operands, False, True, 3)
+    tf32 = dtype == torch.float32
+    arguments = (*operands, False, True, 3, tf32)
     torch.library.opcheck(ops().packed_lstm_layer.default, arguments, test_utils=tests)
     results = forward(operands)
     saved = results[0], *results[3:]
-    arguments = (*results[:3], *operands, *saved, True, True, True, True)
+    arguments = (*results[:3], *operands, *saved, True, True, True, True, tf32)
     torch.library.opcheck(ops().packed_lstm_layer_backward.default, arguments, test_utils=tests)
 
 

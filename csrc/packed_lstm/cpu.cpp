@@ -14,7 +14,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_lstm_layer(
     Tensor input, Tensor batch_sizes, Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
     OptionalTensor bias_hh, OptionalTensor h0, OptionalTensor c0, bool reverse, bool training,
-    int64_t kept) {
+    int64_t kept, bool /*tf32*/) {
   ForwardResult result = layer_forward<Cell>(
       {input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse}, training,
       kept);
@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> packed_lstm_layer_bac
     OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor input,
     Tensor batch_sizes, Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
     OptionalTensor bias_hh, OptionalTensor h0, OptionalTensor c0, Tensor output, Tensor gates,
-    Tensor cells, bool reverse, bool need_input, bool need_weights, bool need_states) {
+    Tensor cells, bool reverse, bool need_input, bool need_weights, bool need_states,
+    bool /*tf32*/) {
   BackwardResult grad = layer_backward<Cell>(
       {input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse},
       {grad_output, grad_h_n, grad_c_n}, {output, gates, cells},

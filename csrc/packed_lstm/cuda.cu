@@ -1,12 +1,13 @@
 // The packed LSTM's operators on a GPU: a scan over all visits (kernels.cuh for float32,
-// tensor_kernels.cuh for 16-bit types) and, around it, products over all visits by torch. Nothing
-// waits for the device. Which calls come here is decided in Python
+// tensor_kernels.cuh for 16-bit types and TF32) and, around it, products over all visits by torch.
+// Nothing waits for the device. Which calls come here is decided in Python
 // (ehrseq_fast/packed_lstm/cuda.py).
 
 #include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common/cuda/launch.h"
@@ -134,33 +135,35 @@ void launch_clusters(void (*kernel)(const Layer), int patients_of_tile, int byte
 // Small tiles as long as all of them run at once.
 bool are_few(int patients) { return patients <= 8 * 16; }
 
-template <int kPatients>
-void launch_tile(const Forward<float>& layer, cudaStream_t stream) {
-  const int bytes = Tile<kPatients>::forward(layer.visits.hidden).bytes();
-  launch_clusters(scan_forward<kPatients>, kPatients, bytes, stream, layer);
-}
-template <int kPatients>
-void launch_tile(const Backward<float>& layer, cudaStream_t stream) {
-  const int bytes = Tile<kPatients>::backward(layer.visits.hidden).bytes();
-  launch_clusters(scan_backward<kPatients>, kPatients, bytes, stream, layer);
-}
-template <int kPatients, typename scalar_t>
+template <bool kOnTensorCores, int kPatients, typename scalar_t>
 void launch_tile(const Forward<scalar_t>& layer, cudaStream_t stream) {
-  const int bytes = TensorTile<scalar_t, kPatients>::forward(layer.visits.hidden).bytes;
-  launch_clusters(tensor_scan_forward<scalar_t, kPatients>, kPatients, bytes, stream, layer);
+  const int hidden = layer.visits.hidden;
+  if constexpr (kOnTensorCores) {
+    const int bytes = TensorTile<scalar_t, kPatients>::forward(hidden).bytes;
+    launch_clusters(tensor_scan_forward<scalar_t, kPatients>, kPatients, bytes, stream, layer);
+  } else {
+    const int bytes = Tile<kPatients>::forward(hidden).bytes();
+    launch_clusters(scan_forward<kPatients>, kPatients, bytes, stream, layer);
+  }
 }
-template <int kPatients, typename scalar_t>
+template <bool kOnTensorCores, int kPatients, typename scalar_t>
 void launch_tile(const Backward<scalar_t>& layer, cudaStream_t stream) {
-  const int bytes = TensorTile<scalar_t, kPatients>::backward(layer.visits.hidden).bytes;
-  launch_clusters(tensor_scan_backward<scalar_t, kPatients>, kPatients, bytes, stream, layer);
+  const int hidden = layer.visits.hidden;
+  if constexpr (kOnTensorCores) {
+    const int bytes = TensorTile<scalar_t, kPatients>::backward(hidden).bytes;
+    launch_clusters(tensor_scan_backward<scalar_t, kPatients>, kPatients, bytes, stream, layer);
+  } else {
+    const int bytes = Tile<kPatients>::backward(hidden).bytes();
+    launch_clusters(scan_backward<kPatients>, kPatients, bytes, stream, layer);
+  }
 }
 
-template <typename Layer>
+template <bool kOnTensorCores, typename Layer>
 void launch_scan(const Layer& layer, cudaStream_t stream) {
   if (are_few(layer.visits.patients) || layer.visits.hidden > kMostHiddenOf16Patients) {
-    launch_tile<8>(layer, stream);
+    launch_tile<kOnTensorCores, 8>(layer, stream);
   } else {
-    launch_tile<16>(layer, stream);
+    launch_tile<kOnTensorCores, 16>(layer, stream);
   }
 }
 
@@ -182,23 +185,19 @@ Tensor product_in_float(const Tensor& a, const Tensor& b) {
 }
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// Calls body(TypeTag<scalar_t>{}) for a dtype that `checked` has let pass.
+// Calls body(TypeTag<scalar_t>{}, whether on tensor cores) for a dtype that `checked` has let pass.
 template <typename Body>
-void dispatch(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::BFloat16:
-      return body(TypeTag<__nv_bfloat16>{});
-    case ScalarType::Half:
-      return body(TypeTag<__half>{});
-    default:
-      return body(TypeTag<float>{});
-  }
+void dispatch(ScalarType dtype, bool tf32, const Body& body) {
+  if (dtype == ScalarType::BFloat16) return body(TypeTag<__nv_bfloat16>{}, std::true_type{});
+  if (dtype == ScalarType::Half) return body(TypeTag<__half>{}, std::true_type{});
+  if (tf32) return body(TypeTag<float>{}, std::true_type{});
+  return body(TypeTag<float>{}, std::false_type{});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_lstm_layer(
     Tensor input, Tensor batch_sizes, Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
     OptionalTensor bias_hh, OptionalTensor h0, OptionalTensor c0, bool reverse, bool training,
-    int64_t kept) {
+    int64_t kept, bool tf32) {
   const Given given{input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0};
   expect_with(kName, input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0);
   const std::vector<int64_t> sizes = checked(given);
@@ -223,10 +222,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_lstm_layer(
   const Tensor gates = training ? sums : of_floats({0, 4 * hidden});
   const Visits of_scan{data_of<int64_t>(starts), static_cast<int>(sizes.size()),
                        static_cast<int>(sizes[0]), static_cast<int>(hidden), reverse};
-  dispatch(input.scalar_type(), [&](auto tag) {
+  dispatch(input.scalar_type(), tf32, [&](auto tag, auto on_tensor_cores) {
     using scalar_t = typename decltype(tag)::type;
     Operands<scalar_t> operands;
-    launch_scan(
+    launch_scan<decltype(on_tensor_cores)::value>(
         Forward<scalar_t>{of_scan, operands.of(weight_hh), operands.of(bias_ih),
                           operands.of(bias_hh), operands.of(h0), operands.of(c0),
                           data_of<float>(sums), or_null<float>(gates), or_null<float>(cells),
@@ -241,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> packed_lstm_layer_bac
     OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor input,
     Tensor batch_sizes, Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih,
     OptionalTensor bias_hh, OptionalTensor h0, OptionalTensor c0, Tensor output, Tensor gates,
-    Tensor cells, bool reverse, bool need_input, bool need_weights, bool need_states) {
+    Tensor cells, bool reverse, bool need_input, bool need_weights, bool need_states, bool tf32) {
   const Given given{input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0};
   expect_with(kName, input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, grad_output, grad_h_n,
               grad_c_n, output, gates, cells);
@@ -270,10 +269,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> packed_lstm_layer_bac
   const Tensor grad_c0 = wanted(need_states, of_patients);
   const Visits of_scan{data_of<int64_t>(starts), static_cast<int>(sizes.size()),
                        static_cast<int>(sizes[0]), static_cast<int>(hidden), reverse};
-  dispatch(dtype, [&](auto tag) {
+  dispatch(dtype, tf32, [&](auto tag, auto on_tensor_cores) {
     using scalar_t = typename decltype(tag)::type;
     Operands<scalar_t> operands;
-    launch_scan(
+    launch_scan<decltype(on_tensor_cores)::value>(
         Backward<scalar_t>{of_scan, operands.of(weight_hh), operands.of(h0), operands.of(c0),
                            operands.of(output), operands.template as<float>(gates),
                            operands.template as<float>(cells), operands.of(grad_output),

@@ -1,10 +1,11 @@
 // One direction of one layer of the packed LSTM on a GPU with clusters and tensor cores (sm_90 and
-// later), bfloat16 or float16: the scan of kernels.cuh with other products. Free of torch headers.
+// later), in bfloat16 or float16, or in float32 multiplied as TF32: the scan of kernels.cuh with
+// other products. Free of torch headers.
 //
 // Weights and what is multiplied with them (forward h, backward the gradients of the gates' sums)
-// are 16-bit; sums, gates, cells, the gradients that blocks exchange and those of cells are
-// float32. Forward, a warp computes all four gates of 8 units for 8 patients by mma.m16n8k16 (two
-// of 16 rows, over the whole of h), and each lane has all that it needs for one unit and two
+// are 16-bit or TF32; sums, gates, cells, the gradients that blocks exchange and those of cells are
+// float32. Forward, a warp computes all four gates of 8 units for 8 patients (mma.sync with two
+// times 16 rows, over the whole of h), and each lane has all that it needs for one unit and two
 // patients: no sums of parts, no barrier of the block. The new h goes to the seven other blocks by
 // fours of units. Backward, each block multiplies the gradients of its 4H / 8 sums by its rows of
 // W_hh, 16 columns of which a warp takes, and writes its part of H sums into the blocks of those
@@ -15,27 +16,29 @@
 // neighbouring bytes a warp, without bank conflicts, padding or ldmatrix. Stores of single values
 // of h and of gradients conflict four ways: some 16 cycles a visit.
 //
-// Bounds, by arithmetic; nothing here has been measured. H 256, 16 patients, H100 (132 SMs, 1.7
-// GHz), one visit of a block, each way (for the cluster 8.4 MFLOP, 152 KB of global memory):
+// Bounds, by arithmetic; nothing here has been measured. 16 bits, H 256, 16 patients, H100 (132
+// SMs, 1.7 GHz), one visit of a block, each way (for the cluster 8.4 MFLOP, 152 KB of global
+// memory):
 //   products       16 * 128 * 256 = 0.52 M multiply-adds, 256 mma, 32 a warp, in four chains of 8
 //                  forward: 256 cycles at the tensor cores' peak, some 420 as mma.sync, 0.25 us
 //   shared memory  forward 64 KB of weights for each 8 patients, and 32 KB of h: 1,280 cycles, 0.75
 //                  us, which hides the products; backward weights once and 64 KB of gradients:
 //                  1,024 cycles, 0.6 us, and 16 KB that are received, 0.1 us
-//   gates          two units and patients a thread, some 240 instructions a warp, 0.3 us
+//   gates          a unit and two patients a thread, some 240 instructions a warp, 0.3 us
 //   exchange       forward 1 KB to each of 7 blocks, backward 2 KB of float32 to each of 8, and the
 //                  barrier: latency, 0.3-0.6 us
-//   global memory  forward 8 KB read and 11 KB written, backward 14 and 5: 16 clusters of which
-//   each
+//   global memory  forward 8 KB read and 11 written, backward 14 and 5: 16 clusters of which each
 //                  takes 1.5 us need 1.6 TB/s of 3.3
 //   together       1.4-1.7 us; with 8 patients 1.0-1.3 us (exact float32: 3-3.5 and 1.8-2.2)
 // Occupancy: one block of 8 warps per SM (up to 198 registers a thread), 16 clusters at a time,
 // thus 128 patients in tiles of 8 and 256 in tiles of 16.
 //
 // Shared memory: H * H bytes of weights (units are taken by eights: more where H is no multiple of
-// 64), and forward 4 H, backward 9 H bytes a patient of a tile. Of 227 KB H 256 takes 80 and 100
-// KB, H 384, the most for tiles of 16, 168 and 198, and H 416, in tiles of 8, 195 and 212. H 448
-// would take 227.5 backward.
+// 64), and forward 4 H, backward 9 H bytes for each patient of a tile. Of 227 KB H 256 takes 80 and
+// 100, H 384, the most for tiles of 16, 168 and 198, and H 416, in tiles of 8, 195 and 212; H 448
+// would take 227.5 backward. TF32 takes twice as much for weights and operands (H 256: 160 and 168
+// KB; H 288, the most that is served, as of exact float32: 216 and 226) and twice as many products
+// and loads, some 0.75 us more.
 #pragma once
 
 #include "packed_lstm/tensor_tile.cuh"

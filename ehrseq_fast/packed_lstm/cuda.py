@@ -34,8 +34,9 @@ CHECKS = ("equal_to_float64", "same_bits_1000_times", "racecheck", "synccheck")
 
 SERVES = (
     f"hidden sizes that are multiples of {UNITS}, up to {MOST_HIDDEN[torch.float32]} in float32 "
-    f"and {MOST_HIDDEN[torch.bfloat16]} in bfloat16 and float16, GPUs of compute capability 9.0 "
-    "and 10.x, outside autocast and torch.compile"
+    f"(TF32 where torch.backends.cudnn.allow_tf32 is on) and {MOST_HIDDEN[torch.bfloat16]} in "
+    "bfloat16 and float16, GPUs of compute capability 9.0 and 10.x, outside autocast and "
+    "torch.compile"
 )
 
 
@@ -67,9 +68,17 @@ def _why_not_served(data: Tensor, hidden: int, emulated: bool) -> str | None:
     return None if emulated else _why_not_on(data.device)
 
 
+def takes_tf32(data: Tensor) -> bool:
+    """Whether hidden states are multiplied as TF32, as cuDNN's recurrent layers would: in float32
+    under ``torch.backends.cudnn.allow_tf32``, which is one name of this setting."""
+    if data.dtype != torch.float32:
+        return False
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def arithmetic(data: Tensor) -> str:
-    """What the products of a layer over these rows are computed in, as results name it."""
-    return str(data.dtype).removeprefix("torch.")
+    """What hidden states of a layer over these rows are multiplied in, as results name it."""
+    return "tf32" if takes_tf32(data) else str(data.dtype).removeprefix("torch.")
 
 
 def _why_not_asked_for(data: Tensor, hidden: int, emulated: bool) -> str | None:

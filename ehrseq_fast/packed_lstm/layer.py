@@ -10,7 +10,10 @@ from torch import Tensor
 
 from .. import backend
 from ..autograd import once
-from . import operators  # noqa: F401  (which defines what is called here)
+from . import (
+    cuda,
+    operators,  # noqa: F401  (which defines what is called here)
+)
 
 
 class Layer(torch.autograd.Function):
@@ -59,20 +62,26 @@ class CudaLayer(torch.autograd.Function):
         operands = (input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)
         kernels = backend.operators("cuda")
         ctx.operator = kernels.packed_lstm_layer_backward
-        return _results(ctx, kernels, operands, reverse, input.shape[0])
+        ctx.tf32 = cuda.takes_tf32(input)
+        return _results(ctx, kernels, operands, reverse, input.shape[0], ctx.tf32)
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n):
         # whose products would be torch's in 16 bits
         with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return _gradients(ctx, ctx.operator, (grad_output, grad_h_n, grad_c_n))
+            return _gradients(ctx, ctx.operator, (grad_output, grad_h_n, grad_c_n), ctx.tf32)
 
 
 def _results(
-    ctx: Any, kernels: Any, operands: tuple[Tensor | None, ...], reverse: bool, kept: int
+    ctx: Any,
+    kernels: Any,
+    operands: tuple[Tensor | None, ...],
+    reverse: bool,
+    kept: int,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs and final states; what the backward pass needs is saved."""
-    output, h_n, c_n, gates, cells = kernels.packed_lstm_layer(*operands, reverse, True, kept)
+    output, h_n, c_n, gates, cells = kernels.packed_lstm_layer(*operands, reverse, True, kept, tf32)
     ctx.save_for_backward(*operands, output, gates, cells)
     ctx.reverse = reverse
     ctx.set_materialize_grads(False)
@@ -80,14 +89,17 @@ def _results(
 
 
 def _gradients(
-    ctx: Any, operator: Callable[..., Any], incoming: tuple[Tensor | None, ...]
+    ctx: Any,
+    operator: Callable[..., Any],
+    incoming: tuple[Tensor | None, ...],
+    tf32: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Of everything that the forward pass was given."""
     need = ctx.needs_input_grad
     operands = (
         *incoming,
         *ctx.saved_tensors,
-        *(ctx.reverse, need[0], any(need[2:6]), any(need[6:8])),
+        *(ctx.reverse, need[0], any(need[2:6]), any(need[6:8]), tf32),
     )
     with torch.no_grad():
         grads = operator(*operands)
@@ -120,6 +132,6 @@ def infer(input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, re
 
 def infer_on_cuda(input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse):
     """On a GPU, without a gradient."""
-    return backend.operators("cuda").packed_lstm_layer(
-        input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse, False, 0
-    )[:3]
+    operands = (input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)
+    tf32 = cuda.takes_tf32(input)
+    return backend.operators("cuda").packed_lstm_layer(*operands, reverse, False, 0, tf32)[:3]

@@ -62,9 +62,10 @@ def packed_lstm(
     asked for: ``EHRSEQ_FAST_CUDA_LSTM=1``, or the backend ``cuda``, on GPUs of compute capability
     9.0 and 10.x, for hidden sizes that are multiples of 32, up to 288 in float32 and 416 in
     bfloat16 and float16, outside autocast and ``torch.compile``. All else goes to cuDNN as before.
-    In float32 they multiply hidden states exactly. In 16 bits they do so on tensor cores: weights,
-    hidden states and, backward, the gradients of the gates' sums are 16-bit operands, all sums,
-    gates and cells float32. Products over all visits follow ``torch.backends.cuda.matmul``.
+    In 16 bits, and in float32 as TF32 where ``torch.backends.cudnn.allow_tf32`` is on, they
+    multiply on tensor cores: weights, hidden states and, backward, the gradients of the gates' sums
+    are rounded to such operands; all sums, gates and cells are float32. Else float32 is exact.
+    Products over all visits follow ``torch.backends.cuda.matmul``.
 
     Args:
         sequence: data ``[visits, E]`` with its batch sizes, as ``pack_padded_sequence`` and

@@ -3,6 +3,7 @@
 
 ``gates`` and ``cells`` are what the backward pass needs, in the kernel's own layout; empty without
 training. Gates are those of the first ``kept`` visits: the backward pass computes the others again.
+``tf32`` lets the CUDA kernels multiply float32 hidden states as TF32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ register("packed_lstm", "cpu", package=__package__, on_request=("cuda",))
 @operator(
     "packed_lstm_layer(Tensor input, Tensor batch_sizes, Tensor weight_ih, Tensor weight_hh,"
     " Tensor? bias_ih, Tensor? bias_hh, Tensor? h0, Tensor? c0, bool reverse, bool training,"
-    " SymInt kept) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+    " SymInt kept, bool tf32=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates,"
+    " Tensor cells)"
 )
 def _(
     input,
@@ -33,6 +35,7 @@ def _(
     reverse,
     training,
     kept,
+    tf32=False,
 ):
     visits, hidden = input.shape[0], weight_hh.shape[1]
     # The number of patients is a value, batch_sizes[0]; the shape of given states is the same.
@@ -53,8 +56,8 @@ def _(
     "packed_lstm_layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n,"
     " Tensor input, Tensor batch_sizes, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih,"
     " Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor output, Tensor gates, Tensor cells,"
-    " bool reverse, bool need_input, bool need_weights, bool need_states) -> (Tensor input,"
-    " Tensor weight_ih, Tensor weight_hh, Tensor bias, Tensor h0, Tensor c0)"
+    " bool reverse, bool need_input, bool need_weights, bool need_states, bool tf32=False)"
+    " -> (Tensor input, Tensor weight_ih, Tensor weight_hh, Tensor bias, Tensor h0, Tensor c0)"
 )
 def _(
     grad_output,
@@ -75,6 +78,7 @@ def _(
     need_input,
     need_weights,
     need_states,
+    tf32=False,
 ):
     state = next((s for s in (h0, c0, grad_h_n, grad_c_n) if s is not None), None)
 
