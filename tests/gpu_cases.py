@@ -29,6 +29,7 @@ from ehrseq_fast import (
     visit_cross_entropy,
     visit_mean_pool,
 )
+from ehrseq_fast.checks import accumulator
 from ehrseq_fast.losses import FixedHorizonProgressionLoss
 
 from .tolerances import assert_close
@@ -194,6 +195,19 @@ def _packed_rates_loss(device: str) -> Case:
     )
 
 
+def _weighted_rates_loss(device: str) -> Case:
+    *outcomes, mask = _outcomes(device, "event_times", "event_indicators")
+    # of every dtype of a loss, so that a call launches nothing but its own; exact in 16 bits
+    visits = torch.arange(PATIENTS * VISITS, device=device).view(PATIENTS, VISITS) % 7 / 4
+    weights = {dtype: visits.to(dtype) for dtype in (torch.float32, torch.float64)}
+    return Case(
+        normal(PATIENTS, VISITS),
+        lambda x: piecewise_hazard_nll(
+            x, *outcomes, None, mask, visit_weight=weights[accumulator(x.dtype)]
+        ),
+    )
+
+
 def _ranking_loss(device: str) -> Case:
     args = _outcomes(device, "event_times", "event_indicators")
     return Case(normal(PATIENTS, VISITS), lambda x: deephit_ranking_loss(x, *args))
@@ -277,6 +291,7 @@ CASES: dict[str, tuple[str, Callable[[str], Case], int | None, int | None]] = {
     "packed competing mass": ("pmf_nll", _packed_competing_mass_loss, 1, 1),
     "rates": ("piecewise_hazard", _rates_loss, 1, 1),
     "packed rates of each": ("piecewise_hazard", _packed_rates_loss, 1, 1),
+    "weighted rates": ("piecewise_hazard", _weighted_rates_loss, 1, 1),
     "ranking": ("deephit_ranking", _ranking_loss, 3, 1),
     "packed competing ranking": ("deephit_ranking", _packed_competing_ranking_loss, 3, 1),
     "horizon": ("fixed_horizon_bce", _horizon_loss, 2, 1),

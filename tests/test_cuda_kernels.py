@@ -76,12 +76,15 @@ def test_a_loss_of_a_mass_is_one_launch_each_way(shim, reduction):
     assert launched == Counts(kernels=1, memsets=0)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_loss_of_rates_is_one_launch_each_way(shim, reduction):
+def test_a_loss_of_rates_is_one_launch_each_way(shim, reduction, weighted):
     patients = draw_patients(300, 50)
     logits = torch.randn(300, 50).requires_grad_()
     args = patients.times, patients.types, torch.rand(300), patients.mask
-    nll, launched = counted(shim, lambda: piecewise_hazard_nll(logits, *args, reduction=reduction))
+    options = {"visit_weight": torch.rand(300, 50)} if weighted else {}
+    options["reduction"] = reduction
+    nll, launched = counted(shim, lambda: piecewise_hazard_nll(logits, *args, **options))
     assert launched == Counts(kernels=1, memsets=0)
     grad_nll = torch.ones(()).expand(nll.shape)
     _, launched = counted(shim, lambda: torch.autograd.grad(nll, logits, grad_nll))

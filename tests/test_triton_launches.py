@@ -115,6 +115,13 @@ def packed_rates(**options):
     return x, lambda: piecewise_hazard_nll(PackedRows(x, batch), link="exp", **options)
 
 
+def weighted_rates(**options):
+    patients = draw_patients(60, 21)
+    x, weight = torch.randn(60, 21, requires_grad=True), torch.rand(60, 21)
+    args = patients.times, patients.types, torch.rand(60), patients.mask
+    return x, lambda: piecewise_hazard_nll(x, *args, visit_weight=weight, **options)
+
+
 def ranking():
     patients = draw_patients(100, 21)
     x = torch.randn(100, 21, requires_grad=True)
@@ -169,6 +176,7 @@ KERNELS = {
     packed_competing_mass: "pmf_nll_kernel",
     rates: "piecewise_hazard_kernel",
     packed_rates: "piecewise_hazard_kernel",
+    weighted_rates: "piecewise_hazard_kernel",
 }
 
 

@@ -160,15 +160,24 @@ def _mass(
 
 
 def _rates(
-    link: str, packed: bool, reduction: str = "mean", patients: int = 64, visits: int = 100
+    link: str,
+    packed: bool,
+    reduction: str = "mean",
+    patients: int = 64,
+    visits: int = 100,
+    weighted: bool = False,
 ) -> Callable[[torch.dtype], torch.Tensor]:
     from ehrseq_fast import PackedRows, PackedVisits, piecewise_hazard_nll
+    from ehrseq_fast.checks import accumulator
 
     def run(dtype: torch.dtype) -> torch.Tensor:
         logits = torch.full((patients, visits), 0.5, dtype=dtype, requires_grad=True)
         outcomes = torch.zeros(patients, dtype=torch.int64), torch.zeros(patients)
         given = (*outcomes, torch.ones(patients))
         options: dict[str, Any] = {"link": link, "reduction": reduction}
+        if weighted:
+            shape = (patients * visits,) if packed else (patients, visits)
+            options["visit_weight"] = torch.ones(shape, dtype=accumulator(dtype))
         if not packed:
             mask = torch.ones(patients, visits, dtype=torch.bool)
             return piecewise_hazard_nll(logits, *given, mask, **options)
@@ -283,6 +292,10 @@ def cases() -> Iterator[Case]:
     yield Case("packed loss, one a patient", single, _packed_loss("none", None))
     yield Case("padded loss of rates", single, _rates("softplus", packed=False))
     yield Case("packed loss of rates, exp", single, _rates("exp", packed=True), HOPPER)
+    weighted = _rates("softplus", packed=False, weighted=True)
+    yield Case("padded loss of rates, weights", single, weighted, HOPPER)
+    weighted = _rates("exp", packed=True, weighted=True)
+    yield Case("packed loss of rates, exp, weights", single, weighted, HOPPER)
     yield Case("padded loss of a mass", single, _mass(None, packed=False))
     yield Case("packed loss of a mass, competing", single, _mass(4, packed=True), HOPPER)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -294,6 +307,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"packed pooling, attention, E {WIDE}", dtype, attention, HOPPER)
         yield Case("padded loss", dtype, _single_risk("mean"), HOPPER)
         yield Case("packed loss of rates", dtype, _rates("softplus", packed=True), HOPPER)
+        weighted = _rates("softplus", packed=True, weighted=True)
+        yield Case("packed loss of rates, weights", dtype, weighted, HOPPER)
         yield Case("packed loss of a mass", dtype, _mass(None, packed=True), HOPPER)
         yield Case("packed loss, softmax", dtype, _packed_loss("mean", 4, **softmax), HOPPER)
     yield Case("next codes", single, _next_codes())
@@ -426,6 +441,7 @@ def compiled_again() -> list[str]:
         lambda patients, visits: _next_codes(visits),
         lambda patients, visits: _mass(2, True, patients=patients, visits=visits),
         lambda patients, visits: _ranking(2, True, patients=patients, visits=visits),
+        lambda patients, visits: _rates("exp", True, "mean", patients, visits, weighted=True),
         lambda patients, visits: _classes(True, patients, visits),
         lambda patients, visits: _horizon(True, patients, visits),
     ):
