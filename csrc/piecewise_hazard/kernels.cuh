@@ -48,24 +48,26 @@ struct RateModel {};
 // --- weights of visits -----------------------------------------------------------------------
 
 // What a visit's term is multiplied by, and its slope. Without weights of visits a slope is scaled
-// last, with them its weight is.
-template <typename T>
+// last, with them its weight is: the product of weight and slope may be too large.
 struct NoWeight {
-  T scale;
-
-  __device__ Term<T> of(const Term<T>& term) const { return term; }
-  __device__ T scaled(T slope) const { return slope * scale; }
+  template <typename T>
+  __device__ Term<T> of(const Term<T>& term, T) const {
+    return term;
+  }
+  template <typename T>
+  __device__ T scaled(T slope, T scale) const {
+    return slope * scale;
+  }
 };
 
 template <typename T>
 struct VisitWeight {
   T weight;
-  T scale;
 
-  __device__ Term<T> of(const Term<T>& term) const {
+  __device__ Term<T> of(const Term<T>& term, T scale) const {
     return {weight * term.nll, weight * scale * term.slope};
   }
-  __device__ T scaled(T slope) const { return slope; }
+  __device__ T scaled(T slope, T) const { return slope; }
 };
 
 // The visits of a layout, and the weights of the rows that they are.
@@ -85,13 +87,13 @@ struct WeightedLayout {
   }
 };
 
-template <typename Visits, typename T>
-__device__ NoWeight<T> weight_of(const Visits&, int64_t, T scale) {
-  return {scale};
+template <typename Visits>
+__device__ NoWeight weight_of(const Visits&, int64_t) {
+  return {};
 }
 template <typename Visits, typename T>
-__device__ VisitWeight<T> weight_of(const WeightedVisits<Visits, T>& visits, int64_t row, T scale) {
-  return {visits.weights[row], scale};
+__device__ VisitWeight<T> weight_of(const WeightedVisits<Visits, T>& visits, int64_t row) {
+  return {visits.weights[row]};
 }
 
 // --- one patient -----------------------------------------------------------------------------
@@ -99,14 +101,14 @@ __device__ VisitWeight<T> weight_of(const WeightedVisits<Visits, T>& visits, int
 // f Λ - δ log Λ. What is not seen is left out: 0 times an infinite Λ would be NaN. Both are
 // weighed, as an infinite weight may make them infinities that cancel.
 template <typename Rate, typename T, typename Weight>
-__device__ Term<T> last_interval(T x, T fraction, bool is_event, const Weight& weight) {
+__device__ Term<T> last_interval(T x, T fraction, bool is_event, const Weight& weight, T scale) {
   Term<T> term{0, 0};
   if (fraction != T(0)) {
     const Term<T> whole = Rate::integral(x);
-    term = weight.of({fraction * whole.nll, fraction * whole.slope});
+    term = weight.of(Term<T>{fraction * whole.nll, fraction * whole.slope}, scale);
   }
   if (is_event) {
-    const Term<T> of_log = weight.of(Rate::log_integral(x));
+    const Term<T> of_log = weight.of(Rate::log_integral(x), scale);
     term = {term.nll - of_log.nll, term.slope - of_log.slope};
   }
   return term;
@@ -133,7 +135,7 @@ __device__ accumulator_t<scalar_t> nll_of_patient(RateModel<Rate>, const Visits&
     if (!visits.has(begin)) break;  // nor has it any later one
     int64_t at[kInFlight];
     T x[kInFlight];
-    decltype(weight_of(visits, 0, scale)) weight[kInFlight];
+    decltype(weight_of(visits, 0)) weight[kInFlight];
     bool counts[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -145,17 +147,18 @@ __device__ accumulator_t<scalar_t> nll_of_patient(RateModel<Rate>, const Visits&
                                : visit >= outcome.entry && visit < outcome.survived_to;
       counts[i] = is_slot && is_read && visits.counts(visit);
       x[i] = counts[i] ? T(widen(logits.values[at[i]])) : T(0);
-      if (counts[i]) weight[i] = weight_of(visits, at[i], scale);
+      if (counts[i]) weight[i] = weight_of(visits, at[i]);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       T slope = 0;
       if (counts[i]) {
-        const Term<T> term = begin + i * settings.lanes == outcome.time
-                                 ? last_interval<Rate<T>>(x[i], fraction, is_event, weight[i])
-                                 : weight[i].of(Rate<T>::integral(x[i]));
+        const Term<T> term =
+            begin + i * settings.lanes == outcome.time
+                ? last_interval<Rate<T>>(x[i], fraction, is_event, weight[i], scale)
+                : weight[i].of(Rate<T>::integral(x[i]), scale);
         nll += term.nll;
-        slope = signed_zero(weight[i].scaled(term.slope));
+        slope = signed_zero(weight[i].scaled(term.slope, scale));
       }
       if (wants_grad && at[i] >= 0) logits.grad[at[i]] = narrow<grad_t>(slope);
     }
