@@ -195,6 +195,16 @@ def test_constant_risks():
     assert nobody.ici == 0
 
 
+def test_a_fit_that_takes_another_method_is_quiet(recwarn):
+    """A bootstrap of few events would print a line for every other sample."""
+    rng = np.random.default_rng(92)  # one that scikit-learn 1.9 warns of
+    found = calibration(
+        rng.uniform(0, 0.5, 9), rng.uniform(0, 20, 9), np.ones(9), landmark=0, horizon=10
+    )
+    assert 0 < found.ici < 1
+    assert not [str(each.message) for each in recwarn]
+
+
 def test_a_plot():
     matplotlib = pytest.importorskip("matplotlib", reason="plots need matplotlib")
     assert matplotlib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -192,7 +193,9 @@ def _smoothed(x: Floats, cases: Floats, others: Floats) -> Floats:
     is_case = np.arange(len(weight)) < len(cases)
     kept = weight > 0
     fitted = LogisticRegression(C=1e6, max_iter=1000, solver="newton-cholesky")
-    fitted.fit(np.tile(basis, (2, 1))[kept], is_case[kept], sample_weight=weight[kept])
+    with warnings.catch_warnings():  # that it goes on by another method; a bad end still warns
+        warnings.filterwarnings("ignore", ".*resort to lbfgs instead")
+        fitted.fit(np.tile(basis, (2, 1))[kept], is_case[kept], sample_weight=weight[kept])
     return fitted.predict_proba(basis)[:, 1]
 
 
