@@ -250,6 +250,20 @@ def test_what_they_do_not_serve_goes_where_it_went(shim, hidden, dtype):
 
 
 @on_host
+def test_why_they_are_not_taken(shim):
+    def why(dtype, hidden):
+        return cuda.why_not(torch.empty(0, dtype=dtype), hidden)
+
+    assert why(torch.bfloat16, 416) is None
+    assert why(torch.float32, 288) is None
+    assert "up to 416 in torch.bfloat16, got 448" in why(torch.bfloat16, 448)
+    assert "up to 288 in torch.float32, got 320" in why(torch.float32, 320)
+    assert "float32, bfloat16 and float16, and this is torch.float64" in why(torch.float64, 32)
+    with torch.autocast("cpu"):
+        assert why(torch.bfloat16, 32) == "autocast takes cuDNN"
+
+
+@on_host
 def test_they_are_taken_where_they_are_asked_for(shim, monkeypatch):
     fast = PackedLSTM(3, 32)
     packed = pack_sequence([torch.randn(2, 3)])

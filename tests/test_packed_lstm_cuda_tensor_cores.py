@@ -13,6 +13,7 @@ from ehrseq_fast import PackedLSTM
 from ehrseq_fast.packed_lstm import cuda
 from ehrseq_fast.packed_lstm.reference import packed_lstm_layer
 
+from . import cuda_on_cpu
 from .packed_lstm_on_cuda import (
     NOTHING,
     assert_agree,
@@ -95,6 +96,7 @@ def test_tiles_of_sixteen_patients(shim, hidden, bidirectional):
     agree(*twice(lengths, 2, hidden, **options), torch.bfloat16)
 
 
+@pytest.mark.skipif(cuda_on_cpu.SANITIZED, reason="the sanitizers see its bounds with two patients")
 def test_tiles_of_eight_patients_for_the_largest_layers(shim):
     fast, exact, mine, theirs = twice([1] * 129, 2, 416, dtype=torch.float16)
     with torch.no_grad():
@@ -132,10 +134,10 @@ def test_inference_has_the_bits_of_training(shim, dtype):
 
 
 def test_no_order_of_blocks_changes_a_bit(shim, dtype):
-    """Fifty times, each in another order of blocks, warps and lanes."""
+    """Fifty times, each in another order of blocks, warps and lanes; fewer under sanitizers."""
     fast, _, mine, _ = twice([3, 2, 2, 1, 1, 1, 1, 1, 1], given=True, dtype=dtype)
     first = everything(fast, *mine)
-    for seed in range(50):
+    for seed in range(5 if cuda_on_cpu.SANITIZED else 50):
         shim.set_seed(100 * seed)
         assert all(map(torch.equal, first, everything(fast, *mine)))
 
