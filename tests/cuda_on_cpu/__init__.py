@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -86,16 +87,22 @@ def _key(*parts: str | Path) -> str:
     return digest.hexdigest()[:20]
 
 
+def _headers_of(source: Path) -> list[Path]:
+    """The headers here and in ``csrc`` that a source includes, or that one of those does."""
+    found: set[Path] = set()
+    unread = [source]
+    while unread:
+        for name in re.findall(r'#include [<"]([^>"]+)[>"]', unread.pop().read_text()):
+            paths = (folder / name for folder in (CSRC, HERE / "include"))
+            new = [path for path in paths if path.is_file() and path not in found]
+            found.update(new)
+            unread += new
+    return sorted(found)
+
+
 def _compile(source: Path) -> Path:
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True)
-    own = CSRC if source.parent == HERE else source.parent
-    headers = [
-        path
-        for folder in (own, CSRC / "common", HERE / "include")
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in {".h", ".cuh"}
-    ]
-    key = _key(version.stdout, *_flags(), source, *headers)
+    key = _key(version.stdout, *_flags(), source, *_headers_of(source))
     compiled = CACHE / f"{source.parent.name}-{source.stem}-{key}.o"
     if not compiled.exists():
         unfinished = compiled.with_suffix(f".{os.getpid()}")
