@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import PackedVisits
-from .checks import expect_option
+from .checks import accumulator, expect_option
 from .deephit_ranking import deephit_competing_ranking_loss, deephit_ranking_loss
 from .fixed_horizon import fixed_horizon_bce
 from .losses import FixedHorizonProgressionLoss
@@ -42,6 +42,7 @@ def warmup(
     from_logits: bool = False,
     next_codes: bool = False,
     code_weights: bool = False,
+    visit_weights: bool = False,
     sparse_grad: bool = False,
     embeddings: bool = False,
     losses: Sequence[str] = (),
@@ -67,6 +68,7 @@ def warmup(
         next_codes: compile :func:`~ehrseq_fast.next_codes_bce` too, without weights of classes.
         code_weights: compile pooling with weights per code and their gradient too, in the modes
             that have it.
+        visit_weights: compile the survival losses with weights of visits too.
         sparse_grad: compile pooling with sparse gradients of the table too, in the modes that
             have them.
         embeddings: compile :func:`~ehrseq_fast.masked_pool` too, of embeddings that exist, in the
@@ -102,7 +104,8 @@ def warmup(
             for sparse in (False, True) if is_sparse else (False,):
                 _pool_once(*sizes, dtype, mode, code_weights, sparse, device)
         for count in (None, causes) if causes else (None,):
-            _loss_once(patients, visits, count, from_logits, dtype, device)
+            for weighted in (False, True) if visit_weights else (False,):
+                _loss_once(patients, visits, count, from_logits, weighted, dtype, device)
         if next_codes:
             _codes_once(patients, visits, codes, vocab_size, dtype, device)
         if embeddings:
@@ -151,6 +154,7 @@ def _loss_once(
     visits: int,
     causes: int | None,
     from_logits: bool,
+    weighted: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
@@ -158,31 +162,32 @@ def _loss_once(
     mask = torch.ones(patients, visits, dtype=torch.bool, device=device)
     batch = PackedVisits.from_lists([[[1]] * visits] * patients).to(device)
     shape = [patients, visits] if causes is None else [patients, visits, causes]
+    weight = None
+    if weighted:
+        weight = torch.ones(patients, visits, dtype=accumulator(dtype), device=device)
+    options: Any = {"from_logits": from_logits, "visit_weight": weight}
+    of_rows = {**options, "visit_weight": None if weight is None else weight.flatten()}
 
     def hazards(*shape: int) -> Tensor:
         return torch.full(shape, 0.5, dtype=dtype, device=device, requires_grad=True)
 
     if causes is None:
-        padded = discrete_time_survival_nll(
-            hazards(*shape), outcomes, outcomes, mask, from_logits=from_logits
-        )
+        padded = discrete_time_survival_nll(hazards(*shape), outcomes, outcomes, mask, **options)
         packed = packed_survival_nll(
             hazards(patients * visits),
             batch,
             event_times=outcomes,
             event_indicators=outcomes,
-            from_logits=from_logits,
+            **of_rows,
         )
     else:
-        padded = competing_risks_nll(
-            hazards(*shape), outcomes, outcomes, mask, from_logits=from_logits
-        )
+        padded = competing_risks_nll(hazards(*shape), outcomes, outcomes, mask, **options)
         packed = packed_competing_risks_nll(
             hazards(patients * visits, causes),
             batch,
             event_times=outcomes,
             event_types=outcomes,
-            from_logits=from_logits,
+            **of_rows,
         )
     (padded + packed).backward()
 

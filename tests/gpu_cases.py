@@ -166,6 +166,32 @@ def _packed_competing_loss(device: str) -> Case:
     return Case(hazards_of_shape(batch.n_visits, 2), lambda h: packed_competing_risks_nll(h, batch))
 
 
+def _weighted_loss(device: str) -> Case:
+    args = _outcomes(device, "event_times", "event_indicators")
+    # of every dtype of a loss, so that a call launches nothing but its own; exact in 16 bits
+    visits = torch.arange(PATIENTS * VISITS, device=device).view(PATIENTS, VISITS) % 5 / 4
+    weights = {dtype: visits.to(dtype) for dtype in (torch.float32, torch.float64)}
+    return Case(
+        hazards_of_shape(PATIENTS, VISITS),
+        lambda h: discrete_time_survival_nll(h, *args, visit_weight=weights[accumulator(h.dtype)]),
+    )
+
+
+def _packed_weighted_loss(device: str) -> Case:
+    batch = make_batch(device)
+    weights = {
+        dtype: torch.arange(batch.n_visits, device=device).to(dtype) % 5 / 4
+        for dtype in (torch.float32, torch.float64)
+    }
+    options = {"from_logits": True, "link": "softmax", "reduction": "none"}
+    return Case(
+        normal(batch.n_visits, 3),
+        lambda x: packed_competing_risks_nll(
+            x, batch, visit_weight=weights[accumulator(x.dtype)], **options
+        ),
+    )
+
+
 def _mass_loss(device: str) -> Case:
     args = _outcomes(device, "event_times", "event_indicators")
     return Case(normal(PATIENTS, VISITS), lambda x: pmf_nll(x, *args))
@@ -287,6 +313,8 @@ CASES: dict[str, tuple[str, Callable[[str], Case], int | None, int | None]] = {
     "packed loss": ("packed_survival_nll", _packed_loss("mean"), 1, 1),
     "packed loss of each": ("packed_survival_nll", _packed_loss("none"), 1, 1),
     "packed competing": ("packed_survival_nll", _packed_competing_loss, 1, 1),
+    "weighted": ("visit_weighted_nll", _weighted_loss, 1, 1),
+    "packed weighted of each": ("visit_weighted_nll", _packed_weighted_loss, 1, 1),
     "mass": ("pmf_nll", _mass_loss, 1, 1),
     "packed competing mass": ("pmf_nll", _packed_competing_mass_loss, 1, 1),
     "rates": ("piecewise_hazard", _rates_loss, 1, 1),

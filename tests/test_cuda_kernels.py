@@ -92,6 +92,19 @@ def test_a_loss_of_rates_is_one_launch_each_way(shim, reduction, weighted):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_with_weights_of_visits_is_one_launch_each_way(shim, reduction):
+    patients = draw_patients(300, 50)
+    logits = torch.randn(300, 50).requires_grad_()
+    args = patients.times, patients.types, patients.mask
+    options = {"from_logits": True, "visit_weight": torch.rand(300, 50), "reduction": reduction}
+    nll, launched = counted(shim, lambda: discrete_time_survival_nll(logits, *args, **options))
+    assert launched == Counts(kernels=1, memsets=0)
+    grad_nll = torch.ones(()).expand(nll.shape)
+    _, launched = counted(shim, lambda: torch.autograd.grad(nll, logits, grad_nll))
+    assert launched == Counts(kernels=1, memsets=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_packed_loss_is_one_launch_each_way(shim, reduction):
     lengths = [1 + i % 37 for i in range(500)]
     batch = PackedVisits.from_lists(
@@ -191,6 +204,14 @@ def test_impossible_outcomes_stay_within_memory_and_the_formula(shim, link, incl
     (expected_grad,) = torch.autograd.grad(expected.sum(), x)
     torch.testing.assert_close(nll, expected.detach())
     torch.testing.assert_close(grad, expected_grad)
+    weight = torch.where(mask, torch.rand(8, 6), float("nan"))
+    given = (hazards, times, types, mask, None, None, None, entries, None, weight)
+    numbers = (competing, link, included, 1e-7, 0, True)
+    nll, grad = ops().visit_weighted_nll(*given, *numbers)
+    expected = definition(x, times, types, mask, visit_weight=weight, **options)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(nll, expected.detach())
+    torch.testing.assert_close(grad, expected_grad)
 
 
 def test_a_packed_time_past_the_visits_reads_no_other_patient(shim):
@@ -204,6 +225,13 @@ def test_a_packed_time_past_the_visits_reads_no_other_patient(shim):
     for patient, own in enumerate(batch.pad(hazards, 0.0)):
         torch.testing.assert_close(nll[patient], -torch.log1p(-own).sum())
     torch.testing.assert_close(grad, 1 / (1 - hazards))
+    weight = torch.rand(batch.n_visits)
+    times = torch.tensor([9, 1, 2**40])
+    given = (hazards, times, seen, None, *rows, None, None, weight, False, 0, False, 1e-7, 0, True)
+    nll, grad = ops().visit_weighted_nll(*given)
+    terms = batch.pad(-torch.log1p(-hazards) * weight, 0.0)
+    torch.testing.assert_close(nll, terms.sum(1))
+    torch.testing.assert_close(grad, weight / (1 - hazards))
 
 
 @pytest.mark.parametrize(

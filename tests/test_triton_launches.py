@@ -89,6 +89,21 @@ def packed_competing(**options):
     return x, lambda: packed_competing_risks_nll(x, batch, **options)
 
 
+def weighted(**options):
+    patients = draw_patients(12, 21, causes=3)
+    x = draw_hazards((12, 21, 4), torch.float32, True).requires_grad_()
+    args = patients.times, patients.types, patients.mask.float()
+    more = {"from_logits": True, "link": "softmax", "visit_weight": torch.rand(12, 21)}
+    return x, lambda: competing_risks_nll(x, *args, **more, **options)
+
+
+def packed_weighted(**options):
+    batch = records()
+    x = torch.full((batch.n_visits,), 0.25, requires_grad=True)
+    weight = torch.rand(batch.n_visits)
+    return x, lambda: packed_survival_nll(x, batch, visit_weight=weight, **options)
+
+
 def mass(**options):
     patients = draw_patients(60, 21)
     x = torch.randn(60, 21, requires_grad=True)
@@ -172,6 +187,8 @@ KERNELS = {
     competing: "survival_nll_kernel",
     packed: "survival_nll_kernel",
     packed_competing: "survival_nll_kernel",
+    weighted: "survival_nll_kernel",
+    packed_weighted: "survival_nll_kernel",
     mass: "pmf_nll_kernel",
     packed_competing_mass: "pmf_nll_kernel",
     rates: "piecewise_hazard_kernel",
@@ -293,7 +310,7 @@ def test_warmup_compiles_every_operation_that_has_kernels_in_triton():
     with CalledOperators() as called:
         names = warmup(
             **SMALL, modes=("mean", "max", "attention"), causes=2, next_codes=True,
-            code_weights=True, sparse_grad=True, embeddings=True, classes=3,
+            code_weights=True, visit_weights=True, sparse_grad=True, embeddings=True, classes=3,
             device=torch.get_default_device(),
             losses=(
                 "pmf_nll", "deephit_ranking_loss", "piecewise_hazard_nll", "visit_cross_entropy",

@@ -29,13 +29,7 @@ inline LogitsShape expect_rates(const Tensor& logits, const Tensor& event_times,
     expect_shape(*fraction, kName, "fraction", {shape.patients}, "[B]");
     expect_floating(*fraction, kName, "fraction");
   }
-  if (visit_weight.has_value()) {
-    expect_shape(*visit_weight, kName, "visit_weight", shape_of(logits),
-                 shape.packed ? "[n_visits]" : "[B, V]");
-    expect_dtype(
-        *visit_weight, kName, "visit_weight",
-        {logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float});
-  }
+  if (visit_weight.has_value()) expect_visit_weight(kName, *visit_weight, logits, shape.packed);
   return shape;
 }
 

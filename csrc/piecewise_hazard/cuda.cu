@@ -35,12 +35,7 @@ std::tuple<Tensor, Tensor> nll_and_gradient(const KernelSettings& settings, cons
       return link == RateLink::kExp ? launched(RateModel<Exp>{}, with_weights)
                                     : launched(RateModel<Softplus>{}, with_weights);
     };
-    if (weights.has_value()) {
-      using weight_t = accumulator_t<scalar_t>;
-      both = of_link(WeightedLayout<Layout, weight_t>{layout, data_of<weight_t>(*weights)});
-    } else {
-      both = of_link(layout);
-    }
+    both = weights.has_value() ? of_link(weighted(layout, *weights)) : of_link(layout);
   });
   return both;
 }

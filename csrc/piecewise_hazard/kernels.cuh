@@ -70,30 +70,13 @@ struct VisitWeight {
   __device__ T scaled(T slope, T) const { return slope; }
 };
 
-// The visits of a layout, and the weights of the rows that they are.
-template <typename Visits, typename T>
-struct WeightedVisits : Visits {
-  const T* weights;
-};
-
-template <typename Layout, typename T>
-struct WeightedLayout {
-  Layout layout;
-  const T* weights;
-
-  __device__ WeightedVisits<typename Layout::Visits, T> visits_of(int64_t patient,
-                                                                  unsigned slots) const {
-    return {layout.visits_of(patient, slots), weights};
-  }
-};
-
-template <typename Visits>
+template <typename T, typename Visits>
 __device__ NoWeight weight_of(const Visits&, int64_t) {
   return {};
 }
-template <typename Visits, typename T>
-__device__ VisitWeight<T> weight_of(const WeightedVisits<Visits, T>& visits, int64_t row) {
-  return {visits.weights[row]};
+template <typename T, typename Visits>
+__device__ VisitWeight<T> weight_of(const WeightedVisits<Visits>& visits, int64_t row) {
+  return {visits.template weight<T>(row)};
 }
 
 // --- one patient -----------------------------------------------------------------------------
@@ -135,7 +118,7 @@ __device__ accumulator_t<scalar_t> nll_of_patient(RateModel<Rate>, const Visits&
     if (!visits.has(begin)) break;  // nor has it any later one
     int64_t at[kInFlight];
     T x[kInFlight];
-    decltype(weight_of(visits, 0)) weight[kInFlight];
+    decltype(weight_of<T>(visits, 0)) weight[kInFlight];
     bool counts[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -147,7 +130,7 @@ __device__ accumulator_t<scalar_t> nll_of_patient(RateModel<Rate>, const Visits&
                                : visit >= outcome.entry && visit < outcome.survived_to;
       counts[i] = is_slot && is_read && visits.counts(visit);
       x[i] = counts[i] ? T(widen(logits.values[at[i]])) : T(0);
-      if (counts[i]) weight[i] = weight_of(visits, at[i]);
+      if (counts[i]) weight[i] = weight_of<T>(visits, at[i]);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {

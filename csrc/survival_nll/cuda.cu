@@ -1,7 +1,6 @@
 // The survival losses on a GPU: what is launched, and where its memory comes from.
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -22,40 +21,6 @@ using torch::headeronly::ScalarType;
 
 // --- forward ---------------------------------------------------------------------------------
 
-template <typename Layout>
-std::tuple<Tensor, Tensor> nll_and_gradient(const char* operation, KernelSettings settings,
-                                            const Layout& layout, const OutcomeColumns& outcomes,
-                                            const Tensor& hazards, int64_t link, int64_t reduction,
-                                            bool needs_grad) {
-  settings.nll_of_eps = -std::log(settings.eps);
-  const bool is_mean = static_cast<Reduction>(reduction) == Reduction::kMean;
-  settings.reduces = static_cast<Reduction>(reduction) != Reduction::kNone;
-  settings.share = is_mean ? 1.0 / static_cast<double>(settings.patients) : 1.0;
-  std::tuple<Tensor, Tensor> both;
-  dispatch_floating(hazards.scalar_type(), operation, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    switch (static_cast<Link>(link)) {
-      case Link::kProbabilities:
-        both = launch_nll<BernoulliModel<FromProbabilities>, Layout, scalar_t>(
-            operation, settings, layout, outcomes, hazards, needs_grad);
-        return;
-      case Link::kSigmoid:
-        both = launch_nll<BernoulliModel<FromLogits>, Layout, scalar_t>(
-            operation, settings, layout, outcomes, hazards, needs_grad);
-        return;
-      case Link::kCloglog:
-        both = launch_nll<BernoulliModel<FromCloglog>, Layout, scalar_t>(
-            operation, settings, layout, outcomes, hazards, needs_grad);
-        return;
-      case Link::kSoftmax:
-        both = launch_nll<SoftmaxModel, Layout, scalar_t>(operation, settings, layout, outcomes,
-                                                          hazards, needs_grad);
-        return;
-    }
-  });
-  return both;
-}
-
 std::tuple<Tensor, Tensor> padded_nll(const char* operation, bool competing, const Tensor& hazards,
                                       const Tensor& times, const Tensor& types,
                                       const OptionalTensor& mask, const OptionalTensor& entries,
@@ -73,17 +38,11 @@ std::tuple<Tensor, Tensor> padded_nll(const char* operation, bool competing, con
   expect_row_length(operation, slots, classes);
   expect_outcomes(operation, patients, competing, times, types, entries, weights);
   expect_sequence_mask(operation, mask, patients, slots);
-  KernelSettings settings{};
-  settings.patients = patients;
-  settings.slots = static_cast<unsigned>(slots);
-  settings.classes = static_cast<unsigned>(classes);
-  settings.censored_included = censored_included;
-  settings.eps = eps;
-  const bool by_visit = static_cast<Link>(link) == Link::kSoftmax;
-  settings.lanes = lanes_for(by_visit ? slots * kInFlight : slots * classes);
-  return nll_and_gradient(operation, settings, padded_layout(mask),
-                          outcomes_of(competing, times, types, entries, weights), rows, link,
-                          reduction, needs_grad);
+  const LogitsShape shape{false, patients, slots, classes};
+  return nll_and_gradient(
+      operation, settings_for(shape, slots, link, censored_included, eps, reduction),
+      padded_layout(mask), outcomes_of(competing, times, types, entries, weights), rows, link,
+      needs_grad);
 }
 
 std::tuple<Tensor, Tensor> survival_nll(const Tensor& hazards, const Tensor& event_times,
@@ -129,20 +88,13 @@ std::tuple<Tensor, Tensor> packed_survival_nll(
   expect_row_length(kName, rows.slots(), classes);
   expect_outcomes(kName, rows.patients(), competing, event_times, event_types, entry_times,
                   sample_weight);
-  KernelSettings settings{};
-  settings.patients = rows.patients();
-  settings.slots = static_cast<unsigned>(rows.slots());
-  settings.classes = static_cast<unsigned>(classes);
-  settings.censored_included = censored_included;
-  settings.eps = eps;
-  // By the mean length: the longest patient says little about the others.
-  const int64_t visits = hazards.size(0) / std::max<int64_t>(1, rows.patients()) + 1;
-  const bool by_visit = static_cast<Link>(link) == Link::kSoftmax;
-  settings.lanes = lanes_for(by_visit ? visits * kInFlight : visits * classes);
+  const LogitsShape shape{true, rows.patients(), rows.slots(), classes};
+  const int64_t visits = visits_of_one(hazards.size(0), rows.patients());
   return nll_and_gradient(
-      kName, settings, rows.layout(hazards.size(0)),
+      kName, settings_for(shape, visits, link, censored_included, eps, reduction),
+      rows.layout(hazards.size(0)),
       outcomes_of(competing, event_times, event_types, entry_times, sample_weight),
-      made_contiguous(hazards), link, reduction, needs_grad);
+      made_contiguous(hazards), link, needs_grad);
 }
 
 // --- backward --------------------------------------------------------------------------------

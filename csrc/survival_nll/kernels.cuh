@@ -156,42 +156,50 @@ __device__ accumulator_t<scalar_t> nll_of_trials(const Visits& visits,
                          outcome.type <= int64_t{classes} && visits.has(outcome.time) &&
                          visits.counts(outcome.time);
   const unsigned cause = has_event ? static_cast<unsigned>(outcome.type) - 1 : 0;
-  const int64_t event_at = has_event ? visits.row(outcome.time) * classes + cause : -1;
-  const T event_value = has_event && lane == 0 ? T(widen(hazards.values[event_at])) : T(0);
+  const int64_t event_row = has_event ? visits.row(outcome.time) : 0;
+  const int64_t event_at = has_event ? event_row * classes + cause : -1;
+  const bool has_own_event = has_event && lane == 0;
+  const T event_value = has_own_event ? T(widen(hazards.values[event_at])) : T(0);
+  const T event_weight = has_own_event ? visits.template weight<T>(event_row) : T(1);
 
   T nll = 0;
   for (unsigned begin = lane; begin < end; begin += kInFlight * settings.lanes) {
     if (!visits.has(begin / classes)) break;  // nor has it any later one
     int64_t at[kInFlight];
     T value[kInFlight];
+    T weight[kInFlight];
     bool counts[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const unsigned position = begin + i * settings.lanes;
       const unsigned visit = classes == 1 ? position : position / classes;
       const bool is_slot = position < end && visits.has(visit);
-      at[i] = is_slot ? visits.row(visit) * classes + (position - visit * classes) : -1;
+      const int64_t row = is_slot ? visits.row(visit) : 0;
+      at[i] = is_slot ? row * classes + (position - visit * classes) : -1;
       counts[i] = is_slot && at[i] != event_at && is_survived(visit) && visits.counts(visit);
       value[i] = counts[i] ? T(widen(hazards.values[at[i]])) : T(0);
+      weight[i] = counts[i] ? visits.template weight<T>(row) : T(1);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       T slope = 0;
       if (counts[i]) {
         const Term<T> term = likelihood.survived(value[i]);
-        nll += term.nll;
-        slope = Likelihood<T>::scaled(term.slope, scale);
+        nll += weight[i] * term.nll;
+        slope = Likelihood<T>::scaled(term.slope, weight[i] * scale);
       }
       if (wants_grad && at[i] >= 0 && at[i] != event_at) {
         hazards.grad[at[i]] = narrow<grad_t>(slope);
       }
     }
   }
-  if (has_event && lane == 0) {
+  if (has_own_event) {
     const Term<T> term = likelihood.event(event_value);
-    nll += term.nll;
-    if (wants_grad)
-      hazards.grad[event_at] = narrow<grad_t>(Likelihood<T>::scaled(term.slope, scale));
+    nll += event_weight * term.nll;
+    if (wants_grad) {
+      const T slope = Likelihood<T>::scaled(term.slope, event_weight * scale);
+      hazards.grad[event_at] = narrow<grad_t>(slope);
+    }
   }
   return nll;
 }
@@ -243,12 +251,14 @@ __device__ accumulator_t<scalar_t> nll_of_classes(const Visits& visits,
   T nll = 0;
   for (unsigned visit = lane; visit < end; visit += settings.lanes) {
     if (!visits.has(visit)) break;  // nor has it any later one
-    const int64_t at = visits.row(visit) * classes;
+    const int64_t row = visits.row(visit);
+    const int64_t at = row * classes;
     grad_t* grad = hazards.grad != nullptr ? hazards.grad + at : nullptr;
     const bool survived = visit >= outcome.entry && visit < outcome.survived_to;
     if ((survived || (visit == outcome.time && time_counts)) && visits.counts(visit)) {
       const unsigned target = survived ? 0 : static_cast<unsigned>(outcome.type);
-      nll += nll_of_class(hazards.values + at, grad, classes, target, scale);
+      const T weight = visits.template weight<T>(row);
+      nll += weight * nll_of_class(hazards.values + at, grad, classes, target, weight * scale);
     } else if (grad != nullptr) {
       for (unsigned c = 0; c < classes; ++c) grad[c] = narrow<grad_t>(T(0));
     }
@@ -277,7 +287,7 @@ __device__ auto nll_of_patient(SoftmaxModel, const Arguments&... arguments) {
 //   block   kThreads, as groups of settings.lanes lanes, one patient each; a lane takes every
 //           lanes-th value of its patient, kInFlight at a time (softmax: every lanes-th visit)
 //   shared  one sum per warp (static), where patients are summed
-//   reads   outcomes, the mask or row numbers, hazards at risk
+//   reads   outcomes, the mask or row numbers, hazards at risk and the weights of their visits
 //   writes  result.nll: one number, or [patients]; hazards.grad: every value, zeros off risk;
 //           result.partials [blocks] and the counter, where several blocks are summed
 template <typename Model, typename Layout, typename scalar_t, typename grad_t>

@@ -16,14 +16,14 @@
 #include "common/survival/outcomes.h"
 #include "common/survival/rank_layout.h"
 #include "common/tensors.h"
-#include "survival_nll/arguments.h"
 #include "survival_nll/improbable.h"
+#include "visit_weighted_nll/arguments.h"
 #include "visit_weighted_nll/rows.h"
 
 namespace ehrseq::survival {
 namespace {
 
-constexpr const char* kName = "visit_weighted_nll";
+constexpr const char* kName = kVisitWeightedNll;
 
 // Throws std::invalid_argument, unless no visit that the loss reads has a negative weight.
 // `weight_of(patient, visit)` is that of a visit. The outcomes have been checked.
@@ -97,18 +97,10 @@ std::tuple<Tensor, Tensor> visit_weighted_nll(
     int64_t link, bool censored_included, double eps, int64_t reduction, bool needs_grad) {
   expect_on_cpu(kName, hazards, event_times, event_types, sequence_mask, row_starts,
                 unsorted_indices, last_rows, entry_times, sample_weight, visit_weight);
-  const LogitsShape shape =
-      expect_logits(kName, competing, hazards, event_times, event_types, sequence_mask, row_starts,
-                    unsorted_indices, last_rows, entry_times, sample_weight, "hazards");
-  expect_options(kName, competing, link, eps, reduction);
+  const LogitsShape shape = expect_visit_weighted(
+      competing, hazards, event_times, event_types, sequence_mask, row_starts, unsorted_indices,
+      last_rows, entry_times, sample_weight, visit_weight, link, eps, reduction);
   const int64_t causes = causes_of(kName, shape.classes, link);
-  std::vector<int64_t> of_visits{hazards.size(0)};
-  if (!shape.packed) of_visits.push_back(shape.slots);
-  expect_shape(visit_weight, kName, "visit_weight", of_visits,
-               shape.packed ? "[n_visits]" : "[B, V]");
-  expect_dtype(
-      visit_weight, kName, "visit_weight",
-      {hazards.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float});
   const auto as_reduction = static_cast<Reduction>(reduction);
   const LossSettings settings{shape.patients,    shape.slots,
                               shape.classes,     static_cast<Link>(link),

@@ -78,9 +78,8 @@ def discrete_time_survival_nll(
             pass, so one that requires a gradient is refused.
         visit_weight: ``[B, V]`` (of packed rows ``[n_visits]`` or PackedRows) floating: multiplies
             each visit's term. Not negative where a visit is read; what it has elsewhere changes
-            nothing, even a NaN. On the CPU a kernel computes it; on a GPU it is the plain PyTorch
-            definition, whatever backend is asked for. One that requires a gradient is refused as
-            ``sample_weight`` is; ``torch.func.grad`` differentiates by it.
+            nothing, even a NaN. One that requires a gradient is refused as ``sample_weight`` is;
+            ``torch.func.grad`` differentiates by it.
         reduction: ``"mean"`` over the patients (always divided by B, whatever the weights; nan for
             B = 0, as ``torch.mean``), ``"sum"``, or ``"none"`` for ``[B]``.
         validate: check values on a GPU too, at the price of a synchronisation.

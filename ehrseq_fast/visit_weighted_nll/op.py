@@ -1,5 +1,4 @@
-"""The survival losses with a weight for each visit: kernels on the CPU, elsewhere the
-definition."""
+"""The survival losses with a weight for each visit: their checks, and the choice of backend."""
 
 from __future__ import annotations
 

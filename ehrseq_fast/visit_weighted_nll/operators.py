@@ -8,7 +8,7 @@ from typing import Any
 from ..operations import operator, register
 from ..survival_nll.operators import empty_nll_and_grad
 
-register("visit_weighted_nll", "cpu", package=__package__)
+register("visit_weighted_nll", "cpu", "cuda", "triton", package=__package__)
 
 
 # Hazards [B, V] with a mask, or rows of a packed batch, [n_visits]; with competing risks there is

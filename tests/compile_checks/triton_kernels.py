@@ -26,19 +26,22 @@ HOPPER = (90,)
 WIDE, ODD = 128, 50  # embedding widths: rows of whole 16-byte words, and rows that are not
 
 
+Run = Callable[[torch.dtype], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Case:
     """A use of a public operation whose kernels are compiled."""
 
     name: str
     dtype: torch.dtype
-    run: Callable[[torch.dtype], torch.Tensor]
+    run: Run
     targets: tuple[int, ...] = TARGETS
 
 
 def _padded_pool(
     mode: str, width: int = WIDE, mask: torch.dtype | None = torch.bool, sparse_grad: bool = False
-) -> Callable[[torch.dtype], torch.Tensor]:
+) -> Run:
     from ehrseq_fast import visit_mean_pool
 
     def run(dtype: torch.dtype) -> torch.Tensor:
@@ -58,7 +61,7 @@ def _packed_pool(
     visits: int = 30,
     codes: int = 19,
     weighted: bool = False,
-) -> Callable[[torch.dtype], torch.Tensor]:
+) -> Run:
     from ehrseq_fast import PackedVisits, packed_visit_pool
 
     def run(dtype: torch.dtype) -> torch.Tensor:
@@ -72,9 +75,7 @@ def _packed_pool(
     return run
 
 
-def _masked_pool(
-    mode: str, mask: torch.dtype | None = torch.bool
-) -> Callable[[torch.dtype], torch.Tensor]:
+def _masked_pool(mode: str, mask: torch.dtype | None = torch.bool) -> Run:
     from ehrseq_fast import masked_pool
 
     def run(dtype: torch.dtype) -> torch.Tensor:
@@ -85,33 +86,36 @@ def _masked_pool(
     return run
 
 
-def _single_risk(reduction: str, **options: Any) -> Callable[[torch.dtype], torch.Tensor]:
-    from ehrseq_fast import discrete_time_survival_nll
+def _of_visits(like: torch.Tensor, weighted: bool) -> dict[str, torch.Tensor]:
+    """Weights of visits, of the loss's dtype, where they are wanted."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return {"visit_weight": torch.ones(like.shape, dtype=wide)} if weighted else {}
+
+
+def _padded_loss(
+    reduction: str, classes: int | None = None, weighted: bool = False, **options: Any
+) -> Run:
+    from ehrseq_fast import competing_risks_nll, discrete_time_survival_nll
 
     def run(dtype: torch.dtype) -> torch.Tensor:
-        hazards = torch.full((64, 100), 0.5, dtype=dtype, requires_grad=True)
+        shape = (64, 100) if classes is None else (64, 100, classes)
+        hazards = torch.full(shape, 0.5, dtype=dtype, requires_grad=True)
         times, mask = torch.zeros(64, dtype=torch.int64), torch.ones(64, 100, dtype=torch.bool)
-        return discrete_time_survival_nll(
-            hazards, times, times, mask, reduction=reduction, **options
-        )
-
-    return run
-
-
-def _competing_risks(reduction: str, **options: Any) -> Callable[[torch.dtype], torch.Tensor]:
-    from ehrseq_fast import competing_risks_nll
-
-    def run(dtype: torch.dtype) -> torch.Tensor:
-        hazards = torch.full((64, 100, 4), 0.5, dtype=dtype, requires_grad=True)
-        times, mask = torch.zeros(64, dtype=torch.int64), torch.ones(64, 100, dtype=torch.bool)
-        return competing_risks_nll(hazards, times, times, mask, reduction=reduction, **options)
+        loss = discrete_time_survival_nll if classes is None else competing_risks_nll
+        given = {"reduction": reduction, **_of_visits(hazards, weighted), **options}
+        return loss(hazards, times, times, mask, **given)
 
     return run
 
 
 def _packed_loss(
-    reduction: str, causes: int | None, patients: int = 64, visits: int = 100, **options: Any
-) -> Callable[[torch.dtype], torch.Tensor]:
+    reduction: str,
+    causes: int | None,
+    patients: int = 64,
+    visits: int = 100,
+    weighted: bool = False,
+    **options: Any,
+) -> Run:
     from ehrseq_fast import PackedVisits, packed_competing_risks_nll, packed_survival_nll
 
     def run(dtype: torch.dtype) -> torch.Tensor:
@@ -119,7 +123,8 @@ def _packed_loss(
         shape = (patients * visits,) if causes is None else (patients * visits, causes)
         hazards = torch.full(shape, 0.5, dtype=dtype, requires_grad=True)
         times = torch.zeros(patients, dtype=torch.int64)
-        common = {"event_times": times, "reduction": reduction, **options}
+        of_visits = _of_visits(hazards if causes is None else hazards[:, 0], weighted)
+        common = {"event_times": times, "reduction": reduction, **of_visits, **options}
         if causes is None:
             return packed_survival_nll(hazards, batch, event_indicators=times, **common)
         return packed_competing_risks_nll(hazards, batch, event_types=times, **common)
@@ -127,7 +132,7 @@ def _packed_loss(
     return run
 
 
-def _next_codes(visits: int = 40, **options: Any) -> Callable[[torch.dtype], torch.Tensor]:
+def _next_codes(visits: int = 40, **options: Any) -> Run:
     from ehrseq_fast import PackedRows, PackedVisits, next_codes_bce
 
     def run(dtype: torch.dtype) -> torch.Tensor:
@@ -141,7 +146,7 @@ def _next_codes(visits: int = 40, **options: Any) -> Callable[[torch.dtype], tor
 
 def _mass(
     causes: int | None, packed: bool, reduction: str = "mean", patients: int = 64, visits: int = 100
-) -> Callable[[torch.dtype], torch.Tensor]:
+) -> Run:
     from ehrseq_fast import PackedRows, PackedVisits, pmf_competing_risks_nll, pmf_nll
 
     def run(dtype: torch.dtype) -> torch.Tensor:
@@ -166,18 +171,15 @@ def _rates(
     patients: int = 64,
     visits: int = 100,
     weighted: bool = False,
-) -> Callable[[torch.dtype], torch.Tensor]:
+) -> Run:
     from ehrseq_fast import PackedRows, PackedVisits, piecewise_hazard_nll
-    from ehrseq_fast.checks import accumulator
 
     def run(dtype: torch.dtype) -> torch.Tensor:
         logits = torch.full((patients, visits), 0.5, dtype=dtype, requires_grad=True)
         outcomes = torch.zeros(patients, dtype=torch.int64), torch.zeros(patients)
         given = (*outcomes, torch.ones(patients))
         options: dict[str, Any] = {"link": link, "reduction": reduction}
-        if weighted:
-            shape = (patients * visits,) if packed else (patients, visits)
-            options["visit_weight"] = torch.ones(shape, dtype=accumulator(dtype))
+        options.update(_of_visits(logits.flatten() if packed else logits, weighted))
         if not packed:
             mask = torch.ones(patients, visits, dtype=torch.bool)
             return piecewise_hazard_nll(logits, *given, mask, **options)
@@ -187,9 +189,7 @@ def _rates(
     return run
 
 
-def _ranking(
-    causes: int | None, packed: bool, patients: int = 64, visits: int = 100
-) -> Callable[[torch.dtype], torch.Tensor]:
+def _ranking(causes: int | None, packed: bool, patients: int = 64, visits: int = 100) -> Run:
     from ehrseq_fast import (
         PackedRows,
         PackedVisits,
@@ -213,7 +213,7 @@ def _ranking(
 
 def _classes(
     packed: bool, patients: int = 64, visits: int = 100, weighted: bool = False, **options: Any
-) -> Callable[[torch.dtype], torch.Tensor]:
+) -> Run:
     from ehrseq_fast import PackedRows, PackedVisits, visit_cross_entropy
 
     def run(dtype: torch.dtype) -> torch.Tensor:
@@ -232,7 +232,7 @@ def _classes(
 
 def _horizon(
     packed: bool, patients: int = 64, visits: int = 100, days: bool = False, **options: Any
-) -> Callable[[torch.dtype], torch.Tensor]:
+) -> Run:
     from ehrseq_fast import PackedRows, PackedVisits, fixed_horizon_bce
 
     def run(dtype: torch.dtype) -> torch.Tensor:
@@ -282,14 +282,18 @@ def cases() -> Iterator[Case]:
         no_mask = _masked_pool("mean", mask=None)
         yield Case(f"masked_pool, mean, no mask, E {WIDE}", dtype, no_mask, HOPPER)
     yield Case(f"packed pooling, mean, E {ODD}", single, _packed_pool("mean", ODD))
-    yield Case("padded loss", single, _single_risk("mean"))
+    yield Case("padded loss", single, _padded_loss("mean"))
     yield Case("packed loss", single, _packed_loss("mean", None))
-    yield Case("padded loss of logits", single, _single_risk("mean", from_logits=True))
-    yield Case("padded loss, competing", single, _competing_risks("mean"))
-    yield Case("padded loss, softmax", single, _competing_risks("mean", **softmax))
+    yield Case("padded loss of logits", single, _padded_loss("mean", from_logits=True))
+    yield Case("padded loss, competing", single, _padded_loss("mean", 4))
+    yield Case("padded loss, softmax", single, _padded_loss("mean", 4, **softmax))
     yield Case("packed loss, softmax", single, _packed_loss("mean", 4, **softmax))
-    yield Case("padded loss, one a patient", single, _single_risk("none"))
+    yield Case("padded loss, one a patient", single, _padded_loss("none"))
     yield Case("packed loss, one a patient", single, _packed_loss("none", None))
+    of_logits = _padded_loss("mean", weighted=True, from_logits=True)
+    yield Case("padded loss of logits, weights", single, of_logits)
+    of_classes = _packed_loss("mean", 4, weighted=True, **softmax)
+    yield Case("packed loss, softmax, weights", single, of_classes, HOPPER)
     yield Case("padded loss of rates", single, _rates("softplus", packed=False))
     yield Case("packed loss of rates, exp", single, _rates("exp", packed=True), HOPPER)
     weighted = _rates("softplus", packed=False, weighted=True)
@@ -305,7 +309,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"packed pooling, sum, E {WIDE}", dtype, _packed_pool("sum"), HOPPER)
         attention = _packed_pool("attention")
         yield Case(f"packed pooling, attention, E {WIDE}", dtype, attention, HOPPER)
-        yield Case("padded loss", dtype, _single_risk("mean"), HOPPER)
+        yield Case("padded loss", dtype, _padded_loss("mean"), HOPPER)
+        yield Case("packed loss, weights", dtype, _packed_loss("mean", None, weighted=True), HOPPER)
         yield Case("packed loss of rates", dtype, _rates("softplus", packed=True), HOPPER)
         weighted = _rates("softplus", packed=True, weighted=True)
         yield Case("packed loss of rates, weights", dtype, weighted, HOPPER)
@@ -316,9 +321,8 @@ def cases() -> Iterator[Case]:
     weights = {"pos_weight": torch.ones(1000), "class_weight": torch.ones(1000)}
     yield Case("next codes, weights", torch.bfloat16, _next_codes(**weights), HOPPER)
     yield Case("next codes, sampled", single, _next_codes(n_negatives=100), HOPPER)
-    yield Case(
-        "packed loss of logits", torch.bfloat16, _packed_loss("mean", None, from_logits=True)
-    )
+    of_logits = _packed_loss("mean", None, from_logits=True)
+    yield Case("packed loss of logits", torch.bfloat16, of_logits)
     yield Case("padded ranking", single, _ranking(None, packed=False))
     yield Case("packed ranking, competing", single, _ranking(4, packed=True), HOPPER)
     for dtype in (torch.bfloat16, torch.float64):
@@ -436,8 +440,9 @@ def compiled_again() -> list[str]:
         lambda patients, visits: _packed_pool(
             "mean", patients=patients, visits=visits, weighted=True
         ),
-        lambda patients, visits: _packed_loss("mean", 2, patients=patients, visits=visits),
-        lambda patients, visits: _packed_loss("none", None, patients=patients, visits=visits),
+        lambda patients, visits: _packed_loss("mean", 2, patients, visits),
+        lambda patients, visits: _packed_loss("none", None, patients, visits),
+        lambda patients, visits: _packed_loss("mean", 2, patients, visits, weighted=True),
         lambda patients, visits: _next_codes(visits),
         lambda patients, visits: _mass(2, True, patients=patients, visits=visits),
         lambda patients, visits: _ranking(2, True, patients=patients, visits=visits),

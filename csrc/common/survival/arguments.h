@@ -130,6 +130,18 @@ inline LogitsShape expect_logits(const char* operation, bool competing, const Te
   return shape;
 }
 
+// One number per visit beside the hazards or logits, of the type that their loss is summed in.
+inline void expect_visit_weight(const char* operation, const Tensor& visit_weight,
+                                const Tensor& logits, bool packed) {
+  std::vector<int64_t> of_visits{logits.size(0)};
+  if (!packed) of_visits.push_back(logits.size(1));
+  expect_shape(visit_weight, operation, "visit_weight", of_visits,
+               packed ? "[n_visits]" : "[B, V]");
+  const bool is_double = logits.scalar_type() == ScalarType::Double;
+  expect_dtype(visit_weight, operation, "visit_weight",
+               {is_double ? ScalarType::Double : ScalarType::Float});
+}
+
 inline std::string short_text(double value) {
   if (value != value) return "nan";  // whatever its sign
   char text[32];

@@ -28,6 +28,10 @@ struct PaddedLayout {
       mask.data = static_cast<const char*>(mask.data) + offset;
       return is_set(mask, visit);
     }
+    template <typename T>
+    __device__ T weight(int64_t) const {
+      return T(1);
+    }
   };
 
   __device__ Visits visits_of(int64_t patient, unsigned slots) const {
@@ -55,6 +59,10 @@ struct PackedLayout {
       return row;
     }
     __device__ bool counts(unsigned visit) const { return has(visit); }
+    template <typename T>
+    __device__ T weight(int64_t) const {
+      return T(1);
+    }
   };
 
   // The patients' rows make up the batch if its ends fit, the sizes do not rise and the ranks
@@ -67,6 +75,28 @@ struct PackedLayout {
     const int64_t rank = ranks[patient];
     require(rank >= 0 && rank < patients);
     return {*this, rank};
+  }
+};
+
+// The visits of either layout, with a weight for each row, of the type T that a loss is summed in.
+template <typename Visits>
+struct WeightedVisits : Visits {
+  const void* weights;
+
+  template <typename T>
+  __device__ T weight(int64_t row) const {
+    return static_cast<const T*>(weights)[row];
+  }
+};
+
+template <typename Layout>
+struct WeightedLayout {
+  Layout layout;
+  const void* weights;
+
+  __device__ WeightedVisits<typename Layout::Visits> visits_of(int64_t patient,
+                                                               unsigned slots) const {
+    return {layout.visits_of(patient, slots), weights};
   }
 };
 

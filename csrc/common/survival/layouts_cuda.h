@@ -29,4 +29,10 @@ struct RowTensors {
   }
 };
 
+// The weights have been checked, and are contiguous.
+template <typename Layout>
+WeightedLayout<Layout> weighted(const Layout& layout, const Tensor& weights) {
+  return {layout, weights.const_data_ptr()};
+}
+
 }  // namespace ehrseq::survival::cuda

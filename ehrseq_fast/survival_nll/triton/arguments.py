@@ -148,13 +148,14 @@ def check_layout(
     has_classes: bool,
     sequence_mask: Tensor | None,
     rows: tuple[Tensor | None, ...],
+    name: str = "logits",
 ) -> tuple[int, int, int]:
     """Logits of visits, ``[B, V]`` with a mask or rows of a packed batch, ``[n_visits]``, with a
-    last dimension ``K`` where ``has_classes``. Returns how many patients, slots and classes there
-    are."""
+    last dimension ``K`` where ``has_classes``; errors call them ``name``. Returns how many
+    patients, slots and classes there are."""
     given = _all_or_none(operation, rows)
     shape = ("[n_visits]", "[n_visits, K]") if given else ("[B, V]", "[B, V, K]")
-    check_hazards(operation, logits, (2 - bool(given) + has_classes,), shape[has_classes], "logits")
+    check_hazards(operation, logits, (2 - bool(given) + has_classes,), shape[has_classes], name)
     classes = logits.shape[-1] if has_classes else 1
     if given:
         if sequence_mask is not None:

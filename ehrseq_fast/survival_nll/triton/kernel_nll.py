@@ -50,7 +50,7 @@ def _softmax_trials(
 # no batch size, length or view makes Triton compile again. A stride of 1 still does: it coalesces.
 _RUN_TIME = ["hazards_patient", "mask_patient", "patients", "slots", "n_rows"]
 _POINTERS = ["hazards", "row_starts", "ranks", "last_rows", "times", "types", "mask", "entries",
-             "weights", "nll", "grad", "partials", "ticket"]  # fmt: skip
+             "weights", "visit_weights", "nll", "grad", "partials", "ticket"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_POINTERS)
@@ -73,6 +73,7 @@ def survival_nll_kernel(
     entries_stride,
     weights,
     weights_stride,
+    visit_weights,
     nll,
     grad,
     partials,
@@ -96,9 +97,10 @@ def survival_nll_kernel(
     """Loss and, unless ``grad`` is None, its gradient before it is scaled.
 
     Grid: programs that walk over the patients. A tile is ``[PATIENTS, VISITS, BLOCK_CLASSES]``
-    values of the hazards. Reads the hazards at risk, the outcomes and the mask; writes ``grad``
-    (every value of these patients) and, of each patient, ``nll``; or, if ``REDUCES``, one of
-    ``partials``, which the last program adds up into ``nll``.
+    values of the hazards. Reads the hazards at risk, the weights of their visits (one for each row,
+    contiguous) where there are any, the outcomes and the mask; writes ``grad`` (every value of
+    these patients) and, of each patient, ``nll``; or, if ``REDUCES``, one of ``partials``, which
+    the last program adds up into ``nll``.
     """
     class_of = tl.arange(0, BLOCK_CLASSES)[None, None, :]
     loss = tl.zeros([PATIENTS], tl.float64)
@@ -138,6 +140,12 @@ def survival_nll_kernel(
             else:
                 of_hazard = row * hazards_visit
             of_hazards = of_hazard[:, :, None] + class_of.to(tl.int64) * hazards_class
+            if visit_weights is None:
+                scales = scale
+            else:
+                at_risk = before | at_time
+                of_visit = tl.load(visit_weights + row, mask=at_risk, other=0.0)[:, :, None]
+                scales = scale * of_visit
 
             if LINK == SOFTMAX:
                 target, trial = _softmax_trials(
@@ -151,7 +159,7 @@ def survival_nll_kernel(
                 logit = tl.load(
                     hazards + of_hazards, mask=trial & (class_of < CLASSES), other=0.0
                 ).to(ACCUMULATOR)
-                terms, slopes = nll_of_softmax(logit, class_of, target, scale, CLASSES)
+                terms, slopes = nll_of_softmax(logit, class_of, target, scales, CLASSES)
             else:
                 event, trial = _trials(
                     before[:, :, None],
@@ -164,12 +172,17 @@ def survival_nll_kernel(
                 hazard = tl.load(hazards + of_hazards, mask=trial, other=0.0).to(ACCUMULATOR)
                 if LINK == PROBABILITIES:
                     hazard = tl.where(trial, hazard, 0.5)
-                    terms, slopes = nll_of_probabilities(hazard, event, scale, EPS, NLL_OF_EPS)
+                    terms, slopes = nll_of_probabilities(hazard, event, scales, EPS, NLL_OF_EPS)
                 elif LINK == CLOGLOG:
-                    terms, slopes = nll_of_cloglog(hazard, event, scale)
+                    terms, slopes = nll_of_cloglog(hazard, event, scales)
                 else:
-                    terms, slopes = nll_of_logits(hazard, event, scale)
-            terms_of_visits += tl.sum(tl.where(trial, terms, 0.0), axis=2)
+                    terms, slopes = nll_of_logits(hazard, event, scales)
+            counts = trial
+            if visit_weights is not None:
+                terms = terms * of_visit
+                if LINK == SOFTMAX:  # whose one term is at class 0: elsewhere 0 times infinity
+                    counts = trial & (class_of == 0)
+            terms_of_visits += tl.sum(tl.where(counts, terms, 0.0), axis=2)
 
             if grad is not None:
                 tl.store(

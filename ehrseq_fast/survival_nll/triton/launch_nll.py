@@ -27,11 +27,16 @@ def _nll_of_eps(eps: float, dtype: torch.dtype) -> float:
     return -math.log(eps) if eps > 0 and to_one else 0.0
 
 
+def _registers(dtype: torch.dtype, weighted: bool) -> int:
+    """What float32 needs, so that five blocks fit a multiprocessor, or four with weights."""
+    return 255 if dtype == torch.float64 else 128 if weighted else 96
+
+
 # row_starts, unsorted_indices, last_rows of a packed batch
 Rows = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def _launch_nll(
+def nll_and_grad(
     operation: str,
     hazards: Tensor,
     strides: tuple[int, ...],  # of patient, visit and class
@@ -48,7 +53,10 @@ def _launch_nll(
     eps: float,
     reduction: int,
     needs_grad: bool,
+    visit_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of hazards whose shape has been checked. Weights of visits are contiguous
+    and have the loss's dtype."""
     patients, slots, n_rows, classes = sizes
     arguments.check_options(operation, competing, classes, link, eps, reduction)
     outcomes = (event_times, event_types, entry_times, sample_weight)
@@ -71,6 +79,7 @@ def _launch_nll(
         *arguments.columns_of_patients(
             event_times, event_types, sequence_mask, entry_times, sample_weight
         ),
+        visit_weight,
         nll,
         grad if needs_grad else None,
         partials,
@@ -89,8 +98,7 @@ def _launch_nll(
         REDUCES=bool(reduction),
         **tile,
         num_warps=WARPS,
-        # what float32 needs, so that five blocks fit a multiprocessor
-        maxnreg=255 if hazards.dtype == torch.float64 else 96,
+        maxnreg=_registers(hazards.dtype, visit_weight is not None),
     )
     return nll, grad
 
@@ -106,7 +114,7 @@ def survival_nll(
     strides = (*hazards.stride(), 0)
     sizes = (patients, slots, patients * slots, 1)
     outcomes = (event_times, event_types, mask)
-    return _launch_nll(name, hazards, strides, (None,) * 3, sizes, False, *outcomes, *others)
+    return nll_and_grad(name, hazards, strides, (None,) * 3, sizes, False, *outcomes, *others)
 
 
 @implemented_in_triton("competing_risks_nll")
@@ -119,7 +127,7 @@ def competing_risks_nll(
     patients, slots, classes = hazards.shape
     sizes = (patients, slots, patients * slots, classes)
     strides, outcomes = hazards.stride(), (event_times, event_types, mask)
-    return _launch_nll(name, hazards, strides, (None,) * 3, sizes, True, *outcomes, *others)
+    return nll_and_grad(name, hazards, strides, (None,) * 3, sizes, True, *outcomes, *others)
 
 
 @implemented_in_triton("packed_survival_nll")
@@ -141,4 +149,4 @@ def packed_survival_nll(
     rows = (row_starts.contiguous(), unsorted_indices.contiguous(), last_rows.contiguous())
     sizes = (len(unsorted_indices), len(row_starts) - 1, hazards.shape[0], classes)
     outcomes = (event_times, event_types, None)
-    return _launch_nll(name, hazards, strides, rows, sizes, competing, *outcomes, *others)
+    return nll_and_grad(name, hazards, strides, rows, sizes, competing, *outcomes, *others)
