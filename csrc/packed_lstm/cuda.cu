@@ -170,13 +170,9 @@ void launch_scan(const Layer& layer, cudaStream_t stream) {
 Tensor product(const Tensor& a, const Tensor& b) {
   return made_contiguous(torch::stable::matmul(a, b));
 }
-// In float32, whatever is multiplied.
+// In float32, whatever is multiplied: torch.mm with an out_dtype, which it has on GPUs alone.
 Tensor product_in_float(const Tensor& a, const Tensor& b) {
   if (a.scalar_type() == ScalarType::Float) return product(a, b);
-  if (a.is_cpu()) {  // in tests: torch has the product below on GPUs alone
-    return product(torch::stable::to(a, ScalarType::Float),
-                   torch::stable::to(b, ScalarType::Float));
-  }
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(ScalarType::Float)};
   STABLE_TORCH_ERROR_CODE_CHECK(

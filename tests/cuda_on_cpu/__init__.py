@@ -143,11 +143,25 @@ class Counts:
     memsets: int
 
 
+def _mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    return a.to(out_dtype) @ b.to(out_dtype)
+
+
+def _products_of_gpus() -> torch.library.Library | None:
+    """``torch.mm`` with an ``out_dtype`` for the host's tensors; torch has it for CUDA's alone."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", "CPU"):
+        return None
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", _mm, "CPU")
+    return library
+
+
 class Shim:
     """The loaded library: its operators serve ``backend.emulating("cuda", KERNELS)``."""
 
     def __init__(self, path: Path) -> None:
         operations.define(NAMESPACE)
+        self._products = _products_of_gpus()
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
         operations.name_arguments_in(self._library)
