@@ -4,10 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 
 import pytest
 import torch
+
+if importlib.util.find_spec("hypothesis") is None:
+    from . import without_hypothesis
+
+    without_hypothesis.stand_in()
+
 from hypothesis import settings
 
 if not torch.cuda.is_available() and not os.environ.get("EHRSEQ_FAST_NO_COMPILED"):

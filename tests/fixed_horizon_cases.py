@@ -39,4 +39,5 @@ def draw(patients, slots, axis="visits", dtype=torch.float32, scale=2.0, seed=0)
 
 def packed_of(x, mask, **outcomes):
     batch = PackedVisits.from_lists([[[1]] * n for n in mask.sum(1).tolist()], **outcomes)
+    batch = batch.to(x.device)
     return PackedRows(batch.pack(x), batch)

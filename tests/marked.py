@@ -1,5 +1,5 @@
 """The test files of each operation, by their mark: ``python -m tests.marked [folder ...]`` prints
-them."""
+them, and ``python -m tests.marked --gpu`` those in which something runs on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# the fixtures that place a test on a GPU, as arguments and by name; the mark itself
+_PLACED = r"backend|kernels|unemulated"
+_ON_GPU = re.compile(
+    rf"def \w+\([^)]*\b(?:{_PLACED})\b|\"(?:{_PLACED})\"|pytest\.mark\.gpu\b|\bON_GPU\b"
+)
 _MARK = re.compile(r"pytest\.mark\.operation\(\"(\w+)\"\)")
 
 
@@ -21,5 +26,13 @@ def of_operations(*folders: str) -> tuple[str, ...]:
     )
 
 
+def on_gpu() -> tuple[str, ...]:
+    """The files with tests for a GPU, relative to the root: what else there is has imports that a
+    GPU's machine may lack."""
+    files = sorted(HERE.glob("test_*.py"))
+    return tuple(str(p.relative_to(HERE.parent)) for p in files if _ON_GPU.search(p.read_text()))
+
+
 if __name__ == "__main__":
-    print(*of_operations(*sys.argv[1:]), sep="\n")
+    asked = sys.argv[1:]
+    print(*(on_gpu() if asked == ["--gpu"] else of_operations(*asked)), sep="\n")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils import rnn
+from torch.nn.utils.rnn import PackedSequence
 
 from ehrseq_fast import PackedGRU, PackedLSTM, packed_gru, packed_lstm
 from ehrseq_fast.packed_gru.reference import packed_gru_layer
@@ -83,6 +84,17 @@ CELLS = {"lstm": LSTM, "gru": GRU}
 every_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 
 
+def pack_sequence(visits, enforce_sorted=True):
+    """PyTorch's, which makes lengths where new tensors go and wants them on the CPU."""
+    with torch.device("cpu"):
+        return rnn.pack_sequence(visits, enforce_sorted)
+
+
+def packed_rows(data, *sizes):
+    """Rows with their batch sizes, on the CPU wherever new tensors go."""
+    return PackedSequence(data, torch.tensor(sizes, dtype=torch.int64, device="cpu"))
+
+
 def flat(states):
     """The tensors of initial or final states, or of none."""
     if states is None:
@@ -91,7 +103,8 @@ def flat(states):
 
 
 def sizes_of(lengths):
-    return torch.tensor([sum(n > t for n in lengths) for t in range(max(lengths))])
+    sizes = [sum(n > t for n in lengths) for t in range(max(lengths))]
+    return torch.tensor(sizes, device="cpu")
 
 
 def records(lengths, inputs, dtype=torch.float64, requires_grad=True):

@@ -437,7 +437,7 @@ def test_the_module_with_days(unemulated):
         [[[1]] * n for n in mask.sum(1).tolist()],
         event_indicators=given["event_indicators"],
         visit_targets={"days_to_end": to_end},
-    )
+    ).to(x.device)
     assert torch.equal(loss(PackedRows(batch.pack(x), batch)), got)
 
 

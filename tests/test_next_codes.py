@@ -98,7 +98,8 @@ def expected_by_visit(padded, layer, next_visit):
 
 
 @pytest.mark.parametrize("next_visit", [True, False])
-def test_layouts_and_which_visit(unemulated, next_visit):
+def test_layouts_and_which_visit(unemulated, next_visit, monkeypatch):
+    monkeypatch.setenv("EHRSEQ_FAST_VALIDATE", "1")  # a GPU's values are checked on request
     batch, padded, layer = by_visit()
     expected = expected_by_visit(padded, layer, next_visit)
     lengths = torch.tensor([len(visits) for visits in PATIENTS])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 import ehrseq_fast
 from ehrseq_fast import packed_gru
@@ -16,7 +16,7 @@ from ehrseq_fast.models import (
     LSTMBaseline,
 )
 from ehrseq_fast.packed_gru import reference
-from tests.recurrent_layers import GRU, close, records, sizes_of
+from tests.recurrent_layers import GRU, close, pack_sequence, packed_rows, records, sizes_of
 
 pytestmark = pytest.mark.operation("packed_gru")
 
@@ -40,7 +40,7 @@ def test_the_reset_gate_scales_the_product_with_the_state(unemulated, keep_gates
         n = torch.tanh(0.25 * x + 0.3 + r * (-1.5 * h + bias_hh[2]))
         h = (1 - z) * n + z * h
         expected.append(h)
-    sequence = PackedSequence(torch.tensor([[1.5], [-0.5]]).double(), torch.tensor([1, 1]))
+    sequence = packed_rows(torch.tensor([[1.5], [-0.5]]).double(), 1, 1)
     hx = torch.full((1, 1, 1), 0.8, dtype=torch.float64)
     weights = [[weight_ih, weight_hh, bias_ih, bias_hh]]
     output, h_n = packed_gru(sequence, weights, hx, keep_gates=keep_gates)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import ehrseq_fast
 from ehrseq_fast import packed_lstm
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
-from tests.recurrent_layers import LSTM, records
+from tests.recurrent_layers import LSTM, pack_sequence, packed_rows, records
 
 pytestmark = pytest.mark.operation("packed_lstm")
 
@@ -24,9 +23,7 @@ def test_dropout_zeroes_its_share_and_scales_the_rest():
     second = [torch.zeros(200, 50), torch.zeros(200, 50), ones[2].clone(), torch.zeros(200)]
     second[0][100:150] = 0.01 * torch.eye(50)
     second[2][100:150] = 0.0
-    output, _ = packed_lstm(
-        PackedSequence(rows, torch.tensor([400])), [ones, second], dropout=0.25, training=True
-    )
+    output, _ = packed_lstm(packed_rows(rows, 400), [ones, second], dropout=0.25, training=True)
     # The second layer's output is tanh(tanh(0.01 * what dropout let through)).
     seen = torch.atanh(torch.atanh(output.data.double())) / 0.01
     kept = seen.abs() > 1e-3

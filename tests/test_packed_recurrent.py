@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from tests.recurrent_layers import (
     LENGTHS,
@@ -15,6 +15,8 @@ from tests.recurrent_layers import (
     everything,
     flat,
     one_thread,
+    pack_sequence,
+    packed_rows,
     records,
     results_of,
     sizes_of,
@@ -306,7 +308,7 @@ def test_visit_by_visit_equals_the_whole(cell, unemulated, patients, layers):
         whole, final = fast(pack_sequence(list(x.transpose(0, 1))))
         state = None
         for t, visit in enumerate(x):
-            step = PackedSequence(visit, torch.tensor([patients]))
+            step = packed_rows(visit, patients)
             output, state = fast(step, state)
             now = whole.data[t * patients : (t + 1) * patients]
             torch.testing.assert_close(output.data, now, rtol=0, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from tests.recurrent_layers import LSTM, every_cell, flat
+from tests.recurrent_layers import LSTM, every_cell, flat, packed_rows
 
 pytestmark = [pytest.mark.operation("packed_lstm"), pytest.mark.operation("packed_gru")]
 
@@ -118,7 +118,7 @@ def test_layers_without_units(cell, unemulated, inputs):
     weights = [torch.randn(0, inputs), torch.randn(0, 0), torch.randn(0), torch.randn(0)]
     data = torch.randn(3, inputs, requires_grad=True)
     with pytest.raises(ValueError, match="at least one hidden unit"):
-        cell.function(PackedSequence(data, torch.tensor([2, 1])), [weights])
+        cell.function(packed_rows(data, 2, 1), [weights])
 
 
 @every_cell
@@ -141,9 +141,9 @@ def test_layers_without_inputs(cell, unemulated):
     """Their states come of the biases and of each other."""
     x = torch.randn(8, 0, dtype=torch.float64, requires_grad=True)
     weights = [weight.requires_grad_() for weight in cell.weights(0, 5)]
-    sizes = torch.tensor([3, 2, 2, 1])
-    output, final = cell.function(PackedSequence(x, sizes), [weights])
-    expected = cell.definition(x, sizes, *weights)
+    rows = packed_rows(x, 3, 2, 2, 1)
+    output, final = cell.function(rows, [weights])
+    expected = cell.definition(x, rows.batch_sizes, *weights)
     results = [output.data, *(state[0] for state in flat(final))]
     for mine, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -154,7 +154,7 @@ def test_layers_without_inputs(cell, unemulated):
 
 def test_states_that_are_no_pair(unemulated):
     data, weights = torch.randn(8, INPUTS), [[torch.randn(20, 3), torch.randn(20, 5)]]
-    sequence = PackedSequence(data, torch.tensor([3, 2, 2, 1]))
+    sequence = packed_rows(data, 3, 2, 2, 1)
     for hx in (torch.randn(2, 1, 3, 5), [torch.randn(1, 3, 5)], [torch.randn(1, 3, 5)] * 3):
         with pytest.raises(ValueError, match=r"pair \(h_0, c_0\)"):
             LSTM.function(sequence, weights, hx)

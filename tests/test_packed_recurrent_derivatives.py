@@ -8,10 +8,10 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.checkpoint import checkpoint
 
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
-from tests.recurrent_layers import CELLS, close, every_cell, flat, sizes_of
+from tests.checkpointed import checkpoint
+from tests.recurrent_layers import CELLS, close, every_cell, flat, packed_rows, sizes_of
 
 pytestmark = [pytest.mark.operation("packed_lstm"), pytest.mark.operation("packed_gru")]
 
@@ -185,7 +185,7 @@ def test_autocast_is_the_same_for_a_few_patients_and_for_many(cell):
     lstm = cell.fast(64, 128)
     visits, state = torch.randn(5, 64), [torch.randn(1, 5, 128) for _ in range(cell.states)]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        five = lstm(PackedSequence(visits, torch.tensor([5])), cell.given(state))[0].data
+        five = lstm(packed_rows(visits, 5), cell.given(state))[0].data
         few = cell.given([part[:, :4].contiguous() for part in state])
-        four = lstm(PackedSequence(visits[:4], torch.tensor([4])), few)[0].data
+        four = lstm(packed_rows(visits[:4], 4), few)[0].data
     torch.testing.assert_close(four, five[:4], rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from ehrseq_fast import use_backend
 from tests.recurrent_layers import (
@@ -18,6 +18,8 @@ from tests.recurrent_layers import (
     everything,
     flat,
     one_thread,
+    pack_sequence,
+    packed_rows,
     records,
     sizes_of,
     weighted,
@@ -180,7 +182,7 @@ def test_gates_that_are_not_kept_take_no_memory(cell, compiled):
 def test_without_a_share_gates_of_up_to_16_mib_are_all_kept(cell, compiled, visits, kept):
     layer = cell.fast(1, 64)
     layer.keep_gates = None
-    packed = PackedSequence(torch.ones(visits, 1), torch.tensor([visits]))
+    packed = packed_rows(torch.ones(visits, 1), visits)
     saved = layer(packed)[0].data.grad_fn.saved_tensors
     assert [kept, 4 * 64] in [list(tensor.shape) for tensor in saved if tensor is not None]
 
@@ -190,7 +192,7 @@ def test_chunks_of_which_some_gates_were_kept_give_the_same_bits(cell, compiled)
     """Chunks of 4 MiB of gates, 2,048 visits here, and shares that end inside each of them."""
     torch.manual_seed(0)
     layer = cell.fast(3, 128)
-    packed = PackedSequence(torch.randn(6000, 3), torch.tensor([500] * 12))
+    packed = packed_rows(torch.randn(6000, 3), *[500] * 12)
     incoming = torch.randn(6000, 128)
     results = []
     for keep_gates in (1.0, 0.1, 0.5, 0.9):

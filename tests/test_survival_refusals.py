@@ -64,7 +64,7 @@ def call(name, packed=False, **change):
         for key, value in given.items()
     }
     if packed:
-        batch = PackedVisits.from_lists([[[1]] * 3] * 4)
+        batch = PackedVisits.from_lists([[[1]] * 3] * 4).to(torch.get_default_device())
         values = PackedRows(batch.pack(values), batch)
     return loss(values, **given)
 
@@ -109,7 +109,9 @@ def test_hazards_outside_the_probabilities(backend, causes, dtype, censored_visi
             read[patient, time] = True
         if kind:
             read[patient, time, kind - 1] = True
-    batch = PackedVisits.from_lists([[[1]] * (t + 1) for t in times.tolist()])
+    batch = PackedVisits.from_lists([[[1]] * (t + 1) for t in times.tolist()]).to(
+        torch.get_default_device()
+    )
     names = ("event_times", "event_types" if causes else "event_indicators")
     given = {**dict(zip(names, (times, types), strict=True)), "entry_times": entries}
     given |= {"censored_visit": censored_visit, "validate": True}

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
-from torch.utils.checkpoint import checkpoint
 
 from ehrseq_fast import use_backend
 from ehrseq_fast.models import ModelWithLoss
 from ehrseq_fast.models.base import PATHS
 
+from .checkpointed import checkpoint
 from .test_packed_models import batch, build
 
 MODELS = ["survival, two layers", "with time", "competing risks", "baseline, sum"]

@@ -44,7 +44,7 @@ def draw(patients, slots, classes, dtype=torch.float32, scale=3.0, seed=0):
 
 
 def packed_of(x, mask):
-    batch = PackedVisits.from_lists([[[1]] * n for n in mask.sum(1).tolist()])
+    batch = PackedVisits.from_lists([[[1]] * n for n in mask.sum(1).tolist()]).to(x.device)
     return PackedRows(batch.pack(x), batch)
 
 
@@ -379,7 +379,7 @@ def test_errors(unemulated, change, error, match):
 
 
 def test_errors_of_packed_rows_name_patients_and_visits(unemulated):
-    batch = PackedVisits.from_lists([[[1]], [[1]] * 3, [[1]] * 2])
+    batch = PackedVisits.from_lists([[[1]], [[1]] * 3, [[1]] * 2]).to(torch.get_default_device())
     rows = PackedRows(torch.zeros(6, 3), batch)
     labels = batch.pack(torch.tensor([[0, 0, 0], [1, 2, 5], [0, 7, 0]]))
     with pytest.raises(ValueError, match=r"patient 1 has 5 at visit 2 \(visits at fault: 2\)"):

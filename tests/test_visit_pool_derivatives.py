@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.utils.checkpoint import checkpoint
 
 from ehrseq_fast import masked_pool, packed_visit_pool, use_backend, visit_mean_pool
 
 from .batches import from_lists
+from .checkpointed import checkpoint
 
 pytestmark = pytest.mark.operation("visit_pool")
 

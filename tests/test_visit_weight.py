@@ -84,7 +84,9 @@ def test_each_visits_term_is_weighted(unemulated, name):
 @pytest.mark.parametrize("name", CASES)
 def test_packed_rows(unemulated, name):
     loss, x, p, outcomes, read = draw(name)
-    batch = PackedVisits.from_lists([[[1]] * length for length in p.lengths.tolist()])
+    batch = PackedVisits.from_lists([[[1]] * length for length in p.lengths.tolist()]).to(
+        torch.get_default_device()
+    )
     weight = torch.where(read, torch.rand(12, 6, dtype=torch.float64), math.nan)
     x.requires_grad_()
     rows = PackedRows(batch.pack(x), batch)
@@ -95,7 +97,9 @@ def test_packed_rows(unemulated, name):
         torch.testing.assert_close(packed, padded)
         (of_rows,) = torch.autograd.grad(packed.sum(), x, retain_graph=True)
         torch.testing.assert_close(of_rows, grad)
-    other = PackedVisits.from_lists([[[1]] * length for length in p.lengths.flip(0).tolist()])
+    other = PackedVisits.from_lists([[[1]] * length for length in p.lengths.flip(0).tolist()]).to(
+        torch.get_default_device()
+    )
     with pytest.raises(ValueError, match="visit_weight: expected rows of the same batch"):
         loss(rows, visit_weight=PackedRows(batch.pack(weight), other), **outcomes)
 
@@ -124,7 +128,9 @@ def test_what_is_refused(backend, name):
     weight = torch.where(read, 1.0, -1.0)
     weight[patient, visit] = weight[11, int(p.entries[11])] = -2
     count = 1 + ((patient, visit) != (11, int(p.entries[11]))) * int(read[11, p.entries[11]])
-    batch = PackedVisits.from_lists([[[1]] * length for length in p.lengths.tolist()])
+    batch = PackedVisits.from_lists([[[1]] * length for length in p.lengths.tolist()]).to(
+        torch.get_default_device()
+    )
     rows = PackedRows(batch.pack(x), batch)
     message = (
         rf"visit_weight must not be negative: patient {patient} has -2 at visit {visit} "
@@ -154,7 +160,7 @@ def test_probabilities_outside_0_to_1(backend, visit, wrong, packed):
     times[2] = 3
     weights = torch.linspace(0.5, 1.5, 54).reshape(9, 6)
     if packed:
-        batch = PackedVisits.from_lists([[[1]] * 6] * 9)
+        batch = PackedVisits.from_lists([[[1]] * 6] * 9).to(torch.get_default_device())
         hazards, weights = PackedRows(batch.pack(hazards), batch), batch.pack(weights)
     with pytest.raises(ValueError, match=rf"patient 7 has {wrong} at visit {visit}"):
         discrete_time_survival_nll(hazards, times, seen, visit_weight=weights, validate=True)
