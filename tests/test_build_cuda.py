@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,12 @@ def test_the_reason_is_kept_for_info(tmp_path, monkeypatch):
     (tmp_path / "_build_record.json").write_text(json.dumps(record))
     assert backend._load_library("_C_cuda").reason == record["cuda_skipped"]
     assert backend._load_library("_C").reason == "_C was not built, or was deleted"
+
+
+def test_sources_keep_to_names_that_torch_2_10_has():
+    """A newer torch's headers have more, which no build with them would notice."""
+    csrc = Path(__file__).parent.parent / "csrc"
+    newer = re.compile(r"\bSTABLE_TORCH_ERROR_CODE_CHECK\b")  # 2.13; TORCH_ERROR_CODE_CHECK
+    sources = [path for path in csrc.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    assert len(sources) > 50
+    assert not [str(path) for path in sources if newer.search(path.read_text())]

@@ -175,7 +175,7 @@ Tensor product_in_float(const Tensor& a, const Tensor& b) {
   if (a.scalar_type() == ScalarType::Float) return product(a, b);
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(ScalarType::Float)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
   return made_contiguous(torch::stable::detail::to<Tensor>(stack[0]));
 }
