@@ -103,14 +103,15 @@ class StoreBatches:
         if outcomes is not None or self.with_time_features:
             of_row = _patient_of_row(contents.layout, contents.host, contents.fields)
             visit_us = microseconds(store.visit_times)[visits]
-            first = store.patient_offsets[patients][of_row]
             if outcomes is not None:
                 starts = microseconds(outcomes.risk_starts)[rows]
                 ends = microseconds(outcomes.end_times)[rows]
-                until = _seen_until(microseconds(store.visit_ends), visits, first, of_row)
+                visit_ends = np.asarray(microseconds(store.visit_ends))
+                until = _seen_until(visit_ends, visits, of_row, len(patients))
                 days = days_at_risk(until, starts[of_row], ends[of_row])
                 by_visit["days_to_end"] = days.astype(np.float32)
             if self.with_time_features:
+                first = store.patient_offsets[patients][of_row]
                 features = torch.from_numpy(_time_features(store, visits, visit_us, first))
         if self.with_visits:
             by_visit["visit"] = visits
@@ -147,12 +148,12 @@ def _patient_of_row(layout: Any, host: torch.Tensor, fields: torch.Tensor) -> In
     return fields.numpy()[: layout.n_patients][ranks]
 
 
-def _seen_until(ends: Ints, visits: Ints, first: Ints, of_row: Ints) -> Ints:
+def _seen_until(ends: Ints, visits: Ints, of_row: Ints, n_patients: int) -> Ints:
     """int64 ``[n_visits]``: when the last code of each packed row's visit and of the patient's
     earlier ones was recorded."""
     until = ends[visits]
-    falls = (ends[visits - (visits > first)] > until).any()
-    if not falls:
+    # packed rows begin with the patients' first visits
+    if not (ends[visits[n_patients:] - 1] > until[n_patients:]).any():
         return until
     order = np.lexsort((visits, of_row))
     begins = np.concatenate([[0], np.bincount(of_row).cumsum()])
