@@ -34,6 +34,7 @@ from .targets import Figure, Target, at_least, ratio
 from .workloads import Batch
 
 OPERATION = "visit pooling"
+WEIGHTED = f"{OPERATION}, weights per code"
 REFERENCE = "plain PyTorch, padded"
 COMPILED = "torch.compile of it"
 BAG_PADDED = "F.embedding_bag, padded codes"
@@ -227,7 +228,7 @@ def weighted_case(
         ),
     }
     return Case(
-        *(f"{OPERATION}, weights per code", batch.workload, batch.patients, "forward+backward"),
+        *(WEIGHTED, batch.workload, batch.patients, "forward+backward"),
         *(dtype_name(weight.dtype), variants, TOLERANCE[weight.dtype]),
     )
 
@@ -399,7 +400,7 @@ BENCHMARK = Benchmark(
     modes=tuple(modes()),
     small=lambda batch: case(batch, Cpu(), embedding_dim=64),
     readme={"cpu": [WANTED], "cuda": [OUTPATIENT_WANTED]},
-    page={OPERATION: ("A", "D")},
+    page={OPERATION: ("A", "D"), WEIGHTED: None},
     targets=(
         Target(
             "cpu",

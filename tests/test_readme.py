@@ -44,6 +44,24 @@ def test_the_figure_and_tables_are_those_of_the_newest_results():
         assert path.read_text() == text, "python -m benchmarks readme"
 
 
+def test_every_operation_that_was_timed_is_on_the_page():
+    """Those of the operations' section; modes, the step and growth have sections of their own."""
+    from benchmarks import results
+
+    path, found = results.newest()
+    whole = {job.split(" (")[0] for job in ("training step", "parts of a training step")}
+    timed = {
+        row.operation
+        for row in found.rows
+        if row.workload not in ("every", "every mode")
+        and row.operation not in whole
+        and not row.operation.startswith(("growth ", "peak memory ", "one eager call"))
+    }
+    page = (path.parent / "cpu.md").read_text()
+    assert {"visit pooling", "visit pooling, weights per code"} <= timed
+    assert not [name for name in timed if f"| {name} (" not in page]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_charts_were_drawn_from_the_newest_results(device):
     from benchmarks import plot, results
