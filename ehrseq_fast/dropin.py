@@ -122,7 +122,8 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     ``forward``, and so does a model whose parts were replaced or given hooks since, or that holds
     another value where its ``forward`` reads one (a temperature, a flag). A visit without a real
     code gives zeros in every mode, where ``ehrsequencing`` gives −inf for max and NaN for
-    attention; padded slots are not read. Dropout draws other random numbers. ``torch.compile``
+    attention; padded slots are not read. Under autocast hazards of padded tensors are float32, as
+    products with a float mask are. Dropout draws other random numbers. ``torch.compile``
     traces the fused pass of a :class:`~ehrseq_fast.PackedVisits` whole, and breaks the graph for
     padded tensors; :func:`~ehrseq_fast.exporting.export_model` takes it too. ``torch.export`` of
     padded tensors and ``torch.jit.trace`` take the model's own ``forward``.

@@ -58,7 +58,8 @@ def concordance_index(
         sequence_mask: ``[B, V]`` bool or numeric, non-zero for real visits. Without it padded slots
             count, which is right only where their hazards are 0, as the models here give them.
         censored_visit: ``"excluded"`` or ``"included"``.
-        ties: ``"lifelines"`` or ``"reference"``.
+        ties: ``"lifelines"`` or ``"reference"``. lifelines' own figure is that of the former with
+            ``censored_visit="included"``.
 
     Raises:
         ValueError: for shapes that do not fit, an unknown ``censored_visit`` or ``ties``, and NaN
