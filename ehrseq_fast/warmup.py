@@ -68,7 +68,7 @@ def warmup(
         next_codes: compile :func:`~ehrseq_fast.next_codes_bce` too, without weights of classes.
         code_weights: compile pooling with weights per code and their gradient too, in the modes
             that have it.
-        visit_weights: compile the survival losses with weights of visits too.
+        visit_weights: compile the losses of hazards, and of rates, with weights of visits too.
         sparse_grad: compile pooling with sparse gradients of the table too, in the modes that
             have them.
         embeddings: compile :func:`~ehrseq_fast.masked_pool` too, of embeddings that exist, in the
@@ -111,7 +111,8 @@ def warmup(
         if embeddings:
             _embeddings_once(patients * visits, codes, embedding_dim, dtype, modes, device)
         for name in losses:
-            _OTHER_LOSSES[name](_Records(patients, visits, dtype, device), causes, classes)
+            records = _Records(patients, visits, dtype, device, visit_weights)
+            _OTHER_LOSSES[name](records, causes, classes)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return sorted({launch.name for launch in launches})
@@ -228,13 +229,19 @@ class _Records:
     """Patients with visits alone, padded and packed, and zeros for whatever a loss takes."""
 
     def __init__(
-        self, patients: int, visits: int, dtype: torch.dtype, device: torch.device
+        self,
+        patients: int,
+        visits: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        visit_weights: bool,
     ) -> None:
         self.shape = (patients, visits)
         self.dtype, self.device = dtype, device
         self.batch = PackedVisits.from_lists([[[1]] * visits] * patients).to(device)
         self.mask = torch.ones(self.shape, dtype=torch.bool, device=device)
         self.outcomes = torch.zeros(patients, dtype=torch.int64, device=device)
+        self.weights = [None, self.of_visits(accumulator(dtype))] if visit_weights else [None]
 
     def padded(self, *classes: int) -> Tensor:
         options: Any = {"dtype": self.dtype, "device": self.device, "requires_grad": True}
@@ -262,8 +269,11 @@ def _over_time(
 def _rates_once(records: _Records, causes: int | None, classes: int) -> None:
     outcomes = (records.outcomes, records.outcomes, records.outcomes.float())
     for link in ("softplus", "exp"):
-        padded = piecewise_hazard_nll(records.padded(), *outcomes, records.mask, link=link)
-        (padded + piecewise_hazard_nll(records.packed(), *outcomes, link=link)).backward()
+        for weight in records.weights:
+            options: Any = {"link": link, "visit_weight": weight}
+            padded = piecewise_hazard_nll(records.padded(), *outcomes, records.mask, **options)
+            options["visit_weight"] = None if weight is None else weight.flatten()
+            (padded + piecewise_hazard_nll(records.packed(), *outcomes, **options)).backward()
 
 
 def _classes_once(records: _Records, causes: int | None, classes: int) -> None:

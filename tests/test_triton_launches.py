@@ -341,6 +341,20 @@ def test_warmup_compiles_what_it_is_asked_for():
         assert warmup(**SMALL) == []
 
 
+def test_warmup_compiles_rates_with_weights_of_visits_where_asked():
+    from ehrseq_fast.piecewise_hazard.triton.kernel import piecewise_hazard_kernel
+
+    options = {"losses": ("piecewise_hazard_nll",), "device": torch.get_default_device()}
+    for weighted in (False, True):
+        with watching_launches() as launches:
+            warmup(**SMALL, visit_weights=weighted, **options)
+        of_rates = [launch for launch in launches if launch.name == "piecewise_hazard_kernel"]
+        at = piecewise_hazard_kernel.arg_names.index("visit_weights")
+        given = [launch for launch in of_rates if launch.arguments[at] is not None]
+        assert len(given) == (4 if weighted else 0)
+        assert len(of_rates) - len(given) == 4
+
+
 def test_a_gpus_tiles_give_the_same_numbers(monkeypatch):
     """The interpreter takes larger ones, which a program of a GPU has no room for."""
     from ehrseq_fast.survival_nll.triton import tiles
