@@ -212,7 +212,8 @@ def write_labels(
     """Write outcomes as a MEDS label file, and return how many rows it has.
 
     A row for each prediction: of ``each_visit`` outcomes each visit from the entry on, at the time
-    of its last code; else the index date (of a first visit, the time of its last code). Columns:
+    of the last code of it and of those before it; else the index date (of a first visit, the time
+    of its last code). Columns:
     ``subject_id``, ``prediction_time``, ``boolean_value``, and beside them ``event_time_days``
     (float64, from the prediction to the event or the end of observation, null where unknown) and
     ``event_indicator`` (boolean, whether that end is the event).
