@@ -53,12 +53,9 @@ class WeightedSum {
     for (int i = 0; i < Wide<T>::kParts; ++i) sum_.part[i] += weights_.part[i] * integral.part[i];
   }
 
-  EHRSEQ_INLINE void add(const Wide<T>& linear, const Wide<T>& excess) {
-    Wide<T> integral;
-    for (int i = 0; i < Wide<T>::kParts; ++i) {
-      integral.part[i] = linear.part[i] + log1p_nonnegative(excess.part[i]);
-    }
-    add(integral);
+  // 1 + excess <= 2. Single precision is what e^-|x| has; the sum is in double precision.
+  EHRSEQ_INLINE void add(const Lanes<T>& linear, const Lanes<T>& excess) {
+    add(widen(linear + log1p_below_one(excess)));
   }
 
   EHRSEQ_INLINE void flush() {}

@@ -158,7 +158,7 @@ class FromLogits {
   template <typename Scale>
   EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& x, const Scale& scale) {
     const Lanes<T> decay = exp_nonpositive<T>(x > T(0) ? -x : x);
-    sum_.add(widen(x > T(0) ? x : Lanes<T>{}), widen(decay));
+    sum_.add(x > T(0) ? x : Lanes<T>{}, decay);
     return scaled_sigmoid(x, decay, scale);
   }
 
@@ -167,7 +167,7 @@ class FromLogits {
                                         const Scale& scale) {
     const Lanes<T> x = counts ? values : Lanes<T>{};
     const Lanes<T> decay = exp_nonpositive<T>(x > T(0) ? -x : x);
-    sum_.add(widen(x > T(0) ? x : Lanes<T>{}), widen(only_where<T>(counts, decay)));
+    sum_.add(x > T(0) ? x : Lanes<T>{}, only_where<T>(counts, decay));
     return only_where<T>(counts, scaled_sigmoid(x, decay, scale));
   }
 
@@ -176,7 +176,7 @@ class FromLogits {
                                const Mask<T>& counts) {
     const Lanes<T> x = counts ? (event ? -values : values) : Lanes<T>{};
     const Lanes<T> decay = exp_nonpositive<T>(x > T(0) ? -x : x);
-    sum_.add(widen(x > T(0) ? x : Lanes<T>{}), widen(only_where<T>(counts, decay)));
+    sum_.add(x > T(0) ? x : Lanes<T>{}, only_where<T>(counts, decay));
     const Lanes<T> scales = event ? scale_of_event<T>(scale) : scale - Lanes<T>{};
     return only_where<T>(counts, scaled_sigmoid(x, decay, scales));
   }
@@ -218,7 +218,7 @@ class FromCloglog {
   template <typename Scale>
   EHRSEQ_INLINE Lanes<T> survived(const Lanes<T>& x, const Scale& scale) {
     const Lanes<T> m = power(x);
-    sum_.add(widen(m), Wide<T>{});
+    sum_.add(m, Lanes<T>{});
     return with_sign(scale * m);
   }
 
@@ -226,7 +226,7 @@ class FromCloglog {
   EHRSEQ_INLINE Lanes<T> survived_where(const Mask<T>& counts, const Lanes<T>& values,
                                         const Scale& scale) {
     const Lanes<T> m = only_where<T>(counts, power(counts ? values : Lanes<T>{}));
-    sum_.add(widen(m), Wide<T>{});
+    sum_.add(m, Lanes<T>{});
     return only_where<T>(counts, with_sign(scale * m));
   }
 
@@ -239,7 +239,7 @@ class FromCloglog {
     const Lanes<T> decay = exp_nonpositive<T>(-m);
     const Lanes<T> excess = x > T(0) ? decay / (T(1) - decay) : ratio_above_one(m);
     const Lanes<T> linear = event ? (x > T(0) ? Lanes<T>{} : -x) : m;
-    sum_.add(widen(only_where<T>(counts, linear)), widen(only_where<T>(counts & event, excess)));
+    sum_.add(only_where<T>(counts, linear), only_where<T>(counts & event, excess));
     const Lanes<T> scales = event ? scale_of_event<T>(scale) : scale - Lanes<T>{};
     const Lanes<T> slope = x > T(0) ? m * excess : decay * (T(1) + excess);
     return only_where<T>(counts, with_sign(scales * (event ? slope : m)));
@@ -382,7 +382,8 @@ class Softmax {
         blocks_per_flush_(std::max<int64_t>(
             1, static_cast<int64_t>(SumOfSoftplus<T>::kMostBits /
                                     std::log2(static_cast<double>(classes) + 1)))),
-        scratch_(classes * kLanes<T>) {}
+        memory_(LanesOfRows<T>::values_in_memory(classes)),
+        lanes_(classes, memory_.data()) {}
 
   // As nll_of_trials, for the visits from `entry` to `time`: class 0 at each before `time`,
   // `target` at it; a negative target leaves that visit out.
@@ -405,32 +406,24 @@ class Softmax {
     return sum.unfinished();
   }
 
-  // Visits side by side in the lanes, the classes one after another in the scratch. `scale` is one
-  // number or one of each visit.
+  // Visits side by side in the lanes. `scale` is one number or one of each visit.
   template <typename Sum, typename Scale, typename scalar_t, typename grad_t>
   EHRSEQ_INLINE void add(Sum& sum, const scalar_t* row, grad_t* grad, int64_t visit, int64_t visits,
                          int64_t target, const Scale& scale) {
-    const scalar_t* logits = row + visit * classes_;
-    std::fill(scratch_.begin(), scratch_.end(), T(0));
-    for (int64_t i = 0; i < visits; ++i) {
-      for (int64_t c = 0; c < classes_; ++c) {
-        scratch_[c * kLanes<T> + i] = static_cast<T>(logits[i * classes_ + c]);
-      }
-    }
-
-    Lanes<T> largest = lanes_of(0);
+    lanes_.take(row + visit * classes_, visits);
+    Lanes<T> largest = lanes_.of(0);
     for (int64_t c = 1; c < classes_; ++c) {
-      largest = lanes_of(c) > largest ? lanes_of(c) : largest;
+      largest = lanes_.of(c) > largest ? lanes_.of(c) : largest;
     }
     Wide<T> linear = widen(largest);
     Wide<T> excess{};
-    const Wide<T> chosen = widen(lanes_of(target));
+    const Wide<T> chosen = widen(lanes_.of(target));
     const Wide<T> counts =
         widen(lane_numbers<T>() < static_cast<bits_t<T>>(visits) ? broadcast(T(1)) : Lanes<T>{});
     for (int i = 0; i < Wide<T>::kParts; ++i) linear.part[i] -= chosen.part[i];
     for (int64_t c = 0; c < classes_; ++c) {
-      const Lanes<T> odds = exp_nonpositive<T>(lanes_of(c) - largest);
-      store(&scratch_[c * kLanes<T>], odds);
+      const Lanes<T> odds = exp_nonpositive<T>(lanes_.of(c) - largest);
+      lanes_.set(c, odds);
       const Wide<T> wide = widen(odds);
       for (int i = 0; i < Wide<T>::kParts; ++i) excess.part[i] += wide.part[i];
     }
@@ -442,22 +435,17 @@ class Softmax {
 
     if (grad == nullptr) return;
     for (int64_t c = 0; c < classes_; ++c) {
-      const Lanes<T> slope = lanes_of(c) * share - (c == target ? scale : Scale{});
-      store(&scratch_[c * kLanes<T>], slope == T(0) ? broadcast(T(-0.0)) : slope);
+      const Lanes<T> slope = lanes_.of(c) * share - (c == target ? scale : Scale{});
+      lanes_.set(c, slope == T(0) ? broadcast(T(-0.0)) : slope);
     }
-    for (int64_t i = 0; i < visits; ++i) {
-      for (int64_t c = 0; c < classes_; ++c) {
-        grad[(visit + i) * classes_ + c] = static_cast<grad_t>(scratch_[c * kLanes<T> + i]);
-      }
-    }
+    lanes_.give(grad + visit * classes_, visits);
   }
 
  private:
-  EHRSEQ_INLINE Lanes<T> lanes_of(int64_t c) const { return load(&scratch_[c * kLanes<T>]); }
-
   int64_t classes_;
   int64_t blocks_per_flush_;
-  std::vector<T> scratch_;
+  std::vector<T> memory_;
+  LanesOfRows<T> lanes_;
 };
 
 // A group of patients on its way from Unfinished to losses.

@@ -9,12 +9,26 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/lanes_of_rows.h"
 #include "common/simd.h"
-#include "common/vector_math.h"
 
 namespace ehrseq::survival::EHRSEQ_ISA {
 
 using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
+
+// log(1 + q) for q in [0, 1]: 2 artanh(s) with s = q / (2 + q), as its series.
+EHRSEQ_INLINE Lanes<float> log1p_below_one(const Lanes<float>& q) {
+  const Lanes<float> s = q / (q + 2.0f);
+  const Lanes<float> z = s * s;
+  Lanes<float> series = broadcast(1.0f / 13);
+  for (const float coefficient : {1.0f / 11, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3}) {
+    series = series * z + coefficient;
+  }
+  const Lanes<float> twice = s + s;
+  return twice + twice * (series * z);
+}
+
+EHRSEQ_INLINE Lanes<double> log1p_below_one(const Lanes<double>& q) { return log1p_nonnegative(q); }
 
 // What is left of a patient's loss once its visits are read: `rest`, and a logarithm of `argument`,
 // which is taken for eight patients at a time.
@@ -134,6 +148,10 @@ class SumOfSoftplus {
   // Π over all lanes of 1 + excess may not pass 2^1000 before a flush.
   static constexpr int64_t kMostBits = 1000 / kLanes<T>;
 
+  EHRSEQ_INLINE void add(const Lanes<T>& linear, const Lanes<T>& excess) {
+    add(widen(linear), widen(excess));
+  }
+
   EHRSEQ_INLINE void add(const Wide<T>& linear, const Wide<T>& excess) {
     for (int i = 0; i < Wide<T>::kParts; ++i) {
       linear_.part[i] += linear.part[i];
@@ -245,7 +263,9 @@ class SumOfSoftplusOfLane {
  public:
   static constexpr int64_t kMostBits = 1000;
 
-  EHRSEQ_INLINE void add(const Wide<T>& linear, const Wide<T>& excess) {
+  EHRSEQ_INLINE void add(const Lanes<T>& narrow_linear, const Lanes<T>& narrow_excess) {
+    const Wide<T> linear = widen(narrow_linear);
+    const Wide<T> excess = widen(narrow_excess);
     for (int i = 0; i < Wide<T>::kParts; ++i) {
       rest_.part[i] += linear.part[i];
       excess_.part[i] += excess.part[i] * (1.0 + excess_.part[i]);

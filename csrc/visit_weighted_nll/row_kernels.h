@@ -1,5 +1,5 @@
 // Rows whose visits have weights. A weight is a power of a product's factor, so here each trial's
-// logarithm is taken, in double precision.
+// logarithm is taken.
 //
 // Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
 
@@ -29,6 +29,12 @@ class WeightedSum {
                           (tiny ? broadcast(54 * kLog2) : Doubles{});
       sum_.part[i] -= weights_.part[i] * log;
     }
+  }
+
+  // 1 + excess <= 2. Single precision is what e^-|x| has; the sum is in double precision.
+  EHRSEQ_INLINE void add(const Lanes<T>& linear, const Lanes<T>& excess) {
+    const Wide<T> terms = widen(linear + log1p_below_one(excess));
+    for (int i = 0; i < Wide<T>::kParts; ++i) sum_.part[i] += weights_.part[i] * terms.part[i];
   }
 
   EHRSEQ_INLINE void add(const Wide<T>& linear, const Wide<T>& excess) {
@@ -105,6 +111,14 @@ class WeightsOfRows {
     if (!is_a_row_) scratch_.resize(settings.slots * settings.classes);
   }
 
+  // As that of row_kernels.h, for of() of that patient.
+  EHRSEQ_INLINE void prefetch(int64_t patient, const Outcome& outcome) const {
+    if (!is_a_row_) return;
+    const T* row = settings_.weights + patient * settings_.row_length;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t at = outcome.entry; at <= outcome.time; at += kLine) __builtin_prefetch(row + at);
+  }
+
   const T* of(int64_t patient, const Outcome& outcome) {
     if (is_a_row_) return settings_.weights + patient * settings_.row_length;
     const int64_t classes = settings_.classes;
@@ -128,7 +142,14 @@ void weighted_bernoulli_rows(const WeightedSettings<scalar_t>& settings, const R
   const int64_t row_length = settings.slots * settings.classes;
   WeightsOfRows<scalar_t> weights(settings);
   Found<T> found;
+  const auto prefetch_patient = [&](int64_t i) __attribute__((always_inline)) {
+    if (i >= rows.patients) return;
+    prefetch(settings, rows, i);
+    weights.prefetch(rows.first + i, rows.outcomes[i]);
+  };
+  for (int64_t i = 0; i < kRowsAhead; ++i) prefetch_patient(i);
   for (int64_t i = 0; i < rows.patients; ++i) {
+    prefetch_patient(i + kRowsAhead);
     const Outcome& outcome = rows.outcomes[i];
     nll[i] = weighted_nll_of_trials<Likelihood>(
         settings.eps, rows.values + i * row_length,

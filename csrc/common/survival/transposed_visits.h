@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "common/survival/outcomes.h"
@@ -58,16 +59,27 @@ class TransposedVisits {
   int64_t slots() const { return slots_; }
 
  private:
-  // One visit of each patient, `classes` values, from one stride between patients to another.
+  // One visit of each patient, `classes` values, from one stride between patients to another. A
+  // copy of known size is an instruction or two, any other a call.
   template <typename T>
   void copy_visit(int64_t patients, const T* from, int64_t from_stride, T* to,
                   int64_t to_stride) const {
-    if (classes_ == 1) {  // a copy of known size is one instruction
-      for (int64_t i = 0; i < patients; ++i) to[i * to_stride] = from[i * from_stride];
-    } else {
+    const auto copy = [&](auto classes) {
       for (int64_t i = 0; i < patients; ++i) {
-        std::copy_n(from + i * from_stride, classes_, to + i * to_stride);
+        std::copy_n(from + i * from_stride, static_cast<int64_t>(classes), to + i * to_stride);
       }
+    };
+    switch (classes_) {
+      case 1:
+        return copy(std::integral_constant<int64_t, 1>{});
+      case 2:
+        return copy(std::integral_constant<int64_t, 2>{});
+      case 3:
+        return copy(std::integral_constant<int64_t, 3>{});
+      case 4:
+        return copy(std::integral_constant<int64_t, 4>{});
+      default:
+        return copy(classes_);
     }
   }
 
