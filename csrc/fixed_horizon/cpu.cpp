@@ -38,8 +38,10 @@ struct RangeWorker {
     if (!possible) return false;
     bool has_visits = reader.ranges_need_visits(layout);
     if (has_visits) reader.read_visits(layout);
+    constexpr int64_t kPatientsAhead = 12;
+    for (int64_t i = 0; i < kPatientsAhead; ++i) reader.prefetch_times(layout, i);
     for (int64_t i = 0; i < count; ++i) {
-      reader.prefetch_times(layout, i + 4);
+      reader.prefetch_times(layout, i + kPatientsAhead);
       const Range range = ranges[first + i] = reader.range(layout, settings, i);
       if (range.end < 0) {
         if (!has_visits) reader.read_visits(layout);
@@ -65,7 +67,8 @@ class PatientLoss {
     first_ = first;
     const Range* ranges = ranges_ + first;
     const auto is_none = [](const Range& range) { return range.end < 0; };
-    if (std::none_of(ranges, ranges + count, is_none)) {
+    has_ranges_ = std::none_of(ranges, ranges + count, is_none);
+    if (has_ranges_) {
       reader_.read_weights(layout_, first, count);
       return true;
     }
@@ -74,16 +77,21 @@ class PatientLoss {
     return possible;
   }
 
-  double of(int64_t i, const Row<scalar_t>& row, bool* possible) const {
-    const Range& range = ranges_[first_ + i];
-    if (range.end >= 0) return loss_of_range(settings_, range, reader_.weight(i), row);
-    return loss_of_visits(settings_, reader_.patient(i), row, possible);
+  // Of the first `count` patients, from the row of the first one on.
+  void of(int64_t count, const Row<scalar_t>& row, double* losses, bool* possible) const {
+    const Range* ranges = ranges_ + first_;
+    const double* weights = reader_.weights();
+    if (has_ranges_) return losses_of_ranges(settings_, {ranges, weights, count}, row, losses);
+    for (int64_t i = 0; i < count; ++i) {
+      if (ranges[i].end >= 0) {
+        losses_of_ranges(settings_, {ranges + i, weights + i, 1}, row.after(i), losses + i);
+      } else {
+        losses[i] = loss_of_visits(settings_, reader_.patient(i), row.after(i), possible);
+      }
+    }
   }
 
   int64_t slots() const { return reader_.slots(); }
-
-  // How many visits of a patient will be read.
-  int64_t visits(int64_t i) const { return std::max<int64_t>(0, ranges_[first_ + i].end); }
 
  private:
   const Layout& layout_;
@@ -91,6 +99,7 @@ class PatientLoss {
   GroupReader reader_;
   const Range* ranges_;
   int64_t first_ = 0;
+  bool has_ranges_ = false;
 };
 
 template <typename scalar_t>
@@ -113,28 +122,12 @@ class TermWorker<scalar_t, PaddedVisits> {
   bool group(int64_t first, int64_t count, double* sums) {
     bool possible = loss_.read(first, count);
     if (!possible) return false;
-    for (int64_t i = 0; i < kPatientsAhead; ++i) prefetch(first, i, count);
-    for (int64_t i = 0; i < count; ++i) {
-      prefetch(first, i + kPatientsAhead, count);
-      const int64_t at = (first + i) * layout_.slots();
-      const Row<scalar_t> row{data_.logits + at, data_.grad ? data_.grad + at : nullptr,
-                              data_.terms ? data_.terms + at : nullptr, layout_.slots()};
-      sums[i] = loss_.of(i, row, &possible);
-    }
+    const Row<scalar_t> rows{data_.logits, data_.grad, data_.terms, layout_.slots()};
+    loss_.of(count, rows.after(first), sums, &possible);
     return possible;
   }
 
  private:
-  // Only parts of rows are read, which the processor's own prefetcher cannot follow.
-  static constexpr int64_t kPatientsAhead = 8;
-
-  void prefetch(int64_t first, int64_t i, int64_t count) const {
-    if (i >= count) return;
-    const scalar_t* row = data_.logits + (first + i) * layout_.slots();
-    constexpr int64_t kLine = 64 / sizeof(scalar_t);
-    for (int64_t at = 0; at < loss_.visits(i); at += kLine) __builtin_prefetch(row + at);
-  }
-
   const PaddedVisits& layout_;
   PatientLoss<scalar_t, PaddedVisits> loss_;
   Data<scalar_t> data_;
@@ -155,11 +148,8 @@ class TermWorker<scalar_t, PackedPatients> {
     visits_.gather(data_.logits, first, count, slots);
     auto* grads = data_.grad ? visits_.zero_gradients() : nullptr;
     if (data_.terms) terms_.resize(count * slots);
-    for (int64_t i = 0; i < count; ++i) {
-      const Row<scalar_t> row{visits_.values() + i * slots, grads ? grads + i * slots : nullptr,
-                              data_.terms ? &terms_[i * slots] : nullptr, slots};
-      sums[i] = loss_.of(i, row, &possible);
-    }
+    const Row<scalar_t> rows{visits_.values(), grads, data_.terms ? terms_.data() : nullptr, slots};
+    loss_.of(count, rows, sums, &possible);
     if (grads) visits_.scatter_gradients(data_.grad);
     for (int64_t visit = 0; visit < (data_.terms ? slots : 0); ++visit) {
       const int64_t present =

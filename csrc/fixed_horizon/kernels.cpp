@@ -5,7 +5,9 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
+#include "common/survival/visit_blocks.h"
 #include "fixed_horizon/rows.h"
 
 #define EHRSEQ_ISA_FILE "fixed_horizon/row_kernels.h"
@@ -37,15 +39,15 @@ double loss_of_visits(const Settings& settings, const Visits& visits, const Row<
 }
 
 template <typename scalar_t>
-double loss_of_range(const Settings& settings, const Range& range, double weight,
-                     const Row<scalar_t>& row) {
-  static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::fixed_horizon, loss_of_range<scalar_t>);
-  return kernel(settings, range, weight, row);
+void losses_of_ranges(const Settings& settings, const Ranges& ranges, const Row<scalar_t>& first,
+                      double* losses) {
+  static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::fixed_horizon, losses_of_ranges<scalar_t>);
+  kernel(settings, ranges, first, losses);
 }
 
 #define EHRSEQ_LOSSES(scalar_t)                                                                \
   template double loss_of_visits(const Settings&, const Visits&, const Row<scalar_t>&, bool*); \
-  template double loss_of_range(const Settings&, const Range&, double, const Row<scalar_t>&);
+  template void losses_of_ranges(const Settings&, const Ranges&, const Row<scalar_t>&, double*);
 
 EHRSEQ_LOSSES(float)
 EHRSEQ_LOSSES(double)

@@ -79,20 +79,13 @@ struct Targets {
   bool by_index() const { return !labels.given() && !visit_times.given(); }
 };
 
-// Where visits are their own times: found from a guess, which rounding may put one off.
+// Where visits are their own times.
 inline Range range_of(const Outcome& outcome, int64_t visits) {
-  const auto first_not = [](double guess, int64_t end, const auto& holds) {
-    const double within = guess > 0 ? std::min(guess, static_cast<double>(end)) : 0;
-    int64_t at = static_cast<int64_t>(within);
-    while (at < end && holds(static_cast<double>(at))) ++at;
-    while (at > 0 && !holds(static_cast<double>(at - 1))) --at;
-    return at;
+  const auto guess = [&](double time) {
+    return static_cast<int64_t>(time > 0 ? std::min(time, static_cast<double>(visits)) : 0);
   };
-  const double last = std::min(outcome.time, outcome.observed - outcome.horizon);
-  const int64_t end = first_not(last, visits, [&](double now) { return outcome.counts(now); });
-  if (std::isnan(outcome.event)) return {end, end};
-  return {end, first_not(outcome.event - outcome.horizon, end,
-                         [&](double now) { return !outcome.within(now); })};
+  return range_near({guess(outcome.last()), guess(outcome.first_within())}, outcome, visits,
+                    [](int64_t visit) { return static_cast<double>(visit); });
 }
 
 // The patients of a group: what is known of them and of their visits.
@@ -175,6 +168,7 @@ class GroupReader {
 
   int64_t slots() const { return slots_; }
   double weight(int64_t i) const { return sample_weights_[i]; }
+  const double* weights() const { return sample_weights_; }
 
   Visits patient(int64_t i) const {
     const auto of = [&](const VisitColumn& column, const std::vector<double>& values) {

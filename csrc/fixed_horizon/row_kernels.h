@@ -6,13 +6,15 @@
 //
 // Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
 
-#include "common/simd.h"
-#include "common/vector_math.h"
 #include "fixed_horizon/rows.h"
+#include "survival_nll/likelihood.h"
 
 namespace ehrseq::fixed_horizon::EHRSEQ_ISA {
 
-using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
+using namespace ehrseq::survival::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
+
+// Only parts of rows are read, which the processor's own prefetcher cannot follow.
+constexpr int64_t kRowsAhead = 8;
 
 EHRSEQ_INLINE Doubles load_some(const double* from, int64_t count) {
   if (count >= kLanes<double>) return load(from);
@@ -73,42 +75,57 @@ class Labels {
   Mask<double> wrong_{};
 };
 
-// Of ascending times, those that meet a condition which earlier ones meet too are the first ones:
-// they are counted.
+// A time as it is stored that is about this one.
+template <typename stored_t>
+EHRSEQ_INLINE stored_t stored_near(double time) {
+  if constexpr (std::is_floating_point_v<stored_t>) return static_cast<stored_t>(time);
+  constexpr double kLeast = sizeof(stored_t) == 4 ? -0x1p31 : -0x1p63;
+  constexpr double kMost = sizeof(stored_t) == 4 ? 0x1p31 - 1 : 0x1p63 - 1024;
+  return static_cast<stored_t>(time > kLeast ? std::min(std::ceil(time), kMost) : kLeast);
+}
+
+template <typename stored_t>
+EHRSEQ_INLINE int64_t sum_of_counts(const Mask<stored_t>& counts) {
+  const int64_t sum = sum_of_lanes<int64_t>((Mask<double>)counts);
+  if constexpr (sizeof(stored_t) == 8) return sum;
+  return (sum & 0xffffffff) + (sum >> 32);  // two counts in each lane
+}
+
+// Compared as they are stored, vectors of times tell whether these ascend and about where the range
+// ends; where exactly, comparisons in double precision tell.
 template <typename stored_t>
 Range range_of_times(const Outcome& outcome, const stored_t* times, int64_t visits) {
-  using Times = lanes_t<stored_t, kLanes<double>>;
-  Mask<double> falls{};
-  Mask<double> counted{};
-  Mask<double> counted_without{};  // of them the visits without the event within the horizon
-  const auto look_at = [&](const Times& now, const Times& next,
-                           const Mask<double>& exists) __attribute__((always_inline)) {
-    falls |= exists & ~__builtin_convertvector(now <= next, Mask<double>);
-    const Doubles time = __builtin_convertvector(now, Doubles);
-    const Doubles end = time + outcome.horizon;
-    const Mask<double> counts = exists & (time < outcome.time) & (end <= outcome.observed);
-    counted -= counts;
-    counted_without -= counts & ~(Mask<double>)(end >= outcome.event);
-  };
+  constexpr int64_t kTimes = kLanes<stored_t>;
+  if (visits == 0) return {0, 0};
+  const stored_t last = stored_near<stored_t>(outcome.last());
+  const stored_t first_within = stored_near<stored_t>(outcome.first_within());
+  Mask<stored_t> falls{};
+  Mask<stored_t> counted{};
+  Mask<stored_t> counted_without{};  // of them the visits without the event within the horizon
+  const auto look_at = [&](const stored_t* from, const Mask<stored_t>& is_new)
+                           __attribute__((always_inline)) {
+                             const Lanes<stored_t> now = load_exactly<kTimes>(from);
+                             falls |= ~(now <= load_exactly<kTimes>(from + 1));
+                             counted -= (now < last) & is_new;
+                             counted_without -= (now < first_within) & is_new;
+                           };
   int64_t at = 0;
-  for (; at + kLanes<double> < visits; at += kLanes<double>) {
-    look_at(load_exactly<kLanes<double>>(times + at), load_exactly<kLanes<double>>(times + at + 1),
-            ~Mask<double>{});
-  }
-  // The last eight or fewer. What follows the last visit is the visit itself: a NaN is no number.
-  if (visits > 0) {
-    const int64_t left = visits - at;
-    stored_t rest[kLanes<double> + 1];
-    for (int64_t i = 0; i <= kLanes<double>; ++i) {
-      rest[i] = times[at + std::min<int64_t>(i, left - 1)];
-    }
-    look_at(load_exactly<kLanes<double>>(rest), load_exactly<kLanes<double>>(rest + 1),
-            lane_numbers<double>() < broadcast<int64_t>(left));
+  for (; at + kTimes < visits; at += kTimes) look_at(times + at, ~Mask<stored_t>{});
+  const Mask<stored_t> lanes = lane_numbers<stored_t>();
+  if (at > 0) {
+    // The last visits once more, whose successors are visits too; the last one has none.
+    const int64_t again = visits - 1 - kTimes;
+    look_at(times + again, lanes >= static_cast<bits_t<stored_t>>(at - again));
+  } else {
+    stored_t some[kTimes + 1];
+    for (int64_t i = 0; i <= kTimes; ++i) some[i] = times[std::min(i, visits - 1)];
+    look_at(some, lanes < static_cast<bits_t<stored_t>>(visits - 1));
   }
   const auto either = [](const auto& a, const auto& b)
                           __attribute__((always_inline)) { return a | b; };
-  if (join_lanes<int64_t>(falls, either) != 0) return kNoRange;
-  return {sum_of_lanes<int64_t>(counted), sum_of_lanes<int64_t>(counted_without)};
+  if (join_lanes<int64_t>((Mask<double>)falls, either) != 0) return kNoRange;
+  const Range guess{sum_of_counts<stored_t>(counted), sum_of_counts<stored_t>(counted_without)};
+  return range_near(guess, outcome, visits, [&](int64_t visit) { return times[visit]; });
 }
 
 inline double weight_of_visits(const Settings& settings, const Visits& visits, bool* possible) {
@@ -121,20 +138,6 @@ inline double weight_of_visits(const Settings& settings, const Visits& visits, b
   *possible &= labels.possible();
   return sum_of_lanes<double>(sums);
 }
-
-// log(1 + q) for q in [0, 1]: 2 artanh(s) with s = q / (2 + q), as its series.
-EHRSEQ_INLINE Lanes<float> log1p_below_one(const Lanes<float>& q) {
-  const Lanes<float> s = q / (q + 2.0f);
-  const Lanes<float> z = s * s;
-  Lanes<float> series = broadcast(1.0f / 13);
-  for (const float coefficient : {1.0f / 11, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3}) {
-    series = series * z + coefficient;
-  }
-  const Lanes<float> twice = s + s;
-  return twice + twice * (series * z);
-}
-
-EHRSEQ_INLINE Lanes<double> log1p_below_one(const Lanes<double>& q) { return log1p_nonnegative(q); }
 
 // The terms of visits with labels y and their derivatives, before weights; where a logit does not
 // count it is 0.
@@ -253,12 +256,12 @@ double loss_of_visits(const Settings& settings, const Visits& visits, const Row<
   return sum_of_all<T>(sums);
 }
 
+// Each visit's term on its own.
 template <typename scalar_t>
-double loss_of_range(const Settings& settings, const Range& range, double weight,
-                     const Row<scalar_t>& row) {
+EHRSEQ_INLINE double terms_of_range(const Settings& settings, const Range& range, double weight,
+                                    const Row<scalar_t>& row) {
   using T = accumulator_t<scalar_t>;
   const RowLanes<T, scalar_t> lanes(row, range.end);
-  const bool has_pos_weight = settings.pos_weight != 1.0;
   const bool wants_terms = row.terms != nullptr;
   const T scale = static_cast<T>(weight * settings.share);
   const T pos_weight = static_cast<T>(settings.pos_weight);
@@ -268,11 +271,9 @@ double loss_of_range(const Settings& settings, const Range& range, double weight
     const Mask<T> counts = visit < static_cast<bits_t<T>>(range.end);
     const Mask<T> within = visit >= static_cast<bits_t<T>>(range.first);
     Terms<T> terms = terms_of<T>(lanes.logits(at), within ? broadcast(T(1)) : Lanes<T>{});
-    if (has_pos_weight) {
-      const Lanes<T> factor = within ? broadcast(pos_weight) : broadcast(T(1));
-      terms.term *= factor;
-      terms.slope *= factor;
-    }
+    const Lanes<T> factor = within ? broadcast(pos_weight) : broadcast(T(1));
+    terms.term *= factor;
+    terms.slope *= factor;
     const Lanes<T> term = counts ? terms.term : Lanes<T>{};
     const Wide<T> wide = widen(term);
     for (int i = 0; i < Wide<T>::kParts; ++i) sums.part[i] += wide.part[i];
@@ -280,7 +281,70 @@ double loss_of_range(const Settings& settings, const Range& range, double weight
     if (wants_terms) lanes.set_terms(at, term * static_cast<T>(weight));
   }
   lanes.finish();
-  return range.end == 0 ? 0.0 : sum_of_all<T>(sums) * weight;
+  return sum_of_all<T>(sums) * weight;
+}
+
+// The terms of a range are those of a likelihood: log(1 + e^x) of a trial that was survived, where
+// the label is 0, and log(1 + e^-x) of an event. Their sum is the logarithm of a product.
+template <typename T, typename scalar_t>
+EHRSEQ_INLINE Unfinished sum_of_range(const Settings& settings, const Range& range, double weight,
+                                      const Row<scalar_t>& row) {
+  FromLogits<T> likelihood(0.0);
+  const bool wants_grad = row.grad != nullptr;
+  if (wants_grad) std::fill_n(row.grad, row.slots, saved_grad_t<scalar_t>(0));
+  const T scale = signed_zero(static_cast<T>(weight * settings.share));
+  int64_t until_flush = likelihood.flush_interval();
+  for (int64_t at = 0; at < range.end; at += kLanes<T>, --until_flush) {
+    if (until_flush == 0) {
+      likelihood.flush();
+      until_flush = likelihood.flush_interval();
+    }
+    if (at + kLanes<T> <= range.first) {
+      const Lanes<T> slopes = likelihood.survived(load(row.logits + at), scale);
+      if (wants_grad) store(row.grad + at, slopes);
+      continue;
+    }
+    const Mask<T> visit = lane_numbers<T>() + static_cast<bits_t<T>>(at);
+    const Mask<T> within = visit >= static_cast<bits_t<T>>(range.first);
+    const Mask<T> counts = visit < static_cast<bits_t<T>>(range.end);
+    const Lanes<T> slopes =
+        likelihood.mixed(load_within<T>(row.logits, at, row.slots), scale, within, counts);
+    if (wants_grad) store_within<T>(row.grad, at, row.slots, slopes);
+  }
+  return likelihood.unfinished();
+}
+
+template <typename scalar_t>
+void losses_of_ranges(const Settings& settings, const Ranges& ranges, const Row<scalar_t>& first,
+                      double* losses) {
+  using T = accumulator_t<scalar_t>;
+  const auto prefetch = [&](int64_t i) __attribute__((always_inline)) {
+    if (i >= ranges.patients) return;
+    constexpr int64_t kLine = 64 / sizeof(scalar_t);
+    const scalar_t* row = first.logits + i * first.slots;
+    const int64_t visits = ranges.of_patients[i].end;
+    for (int64_t at = 0; at < visits; at += kLine) __builtin_prefetch(row + at);
+  };
+  for (int64_t i = 0; i < kRowsAhead; ++i) prefetch(i);
+  if (settings.pos_weight != 1.0 || first.terms != nullptr) {
+    for (int64_t i = 0; i < ranges.patients; ++i) {
+      prefetch(i + kRowsAhead);
+      losses[i] =
+          terms_of_range(settings, ranges.of_patients[i], ranges.weights[i], first.after(i));
+    }
+  } else {
+    Group<survival::kGroupPatients> group;
+    for (int64_t i = 0; i < ranges.patients; ++i) {
+      prefetch(i + kRowsAhead);
+      group.set(
+          i, sum_of_range<T>(settings, ranges.of_patients[i], ranges.weights[i], first.after(i)));
+    }
+    group.template finish<FromLogits<T>>(ranges.patients, losses);
+    for (int64_t i = 0; i < ranges.patients; ++i) losses[i] *= ranges.weights[i];
+  }
+  for (int64_t i = 0; i < ranges.patients; ++i) {
+    if (ranges.of_patients[i].end == 0) losses[i] = 0;  // whatever the weight
+  }
 }
 
 }  // namespace ehrseq::fixed_horizon::EHRSEQ_ISA

@@ -1,6 +1,8 @@
 // What the CPU kernels of fixed_horizon compute: the visits of one patient, next to one another.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -48,6 +50,11 @@ struct Outcome {
   bool counts(double now) const { return now < time && now + horizon <= observed; }
   bool within(double now) const { return now + horizon >= event; }
 
+  // About the time from which on visits do not count, and that from which on they have the event
+  // within the horizon: a NaN where none has.
+  double last() const { return std::min(time, observed - horizon); }
+  double first_within() const { return event - horizon; }
+
   double horizon;
   double time;
   double observed;
@@ -56,18 +63,47 @@ struct Outcome {
 
 inline constexpr Range kNoRange{-1, 0};
 
+// The range of ascending times, found from a guess, which ties and rounding may put off.
+// `time_of(visit)` is the time of one of the `visits`.
+template <typename TimeOf>
+Range range_near(const Range& guess, const Outcome& outcome, int64_t visits,
+                 const TimeOf& time_of) {
+  const auto first_not = [&](int64_t at, int64_t end, const auto& holds) {
+    at = std::min(at, end);
+    while (at < end && holds(static_cast<double>(time_of(at)))) ++at;
+    while (at > 0 && !holds(static_cast<double>(time_of(at - 1)))) --at;
+    return at;
+  };
+  const int64_t end = first_not(guess.end, visits, [&](double now) { return outcome.counts(now); });
+  if (std::isnan(outcome.event)) return {end, end};
+  return {end, first_not(guess.first, end, [&](double now) { return !outcome.within(now); })};
+}
+
 // The range of the patient's visits that count, at these times; kNoRange unless these are numbers
 // in ascending order. Of float, double, int32_t and int64_t.
 template <typename stored_t>
 Range range_of_times(const Outcome& outcome, const stored_t* times, int64_t visits);
 
-// Where a row of `slots` begins; visits come first, the slots after them are set to 0.
+// Where a row of `slots` begins; visits come first, the slots after them are set to 0. The rows of
+// a group follow one another.
 template <typename scalar_t>
 struct Row {
   const scalar_t* logits;
   saved_grad_t<scalar_t>* grad;    // null where no gradient is needed
   accumulator_t<scalar_t>* terms;  // null where they are summed
   int64_t slots;
+
+  Row after(int64_t rows) const {
+    const int64_t at = rows * slots;
+    return {logits + at, grad ? grad + at : nullptr, terms ? terms + at : nullptr, slots};
+  }
+};
+
+// Patients whose visits that count are ranges.
+struct Ranges {
+  const Range* of_patients;
+  const double* weights;
+  int64_t patients;  // at most survival::kGroupPatients
 };
 
 // The sum of the weights of the visits that count. *possible becomes false where a time is NaN, a
@@ -78,8 +114,9 @@ double weight_of_visits(const Settings& settings, const Visits& visits, bool* po
 template <typename scalar_t>
 double loss_of_visits(const Settings& settings, const Visits& visits, const Row<scalar_t>& row,
                       bool* possible);
+// Those of each patient, from the row of the first one on.
 template <typename scalar_t>
-double loss_of_range(const Settings& settings, const Range& range, double weight,
-                     const Row<scalar_t>& row);
+void losses_of_ranges(const Settings& settings, const Ranges& ranges, const Row<scalar_t>& first,
+                      double* losses);
 
 }  // namespace ehrseq::fixed_horizon
