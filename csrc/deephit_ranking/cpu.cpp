@@ -229,14 +229,21 @@ void sum_pairs(const Settings& settings, Visits& visits, const std::vector<Outco
   const KeepDenormals denormals;
   join_later(groups, stride, Later<T>{largest.data(), of_later.data()},
              Later<T>{sums.largest.data(), sums.of_later.data()});
+  std::vector<double> factors(settings.patients);  // e^(largest - own)
+  const auto exponent_of = [&](int64_t i) {
+    const int64_t at = event_of(outcomes[i], settings);
+    return static_cast<double>(sums.largest[at]) - sums.own[i];
+  };
+  for (int64_t i = 0; i < settings.patients; ++i) {
+    if (outcomes[i].type > 0) factors[i] = exponent_of(i);
+  }
+  exponentiate(factors.data(), settings.patients);
   for (int64_t i = 0; i < settings.patients; ++i) {
     const Outcome& outcome = outcomes[i];
     if (outcome.type == 0) continue;
-    const int64_t at = outcome.time * settings.classes + outcome.type - 1;
-    const double exponent = static_cast<double>(sums.largest[at]) - sums.own[i];
     // a weight of 0 leaves the event out, but for a NaN
-    sums.own[i] = outcome.weight == 0 ? exponent * 0 : outcome.weight * std::exp(exponent);
-    sums.of_events[at] += sums.own[i];
+    sums.own[i] = outcome.weight == 0 ? exponent_of(i) * 0 : outcome.weight * factors[i];
+    sums.of_events[event_of(outcome, settings)] += sums.own[i];
   }
 }
 
@@ -253,8 +260,7 @@ void write_all(const Settings& settings, Visits& visits, const std::vector<Outco
   for (int64_t i = 0; i < settings.patients; ++i) {
     const Outcome& outcome = outcomes[i];
     if (outcome.type == 0) continue;
-    const int64_t at = outcome.time * settings.classes + outcome.type - 1;
-    sums.own[i] *= sums.of_later[at] * share;
+    sums.own[i] *= sums.of_later[event_of(outcome, settings)] * share;
   }
   for_each_group<T>(settings, [&](int64_t first, int64_t count, std::vector<T>& memory) {
     typename Visits::Writer writer(visits, grad);

@@ -36,6 +36,11 @@ EHRSEQ_RANKING_ROWS(Half)
 
 #undef EHRSEQ_RANKING_ROWS
 
+void exponentiate(double* values, int64_t count) {
+  static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::survival::ranking, exponentiate);
+  kernel(values, count);
+}
+
 #define EHRSEQ_JOIN_LATER(T)                                                               \
   void join_later(int64_t groups, int64_t stride, const Later<T>& of_groups,               \
                   const Later<T>& all) {                                                   \

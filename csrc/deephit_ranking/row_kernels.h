@@ -93,22 +93,22 @@ EHRSEQ_INLINE void softmax(const scalar_t* row, const Range<T>& at_risk, T* mass
   }
   largest = std::max(largest, largest_of_lanes<T>(most));
 
-  Wide<T> sums{};
+  Lanes<T> sums{};
   for (at = at_risk.first; at < at_risk.last; at += kLanes<T>) {
     const Lanes<T> term = exp_nonpositive<T>(load(mass + at) - largest);
     store(mass + at, term);
-    const Wide<T> wide = widen(term);
-    for (int i = 0; i < Wide<T>::kParts; ++i) sums.part[i] += wide.part[i];
+    sums += term;
   }
-  const double sum = std::exp(-static_cast<double>(largest)) + sum_of_wide<T>(sums);
+  const Lanes<T> beyond = exp_nonpositive<T>(broadcast(-largest));
+  const double sum = static_cast<double>(beyond[0]) + sum_of_wide<T>(widen(sums));
   const T share = static_cast<T>(1 / sum);
   for (at = at_risk.first; at < at_risk.last; at += kLanes<T>) {
     store(mass + at, load(mass + at) * share);
   }
 }
 
-// Sums over visits are made of four at a time: as wide as most processors add doubles at once, and
-// few steps from one four to the next.
+// Sums over visits are made of four at a time in double precision: as wide as most processors add
+// doubles at once, and few steps from one four to the next.
 using Four = lanes_t<double, 4>;
 using Places = lanes_t<int64_t, 4>;
 
@@ -122,6 +122,57 @@ EHRSEQ_INLINE void store_four(T* to, const Four& lanes) {
   store_exactly<4>(to, __builtin_convertvector(lanes, lanes_t<T, 4>));
 }
 
+// Where shuffles of vectors are one instruction, a whole vector at a time in T: parts of one that
+// were stored could not be loaded as a vector before they have left the processor's queue.
+constexpr bool kHasWideShuffles = EHRSEQ_ISA_LEVEL >= 2;
+
+// Each lane from the one so many places before, or (kPlaces below 0) after; 0 where there is none.
+template <int kPlaces, typename T>
+EHRSEQ_INLINE Lanes<T> moved(const Lanes<T>& lanes) {
+  return __builtin_shuffle(lanes, Lanes<T>{}, lane_numbers<T>() - kPlaces);
+}
+
+// Of each lane and all before it, or (kStep = -1) after it.
+template <int kStep, typename T>
+EHRSEQ_INLINE Lanes<T> sums_of_lanes(const Lanes<T>& lanes) {
+  Lanes<T> sums = lanes + moved<kStep, T>(lanes);
+  sums += moved<2 * kStep, T>(sums);
+  sums += moved<4 * kStep, T>(sums);
+  if constexpr (kLanes<T> == 16) sums += moved<8 * kStep, T>(sums);
+  return sums;
+}
+
+template <int kLane, typename T>
+EHRSEQ_INLINE Lanes<T> all_lanes_as(const Lanes<T>& lanes) {
+  return __builtin_shuffle(lanes, Mask<T>{} + kLane);
+}
+
+template <typename T>
+EHRSEQ_INLINE void cumulative_sums_by_vectors(const T* values, int64_t visits, double factor,
+                                              T* sums) {
+  Lanes<T> before{};  // the sum of all earlier ones, in every lane
+  for (int64_t at = 0; at < visits; at += kLanes<T>) {
+    const Lanes<T> own = sums_of_lanes<1, T>(load(values + at));
+    store(sums + at, (before + own) * static_cast<T>(factor));
+    before += all_lanes_as<kLanes<T> - 1, T>(own);
+  }
+}
+
+template <typename T>
+EHRSEQ_INLINE double sums_from_the_end_by_vectors(T* values, const T* weights, int64_t begin,
+                                                  int64_t visits) {
+  Lanes<T> dots{};
+  Lanes<T> after{};  // the sum of all later ones, in every lane
+  for (int64_t at = whole_lanes<T>(visits) - kLanes<T>; at >= begin; at -= kLanes<T>) {
+    const Lanes<T> own = sums_of_lanes<-1, T>(load(values + at));
+    const Lanes<T> sums = after + own;
+    store(values + at, sums);
+    dots += sums * load(weights + at);
+    after += all_lanes_as<0, T>(own);
+  }
+  return sum_of_wide<T>(widen(dots));
+}
+
 // body(count, first cause) with `count` a constant, for all causes by fours: sums that do not wait
 // for one another.
 template <typename Body>
@@ -133,8 +184,8 @@ EHRSEQ_INLINE void for_causes(int64_t classes, const Body& body) {
   if (classes - cause == 1) body(std::integral_constant<int, 1>{}, cause);
 }
 
-// Cumulative sums times `factor` of the first `visits` visits. With one value per visit up to three
-// more are read and written.
+// Cumulative sums times `factor` of the first `visits` visits. With one value per visit the whole
+// vectors around them are read and written.
 template <typename T>
 EHRSEQ_INLINE void cumulative_sums(const T* values, int64_t visits, int64_t classes, double factor,
                                    T* sums) {
@@ -151,6 +202,7 @@ EHRSEQ_INLINE void cumulative_sums(const T* values, int64_t visits, int64_t clas
     });
     return;
   }
+  if constexpr (kHasWideShuffles) return cumulative_sums_by_vectors(values, visits, factor, sums);
   const Four zeros{};
   Four before{};  // the sum of all earlier ones, in every lane
   for (int64_t at = 0; at < visits; at += 4) {
@@ -163,8 +215,8 @@ EHRSEQ_INLINE void cumulative_sums(const T* values, int64_t visits, int64_t clas
 }
 
 // Each value from position `begin` on becomes the sum of itself and those of later visits; the sum
-// of each result times its weight. With one value per visit `begin` is that of a vector, and up to
-// three after the last, which have to be zeros, are read.
+// of each result times its weight. With one value per visit `begin` is that of a vector, and those
+// after the last up to a whole vector, which have to be zeros, are read.
 template <typename T>
 EHRSEQ_INLINE double sums_from_the_end(T* values, const T* weights, int64_t begin, int64_t visits,
                                        int64_t classes) {
@@ -184,6 +236,9 @@ EHRSEQ_INLINE double sums_from_the_end(T* values, const T* weights, int64_t begi
       for (const double of_cause : dot) of_all += of_cause;
     });
     return of_all;
+  }
+  if constexpr (kHasWideShuffles) {
+    return sums_from_the_end_by_vectors(values, weights, begin, visits);
   }
   const Four zeros{};
   Four dots{};
@@ -219,25 +274,55 @@ EHRSEQ_INLINE Lanes<T> weighted(const Lanes<T>& x, const Lanes<T>& largest, T we
   return weight == 0 ? x * T(0) : exp_nonpositive<T>(x - largest) * weight;
 }
 
-EHRSEQ_INLINE int64_t event_of(const Outcome& outcome, const Settings& settings) {
-  return outcome.time * settings.classes + outcome.type - 1;
+// Rows are read in part, which the processor's own prefetcher cannot follow.
+constexpr int64_t kRowsAhead = 4;
+
+template <typename T>
+EHRSEQ_INLINE void prefetch(const T* row, const Outcome& outcome, const Settings& settings) {
+  const T* end = row + outcome.visits * settings.classes;
+  for (row += outcome.entry * settings.classes; row < end; row += 64 / sizeof(T)) {
+    __builtin_prefetch(row);
+  }
 }
 
-// `memory` has a row of exponents for each patient, and one of mass.
+// Adds w e^(exponent - largest) of one patient where it is a later one. Around that range the
+// exponents are -inf.
+template <typename T>
+EHRSEQ_INLINE void add_terms(const T* exponents, const Range<T>& range, T weight,
+                             const Later<T>& later) {
+  for (int64_t at = range.first; at < range.last; at += kLanes<T>) {
+    const Lanes<T> x = load(exponents + at);
+    const Lanes<T> term = weighted(x, load(later.largest + at), weight);
+    const Wide<T> wide = widen(x == T(-HUGE_VAL) ? Lanes<T>{} : term);
+    for (int part = 0; part < Wide<T>::kParts; ++part) {
+      double* sum = later.sum + at + part * kLanes<double>;
+      store(sum, load(sum) + wide.part[part]);
+    }
+  }
+}
+
+// `memory` has a row of mass, and one of exponents for each patient, if they are needed twice.
 template <typename scalar_t>
 void sum_rows(const Settings& settings, const Rows<scalar_t>& rows,
               const Later<accumulator_t<scalar_t>>& later, double* own,
               std::vector<accumulator_t<scalar_t>>& memory) {
   using T = accumulator_t<scalar_t>;
   const int64_t stride = settings.stride();
-  memory.resize((rows.patients + 1) * stride);
-  T* mass = memory.data() + rows.patients * stride;
-  std::fill(later.largest, later.largest + stride, T(0));  // no exponent is below 0
+  const bool knows_largest = settings.knows_largest();
+  memory.resize((1 + (knows_largest ? 1 : rows.patients)) * stride);
+  T* mass = memory.data();
+  const T least = knows_largest ? static_cast<T>(1 / settings.sigma) : T(0);  // none is below 0
+  std::fill(later.largest, later.largest + stride, least);
   std::fill(later.sum, later.sum + stride, 0.0);
 
+  for (int64_t i = 0; i < std::min(kRowsAhead, rows.patients); ++i) {
+    prefetch(rows.logits[i], rows.outcomes[i], settings);
+  }
   for (int64_t i = 0; i < rows.patients; ++i) {
+    const int64_t ahead = i + kRowsAhead;
+    if (ahead < rows.patients) prefetch(rows.logits[ahead], rows.outcomes[ahead], settings);
     const Outcome& outcome = rows.outcomes[i];
-    T* exponents = memory.data() + i * stride;
+    T* exponents = mass + (knows_largest ? 1 : i + 1) * stride;
     const auto at_risk = at_risk_of<T>(outcome, settings);
     softmax(rows.logits[i], at_risk, mass);
     if (rows.mass[i])
@@ -246,6 +331,10 @@ void sum_rows(const Settings& settings, const Rows<scalar_t>& rows,
     own[i] = outcome.type > 0 ? static_cast<double>(exponents[event_of(outcome, settings)]) : 0.0;
     const Range<T> range = later_of<T>(outcome, settings);
     range.fill_around(exponents, T(-HUGE_VAL));
+    if (knows_largest) {
+      add_terms(exponents, range, static_cast<T>(outcome.weight), later);
+      continue;
+    }
     // A weight of 0 leaves the patient out: beside its exponent all others might vanish.
     if (outcome.weight == 0) continue;
     for (int64_t at = range.first; at < range.last; at += kLanes<T>) {
@@ -254,19 +343,24 @@ void sum_rows(const Settings& settings, const Rows<scalar_t>& rows,
       store(later.largest + at, x > most ? x : most);
     }
   }
-  for (int64_t i = 0; i < rows.patients; ++i) {
-    const T* exponents = memory.data() + i * stride;
-    const T weight = static_cast<T>(rows.outcomes[i].weight);
-    const Range<T> range = later_of<T>(rows.outcomes[i], settings);
-    for (int64_t at = range.first; at < range.last; at += kLanes<T>) {
-      const Lanes<T> x = load(exponents + at);
-      const Lanes<T> term = weighted(x, load(later.largest + at), weight);
-      const Wide<T> wide = widen(x == T(-HUGE_VAL) ? Lanes<T>{} : term);
-      for (int part = 0; part < Wide<T>::kParts; ++part) {
-        double* sum = later.sum + at + part * kLanes<double>;
-        store(sum, load(sum) + wide.part[part]);
-      }
-    }
+  for (int64_t i = 0; i < (knows_largest ? 0 : rows.patients); ++i) {
+    const Outcome& outcome = rows.outcomes[i];
+    add_terms(mass + (i + 1) * stride, later_of<T>(outcome, settings),
+              static_cast<T>(outcome.weight), later);
+  }
+}
+
+inline void exponentiate(double* values, int64_t count) {
+  for (int64_t at = 0; at < count; at += kLanes<double>) {
+    double some[kLanes<double>] = {};
+    const bool is_whole = at + kLanes<double> <= count;
+    if (!is_whole) std::copy(values + at, values + count, some);
+    const Doubles x = is_whole ? load(values + at) : load(some);
+    // By its root: 1 / e^-x would be infinite where e^-x is not normal, before e^x is.
+    const Doubles root = exp_nonpositive<double>((x > 0.0 ? -x : x) * 0.5);
+    const Doubles raised = x > 0.0 ? 1.0 / root : root;
+    store(is_whole ? values + at : some, raised * raised);
+    if (!is_whole) std::copy(some, some + (count - at), values + at);
   }
 }
 
@@ -283,12 +377,16 @@ void join_groups(int64_t groups, int64_t stride, const Later<T>& of_groups, cons
   }
   for (int64_t group = 0; group < groups; ++group) {
     for (int64_t at = 0; at < stride; at += kLanes<T>) {
-      const Wide<T> own = widen(load(of_groups.largest + group * stride + at));
-      const Wide<T> most = widen(load(all.largest + at));
+      const Lanes<T> of_group = load(of_groups.largest + group * stride + at);
+      const Lanes<T> of_all = load(all.largest + at);
+      const bool is_same = std::memcmp(&of_group, &of_all, sizeof of_all) == 0;
+      const Wide<T> own = widen(of_group);
+      const Wide<T> most = widen(of_all);
       for (int part = 0; part < Wide<T>::kParts; ++part) {
         const int64_t lane = at + part * kLanes<double>;
         const Doubles sum = load(of_groups.sum + group * stride + lane);
-        const Doubles share = exp_nonpositive<double>(own.part[part] - most.part[part]);
+        const Doubles share =
+            is_same ? broadcast(1.0) : exp_nonpositive<double>(own.part[part] - most.part[part]);
         store(all.sum + lane, load(all.sum + lane) + sum * share);
       }
     }
@@ -306,7 +404,14 @@ void gradients_of_rows(const Settings& settings, const Rows<scalar_t>& rows,
   memory.resize(2 * stride);
   T* mass = memory.data();
   T* slope = mass + stride;
+  const auto prefetch_patient = [&](int64_t i) __attribute__((always_inline)) {
+    if (i >= rows.patients) return;
+    if (rows.mass[i]) return prefetch(rows.mass[i], rows.outcomes[i], settings);
+    prefetch(rows.logits[i], rows.outcomes[i], settings);
+  };
+  for (int64_t i = 0; i < kRowsAhead; ++i) prefetch_patient(i);
   for (int64_t i = 0; i < rows.patients; ++i) {
+    prefetch_patient(i + kRowsAhead);
     const Outcome& outcome = rows.outcomes[i];
     const auto at_risk = at_risk_of<T>(outcome, settings);
     if (rows.mass[i]) {

@@ -17,12 +17,21 @@ struct Settings {
   bool censored_included;
   double sigma;
 
+  // Whether e^(exponent - 1 / sigma) keeps its digits for all exponents, which are 0 to 1 / sigma:
+  // then that is the largest of every visit.
+  bool knows_largest() const { return sigma >= 1.0 / 30; }
+
   // A row of working memory, which is whole vectors.
   int64_t stride() const {
     constexpr int64_t kMostLanes = 16;
     return (slots * classes + kMostLanes - 1) / kMostLanes * kMostLanes;
   }
 };
+
+// The position of a patient's event in a row.
+inline int64_t event_of(const Outcome& outcome, const Settings& settings) {
+  return outcome.time * settings.classes + outcome.type - 1;
+}
 
 // At most OutcomeReader::kAtOnce patients.
 template <typename scalar_t>
@@ -69,6 +78,9 @@ EHRSEQ_RANKING_ROWS(BFloat16)
 EHRSEQ_RANKING_ROWS(Half)
 
 #undef EHRSEQ_RANKING_ROWS
+
+// e to the power of each.
+void exponentiate(double* values, int64_t count);
 
 // Sums of several groups of patients, one after another, into those of all, in their order.
 void join_later(int64_t groups, int64_t stride, const Later<float>& of_groups,
