@@ -28,7 +28,7 @@ from ehrseq_fast import PackedVisits, packed_lstm, use_backend
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 from ehrseq_fast.packed_lstm import cuda
 
-from . import devices, machine
+from . import devices, machine, suite
 
 SUMMARY = "settle, on a GPU, whether the packed LSTM's CUDA kernels are the default there"
 
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    suite.refuse_what_cannot_run("cuda", "cuda")
     found = measure("cuda", Sizes())
     found |= {name: getattr(args, name) == "passed" for name in ("racecheck", "synccheck")}
     print(table(found))

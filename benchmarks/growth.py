@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ehrseq_fast import PackedVisits
 
-from .cases import Case, Missing, Row, Tensors, Variant, fits, our_backends
+from .cases import Case, Missing, Row, Tensors, Variant, by_default, fits, our_backends
 from .devices import Device
 from .jobs import Benchmark, Job, Session, Settings, say
 from .report import curve_text
@@ -127,10 +127,9 @@ def _case(
                             or Variant(_once(step, each), compared=False, after_others=True),
                         )
                 else:
-                    yield (
-                        name,
-                        Variant(_once(step, each), backend=chosen, ours=True, compared=False),
-                    )
+                    ours = Variant(_once(step, each), backend=chosen, ours=True, compared=False)
+                    own = device.name == "cuda" and backend is None
+                    yield name, by_default(ours) if own else ours
 
     return Case(
         operation(grows), batch.workload, batch.patients, "step", "float32", dict(variants()), 0.0

@@ -7,7 +7,6 @@ A module of this folder that measures something exports one :class:`Benchmark` u
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from .cases import Case, Row, measure
 from .ceilings import Ceilings
 from .devices import Cpu, Cuda
 from .modes import Mode
+from .progress import say
 from .report import case_table
 from .results import Curve
 from .targets import Target
@@ -122,13 +122,6 @@ def of_case(
         return rows
 
     return Job(title, weight, run, for_target)
-
-
-def say(text: str) -> None:
-    """Print above the progress bar."""
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stdout)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ given; ``fused`` takes the batch as this package's data loading makes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +29,7 @@ from .cases import (
     Tensors,
     Variant,
     asked_for,
+    by_default,
     difference_of,
     fits,
     our_backends,
@@ -258,10 +259,21 @@ def _variants(
     for path in PLAIN_PATHS:
         yield path, fits(padded_bytes(batch, size), device) or variant(path)
     on = our_backends("packed_visit_pool", device.name, torch.float32, backend)
-    yield from ours("fused", on, lambda: variant("fused"))
-    yield "fused from padded", replace(variant("fused from padded"), backend=on[0], ours=True)
+    yield from _ours("fused", on, lambda: variant("fused"), device, backend)
+    from_padded = replace(variant("fused from padded"), backend=on[0], ours=True)
+    own = device.name == "cuda" and backend is None
+    yield "fused from padded", by_default(from_padded) if own else from_padded
     if device.name == "cuda":
-        yield from ours(GRAPH, on, lambda: variant("fused", captured=True))
+        yield from _ours(GRAPH, on, lambda: variant("fused", captured=True), device, backend)
+
+
+def _ours(
+    name: str, on: Sequence[str], make: Callable[[], Variant], device: Device, backend: str | None
+) -> Iterator[tuple[str, Variant]]:
+    """As :func:`.cases.ours`; on a GPU the first is what the package takes by itself."""
+    own = device.name == "cuda" and backend is None
+    for i, (label, variant) in enumerate(ours(name, on, make)):
+        yield label, by_default(variant) if own and i == 0 else variant
 
 
 def peak_rows(

@@ -22,10 +22,11 @@ from . import ceilings, devices, registry, targets
 from .cases import Row
 from .jobs import SECTIONS, Job, Session, Settings, say
 from .machine import describe_machine
+from .progress import bar
 from .report import ceilings_text, describe_run
 from .results import WHOLE_RUN, Results, add_saving_arguments, destination, save
 from .timing import Budget
-from .workloads import SIZES, WORKLOADS, MissingPackageError, require
+from .workloads import SIZES, WORKLOADS, MissingPackageError
 
 SUMMARIES = {
     "ops": "each operation on every workload, against PyTorch's and other packages' ways",
@@ -78,15 +79,13 @@ def results_of(
 
 def measure_sections(sections: tuple[str, ...], settings: Settings, budget_s: float) -> Results:
     """Run the sections' jobs, each within its share of what is left of the budget."""
-    from tqdm import tqdm
-
     start = perf_counter()
     session, machine = open_session(settings, budget_s)
     planned = [(section, job) for section in sections for job in registry.jobs(section, settings)]
     rows: list[list[Row]] = [[] for _ in planned]  # in the order of the sections
     weight_left = sum(job.weight for _, job in planned)
     seconds: dict[str, float] = dict.fromkeys(sections, 0.0)
-    with tqdm(total=weight_left, unit="s", bar_format=PROGRESS) as progress:
+    with bar(total=weight_left, unit="s", bar_format=PROGRESS) as progress:
         for i in measured_first(planned):
             section, job = planned[i]
             progress.set_description(f"{section}: {job.title}")
@@ -217,7 +216,6 @@ def run(args: argparse.Namespace, command: str) -> Results:
     Raises:
         SystemExit: if one of this package's own ways failed or gave other results.
     """
-    require("tqdm")
     refuse_what_cannot_run(args.device, args.backend)
     keep = command == WHOLE_RUN and not args.quick
     args.save = args.save or keep

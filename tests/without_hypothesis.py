@@ -37,17 +37,8 @@ class _Settings(_Anything):
 
 
 def given(*args: Any, **kwargs: Any) -> Any:
-    """A test that skips itself."""
-
-    def decorate(function: Any) -> Any:
-        def skipped() -> None:
-            pytest.skip("hypothesis is not installed")
-
-        skipped.__name__, skipped.__doc__ = function.__name__, function.__doc__
-        skipped.__module__ = function.__module__
-        return skipped
-
-    return decorate
+    """A property test is skipped."""
+    return pytest.mark.skip(reason="hypothesis is not installed")
 
 
 def stand_in() -> None:
