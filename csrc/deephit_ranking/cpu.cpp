@@ -47,16 +47,6 @@ void for_each_group(const Settings& settings, const Body& body) {
                });
 }
 
-std::vector<Outcome> read_in_groups(const Settings& settings, const OutcomeReader& reader) {
-  std::vector<Outcome> outcomes(settings.patients);
-  std::atomic<bool> possible{true};
-  for_each_group<char>(settings, [&](int64_t first, int64_t count, std::vector<char>&) {
-    if (!reader.read(first, first + count, outcomes.data() + first)) possible.store(false);
-  });
-  if (!possible.load()) reader.refuse();
-  return outcomes;
-}
-
 // Whether a patient's softmax takes no more memory than what it was computed of.
 template <typename scalar_t>
 constexpr bool kKeepsMass = std::is_same_v<scalar_t, accumulator_t<scalar_t>>;
@@ -209,14 +199,19 @@ struct Sums {
 };
 
 template <typename scalar_t, typename Visits>
-void sum_pairs(const Settings& settings, Visits& visits, const std::vector<Outcome>& outcomes,
-               Sums<accumulator_t<scalar_t>>& sums) {
+void sum_pairs(const Settings& settings, Visits& visits, const OutcomeReader& reader,
+               std::vector<Outcome>& outcomes, Sums<accumulator_t<scalar_t>>& sums) {
   using T = accumulator_t<scalar_t>;
   const int64_t stride = settings.stride();
   const int64_t groups = (settings.patients + kGroup - 1) / kGroup;
   std::vector<T> largest(groups * stride);
   std::vector<double> of_later(groups * stride);
+  std::atomic<bool> possible{true};
   for_each_group<T>(settings, [&](int64_t first, int64_t count, std::vector<T>& memory) {
+    if (!reader.read(first, first + count, outcomes.data() + first)) {
+      possible.store(false, std::memory_order_relaxed);
+      return;
+    }
     Rows<scalar_t> rows{{}, outcomes.data() + first, count};
     for (int64_t i = 0; i < count; ++i) {
       rows.logits[i] = visits.row(first + i);
@@ -226,6 +221,7 @@ void sum_pairs(const Settings& settings, Visits& visits, const std::vector<Outco
     sum_later(settings, rows, Later<T>{largest.data() + at, of_later.data() + at},
               sums.own.data() + first, memory);
   });
+  if (!possible.load()) reader.refuse();
   const KeepDenormals denormals;
   join_later(groups, stride, Later<T>{largest.data(), of_later.data()},
              Later<T>{sums.largest.data(), sums.of_later.data()});
@@ -285,7 +281,7 @@ void write_all(const Settings& settings, Visits& visits, const std::vector<Outco
 
 template <typename scalar_t, typename Visits>
 std::tuple<Tensor, Tensor> loss_and_grad(const Settings& settings, const Tensor& grad,
-                                         Visits& visits, const std::vector<Outcome>& outcomes,
+                                         Visits& visits, const OutcomeReader& reader,
                                          bool needs_grad) {
   using T = accumulator_t<scalar_t>;
   const Tensor loss = allocated(grad, {}, kDtypeOf<T>);
@@ -293,8 +289,9 @@ std::tuple<Tensor, Tensor> loss_and_grad(const Settings& settings, const Tensor&
     *data<T>(loss) = std::numeric_limits<T>::quiet_NaN();
     return {loss, grad};
   }
+  std::vector<Outcome> outcomes(settings.patients);
   Sums<T> sums(settings.stride(), settings.patients);
-  sum_pairs<scalar_t>(settings, visits, outcomes, sums);
+  sum_pairs<scalar_t>(settings, visits, reader, outcomes, sums);
   double total = 0;
   for (size_t at = 0; at < sums.of_later.size(); ++at) {
     total += sums.of_later[at] * sums.of_events[at];
@@ -331,7 +328,6 @@ std::tuple<Tensor, Tensor> deephit_ranking(Tensor logits, Tensor event_times, Te
       shape.patients, layout ? VisitMask(layout->lengths()) : VisitMask(sequence_mask, shape.slots),
       shape.classes, name_of_types(competing), event_times, event_types, entry_times,
       sample_weight);
-  const std::vector<Outcome> outcomes = read_in_groups(settings, reader);
 
   const Tensor rows = made_contiguous(logits);
   std::tuple<Tensor, Tensor> result;
@@ -341,11 +337,11 @@ std::tuple<Tensor, Tensor> deephit_ranking(Tensor logits, Tensor event_times, Te
     const Tensor grad = empty_gradient<scalar_t>(rows, needs_grad);
     if (layout) {
       RankedVisits<scalar_t> visits(settings, *layout, values);
-      result = loss_and_grad<scalar_t>(settings, grad, visits, outcomes, needs_grad);
+      result = loss_and_grad<scalar_t>(settings, grad, visits, reader, needs_grad);
     } else {
       auto* grads = needs_grad ? data<saved_grad_t<scalar_t>>(grad) : nullptr;
       PaddedVisits<scalar_t> visits(settings, values, grads);
-      result = loss_and_grad<scalar_t>(settings, grad, visits, outcomes, needs_grad);
+      result = loss_and_grad<scalar_t>(settings, grad, visits, reader, needs_grad);
     }
   });
   return result;
