@@ -71,12 +71,12 @@ struct VisitWeight {
 };
 
 template <typename T, typename Visits>
-__device__ NoWeight weight_of(const Visits&, int64_t) {
+__device__ NoWeight weight_of(const Visits&, unsigned) {
   return {};
 }
 template <typename T, typename Visits>
-__device__ VisitWeight<T> weight_of(const WeightedVisits<Visits>& visits, int64_t row) {
-  return {visits.template weight<T>(row)};
+__device__ VisitWeight<T> weight_of(const WeightedVisits<Visits>& visits, unsigned visit) {
+  return {visits.template weight<T>(visit)};
 }
 
 // --- one patient -----------------------------------------------------------------------------
@@ -130,7 +130,7 @@ __device__ accumulator_t<scalar_t> nll_of_patient(RateModel<Rate>, const Visits&
                                : visit >= outcome.entry && visit < outcome.survived_to;
       counts[i] = is_slot && is_read && visits.counts(visit);
       x[i] = counts[i] ? T(widen(logits.values[at[i]])) : T(0);
-      if (counts[i]) weight[i] = weight_of<T>(visits, at[i]);
+      if (counts[i]) weight[i] = weight_of<T>(visits, visit);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {

@@ -156,11 +156,9 @@ __device__ accumulator_t<scalar_t> nll_of_trials(const Visits& visits,
                          outcome.type <= int64_t{classes} && visits.has(outcome.time) &&
                          visits.counts(outcome.time);
   const unsigned cause = has_event ? static_cast<unsigned>(outcome.type) - 1 : 0;
-  const int64_t event_row = has_event ? visits.row(outcome.time) : 0;
-  const int64_t event_at = has_event ? event_row * classes + cause : -1;
-  const bool has_own_event = has_event && lane == 0;
-  const T event_value = has_own_event ? T(widen(hazards.values[event_at])) : T(0);
-  const T event_weight = has_own_event ? visits.template weight<T>(event_row) : T(1);
+  const int64_t event_at = has_event ? visits.row(outcome.time) * classes + cause : -1;
+  const T event_value = has_event && lane == 0 ? T(widen(hazards.values[event_at])) : T(0);
+  const T event_weight = has_event && lane == 0 ? visits.template weight<T>(outcome.time) : T(1);
 
   T nll = 0;
   for (unsigned begin = lane; begin < end; begin += kInFlight * settings.lanes) {
@@ -174,11 +172,10 @@ __device__ accumulator_t<scalar_t> nll_of_trials(const Visits& visits,
       const unsigned position = begin + i * settings.lanes;
       const unsigned visit = classes == 1 ? position : position / classes;
       const bool is_slot = position < end && visits.has(visit);
-      const int64_t row = is_slot ? visits.row(visit) : 0;
-      at[i] = is_slot ? row * classes + (position - visit * classes) : -1;
+      at[i] = is_slot ? visits.row(visit) * classes + (position - visit * classes) : -1;
       counts[i] = is_slot && at[i] != event_at && is_survived(visit) && visits.counts(visit);
       value[i] = counts[i] ? T(widen(hazards.values[at[i]])) : T(0);
-      weight[i] = counts[i] ? visits.template weight<T>(row) : T(1);
+      weight[i] = counts[i] ? visits.template weight<T>(visit) : T(1);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -193,7 +190,7 @@ __device__ accumulator_t<scalar_t> nll_of_trials(const Visits& visits,
       }
     }
   }
-  if (has_own_event) {
+  if (has_event && lane == 0) {
     const Term<T> term = likelihood.event(event_value);
     nll += event_weight * term.nll;
     if (wants_grad) {
@@ -251,13 +248,12 @@ __device__ accumulator_t<scalar_t> nll_of_classes(const Visits& visits,
   T nll = 0;
   for (unsigned visit = lane; visit < end; visit += settings.lanes) {
     if (!visits.has(visit)) break;  // nor has it any later one
-    const int64_t row = visits.row(visit);
-    const int64_t at = row * classes;
+    const int64_t at = visits.row(visit) * classes;
     grad_t* grad = hazards.grad != nullptr ? hazards.grad + at : nullptr;
     const bool survived = visit >= outcome.entry && visit < outcome.survived_to;
     if ((survived || (visit == outcome.time && time_counts)) && visits.counts(visit)) {
       const unsigned target = survived ? 0 : static_cast<unsigned>(outcome.type);
-      const T weight = visits.template weight<T>(row);
+      const T weight = visits.template weight<T>(visit);
       nll += weight * nll_of_class(hazards.values + at, grad, classes, target, weight * scale);
     } else if (grad != nullptr) {
       for (unsigned c = 0; c < classes; ++c) grad[c] = narrow<grad_t>(T(0));

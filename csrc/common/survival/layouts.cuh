@@ -29,7 +29,7 @@ struct PaddedLayout {
       return is_set(mask, visit);
     }
     template <typename T>
-    __device__ T weight(int64_t) const {
+    __device__ T weight(unsigned) const {
       return T(1);
     }
   };
@@ -60,7 +60,7 @@ struct PackedLayout {
     }
     __device__ bool counts(unsigned visit) const { return has(visit); }
     template <typename T>
-    __device__ T weight(int64_t) const {
+    __device__ T weight(unsigned) const {
       return T(1);
     }
   };
@@ -84,8 +84,8 @@ struct WeightedVisits : Visits {
   const void* weights;
 
   template <typename T>
-  __device__ T weight(int64_t row) const {
-    return static_cast<const T*>(weights)[row];
+  __device__ T weight(unsigned visit) const {
+    return static_cast<const T*>(weights)[this->row(visit)];
   }
 };
 
