@@ -58,18 +58,24 @@ def namespace(kernels):
     return backends.operators(kernels)
 
 
+def placed(arguments):
+    """Their values, tensors where new ones go."""
+    device = torch.get_default_device()
+    return [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments.values()]
+
+
 def refused(operator, arguments):
     with pytest.raises((ValueError, RuntimeError)) as raised:
-        operator(*arguments.values())
+        operator(*placed(arguments))
     assert str(raised.value)
 
 
 @pytest.mark.parametrize("name", BAD_PADDED)
 def test_padded_losses_check_their_arguments(kernels, name):
     ops = namespace(kernels)
-    ops.survival_nll(*PADDED.values())
+    ops.survival_nll(*placed(PADDED))
     competing = PADDED | {"hazards": torch.rand(3, 4, 2)}
-    ops.competing_risks_nll(*competing.values())
+    ops.competing_risks_nll(*placed(competing))
     for bad in BAD_PADDED[name]:
         refused(ops.survival_nll, PADDED | {name: bad})
         if name != "hazards":
@@ -113,8 +119,8 @@ TAMPERED = {
 @pytest.mark.parametrize("name", [*OF_PATIENTS, *ROWS])
 def test_packed_losses_check_their_arguments(kernels, name):
     operator = namespace(kernels).packed_survival_nll
-    operator(*packed_arguments().values())
-    operator(*packed_arguments(torch.rand(6, 2)).values())
+    operator(*placed(packed_arguments()))
+    operator(*placed(packed_arguments(torch.rand(6, 2))))
     for bad in (OF_PATIENTS | ROWS)[name]:
         refused(operator, packed_arguments() | {name: bad})
     refused(operator, packed_arguments() | {"link": 2})
