@@ -237,6 +237,23 @@ def test_what_is_not_finite_is_seen(backend, weighted, value):
     assert (~got.isfinite()).sum() == 2
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("at", [(0, 1), (0, 17), (0, 38), (1, 1), (1, 6)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_what_is_not_finite_is_seen_in_a_sum(backend, reduction, at, value):
+    """With a label of 0 or 1, among many visits or few: as PyTorch's own loss has it, which is NaN
+    for an infinite logit on the label's side."""
+    x = torch.zeros(2, 40)
+    x[at] = value
+    times = torch.tensor([39, 8])
+    got = fixed_horizon_bce(x, times, torch.tensor([1, 1]), 3, reduction=reduction)
+    visit = torch.arange(40)
+    counts = visit < times[:, None]
+    within = (visit + 3 >= times[:, None]).float()
+    wanted = F.binary_cross_entropy_with_logits(x[counts], within[counts], reduction=reduction)
+    torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
 def test_no_visit_that_counts(backend):
     x = torch.full((2, 3), torch.nan, requires_grad=True)
     for reduction in REDUCTIONS:

@@ -285,7 +285,9 @@ EHRSEQ_INLINE double terms_of_range(const Settings& settings, const Range& range
 }
 
 // The terms of a range are those of a likelihood: log(1 + e^x) of a trial that was survived, where
-// the label is 0, and log(1 + e^-x) of an event. Their sum is the logarithm of a product.
+// the label is 0, and log(1 + e^-x) of an event. Their sum is the logarithm of a product. It is 0
+// for an infinite logit on the label's side, where the term as terms_of() has it, and as PyTorch
+// does, is infinity less infinity: `undefined` keeps that NaN.
 template <typename T, typename scalar_t>
 EHRSEQ_INLINE Unfinished sum_of_range(const Settings& settings, const Range& range, double weight,
                                       const Row<scalar_t>& row) {
@@ -293,6 +295,7 @@ EHRSEQ_INLINE Unfinished sum_of_range(const Settings& settings, const Range& ran
   const bool wants_grad = row.grad != nullptr;
   if (wants_grad) std::fill_n(row.grad, row.slots, saved_grad_t<scalar_t>(0));
   const T scale = signed_zero(static_cast<T>(weight * settings.share));
+  Lanes<T> undefined{};
   int64_t until_flush = likelihood.flush_interval();
   for (int64_t at = 0; at < range.end; at += kLanes<T>, --until_flush) {
     if (until_flush == 0) {
@@ -300,18 +303,23 @@ EHRSEQ_INLINE Unfinished sum_of_range(const Settings& settings, const Range& ran
       until_flush = likelihood.flush_interval();
     }
     if (at + kLanes<T> <= range.first) {
-      const Lanes<T> slopes = likelihood.survived(load(row.logits + at), scale);
+      const Lanes<T> x = load(row.logits + at);
+      undefined += (x < T(0) ? x : Lanes<T>{}) * T(0);
+      const Lanes<T> slopes = likelihood.survived(x, scale);
       if (wants_grad) store(row.grad + at, slopes);
       continue;
     }
     const Mask<T> visit = lane_numbers<T>() + static_cast<bits_t<T>>(at);
     const Mask<T> within = visit >= static_cast<bits_t<T>>(range.first);
     const Mask<T> counts = visit < static_cast<bits_t<T>>(range.end);
-    const Lanes<T> slopes =
-        likelihood.mixed(load_within<T>(row.logits, at, row.slots), scale, within, counts);
+    const Lanes<T> x = load_within<T>(row.logits, at, row.slots);
+    undefined += (counts & (within | (x < T(0))) ? x : Lanes<T>{}) * T(0);
+    const Lanes<T> slopes = likelihood.mixed(x, scale, within, counts);
     if (wants_grad) store_within<T>(row.grad, at, row.slots, slopes);
   }
-  return likelihood.unfinished();
+  Unfinished sum = likelihood.unfinished();
+  sum.rest += sum_of_all<T>(widen(undefined));
+  return sum;
 }
 
 template <typename scalar_t>
