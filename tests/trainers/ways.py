@@ -143,8 +143,6 @@ def reset_accelerate() -> None:
 
 
 OF_LABELS = ("labels", "labels, GRU")
-# to compile another forward pass takes five seconds
-COMPILED = ("LSTM", "GRU", "code weights", "labels")
 ONE: dict[str, Way] = {
     "gradient accumulation": of_page(
         "accumulated", batches=[batch for pair in zip(*UNEQUAL, strict=True) for batch in pair]
@@ -171,7 +169,6 @@ TWO: dict[str, Callable[[Feature, int], list[Tensor]]] = {
 def cells(trainers: Any) -> list[tuple[str, str]]:
     """Which features each trainer is tried on."""
     only = {name: OF_LABELS for name in ONE if name.startswith("`Trainer`")}
-    only["`torch.compile`"] = COMPILED
     return [(trainer, feature) for trainer in trainers for feature in only.get(trainer, FEATURES)]
 
 
