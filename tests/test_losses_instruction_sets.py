@@ -13,6 +13,10 @@ pytestmark = [
     pytest.mark.operation("deephit_ranking"),
     pytest.mark.operation("fixed_horizon"),
     pytest.mark.operation("visit_cross_entropy"),
+    pytest.mark.operation("survival_nll"),
+    pytest.mark.operation("visit_weighted_nll"),
+    pytest.mark.operation("pmf_nll"),
+    pytest.mark.operation("piecewise_hazard"),
 ]
 
 COMMON = """
@@ -103,6 +107,74 @@ for slots in (1, 4, 15, 16, 17, 33, 70):
             assert not grad[~counts].any()
 """
 
+OVER_TIME = """
+from ehrseq_fast import (
+    PackedRows, PackedVisits, competing_risks_nll, discrete_time_survival_nll, piecewise_hazard_nll,
+    pmf_competing_risks_nll, pmf_nll, use_backend,
+)
+from tests.survival_cases import draw_patients
+LOGITS = {"from_logits": True}
+LOSSES = (
+    (discrete_time_survival_nll, None, {}),
+    (discrete_time_survival_nll, None, LOGITS),
+    (discrete_time_survival_nll, None, {**LOGITS, "link": "cloglog"}),
+    (competing_risks_nll, 2, {}),
+    (competing_risks_nll, 3, LOGITS),
+    (competing_risks_nll, 3, {**LOGITS, "link": "softmax"}),
+    (competing_risks_nll, 6, {**LOGITS, "link": "softmax"}),
+    (pmf_nll, None, {}),
+    (pmf_competing_risks_nll, 2, {}),
+    (pmf_competing_risks_nll, 5, {}),
+    (piecewise_hazard_nll, None, {}),
+    (piecewise_hazard_nll, None, {"link": "exp"}),
+)
+MASKS = (torch.bool, torch.int64, torch.float32, torch.bfloat16, torch.uint8)
+for at, slots in enumerate((1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 65)):
+    batch = None
+    for number, (loss, causes, options) in enumerate(LOSSES):
+        dtype = DTYPES[(at + number) % 3]
+        p = draw_patients(37, slots, 1 if causes is None else 2, seed=at)
+        shape = (37, slots) if causes is None else (37, slots, causes)
+        x = torch.randn(shape, dtype=torch.float64) * 3
+        if loss in (discrete_time_survival_nll, competing_risks_nll) and not options:
+            x = x.sigmoid().clamp(1e-3, 0.99)
+        x = torch.where(p.mask if causes is None else p.mask[..., None], x, torch.nan).to(dtype)
+        outcomes = {"event_times": p.times, "entry_times": p.entries, "sample_weight": p.weights}
+        outcomes["event_types" if causes else "event_indicators"] = p.types
+        if loss is piecewise_hazard_nll:
+            outcomes["fraction"] = torch.linspace(0.01, 0.99, 37)
+        kinds = [{}]
+        if loss not in (pmf_nll, pmf_competing_risks_nll):
+            kinds.append({"visit_weight": torch.linspace(0, 2, 37 * slots).reshape(37, slots)})
+        batch = batch or PackedVisits.from_lists([[[1]] * n for n in p.lengths.tolist()])
+        for more in kinds:
+            mask = p.mask.to(MASKS[(at + number) % 5])
+
+            def compute(x, **changed):
+                return loss(x, reduction="none", **{**options, **outcomes, **more, **changed})
+
+            value, grad = value_and_grad(lambda x: compute(x, sequence_mask=mask), x)
+            with use_backend("reference"):
+                wide, wide_grad = value_and_grad(
+                    lambda x: compute(x, sequence_mask=p.mask), x.double()
+                )
+            assert_matches(value, wide.detach(), scale=wide.detach().abs() + 1, terms=40)
+            assert_matches(grad, wide_grad, scale=wide_grad.abs().max() + 1, terms=40)
+            assert not grad[~p.mask].any()
+            packed = {key: batch.pack(weight) for key, weight in more.items()}
+            rows = compute(PackedRows(batch.pack(x), batch), **packed)
+            assert_matches(rows, wide.detach(), scale=wide.detach().abs() + 1, terms=40)
+    if slots > 2:  # a hole: after a 0 comes a 1
+        mask = p.mask.clone()
+        mask[1, slots // 2] = False
+        try:
+            pmf_nll(torch.zeros(37, slots), p.times, p.types, mask)
+        except ValueError as error:
+            assert "patient 1" in str(error), error
+        else:
+            raise AssertionError(f"a mask of {slots} with a hole was taken")
+"""
+
 
 @pytest.mark.parametrize("instructions", ["baseline", "avx2", "avx512"])
 def test_on_every_instruction_set(compiled, instructions):
@@ -111,5 +183,5 @@ def test_on_every_instruction_set(compiled, instructions):
         "EHRSEQ_FAST_BACKEND": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    program = "\n".join((COMMON, RANKING, HORIZON, CLASSES))
+    program = "\n".join((COMMON, RANKING, HORIZON, CLASSES, OVER_TIME))
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)

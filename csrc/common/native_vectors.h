@@ -1,6 +1,5 @@
 // Vectors as wide as the instruction set's registers, for loops without operations across lanes:
-// there the width changes the speed and no bit of a result. (vector_math.h has 64 bytes everywhere,
-// which a lesser processor keeps in memory.)
+// there the width changes the speed and no bit of a result.
 //
 // No include guard: files that common/each_isa.h compiles for several instruction sets include
 // this, once for each.

@@ -1,5 +1,7 @@
-// Sixty-four bytes of numbers at a time, in the compiler's vector types: a kernel is written once,
-// and the lanes (and with them the order of every sum) are the same on every instruction set.
+// As many numbers at a time as the instruction set's registers hold, in the compiler's vector
+// types: a kernel is written once. Wider ones would give the same bits on every instruction set,
+// but GCC takes comparisons and choices between lanes that fit no register apart into scalars and
+// branches.
 //
 // No include guard: files that common/each_isa.h compiles for several instruction sets include
 // this, once for each.
@@ -16,8 +18,10 @@ namespace ehrseq::EHRSEQ_ISA {
 
 #include "common/lanes.h"
 
+constexpr int64_t kVectorBytes = EHRSEQ_ISA_LEVEL >= 2 ? 64 : 16 << EHRSEQ_ISA_LEVEL;
+
 template <typename T>
-constexpr int64_t kLanes = 64 / sizeof(T);
+constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
 
 template <typename T>
 using Lanes = lanes_t<T, kLanes<T>>;
@@ -40,8 +44,12 @@ template <typename T>
 EHRSEQ_INLINE Mask<T> lane_numbers() {
   if constexpr (kLanes<T> == 16) {
     return Mask<T>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  } else {
+  } else if constexpr (kLanes<T> == 8) {
     return Mask<T>{0, 1, 2, 3, 4, 5, 6, 7};
+  } else if constexpr (kLanes<T> == 4) {
+    return Mask<T>{0, 1, 2, 3};
+  } else {
+    return Mask<T>{0, 1};
   }
 }
 
@@ -52,19 +60,23 @@ struct Wide {
   Doubles part[kParts];
 };
 
+using HalfOfFloats = lanes_t<float, kLanes<double>>;
+
 EHRSEQ_INLINE Wide<float> widen(const Lanes<float>& lanes) {
-  const auto doubles = __builtin_convertvector(lanes, lanes_t<double, 16>);
-  Wide<float> wide;
-  std::memcpy(&wide, &doubles, sizeof wide);
-  return wide;
+  HalfOfFloats halves[2];
+  std::memcpy(halves, &lanes, sizeof halves);
+  return {
+      {__builtin_convertvector(halves[0], Doubles), __builtin_convertvector(halves[1], Doubles)}};
 }
 
 EHRSEQ_INLINE Wide<double> widen(const Lanes<double>& lanes) { return {{lanes}}; }
 
 EHRSEQ_INLINE Lanes<float> narrow(const Wide<float>& wide) {
-  lanes_t<double, 16> doubles;
-  std::memcpy(&doubles, &wide, sizeof wide);
-  return __builtin_convertvector(doubles, Lanes<float>);
+  const HalfOfFloats halves[2] = {__builtin_convertvector(wide.part[0], HalfOfFloats),
+                                  __builtin_convertvector(wide.part[1], HalfOfFloats)};
+  Lanes<float> lanes;
+  std::memcpy(&lanes, halves, sizeof lanes);
+  return lanes;
 }
 
 EHRSEQ_INLINE Lanes<double> narrow(const Wide<double>& wide) { return wide.part[0]; }
@@ -80,17 +92,22 @@ EHRSEQ_INLINE void store(T* to, const Lanes<accumulator_t<T>>& lanes) {
   store_lanes<kLanes<accumulator_t<T>>>(to, lanes);
 }
 
-// Joins lane i of eight with lane i + 4, then the four with each other likewise: a fixed order.
+// Joins lane i of the first half with lane i of the other, and the half that this gives likewise: a
+// fixed order.
+template <typename T, int64_t kCount, typename Join>
+EHRSEQ_INLINE T join_halves(const lanes_t<T, kCount>& lanes, Join&& join) {
+  if constexpr (kCount == 2) {
+    return join(lanes[0], lanes[1]);
+  } else {
+    lanes_t<T, kCount / 2> halves[2];
+    std::memcpy(halves, &lanes, sizeof halves);
+    return join_halves<T, kCount / 2>(join(halves[0], halves[1]), join);
+  }
+}
+
 template <typename T, typename Join>
 EHRSEQ_INLINE T join_lanes(const Lanes<T>& lanes, Join&& join) {
-  static_assert(kLanes<T> == 8);
-  lanes_t<T, 4> fours[2];
-  std::memcpy(fours, &lanes, sizeof fours);
-  const auto four = join(fours[0], fours[1]);
-  lanes_t<T, 2> twos[2];
-  std::memcpy(twos, &four, sizeof twos);
-  const auto two = join(twos[0], twos[1]);
-  return join(two[0], two[1]);
+  return join_halves<T, kLanes<T>>(lanes, join);
 }
 
 template <typename T>

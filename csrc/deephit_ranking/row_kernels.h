@@ -122,6 +122,10 @@ EHRSEQ_INLINE void store_four(T* to, const Four& lanes) {
   store_exactly<4>(to, __builtin_convertvector(lanes, lanes_t<T, 4>));
 }
 
+// Rows are padded to whole vectors, which may be of two.
+template <typename T>
+constexpr bool kHasFours = kLanes<T> >= 4;
+
 // Where shuffles of vectors are one instruction, a whole vector at a time in T: parts of one that
 // were stored could not be loaded as a vector before they have left the processor's queue.
 constexpr bool kHasWideShuffles = EHRSEQ_ISA_LEVEL >= 2;
@@ -189,7 +193,7 @@ EHRSEQ_INLINE void for_causes(int64_t classes, const Body& body) {
 template <typename T>
 EHRSEQ_INLINE void cumulative_sums(const T* values, int64_t visits, int64_t classes, double factor,
                                    T* sums) {
-  if (classes > 1) {
+  if (classes > 1 || !kHasFours<T>) {
     for_causes(classes, [&](auto count, int64_t cause) __attribute__((always_inline)) {
       constexpr int kCount = decltype(count)::value;
       double sum[kCount] = {};
@@ -220,7 +224,7 @@ EHRSEQ_INLINE void cumulative_sums(const T* values, int64_t visits, int64_t clas
 template <typename T>
 EHRSEQ_INLINE double sums_from_the_end(T* values, const T* weights, int64_t begin, int64_t visits,
                                        int64_t classes) {
-  if (classes > 1) {
+  if (classes > 1 || !kHasFours<T>) {
     double of_all = 0;
     for_causes(classes, [&](auto count, int64_t cause) __attribute__((always_inline)) {
       constexpr int kCount = decltype(count)::value;

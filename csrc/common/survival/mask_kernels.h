@@ -11,7 +11,7 @@ namespace ehrseq::survival::EHRSEQ_ISA {
 using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
 
 template <typename Values>
-using MaskLanes = lanes_t<typename Values::bits, 64 / sizeof(typename Values::bits)>;
+using MaskLanes = lanes_t<typename Values::bits, kLanes<typename Values::bits>>;
 
 template <typename Values>
 EHRSEQ_INLINE MaskLanes<Values> load_mask_lanes(const typename Values::bits* from) {
@@ -54,9 +54,9 @@ EHRSEQ_INLINE int64_t sum_of_counts(const VectorType& counts) {
 // Loaded from position n on: all bits set in the last n lanes.
 template <typename Bits>
 struct LateLanes {
-  Bits lanes[128 / sizeof(Bits)] = {};
+  Bits lanes[2 * kLanes<Bits>] = {};
   constexpr LateLanes() {
-    for (size_t i = 64 / sizeof(Bits); i < 128 / sizeof(Bits); ++i) {
+    for (int64_t i = kLanes<Bits>; i < 2 * kLanes<Bits>; ++i) {
       lanes[i] = static_cast<Bits>(~Bits{0});
     }
   }
@@ -64,7 +64,7 @@ struct LateLanes {
 template <typename Bits>
 constexpr LateLanes<Bits> kLateLanes;
 
-// Sixty-four bytes a step. A row is malformed where a value is neither 0 nor 1, or where a 0 is
+// One vector a step. A row is malformed where a value is neither 0 nor 1, or where a 0 is
 // followed by a 1.
 template <typename Values>
 EHRSEQ_INLINE int64_t visits_of_row(const typename Values::bits* row, int64_t slots) {
