@@ -19,8 +19,6 @@ _PLAIN: dict[type, type] = {packed: plain for plain, packed in _PACKED.items()}
 _FORWARDS: dict[type, Any] = {nn.LSTM: nn.LSTM.forward, nn.GRU: nn.GRU.forward}
 # of an instance whose class accelerate changed to a packed layer
 _MARK = "_ehrseq_fast_accelerated"
-# of an instance with a fused forward pass: what that depends on, beside weights
-FOUND = "_ehrseq_fast_found"
 
 
 @dataclass(frozen=True)
@@ -229,6 +227,8 @@ def restore(model: nn.Module) -> tuple[str, ...]:
                 "restore before compiling or sharding"
             )
         found.append((name, module, before))
+    from .models.attributes import FOUND
+
     for _, module, before in found:
         for mark in (_MARK, FOUND):
             module.__dict__.pop(mark, None)
@@ -244,6 +244,7 @@ def _marks(module: nn.Module, target: Any) -> dict[str, Any]:
     """What goes with an instance that is given the class ``target``."""
     if target in _PLAIN:
         return {_MARK: True}
+    from .models.attributes import FOUND
     from .models.fused_forward import state_of
 
     return {FOUND: state_of(target._ehrseq_fast_fused, module)}

@@ -19,6 +19,7 @@ from benchmarks import (
     machine,
     memory,
     packed_lstm,
+    progress,
     readme,
     recurrent,
     registry,
@@ -77,13 +78,25 @@ def test_missing_packages_are_named_with_the_command_that_installs_them():
         workloads.require("json", "no_such_thing")
 
 
-@pytest.mark.parametrize("command", [["--quick"], ["all", "--quick"]])
-def test_missing_packages_end_the_job_with_one_line(monkeypatch, capsys, command):
+def test_missing_packages_end_the_main_job_with_one_line(monkeypatch, capsys):
     monkeypatch.setattr(workloads, "find_spec", lambda name: None)
-    assert main(command) == 1
+    assert main(["--quick"]) == 1
     error = capsys.readouterr().err
     assert "pip install 'ehrseq_fast[bench]'" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_the_suite_shows_its_progress_without_tqdm_too(monkeypatch, capsys, has_tqdm):
+    if not has_tqdm:
+        monkeypatch.setattr(progress, "find_spec", lambda name: None)
+    with progress.bar(total=2, unit="s") as bar:
+        bar.set_description("ops: a title")
+        progress.say("a table")
+        bar.update(2)
+    found = capsys.readouterr()
+    assert found.out == "a table\n"
+    assert ("a title" in found.err) == has_tqdm
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# The attribute of an instance with a fused forward pass that holds what this depends on beside
+# weights.
+FOUND = "_ehrseq_fast_found"
 _ABSENT = "<no such attribute>"
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, str, type(None))

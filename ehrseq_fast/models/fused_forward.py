@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from ..autograd import values_are_hidden
 from ..batch import PackedVisits
 from ..compiling import let_trace
-from ..dropin import FOUND
 from ..visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
-from .attributes import Found, are_as_found, attributes_of
+from .attributes import FOUND, Found, are_as_found, attributes_of
 from .competing_risks import CompetingRisksSurvivalLSTM
 from .known_forms import arguments_of, form_of
 from .lstm_baseline import LSTMBaseline, VisitEncoder
