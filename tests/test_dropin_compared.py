@@ -7,6 +7,7 @@ import copy
 import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -98,6 +99,15 @@ class WithTensor(Survival):
         return super().forward(codes, visit_mask, sequence_mask) * self.scale
 
 
+class WithArray(Survival):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.scale = np.ones(())
+
+    def forward(self, codes, visit_mask, sequence_mask):
+        return super().forward(codes, visit_mask, sequence_mask) * float(self.scale)
+
+
 class OtherWithoutStates(plain_models.LSTMBaseline):
     def forward(self, codes, visit_mask=None, sequence_mask=None, return_hidden=False):
         output = super().forward(codes, visit_mask, sequence_mask, return_hidden)
@@ -117,7 +127,8 @@ def test_a_model_that_leaves_a_code_out(code):
         (OfFirstCodes, "computes something else of many visits or codes"),
         (WithOldStates, "computes something else of many visits or codes"),
         (Collecting, r"sets attributes \(collected\)"),
-        (WithTensor, r"reads a tensor that is no parameter and no buffer \(scale\)"),
+        (WithTensor, r"reads what may change unseen, as a tensor or an array \(scale\)"),
+        (WithArray, r"reads what may change unseen, as a tensor or an array \(scale\)"),
         (OtherWithoutStates, "returns something else without hidden states"),
     ],
 )

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +25,13 @@ FOUND = "_ehrseq_fast_found"
 _ABSENT = "<no such attribute>"
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, str, type(None))
-_CONTAINERS = (dict, list, tuple, set, frozenset)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_OF_NUMBERS = (Tensor, nn.Module, np.ndarray, bytearray, array)
 _DEEPEST = 6
 
 
-class HoldsTensor(Exception):
-    """An attribute holds a tensor or a module, whose values may change without a trace."""
+class MayChange(Exception):
+    """An attribute holds what may change without a trace: a tensor, a module, an array."""
 
 
 class _Same:
@@ -90,7 +94,7 @@ def attributes_of(module: nn.Module, names: Iterable[str]) -> Found:
     """What ``module`` itself, and not its class, holds by these names.
 
     Raises:
-        HoldsTensor: with the name of one that holds a tensor or a module.
+        MayChange: with the name of one that holds what may change without a trace.
     """
     plain, others = [], []
     for name in names:
@@ -101,8 +105,8 @@ def attributes_of(module: nn.Module, names: Iterable[str]) -> Found:
             continue
         try:
             others.append((name, _frozen(value)))
-        except HoldsTensor:
-            raise HoldsTensor(name) from None
+        except MayChange:
+            raise MayChange(name) from None
     return Found(tuple(plain), tuple(others))
 
 
@@ -118,7 +122,7 @@ def are_as_found(module: nn.Module, found: Found) -> bool:
         return len(found.others) == 0
     try:
         return all(_frozen(own.get(name, _ABSENT)) == value for name, value in found.others)
-    except HoldsTensor:
+    except MayChange:
         return False
 
 
@@ -128,7 +132,7 @@ def contents_of(module: nn.Module) -> dict[str, Any]:
     for name, value in module.__dict__.items():
         inside = None
         if name not in _OF_EVERY_MODULE:
-            with contextlib.suppress(HoldsTensor):
+            with contextlib.suppress(MayChange):
                 inside = _frozen(value)
         contents[name] = (_Same(value), inside)
     return contents
@@ -137,8 +141,8 @@ def contents_of(module: nn.Module) -> dict[str, Any]:
 def _frozen(value: Any, depth: int = 0) -> Any:
     """Something that equals what the same makes of a value that holds the same."""
     kind = type(value)
-    if isinstance(value, (Tensor, nn.Module)):
-        raise HoldsTensor
+    if isinstance(value, _OF_NUMBERS):
+        raise MayChange
     if kind is float:
         return kind, repr(value)  # as NaN equals no other
     if kind in _PLAIN:
@@ -154,7 +158,7 @@ def _contents(value: Any) -> list[Any] | None:
     """What a container or an object of a class holds; None for what cannot be looked into."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return list(value)
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=repr)

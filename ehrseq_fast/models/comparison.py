@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attributes import HoldsTensor, contents_of, options_among, reads_of
+from .attributes import MayChange, contents_of, options_among, reads_of
 from .fused_forward import NOT_SERVED, Fused, Pooling, Served, describe, run_fused, state_of
 
 _TABLE = 2**21  # numbers of an embedding that are copied, which more of them would make slow
@@ -47,8 +47,8 @@ def compare(module: nn.Module, form: str) -> tuple[Fused | None, str]:
             found = _with_reads(found, twin)
             state_of(found, module)
             return found, ""
-    except HoldsTensor as name:
-        return None, f"its forward reads a tensor that is no parameter and no buffer ({name})"
+    except MayChange as name:
+        return None, f"its forward reads what may change unseen, as a tensor or an array ({name})"
     except Exception as error:  # of a forward that is not known, on a batch that it did not ask for
         return None, f"it could not be compared: {_told(error)}"
 

@@ -125,7 +125,7 @@ def state_of(fused: Fused, module: nn.Module) -> tuple[Found, ...]:
     """What the comparison of ``module`` with the fused forward pass depended on, beside weights.
 
     Raises:
-        HoldsTensor: where this cannot be told.
+        MayChange: where this cannot be told.
     """
     found = [attributes_of(module, fused.reads)]
     if fused.form == "baseline":
