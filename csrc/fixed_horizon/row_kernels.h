@@ -208,13 +208,6 @@ class RowLanes {
   int64_t visits_;
 };
 
-template <typename T>
-EHRSEQ_INLINE double sum_of_all(const Wide<T>& sums) {
-  double sum = 0;
-  for (const Doubles& part : sums.part) sum += sum_of_lanes<double>(part);
-  return sum;
-}
-
 template <typename scalar_t>
 double loss_of_visits(const Settings& settings, const Visits& visits, const Row<scalar_t>& row,
                       bool* possible) {

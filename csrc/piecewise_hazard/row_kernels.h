@@ -20,13 +20,6 @@ struct Interval {
   Doubles slope_of_log;
 };
 
-template <typename T>
-EHRSEQ_INLINE double sum_of(const Wide<T>& wide) {
-  double sum = 0;
-  for (const Doubles& part : wide.part) sum += sum_of_lanes<double>(part);
-  return sum;
-}
-
 // Σ Λ
 template <typename T>
 class Sum {
@@ -35,35 +28,9 @@ class Sum {
     for (int i = 0; i < Wide<T>::kParts; ++i) sum_.part[i] += integral.part[i];
   }
 
-  EHRSEQ_INLINE Unfinished unfinished() const { return {0, sum_of<T>(sum_)}; }
+  EHRSEQ_INLINE Unfinished unfinished() const { return {0, sum_of_all<T>(sum_)}; }
 
  private:
-  Wide<T> sum_{};
-};
-
-// Σ weight · Λ. A weight is a power of a product's factor, so here each logarithm is taken.
-template <typename T>
-class WeightedSum {
- public:
-  static constexpr int64_t kMostBits = std::numeric_limits<int64_t>::max();  // nothing to flush
-
-  EHRSEQ_INLINE void weigh(const Lanes<T>& weights) { weights_ = widen(weights); }
-
-  EHRSEQ_INLINE void add(const Wide<T>& integral) {
-    for (int i = 0; i < Wide<T>::kParts; ++i) sum_.part[i] += weights_.part[i] * integral.part[i];
-  }
-
-  // 1 + excess <= 2. Single precision is what e^-|x| has; the sum is in double precision.
-  EHRSEQ_INLINE void add(const Lanes<T>& linear, const Lanes<T>& excess) {
-    add(widen(linear + log1p_below_one(excess)));
-  }
-
-  EHRSEQ_INLINE void flush() {}
-
-  EHRSEQ_INLINE Unfinished unfinished() const { return {0, sum_of<T>(sum_)}; }
-
- private:
-  Wide<T> weights_{};
   Wide<T> sum_{};
 };
 

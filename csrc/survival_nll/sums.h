@@ -30,6 +30,13 @@ EHRSEQ_INLINE Lanes<float> log1p_below_one(const Lanes<float>& q) {
 
 EHRSEQ_INLINE Lanes<double> log1p_below_one(const Lanes<double>& q) { return log1p_nonnegative(q); }
 
+template <typename T>
+EHRSEQ_INLINE double sum_of_all(const Wide<T>& sums) {
+  double sum = 0;
+  for (const Doubles& part : sums.part) sum += sum_of_lanes<double>(part);
+  return sum;
+}
+
 // What is left of a patient's loss once its visits are read: `rest`, and a logarithm of `argument`,
 // which is taken for eight patients at a time.
 struct Unfinished {
@@ -182,6 +189,53 @@ class SumOfSoftplus {
   Wide<T> linear_{};
   Wide<T> excess_{};
   double logs_ = 0;
+};
+
+// Σ weight · term, in the place of Product and of SumOfSoftplus: a weight is a power of a product's
+// factor, so each logarithm is taken. What counts nothing has the weight 0 and the term 0.
+template <typename T>
+class WeightedSum {
+ public:
+  static constexpr int64_t kMostBits = std::numeric_limits<int64_t>::max();  // nothing to flush
+
+  EHRSEQ_INLINE void weigh(const Lanes<T>& weights) { weights_ = widen(weights); }
+
+  template <typename Base>
+  EHRSEQ_INLINE void multiply(const Base& base, const Lanes<T>& change, double least) {
+    constexpr double kRaise = 0x1p54;  // from below the normal numbers into them
+    const Wide<T> wide = widen(change);
+    for (int i = 0; i < Wide<T>::kParts; ++i) {
+      const Doubles exact = part_of(base, i) + wide.part[i];
+      const Doubles factor = exact < least ? broadcast(least) : exact;
+      const Mask<double> tiny = factor < DBL_MIN;
+      const Doubles log = log_nonnegative(tiny ? factor * kRaise : factor) -
+                          (tiny ? broadcast(54 * kLog2) : Doubles{});
+      sum_.part[i] -= weights_.part[i] * log;
+    }
+  }
+
+  // 1 + excess <= 2. Single precision is what e^-|x| has; the sum is in double precision.
+  EHRSEQ_INLINE void add(const Lanes<T>& linear, const Lanes<T>& excess) {
+    add(widen(linear + log1p_below_one(excess)));
+  }
+
+  EHRSEQ_INLINE void add(const Wide<T>& term) {
+    for (int i = 0; i < Wide<T>::kParts; ++i) sum_.part[i] += weights_.part[i] * term.part[i];
+  }
+
+  EHRSEQ_INLINE void add(const Wide<T>& linear, const Wide<T>& excess) {
+    for (int i = 0; i < Wide<T>::kParts; ++i) {
+      sum_.part[i] += weights_.part[i] * (linear.part[i] + log1p_nonnegative(excess.part[i]));
+    }
+  }
+
+  EHRSEQ_INLINE double total() const { return sum_of_all<T>(sum_); }
+  EHRSEQ_INLINE void flush() {}
+  EHRSEQ_INLINE Unfinished unfinished() const { return {0, total()}; }
+
+ private:
+  Wide<T> weights_{};
+  Wide<T> sum_{};
 };
 
 // What is left of each lane's loss.

@@ -2,8 +2,6 @@
 // ones: loss and gradient in one call. The loops over rows are in row_kernels.h.
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -15,6 +13,7 @@
 #include "common/survival/layouts.h"
 #include "common/survival/outcomes.h"
 #include "common/survival/rank_layout.h"
+#include "common/survival/visit_weights.h"
 #include "common/tensors.h"
 #include "survival_nll/improbable.h"
 #include "visit_weighted_nll/arguments.h"
@@ -24,29 +23,6 @@ namespace ehrseq::survival {
 namespace {
 
 constexpr const char* kName = kVisitWeightedNll;
-
-// Throws std::invalid_argument, unless no visit that the loss reads has a negative weight.
-// `weight_of(patient, visit)` is that of a visit. The outcomes have been checked.
-template <typename WeightOf>
-void refuse_negative(const LossSettings& settings, const OutcomeReader& outcomes,
-                     const WeightOf& weight_of) {
-  int64_t visits = 0;
-  std::string first;
-  for (int64_t patient = 0; patient < settings.patients; ++patient) {
-    Outcome outcome;
-    outcomes.read(patient, patient + 1, &outcome);
-    const bool reads_last = outcome.type > 0 || settings.censored_included;
-    for (int64_t visit = outcome.entry; visit < outcome.time + reads_last; ++visit) {
-      const auto weight = static_cast<double>(weight_of(patient, visit));
-      if (!(weight < 0) || visits++ > 0) continue;
-      first = "patient " + std::to_string(patient) + " has " + short_text(weight) + " at visit " +
-              std::to_string(visit);
-    }
-  }
-  if (visits == 0) return;
-  throw std::invalid_argument("visit_weight must not be negative: " + first +
-                              " (visits at fault: " + std::to_string(visits) + ")");
-}
 
 struct Inputs {
   const Tensor& hazards;
@@ -81,9 +57,10 @@ std::tuple<Tensor, Tensor> nll_of(const Inputs& inputs, const int64_t* row_start
           return values + row_of(patient, visit) * settings.classes;
         });
       }
-      refuse_negative(settings, inputs.outcomes, [&](int64_t patient, int64_t visit) {
-        return weights[row_of(patient, visit)];
-      });
+      refuse_negative(
+          settings.patients, inputs.outcomes,
+          [&](int64_t patient, int64_t visit) { return weights[row_of(patient, visit)]; },
+          [&](const Outcome& outcome) { return outcome.type > 0 || settings.censored_included; });
     }
     result = {nll, grad};
   });

@@ -8,53 +8,6 @@
 
 namespace ehrseq::survival::EHRSEQ_ISA {
 
-// Σ weight · term, in the place of Product and of SumOfSoftplus. What counts nothing has the
-// weight 0 and the term 0.
-template <typename T>
-class WeightedSum {
- public:
-  static constexpr int64_t kMostBits = std::numeric_limits<int64_t>::max();  // nothing to flush
-
-  EHRSEQ_INLINE void weigh(const Lanes<T>& weights) { weights_ = widen(weights); }
-
-  template <typename Base>
-  EHRSEQ_INLINE void multiply(const Base& base, const Lanes<T>& change, double least) {
-    constexpr double kRaise = 0x1p54;  // from below the normal numbers into them
-    const Wide<T> wide = widen(change);
-    for (int i = 0; i < Wide<T>::kParts; ++i) {
-      const Doubles exact = part_of(base, i) + wide.part[i];
-      const Doubles factor = exact < least ? broadcast(least) : exact;
-      const Mask<double> tiny = factor < DBL_MIN;
-      const Doubles log = log_nonnegative(tiny ? factor * kRaise : factor) -
-                          (tiny ? broadcast(54 * kLog2) : Doubles{});
-      sum_.part[i] -= weights_.part[i] * log;
-    }
-  }
-
-  // 1 + excess <= 2. Single precision is what e^-|x| has; the sum is in double precision.
-  EHRSEQ_INLINE void add(const Lanes<T>& linear, const Lanes<T>& excess) {
-    const Wide<T> terms = widen(linear + log1p_below_one(excess));
-    for (int i = 0; i < Wide<T>::kParts; ++i) sum_.part[i] += weights_.part[i] * terms.part[i];
-  }
-
-  EHRSEQ_INLINE void add(const Wide<T>& linear, const Wide<T>& excess) {
-    for (int i = 0; i < Wide<T>::kParts; ++i) {
-      sum_.part[i] += weights_.part[i] * (linear.part[i] + log1p_nonnegative(excess.part[i]));
-    }
-  }
-
-  EHRSEQ_INLINE double total() const {
-    double total = 0;
-    for (const Doubles& part : sum_.part) total += sum_of_lanes<double>(part);
-    return total;
-  }
-  EHRSEQ_INLINE double unfinished() const { return total(); }
-
- private:
-  Wide<T> weights_{};
-  Wide<T> sum_{};
-};
-
 // A gradient's scale of each visit; never +0, as in likelihood.h.
 template <typename T>
 EHRSEQ_INLINE Lanes<T> scaled(const Lanes<T>& weights, T scale) {
@@ -97,7 +50,7 @@ EHRSEQ_INLINE double weighted_nll_of_trials(double eps, const scalar_t* row, gra
     if (grad != nullptr) store_within<T>(grad, at, row_length, slopes);
   }
   likelihood.join(&found->inside);
-  return likelihood.unfinished();
+  return likelihood.unfinished().rest;
 }
 
 // Weights at the positions of a row, [V, K] flattened, where visits are at risk.

@@ -4,9 +4,15 @@
 //
 // What lane 4 g + t holds of each (PTX ISA, "Matrix Fragments for mma.m16n8k16" and "m16n8k8"), in
 // words of two 16-bit values or of one TF32 value, `k` counting words:
-//   a.x  row g, k t        a.y  row g + 8, k t        a.z  row g, k t + 4     a.w  row g + 8, k t +
-//   4 b0   k t, column g     b1   k t + 4, column g sum  [0] row g, column 2 t    [1] row g, column
-//   2 t + 1    [2], [3] the same of row g + 8
+//   a.x     row g, k t
+//   a.y     row g + 8, k t
+//   a.z     row g, k t + 4
+//   a.w     row g + 8, k t + 4
+//   b0      k t, column g
+//   b1      k t + 4, column g
+//   sum[0]  row g, column 2 t
+//   sum[1]  row g, column 2 t + 1
+//   sum[2], sum[3]  the same of row g + 8
 #pragma once
 
 #include "common/cuda/device.cuh"
