@@ -92,9 +92,8 @@ def piecewise_hazard_kernel(
 
     Grid: programs that walk over the patients. A tile is ``[PATIENTS, VISITS]`` values of the
     logits, which are contiguous, as are the weights of visits. Reads both up to the event time, the
-    outcomes and the mask;
-    writes ``grad`` (every value of these patients) and, of each patient, ``nll``; or, if
-    ``REDUCES``, one of ``partials``, which the last program adds up into ``nll``.
+    outcomes and the mask; writes ``grad`` (every value of these patients) and, of each patient,
+    ``nll``; or, if ``REDUCES``, one of ``partials``, which the last program adds up into ``nll``.
     """
     loss = tl.zeros([PATIENTS], tl.float64)
     for group in range(tl.program_id(0), tl.cdiv(patients, PATIENTS), tl.num_programs(0)):
