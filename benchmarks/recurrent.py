@@ -43,8 +43,8 @@ BUCKETS = (0.5, 0.3, 0.1)
 ONE, BOTH = "one direction", "both directions"
 PACKED_ROWS_NOTE = (
     "PyTorch's layer is given rows packed beforehand, its best case; packing and padding included "
-    "it takes several times longer (cpu.md). The layer takes no longer than torch.mm takes for its "
-    "products alone (the targets over its own products): what is missing is beyond this CPU's rate"
+    "it takes several times longer (cpu.md). The layer takes about as long as torch.mm takes for "
+    "its products alone (the targets over its own products): there is little left to gain on this CPU"
 )
 
 Part = tuple[slice, slice]  # visits and patients of a padded batch
