@@ -44,7 +44,8 @@ ONE, BOTH = "one direction", "both directions"
 PACKED_ROWS_NOTE = (
     "PyTorch's layer is given rows packed beforehand, its best case; packing and padding included "
     "it takes several times longer (cpu.md). The layer takes about as long as torch.mm takes for "
-    "its products alone (the targets over its own products): there is little left to gain on this CPU"
+    "its products alone (the targets over its own products): there is little left to gain on this "
+    "CPU"
 )
 
 Part = tuple[slice, slice]  # visits and patients of a padded batch
