@@ -19,6 +19,20 @@ from .tolerances import tolerance
 on_host = pytest.mark.skipif(cuda_on_cpu.why_not() is not None, reason=str(cuda_on_cpu.why_not()))
 NOTHING = float("nan")
 
+# an operand, which of its numbers, and what that is
+not_finite = pytest.mark.parametrize(
+    ("argument", "at", "value"),
+    [
+        (0, (4, 1), NOTHING),  # a visit of the second patient
+        (3, (7, 2), NOTHING),
+        (3, (7, 2), float("inf")),
+        (4, (40,), float("inf")),
+        (6, (1, 5), NOTHING),
+        (7, (2, 9), float("inf")),
+    ],
+    ids=["row", "weight", "infinite weight", "infinite bias", "h0", "infinite c0"],
+)
+
 
 @contextlib.contextmanager
 def emulated():

@@ -20,6 +20,7 @@ from .packed_lstm_on_cuda import (
     bound_of,
     emulated,
     launches,
+    not_finite,
     on_host,
     ops,
     raw,
@@ -143,18 +144,7 @@ def test_no_order_of_blocks_changes_a_bit(shim, dtype):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(
-    ("argument", "at", "value"),
-    [
-        (0, (4, 1), NOTHING),  # a visit of the second patient
-        (3, (7, 2), NOTHING),
-        (3, (7, 2), float("inf")),
-        (4, (40,), float("inf")),
-        (6, (1, 5), NOTHING),
-        (7, (2, 9), float("inf")),
-    ],
-    ids=["row", "weight", "infinite weight", "infinite bias", "h0", "infinite c0"],
-)
+@not_finite
 def test_what_is_not_finite_goes_where_the_definition_has_it(
     shim, argument, at, value, reverse, dtype
 ):

@@ -128,7 +128,8 @@ def test_the_definition_in_float64_padded_and_packed(kernels_of_kind, kind):
                 if value.dim():  # a sum over patients is in the order of their rows
                     assert torch.equal(value, of_rows)
                 assert torch.equal(grad, grad_of_rows)
-            torch.testing.assert_close(value, of_rows, rtol=2e-6, atol=0)
+            rtol = 1e-6 if kernels_of_kind == "cpu" else 2e-6  # lanes are shared out by length
+            torch.testing.assert_close(value, of_rows, rtol=rtol, atol=0)
             torch.testing.assert_close(grad, grad_of_rows, rtol=0, atol=0)
             exact = value_and_grad(
                 lambda x, more=more, drawn=drawn: drawn.expected(x, **more), drawn.hazards.double()
