@@ -107,24 +107,28 @@ def accelerate(model: nn.Module) -> AccelerateReport:
 
     **How a model is recognised.** By names and types of its children and by the number of arguments
     of its ``forward``. Then a copy with random weights is run both ways in float64, in training and
-    in ``eval()``, and where outputs or gradients differ the model is left. The model itself is not
-    called. What a forward pass does to its own attributes is found too; what it prints or counts
-    elsewhere is not, nor what it does to codes in the middle of a large vocabulary or to more than
-    600 visits or codes alone. ``accelerate(model.lstm)`` leaves such a model's own ``forward``
-    alone.
+    in ``eval()``, and where outputs or gradients differ the model is left. So is one that draws
+    random numbers of its own, writes to its arguments or its attributes, drops other values in
+    training, takes codes outside its embedding, cuts its output to the longest patient, or changes
+    time features or probabilities near 0 and 1. The model itself is not called. What a forward pass
+    prints or counts elsewhere is not found, nor what it does to codes in the middle of a large
+    vocabulary or to more than 600 visits or codes alone. ``accelerate(model.lstm)`` leaves such a
+    model's own ``forward`` alone.
 
     **Where the fused pass is used.** For codes ``[B, V, C]`` of int32 or int64, masks of 0 and 1
     with real visits first and at least one for each patient, and float32 or float64 weights; for
     fractional ``visit_mask``, masks of each kind (bool, integers, floating) and arguments left out
     where the comparison found the same for these too. Everything else goes to the model's own
-    ``forward``, and so does a model whose parts were replaced or given hooks since, or that holds
-    another value where its ``forward`` reads one (a temperature, a flag). A visit without a real
-    code gives zeros in every mode, where ``ehrsequencing`` gives −inf for max and NaN for
-    attention; padded slots are not read. Under autocast hazards of padded tensors are float32, as
-    products with a float mask are. Dropout draws other random numbers. ``torch.compile``
-    traces the fused pass of a :class:`~ehrseq_fast.PackedVisits` whole, and breaks the graph for
-    padded tensors; :func:`~ehrseq_fast.exporting.export_model` takes it too. ``torch.export`` of
-    padded tensors and ``torch.jit.trace`` take the model's own ``forward``.
+    ``forward``, and so does a model whose parts were replaced or given hooks since, that holds
+    another value where its ``forward`` reads one (a temperature, a flag), or of whose class, or of
+    the file where that is defined, a method, function or value was replaced that ``forward`` uses
+    (not what other modules hold; under ``torch.compile`` this is looked at when it traces). A visit
+    without a real code gives zeros in every mode, where ``ehrsequencing`` gives −inf for max and
+    NaN for attention; padded slots are not read. Under autocast hazards of padded tensors are
+    float32, as products with a float mask are. Dropout draws other random numbers.
+    ``torch.compile`` traces the fused pass of a :class:`~ehrseq_fast.PackedVisits` whole, and
+    breaks the graph for padded tensors; :func:`~ehrseq_fast.exporting.export_model` takes it too.
+    ``torch.export`` of padded tensors and ``torch.jit.trace`` take the model's own ``forward``.
 
     **Wrapped models.** In ``DistributedDataParallel`` and ``DataParallel`` the module inside is
     accelerated, in every process alike. Models that are compiled (``torch.compile``), scripted or

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,16 +23,18 @@ from torch import Tensor, nn
 # The attribute of an instance with a fused forward pass that holds what this depends on beside
 # weights.
 FOUND = "_ehrseq_fast_found"
-_ABSENT = "<no such attribute>"
+ABSENT = "<no such attribute>"
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _OF_NUMBERS = (Tensor, nn.Module, np.ndarray, bytearray, array)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _DEEPEST = 6
 
 
 class MayChange(Exception):
-    """An attribute holds what may change without a trace: a tensor, a module, an array."""
+    """An attribute holds what may change without a trace: a tensor, a module, an array, a generator
+    of random numbers."""
 
 
 class _Same:
@@ -98,13 +101,13 @@ def attributes_of(module: nn.Module, names: Iterable[str]) -> Found:
     """
     plain, others = [], []
     for name in names:
-        value = module.__dict__.get(name, _ABSENT)
+        value = module.__dict__.get(name, ABSENT)
         is_nan = isinstance(value, float) and math.isnan(value)  # equals no other
         if type(value) in _PLAIN and not is_nan:
             plain.append((name, value))
             continue
         try:
-            others.append((name, _frozen(value)))
+            others.append((name, frozen(value)))
         except MayChange:
             raise MayChange(name) from None
     return Found(tuple(plain), tuple(others))
@@ -115,13 +118,13 @@ def are_as_found(module: nn.Module, found: Found) -> bool:
     ``torch.compile`` traces, for which the answer is no where there are any."""
     own = module.__dict__
     for name, value in found.plain:
-        now = own.get(name, _ABSENT)
+        now = own.get(name, ABSENT)
         if type(now) is not type(value) or now != value:
             return False
     if torch.compiler.is_compiling():
         return len(found.others) == 0
     try:
-        return all(_frozen(own.get(name, _ABSENT)) == value for name, value in found.others)
+        return all(frozen(own.get(name, ABSENT)) == value for name, value in found.others)
     except MayChange:
         return False
 
@@ -133,24 +136,29 @@ def contents_of(module: nn.Module) -> dict[str, Any]:
         inside = None
         if name not in _OF_EVERY_MODULE:
             with contextlib.suppress(MayChange):
-                inside = _frozen(value)
+                inside = frozen(value)
         contents[name] = (_Same(value), inside)
     return contents
 
 
-def _frozen(value: Any, depth: int = 0) -> Any:
-    """Something that equals what the same makes of a value that holds the same."""
+def frozen(value: Any, depth: int = 0, *, inside: bool = True) -> Any:
+    """Something that equals what the same makes of a value that holds the same; with ``inside``
+    False, of an object that is the same.
+
+    Raises:
+        MayChange: for what may change without a trace, and where a container holds such.
+    """
     kind = type(value)
-    if isinstance(value, _OF_NUMBERS):
+    if isinstance(value, (*_OF_NUMBERS, *_GENERATORS)):
         raise MayChange
     if kind is float:
         return kind, repr(value)  # as NaN equals no other
     if kind in _PLAIN:
         return kind, value
-    inside = None if depth == _DEEPEST else _contents(value)
-    if inside is None:
+    contents = None if depth == _DEEPEST or not inside else _contents(value)
+    if contents is None:
         return _Same(value)
-    held = tuple(_frozen(entry, depth + 1) for entry in inside)
+    held = tuple(frozen(entry, depth + 1) for entry in contents)
     return kind if isinstance(value, _CONTAINERS) else _Same(value), held
 
 

@@ -5,6 +5,8 @@ gradients compared: in ``eval()``, and in training with every dropout set to 0, 
 the ``forward``'s own would show; with weights of usual size, and with large ones, where a clamp
 would. Each of the first and of the last codes is among the real ones, where a code that is treated
 in another way would show, and a batch of many visits and of many codes shows that none are cut off.
+What results do not show is looked for besides (:mod:`~ehrseq_fast.models.effects`): random numbers,
+arguments that are written to, and dropouts at another place, each of which leaves nothing in turn.
 For which masks and which arguments left out both agree is found out for each. The module itself is
 neither called nor changed.
 """
@@ -20,13 +22,31 @@ import torch
 from torch import Tensor, nn
 
 from .attributes import MayChange, contents_of, options_among, reads_of
-from .fused_forward import NOT_SERVED, Fused, Pooling, Served, describe, run_fused, state_of
+from .effects import all_dropped, dropouts_of, effect_of, random_numbers_kept
+from .examples import (
+    CODES,
+    LONG,
+    first_and_last,
+    in_32_bits,
+    inputs_of,
+    long_inputs,
+    with_padding,
+    without,
+)
+from .fused_forward import (
+    NOT_SERVED,
+    Fused,
+    Pooling,
+    Served,
+    definitions_of,
+    describe,
+    run_fused,
+    state_of,
+)
 
 _TABLE = 2**21  # numbers of an embedding that are copied, which more of them would make slow
-_LENGTHS = (2, 4, 3)
-_CODES = 32
-_LONG = 600  # visits, and codes of a visit: more than most models cut records to
-_WORK = 10**9  # products of visits and weights of a layer: a large one reads fewer visits
+_LARGE_FEATURE = 2.0**20  # times the features of visits: seconds of some days
+_END = 600.0  # a logit of which the probability is 1, and nearly 0
 _LARGE = 64  # times the weights, where clamps show; a power of two, which rounds nothing
 _MASKS = (torch.bool, torch.int64, torch.float32)
 _SETS = "its forward sets attributes"
@@ -39,18 +59,75 @@ def compare(module: nn.Module, form: str) -> tuple[Fused | None, str]:
     if fused is None:
         return None, "its forward takes other arguments"
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.inference_mode(False):
+        with random_numbers_kept(), torch.enable_grad(), torch.inference_mode(False):
             twin = _twin(module)
             found, reason = (_compare_pool if form == "pool" else _compare_model)(fused, twin)
             if found is None:
                 return None, reason
+            if reason := _beside_results(found, twin):
+                return None, reason
             found = _with_reads(found, twin)
             state_of(found, module)
+            definitions_of(found)
             return found, ""
     except MayChange as name:
         return None, f"its forward reads what may change unseen, as a tensor or an array ({name})"
     except Exception as error:  # of a forward that is not known, on a batch that it did not ask for
         return None, f"it could not be compared: {_told(error)}"
+
+
+def _beside_results(fused: Fused, twin: Any) -> str:
+    """What the module's own forward does that results of usual arguments do not show."""
+    kind: Any = fused.kind
+    single = copy.deepcopy(twin).float()
+    for inputs in _examples(fused, twin):
+        if reason := effect_of(kind.forward, single, in_32_bits(inputs)):
+            return reason
+    inputs = _examples(fused, twin)[0]
+    if fused.form != "encoder" and _takes_other_codes(fused, twin, inputs):
+        return "its forward takes codes outside its embedding"
+    if fused.form == "pool":
+        return ""
+    if _drops_elsewhere(fused, twin, inputs):
+        return "its forward drops something else in training"
+    return ""
+
+
+def _takes_other_codes(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> bool:
+    """Whether a real code that the embedding does not have is no error in ``forward``."""
+    kind: Any = fused.kind
+    at = _real(fused, inputs).nonzero()
+    place = tuple(at[0].tolist()) if len(at) else (0,) * inputs[0].dim()
+    embedding = next(part for part in twin.children() if isinstance(part, nn.Embedding))
+    for code in (-1, embedding.num_embeddings):
+        codes = inputs[0].clone()
+        codes[place] = code
+        try:
+            with torch.no_grad():
+                kind.forward(twin.eval(), codes, *inputs[1:])
+        except Exception:
+            continue
+        return True
+    return False
+
+
+def _drops_elsewhere(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> bool:
+    """Whether dropouts drop other things than in the fused forward pass. They draw nothing here, as
+    they keep or drop all."""
+    kind: Any = fused.kind
+    mask = inputs[1] if fused.form == "encoder" else inputs[2]
+    rows = {mask.shape[0] if fused.form == "encoder" else mask.numel(), int((mask != 0).sum())}
+    for name, calls in dropouts_of(kind.forward, twin, inputs).items():
+        allowed = {len(mask)} if name == "dropout" and fused.form == "baseline" else rows
+        if len(calls) != 1 or calls[0][0] not in allowed:
+            return True
+    for part in twin.modules():
+        between = isinstance(part, nn.RNNBase) and part.num_layers > 1
+        if between or isinstance(part, nn.Dropout):
+            with all_dropped(part):
+                if not _is_same(fused, twin, inputs):
+                    return True
+    return False
 
 
 def _told(error: Exception) -> str:
@@ -68,7 +145,7 @@ def _with_reads(fused: Fused, twin: Any) -> Fused:
         twin.train(training)
         for inputs in _examples(fused, twin):
             with torch.no_grad(), reads_of(twin) as read, reads_of(encoder) as read_inside:
-                kind.forward(twin, *_in_32_bits(inputs))
+                kind.forward(twin, *in_32_bits(inputs))
             names |= read
             of_encoder |= read_inside
     return replace(
@@ -85,18 +162,8 @@ def _examples(fused: Fused, twin: Any) -> list[tuple[Any, ...]]:
         codes = torch.zeros((1,) * fused.pooling.dimensions[0], dtype=torch.int64)
         return [(codes, torch.ones(codes.shape, dtype=kind)) for kind in masks] or [(codes,)]
     assert fused.served is not None
-    examples = [_inputs(fused.form, twin, kind) for kind in fused.served.masks]
-    return examples + [_without(examples[0], lacking) for lacking in fused.served.lacking]
-
-
-def _in_32_bits(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """As most models are run: where an argument is left out, some make one in float32."""
-    is_double = [isinstance(value, Tensor) and value.dtype == torch.float64 for value in inputs]
-    return tuple(v.float() if double else v for v, double in zip(inputs, is_double, strict=True))
-
-
-def _without(inputs: tuple[Any, ...], lacking: tuple[int, ...]) -> tuple[Any, ...]:
-    return tuple(None if place in lacking else value for place, value in enumerate(inputs))
+    examples = [inputs_of(fused.form, twin, kind) for kind in fused.served.masks]
+    return examples + [without(examples[0], lacking) for lacking in fused.served.lacking]
 
 
 # Models and visit encoders ------------------------------------------------------------------------
@@ -116,7 +183,7 @@ def _compare_model(fused: Fused, twin: Any) -> tuple[Fused | None, str]:
     masks: list[torch.dtype] = []
     reasons: list[str] = []
     for dtype in _MASKS:
-        inputs = _inputs(form, twin, dtype)
+        inputs = inputs_of(form, twin, dtype)
         try:
             found = "" if masks and _is_same(trial, twin, inputs) else None
             found = _difference(trial, twin, inputs) if found is None else found
@@ -131,34 +198,92 @@ def _compare_model(fused: Fused, twin: Any) -> tuple[Fused | None, str]:
             reasons.insert(0, found)
     if not masks:
         return None, reasons[0]
-    inputs = _inputs(form, twin, masks[0])
-    for longer in _long_inputs(form, twin, masks[0]):
-        if not _is_same(trial, twin, longer):
-            return None, "its forward computes something else of many visits or codes"
-    if form == "baseline" and not _is_same(trial, twin, (*inputs[:3], False)):
-        return None, "its forward returns something else without hidden states"
-    light = [_inputs(form, twin, torch.float32, weight) for weight in (0.01, 1.7)]
-    single, inputs = copy.deepcopy(twin).float(), _in_32_bits(inputs)
+    inputs = inputs_of(form, twin, masks[0])
+    if reason := _other_batches(trial, twin, inputs):
+        return None, reason
+    light = [inputs_of(form, twin, torch.float32, weight) for weight in (0.01, 1.7)]
+    single, inputs = copy.deepcopy(twin).float(), in_32_bits(inputs)
     served = Served(
         masks=tuple(masks),
         weighted=torch.float32 in masks and all(_is_same(trial, twin, one) for one in light),
         lacking=tuple(
             lacking
             for lacking in everything.lacking
-            if _is_same(trial, single, _without(inputs, lacking))
+            if _is_same(trial, single, without(inputs, lacking))
         ),
     )
     return replace(fused, served=served), ""
 
 
+def _other_batches(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> str:
+    """In what batches of other kinds differ than ``inputs``; empty where they do not."""
+    form = fused.form
+    for longer in long_inputs(form, twin, inputs[1].dtype):
+        if not _is_same(fused, twin, longer):
+            return "its forward computes something else of many visits or codes"
+    if form == "baseline" and not _is_same(fused, twin, (*inputs[:3], False)):
+        return "its forward returns something else without hidden states"
+    if form == "encoder":
+        return ""
+    if not _is_same(fused, twin, with_padding(inputs), or_refused=True):
+        return "its forward computes something else of padding behind all visits"
+    if form == "with_time" and not _reads_features(fused, twin, inputs):
+        return "its forward changes time features"
+    at_ends = _reaches_ends(fused, twin, inputs)
+    return "" if at_ends else "its forward changes probabilities near 0 or 1"
+
+
 @torch.no_grad()
-def _is_same(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> bool:
-    """Whether the outputs are the same, of weights as they are."""
+def _reads_features(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> bool:
+    """Whether time features are taken as they are: large ones, to weights as much smaller, and NaN,
+    which has to show."""
+    kind: Any = fused.kind
+    weight = twin.time_encoder[0].weight
+    *others, features = inputs
+    weight.div_(_LARGE_FEATURE)
+    same = _is_same(fused, twin, (*others, features * _LARGE_FEATURE))
+    weight.mul_(_LARGE_FEATURE)
+    first = torch.zeros_like(features)
+    first[0, 0] = torch.nan
+    for training in (False, True):
+        output = kind.forward(twin.train(training), *others, features + first)
+        same = same and bool(output[0, 0].isnan())
+    return same
+
+
+@torch.no_grad()
+def _reaches_ends(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> bool:
+    """Whether probabilities are the same where all are nearly 0, or 1."""
+    heads = [twin.fc] if fused.form == "baseline" else getattr(twin, "hazard_heads", None)
+    last = [twin.hazard_head[3]] if heads is None else [getattr(h, "3", h) for h in heads]
+    kind: Any = fused.kind
+    twin.eval()
+    for logit in (-_END, _END):
+        for layer in last:
+            if layer.bias is not None:
+                layer.bias[:1] += logit
+        theirs, ours = kind.forward(twin, *inputs), run_fused(fused, twin, list(inputs))
+        for layer in last:
+            if layer.bias is not None:
+                layer.bias[:1] -= logit
+        if not _end_alike(_outputs(ours), _outputs(theirs)):
+            return False
+    return True
+
+
+@torch.no_grad()
+def _is_same(fused: Fused, twin: Any, inputs: tuple[Any, ...], *, or_refused: bool = False) -> bool:
+    """Whether the outputs are the same, of weights as they are; or the module's own forward does
+    not take the arguments, where that does as well."""
     kind: Any = fused.kind
     try:
         for training in (False, True):
             twin.train(training)
-            theirs, ours = kind.forward(twin, *inputs), run_fused(fused, twin, list(inputs))
+            try:
+                theirs = kind.forward(twin, *inputs)
+            except Exception:
+                return or_refused
+            ours = run_fused(fused, twin, list(inputs))
             if ours is NOT_SERVED or not _are_close(_outputs(ours), _outputs(theirs)):
                 return False
     except Exception:  # it takes no such arguments
@@ -196,68 +321,6 @@ def _twin(module: nn.Module) -> Any:
     return twin
 
 
-def _inputs(form: str, twin: Any, dtype: torch.dtype, weight: float = 1.0) -> tuple[Any, ...]:
-    """Arguments whose padded slots hold numbers too, and whose padded visits codes; with masks of
-    a dtype, and of codes that weigh up to ``weight``."""
-    generator = torch.Generator("cpu").manual_seed(1)
-    patients, visits = len(_LENGTHS), max(_LENGTHS)
-    shape = (patients, visits, _CODES)
-    real = torch.rand(shape, generator=generator) < 0.5
-    aggregation = getattr(getattr(twin, "visit_encoder", twin), "aggregation", "mean")
-    if aggregation in ("max", "attention"):
-        real[..., 1] = True  # a visit without a code is -inf or NaN to some, and zeros here
-    else:
-        real[0, 1] = False
-    visit_mask = real.to(dtype)
-    if weight != 1:
-        visit_mask = visit_mask * weight * torch.rand(shape, generator=generator)
-    if form == "encoder":
-        parameter = next(twin.parameters(), None)
-        width = 6 if parameter is None else parameter.shape[-1]
-        embeddings = torch.randn(
-            patients * visits, _CODES, width, dtype=torch.float64, generator=generator
-        )
-        return embeddings.requires_grad_(), visit_mask.flatten(0, 1)
-    is_visit = torch.arange(visits) < torch.tensor(_LENGTHS)[:, None]
-    codes = torch.randint(len(twin.embedding.weight), shape, generator=generator)
-    seen = real & is_visit.unsqueeze(-1)
-    codes[seen] = _first_and_last(len(twin.embedding.weight), int(seen.sum()))
-    return _arguments(form, codes, visit_mask, is_visit.to(dtype), generator)
-
-
-def _first_and_last(rows: int, n: int) -> Tensor:
-    """n codes of ``rows``, the first and the last of them in turns."""
-    half = torch.arange((n + 1) // 2) % rows
-    return torch.stack([half, rows - 1 - half], 1).flatten()[:n]
-
-
-def _long_inputs(form: str, twin: Any, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    """A patient of visits with many codes, and one with many visits."""
-    generator = torch.Generator("cpu").manual_seed(3)
-    if form == "encoder":
-        embeddings = _inputs(form, twin, dtype)[0].detach()
-        many = embeddings.flatten(0, 1).repeat(3, 1).unsqueeze(0)
-        return [(many, torch.ones(many.shape[:2], dtype=dtype))]
-    layer = sum(parameter.numel() for parameter in twin.lstm.parameters())
-    found = []
-    for visits, width in ((2, _LONG), (min(_LONG, _WORK // layer + 1), 1)):
-        codes = torch.randint(len(twin.embedding.weight), (1, visits, width), generator=generator)
-        masks = torch.ones(codes.shape, dtype=dtype), torch.ones(1, visits, dtype=dtype)
-        found.append(_arguments(form, codes, *masks, generator))
-    return found
-
-
-def _arguments(
-    form: str, codes: Tensor, visit_mask: Tensor, sequence_mask: Tensor, generator: torch.Generator
-) -> tuple[Any, ...]:
-    if form == "with_time":
-        shape = (*codes.shape[:2], 3)
-        features = torch.randn(shape, dtype=torch.float64, generator=generator)
-        return codes, visit_mask, sequence_mask, features
-    inputs = (codes, visit_mask, sequence_mask)
-    return (*inputs, True) if form == "baseline" else inputs
-
-
 def _difference(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> str:
     """In what the two differ; empty where they do not."""
     for factor in (1, _LARGE):
@@ -290,7 +353,7 @@ def _hides_nan(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> bool:
 
 
 def _real(fused: Fused, inputs: tuple[Any, ...]) -> Tensor:
-    """Slots that hold codes, of what :func:`_inputs` or :func:`_compare_pool` made."""
+    """Slots that hold codes, of what :func:`inputs_of` or :func:`_compare_pool` made."""
     if len(inputs) == 1:
         padding = None if fused.pooling is None else fused.pooling.padding
         return torch.ones_like(inputs[0]).bool() if padding is None else inputs[0] != padding
@@ -318,7 +381,10 @@ def _difference_as_it_is(fused: Fused, twin: Any, inputs: tuple[Any, ...]) -> st
         if output is NOT_SERVED:
             return "the fused forward pass does not take its arguments"
         ours = _results(twin, output, inputs)
-        if not _are_close(ours[0], theirs[0]):
+        same = _are_close(ours[0], theirs[0]) and (
+            fused.form in ("pool", "encoder") or _end_alike(ours[0], theirs[0])
+        )
+        if not same:
             is_both_ways = getattr(getattr(twin, "lstm", None), "bidirectional", False)
             why = ", as a bidirectional layer that reads padding does" if is_both_ways else ""
             return f"its forward computes something else{why}"
@@ -355,6 +421,18 @@ def _are_close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     )
 
 
+def _end_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether probabilities near 0 and 1, of which logarithms are taken, are the same in relation
+    to what they are and lack."""
+    for one, other in zip(ours, theirs, strict=True):
+        if one.dtype != torch.float64 or not ((other >= 0) & (other <= 1)).all():
+            continue
+        near_0 = torch.allclose(one, other, rtol=1e-6, atol=1e-290)
+        if not near_0 or not torch.allclose(1 - one, 1 - other, rtol=1e-6, atol=1e-15):
+            return False
+    return True
+
+
 # Modules that pool an embedding's rows ------------------------------------------------------------
 
 
@@ -362,10 +440,10 @@ def _compare_pool(fused: Fused, twin: Any) -> tuple[Fused | None, str]:
     embedding = next(iter(twin.children()))
     generator = torch.Generator("cpu").manual_seed(1)
     rows = embedding.weight.shape[0]
-    codes = torch.randint(rows, (2, 4, _CODES), generator=generator)
+    codes = torch.randint(rows, (2, 4, CODES), generator=generator)
     mask = torch.rand(codes.shape, generator=generator) < 0.5
     mask[..., 1] = True
-    codes[mask] = _first_and_last(rows, int(mask.sum()))
+    codes[mask] = first_and_last(rows, int(mask.sum()))
     padding = 0 if embedding.padding_idx is None else embedding.padding_idx
     codes[..., 1:3] = torch.where(mask[..., 1:3], codes[..., 1:3], padding)
     codes[..., 1] = (padding + 1 + torch.arange(8).view(2, 4)) % rows
@@ -382,7 +460,7 @@ def _compare_pool(fused: Fused, twin: Any) -> tuple[Fused | None, str]:
 def _of_many_codes(fused: Fused, twin: Any) -> tuple[Fused | None, str]:
     pooling: Any = fused.pooling
     rows = next(iter(twin.children())).weight.shape[0]
-    codes = torch.randint(rows, (2, _LONG), generator=torch.Generator("cpu").manual_seed(3))
+    codes = torch.randint(rows, (2, LONG), generator=torch.Generator("cpu").manual_seed(3))
     given = [codes if pooling.dimensions[0] == 2 else codes.unsqueeze(0)]
     given += [torch.ones(given[0].shape, dtype=dtype) for dtype in pooling.masks[:1]]
     if _is_same(fused, twin, tuple(given)):
@@ -414,6 +492,6 @@ def _pooling(
         return None
     like = codes if kinds else codes[0]
     real = (mask if kinds else mask[0]).float()
-    light = [real * 0.01, real * torch.linspace(0.1, 1.7, _CODES)]
+    light = [real * 0.01, real * torch.linspace(0.1, 1.7, CODES)]
     weighted = torch.float32 in both and all(agrees(like, weights, True) for weights in light)
     return Pooling(mode, None, dimensions, both, weighted)

@@ -22,8 +22,9 @@ from ..autograd import values_are_hidden
 from ..batch import PackedVisits
 from ..compiling import let_trace
 from ..visit_pool import masked_pool, packed_visit_pool, visit_mean_pool
-from .attributes import FOUND, Found, are_as_found, attributes_of
+from .attributes import FOUND, Found, MayChange, are_as_found, attributes_of
 from .competing_risks import CompetingRisksSurvivalLSTM
+from .definitions import Definitions
 from .known_forms import arguments_of, form_of
 from .lstm_baseline import LSTMBaseline, VisitEncoder
 from .reading import readable
@@ -135,9 +136,27 @@ def state_of(fused: Fused, module: nn.Module) -> tuple[Found, ...]:
     return tuple(found)
 
 
+def definitions_of(fused: Fused) -> Definitions:
+    """What the forward passes of ``fused`` are made of, as it is now.
+
+    Raises:
+        MayChange: where this cannot be told.
+    """
+    kinds = [kind for kind in (fused.kind, fused.encoder) if kind is not None]
+    return Definitions(kinds, {*fused.reads, *fused.encoder_reads})
+
+
+@torch.compiler.assume_constant_result
+def _is_defined_as_compared(kind: Any) -> bool:
+    """Of a class that :func:`fused_class` made; asked once where ``torch.compile`` traces."""
+    definitions = kind._ehrseq_fast_definitions
+    return definitions is not None and definitions.hold()
+
+
 def is_as_found(fused: Fused, module: nn.Module) -> bool:
-    """Whether ``module`` still has the form, and the options with which it was compared."""
-    if form_of(module) != fused.form:
+    """Whether ``module`` still has the form, and the options with which it was compared, and its
+    class the functions."""
+    if form_of(module) != fused.form or not _is_defined_as_compared(type(module)):
         return False
     found = module.__dict__.get(FOUND)
     if found is None or not are_as_found(module, found[0]):
@@ -151,10 +170,26 @@ def _child(module: nn.Module, name: str) -> Any:
     return module._modules[name]
 
 
-@functools.cache
+_MADE: dict[Fused, list[type[nn.Module]]] = {}
+
+
 def fused_class(fused: Fused) -> type[nn.Module]:
-    """The subclass of ``fused.kind`` whose forward pass is fused; one for each description."""
+    """The subclass of ``fused.kind`` whose forward pass is fused; one for each description, and
+    another one where functions of ``fused.kind`` were replaced since."""
+    made = _MADE.setdefault(fused, [])
+    for kind in made:
+        if _is_defined_as_compared(kind):
+            return kind
+    made.append(_subclass(fused))
+    return made[-1]
+
+
+def _subclass(fused: Fused) -> type[nn.Module]:
     kind: Any = fused.kind
+    try:
+        definitions = definitions_of(fused)
+    except MayChange:  # of a model that was loaded from a file: found when it was compared
+        definitions = None
     parts = _methods_of(fused.form)
     traced = parts is not None and not any(hasattr(kind, name) for name in parts)
 
@@ -184,6 +219,7 @@ def fused_class(fused: Fused) -> type[nn.Module]:
         "__module__": kind.__module__,
         "__reduce_ex__": reduce,
         "_ehrseq_fast_fused": fused,
+        "_ehrseq_fast_definitions": definitions,
         "forward": forward,
     }
     made = type(kind)(f"Fused{kind.__name__}", (kind,), contents)

@@ -1,0 +1,149 @@
+"""What a ``forward`` is made of beside its module: functions and values of its class, and those
+that it reads by name outside of it. Any of them may be replaced after a module was compared.
+
+They are found in the code of ``forward`` and of what it calls of the class and of its file, and
+looked at again before each fused forward pass. What is inside of other modules, or is read of them
+(``settings.scale``, where ``settings`` is a module), is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import dis
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from types import CellType, CodeType, FunctionType, SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from .attributes import ABSENT, MayChange, frozen
+
+_MOST = 1000  # entries of a container that are looked at each time
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+
+
+class Definitions:
+    """The functions and values that ``forward`` of some classes is made of, as they are now.
+
+    Args:
+        kinds: the classes.
+        names: of what is read of their instances, as far as that is known.
+
+    Raises:
+        MayChange: with the name of one that may change without a trace.
+
+    Example:
+        >>> from torch import nn
+        >>> from ehrseq_fast.models.definitions import Definitions
+        >>> class Model(nn.Module):
+        ...     scale = 1.0
+        ...     def forward(self, x):
+        ...         return x * self.scale
+        >>> found = Definitions([Model])
+        >>> found.hold()
+        True
+        >>> Model.scale = 2.0
+        >>> found.hold()
+        False
+    """
+
+    def __init__(self, kinds: Iterable[type], names: Iterable[str] = ()) -> None:
+        self._held: list[tuple[Callable[[], Any], Any]] = []
+        self._functions: set[int] = set()
+        self._seen: set[tuple[int, str]] = set()
+        for kind in kinds:
+            lineage = kind.__mro__
+            end = lineage.index(nn.Module) if nn.Module in lineage else len(lineage) - 1
+            self._lineage = lineage[:end]
+            self._files = {each.__module__ for each in self._lineage}
+            for name in ("forward", *names):
+                self._add_attribute(name)
+
+    def hold(self) -> bool:
+        """Whether all are what they were."""
+        try:
+            return all(_told(now()) == before for now, before in self._held)
+        except MayChange:
+            return False
+
+    def _add(self, name: str, now: Callable[[], Any]) -> None:
+        value = now()
+        try:
+            self._held.append((now, _told(value)))
+        except MayChange:
+            raise MayChange(name) from None
+        for function in _functions_of(value):
+            self._add_function(function)
+
+    def _add_attribute(self, name: str) -> None:
+        """What the classes have of that name, and those before ``nn.Module`` do not have."""
+        if name.startswith("__") and name.endswith("__"):
+            return
+        for kind in self._lineage:
+            if (id(kind), name) not in self._seen:
+                self._seen.add((id(kind), name))
+                self._add(name, functools.partial(kind.__dict__.get, name, ABSENT))
+
+    def _add_function(self, function: FunctionType) -> None:
+        if id(function) in self._functions:
+            return
+        self._functions.add(id(function))
+        for name, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            self._add(name, functools.partial(_contents_of, cell))
+        if function.__module__ not in self._files:
+            return
+        names = function.__globals__
+        for opname, name in _names_in(function.__code__):
+            if opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                if name in names and (id(names), name) not in self._seen:
+                    self._seen.add((id(names), name))
+                    self._add(name, functools.partial(names.get, name, ABSENT))
+            elif any(name in kind.__dict__ for kind in self._lineage):
+                self._add_attribute(name)
+
+
+def _contents_of(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # of what is defined later
+        return ABSENT
+
+
+def _names_in(code: CodeType) -> Iterator[tuple[str, str]]:
+    """The names that are read in a function, and of the functions inside, with how."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith("LOAD_") and isinstance(instruction.argval, str):
+            yield instruction.opname, instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _functions_of(value: Any) -> list[FunctionType]:
+    if isinstance(value, property):
+        inside: list[Any] = [value.fget]
+    elif isinstance(value, (staticmethod, classmethod)):
+        inside = [value.__func__]
+    elif isinstance(value, (functools.partial, functools.partialmethod)):
+        inside = [value.func]
+    else:
+        inside = [value]
+    return [function for function in inside if isinstance(function, FunctionType)]
+
+
+def _told(value: Any) -> Any:
+    """What equals the same of a value that is the same: by contents those of plain containers and
+    of objects that hold settings, itself for all others."""
+    if isinstance(value, (SimpleNamespace, argparse.Namespace)) or (
+        dataclasses.is_dataclass(value) and not isinstance(value, type)
+    ):
+        return frozen(value)
+    if isinstance(value, _CONTAINERS):
+        if len(value) > _MOST:
+            raise MayChange
+        return frozen(value)
+    return frozen(value, inside=False)
