@@ -42,6 +42,15 @@ def as_array(name: str, values: ArrayLike) -> Array:
     return array
 
 
+def labels_of(values: Any) -> list[Any] | None:
+    """The labels of the rows of a pandas ``Series`` or ``DataFrame``; None for what has none, and
+    where they are the numbers of the rows."""
+    index = getattr(values, "index", None)
+    if index is None or callable(index) or not hasattr(values, "items"):
+        return None
+    return None if type(index).__name__ == "RangeIndex" else index.tolist()
+
+
 def kind_of(value: object) -> str:
     """How an error message calls what was given in place of a tensor or a batch."""
     if isinstance(value, np.ndarray):

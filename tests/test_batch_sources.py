@@ -123,6 +123,30 @@ def test_outcomes_whose_order_is_not_clear(ids):
     assert ordered.event_times.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("ids", [[5, 3, 5], ["bob", "ann", "bob"]])
+def test_outcomes_labelled_in_another_order(ids):
+    """As of groupby, whose order is that of the ids; a Series is taken by position."""
+    frame = pandas.DataFrame({"person_id": ids, "time": range(3), "code": range(3)})
+    last = frame.groupby("person_id").size() - 1
+    events = pandas.Series([0, 1], index=last.index)
+    of_batch = {"persons": ids[:2], "event_times": last.loc[ids[:2]]}
+    for name, options in (
+        ("event_times", {**of_batch, "event_times": last, "event_indicators": [1, 0]}),
+        ("event_indicators", {**of_batch, "event_indicators": events}),
+        ("age", {"persons": ids[:2], "targets": {"age": events.to_frame()}}),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: .* index in another order .*{ids[1]!r} at"):
+            PackedVisits.from_frame(frame, **options)
+    for right in (
+        events.loc[ids[:2]],
+        events.to_numpy()[::-1],
+        events[::-1].reset_index(drop=True),
+    ):
+        batch = PackedVisits.from_frame(frame, **of_batch, event_indicators=right)
+        assert batch.event_times.tolist() == [1, 0]
+        assert batch.event_indicators.tolist() == [1, 0]
+
+
 @many
 @given(PATIENTS, st.randoms())
 def test_rows_in_any_order(patients, random):

@@ -339,13 +339,19 @@ def test_who_has_the_event_needs_no_least_observation(tmp_path):
     assert len(whole) == 1
 
 
-def test_dates_of_persons_in_any_order(tmp_path):
+@pytest.mark.parametrize("kind", ["mapping", "series", "some in a series"])
+def test_dates_of_persons_in_any_order(tmp_path, kind):
     rng = np.random.default_rng(3)
     ids = (rng.permutation(60) * 7 - 100).tolist()
     store = store_of(tmp_path, random_people(rng, 60, ids=ids))
     assert store.subject_ids.tolist() == ids
-    dates = {subject: np.datetime64(us(15), "us") for subject in sorted(ids)}
-    slow = {patient: [(us(15), False)] for patient in range(60)}
+    days = dict(zip(sorted(ids), rng.integers(10, 20, 60).tolist(), strict=True))
+    if kind == "some in a series":
+        del days[ids[0]]
+    dates = {subject: np.datetime64(us(day), "us") for subject, day in days.items()}
+    if kind != "mapping":
+        dates = pytest.importorskip("pandas").Series(dates)  # as of groupby
+    slow = {at: [(us(days[i]), False)] for at, i in enumerate(ids) if i in days}
     task = FirstEvent("X", index=dates, end_of_observation="last_event")
     check(applied(task, store), slow_rows(task, store, dates=slow), store)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Array, kind_of, refuse_inexact
+from ..arrays import Array, kind_of, labels_of, refuse_inexact
 from .frames import read_columns
 
 
@@ -20,6 +20,7 @@ class FlatRecords(NamedTuple):
     patient_offsets: Array
     chosen: Array | None
     values: Array | None
+    persons: list[Any]  # of the batch, in its order
 
 
 def records_of(
@@ -54,7 +55,23 @@ def records_of(
     if has_outcomes and persons is None:
         _refuse_two_orders(ids, person)
     chosen = _chosen(persons, ids, person)
-    return FlatRecords(codes, visit_offsets, patient_offsets, chosen, values)
+    of_batch = ids if chosen is None else [ids[at] for at in chosen.tolist()]
+    return FlatRecords(codes, visit_offsets, patient_offsets, chosen, values, of_batch)
+
+
+def refuse_another_order(name: str, values: Any, persons: list[Any]) -> None:
+    """Raise where what is given for each person is labelled by the persons (a pandas ``Series`` as
+    ``groupby`` gives it) in another order than that of the batch: values are taken by position."""
+    labels = labels_of(values)
+    if labels is None or labels == persons or len(labels) != len(persons):
+        return
+    if set(labels) == set(persons):
+        at = next(i for i, label in enumerate(labels) if label != persons[i])
+        raise ValueError(
+            f"{name}: expected values in the order of the batch's persons, got an index in another "
+            f"order ({labels[at]!r} at {at}, where {persons[at]!r} is): {name}.loc[persons] has "
+            "that order, and .to_numpy() none"
+        )
 
 
 def _values(name: str, column: Array) -> Array:

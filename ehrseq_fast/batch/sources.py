@@ -10,7 +10,7 @@ import numpy as np
 from ..arrays import Array, ArrayLike, kind_of, longs
 from . import builder
 from .checks import listed
-from .records import records_of
+from .records import records_of, refuse_another_order
 from .windows import Windows
 
 Batch = TypeVar("Batch", bound="Sources")
@@ -59,11 +59,12 @@ class Sources(Windows):
             unknown: the number of codes that the vocabulary does not have; None refuses them.
             vocab_size: numbers must be below it.
             event_times, event_indicators, event_types, targets: as in :meth:`from_lists`, in the
-                order of the batch's patients.
+                order of the batch's patients, by position: a pandas ``Series`` whose index has the
+                persons in another order is refused.
 
         Raises:
             ValueError: a column that is missing or has nulls (with the first row), an id without a
-                row, outcomes whose order is not clear; as :meth:`from_lists`.
+                row, outcomes whose order is not clear or another; as :meth:`from_lists`.
             IndexError: a code that is not in the vocabulary, with its row; as :meth:`from_lists`.
             TypeError: something that is no frame, columns of other kinds.
 
@@ -94,6 +95,14 @@ class Sources(Windows):
             None,
             flat.values,
         )
+        named = {
+            "event_times": event_times,
+            "event_indicators": event_indicators,
+            "event_types": event_types,
+            **(targets if isinstance(targets, Mapping) else {}),
+        }
+        for name, values in named.items():
+            refuse_another_order(name, values, flat.persons)
         return cls(*contents).with_outcomes(
             event_times=event_times,
             event_indicators=event_indicators,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays import Array, as_array, longs
+from ...arrays import Array, as_array, labels_of, longs
 from .search import DAY_US, NAT, days_of, microseconds
 
 Ints = NDArray[np.int64]
@@ -35,8 +35,9 @@ class IndexDates:
 
     @classmethod
     def of(cls, values: Any) -> IndexDates:
-        """From a mapping of subject ids to dates, label files that were read, the columns that
-        :meth:`to_dict` gives, or an array with one date for each patient of a store.
+        """From a mapping of subject ids to dates (or a pandas ``Series`` with them as its index),
+        label files that were read, the columns that :meth:`to_dict` gives, or an array with one
+        date for each patient of a store.
 
         Raises:
             TypeError, ValueError: something else, or a date that cannot be read.
@@ -55,6 +56,10 @@ class IndexDates:
             times, whole = _read(given, names, or_none=ids is None)
             subject_ids = None if ids is None else longs("index", list(ids))
             return cls(subject_ids, times, whole)
+        labels = labels_of(values)
+        if labels is not None:  # a Series by subject id: groupby(...).min() has its own order
+            times, whole = _read(values.tolist(), labels, or_none=False)
+            return cls(longs("index", labels), times, whole)
         array = as_array("index", values)
         if array.dtype.kind != "M" or array.ndim != 1:
             raise TypeError(

@@ -45,8 +45,9 @@ class FirstEvent(Settings):
             can be given in a list.)
         prefix: codes that begin with this, or with one of these; together with ``codes``, either.
         index: ``"each_visit"``, ``"first_visit"`` (the first within an observation period), a
-            mapping of subject ids to dates, MEDS label files (:func:`labels`), whose prediction
-            times are taken, or datetime64 ``[n_patients]``, NaT for whom there is none.
+            mapping of subject ids to dates (or a pandas ``Series`` with them as its index), MEDS
+            label files (:func:`labels`), whose prediction times are taken, or datetime64
+            ``[n_patients]``, NaT for whom there is none.
         washout_days: least observation before the index, in the same observation period.
         prior_outcome: ``"exclude"`` removes persons with an outcome at any time before the risk
             window, on the index day and in the gap too; ``"allow"`` keeps them, and predicts the
