@@ -35,6 +35,7 @@ from .workloads import Batch
 
 OPERATION = "parts of a training step"
 WHOLE, REST = "whole step", "Python, autograd and the rest"
+UNWATCHED = "whole step, without the profiler"
 OPERATORS = {
     "ehrseq_fast::packed_visit_pool": "pooling, forward",
     "ehrseq_fast::packed_lstm_layer": "LSTM, forward",
@@ -98,13 +99,16 @@ def times(run: Callable[[], object], steps: int) -> dict[str, list[float]]:
     return found
 
 
-def counted(run: Callable[[], object], steps: int) -> dict[str, float]:
-    """Medians over so many calls of ``run``: page faults, and seconds of all threads, in the
-    program and in the kernel."""
+def counted(run: Callable[[], object], steps: int) -> tuple[list[float], dict[str, float]]:
+    """The seconds of each of so many calls of ``run``, and medians over them: page faults, and
+    seconds of all threads, in the program and in the kernel."""
     found: list[tuple[float, float, float]] = []
+    taken = []
     for _ in range(steps):
         before = resource.getrusage(resource.RUSAGE_SELF)
+        start = perf_counter()
         run()
+        taken.append(perf_counter() - start)
         after = resource.getrusage(resource.RUSAGE_SELF)
         found.append(
             (
@@ -114,13 +118,14 @@ def counted(run: Callable[[], object], steps: int) -> dict[str, float]:
             )
         )
     faults, user_s, kernel_s = (median(values) for values in zip(*found, strict=True))
-    return {"page_faults": faults, "user_s": user_s, "kernel_s": kernel_s}
+    return taken, {"page_faults": faults, "user_s": user_s, "kernel_s": kernel_s}
 
 
 def measure(
     batch: Batch, size: ModelSize, ceilings: Ceilings | None, budget_s: float
 ) -> tuple[list[Row], dict[str, float]]:
-    """A row per part and one of the whole, and what was counted of a step."""
+    """A row per part, one of the whole and one of the whole without the profiler, which takes
+    time of its own; and what was counted of a step."""
     training = TrainingStep("fused", size)
 
     def run() -> None:
@@ -131,8 +136,9 @@ def measure(
     run()
     once_s = perf_counter() - start
     steps = min(MOST_STEPS, max(LEAST_STEPS, int(budget_s / once_s / 2)))
-    counts = counted(run, steps)
+    unwatched, counts = counted(run, steps)
     floors = works(batch, size)
+    floors[UNWATCHED] = floors[WHOLE]
 
     def row(part: str, seconds: Sequence[float]) -> Row:
         floor_s = None if ceilings is None or part == REST else ceilings.floor(floors[part])
@@ -144,7 +150,8 @@ def measure(
             floor_s=floor_s,
         )
 
-    return [row(part, seconds) for part, seconds in times(run, steps).items()], counts
+    found = times(run, steps) | {UNWATCHED: unwatched}
+    return [row(part, seconds) for part, seconds in found.items()], counts
 
 
 def text(rows: Sequence[Row], counts: dict[str, float]) -> str:
@@ -154,7 +161,7 @@ def text(rows: Sequence[Row], counts: dict[str, float]) -> str:
         [
             row.variant,
             ms(row.median),
-            f"{row.median / whole.median:.1%}",
+            "" if row.variant == UNWATCHED else f"{row.median / whole.median:.1%}",
             f"{ms(row.floor_s)}" if row.floor_s else "",
             f"{row.floor_s / row.median:.0%}" if row.floor_s else "",
         ]

@@ -318,7 +318,8 @@ def _part(rows: Sequence[Row], name: str) -> str:
     if name not in of:
         return ""
     row = of[name]
-    share = "" if name == parts.WHOLE else f", {row.median / of[parts.WHOLE].median:.1%}"
+    whole = (parts.WHOLE, parts.UNWATCHED)
+    share = "" if name in whole else f", {row.median / of[parts.WHOLE].median:.1%}"
     ceiling = f", {row.floor_s / row.median:.0%} of the ceiling" if row.floor_s else ""
     return f"{ms(row.median)}{share}{ceiling}"
 

@@ -111,7 +111,7 @@ def test_a_step_is_taken_apart_into_all_its_time(batch):
     size = step.ModelSize(batch.vocabulary, 8, 16)
     rows, counts = parts.measure(batch, size, None, 0.05)
     taken = {row.variant: row.seconds for row in rows}
-    assert set(taken) == {*parts.PARTS, parts.WHOLE}
+    assert set(taken) == {*parts.PARTS, parts.WHOLE, parts.UNWATCHED}
     assert all(spread.lower > 0 for spread in taken.values())
     found = parts.times(lambda: step.TrainingStep("fused", size)(batch), 2)
     for i, whole_s in enumerate(found[parts.WHOLE]):
