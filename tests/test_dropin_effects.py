@@ -84,6 +84,14 @@ class FromAbove(FromOneSide):
     least, most = 0.0, 1 - 1e-7
 
 
+class OfClampedGradients(Survival):
+    def forward(self, codes, visit_mask, sequence_mask):
+        states, _ = self.lstm(self.vectors(codes, visit_mask))
+        if states.requires_grad:
+            states.register_hook(lambda gradient: gradient.clamp(-10, 10))
+        return self.hazard_head(states)[..., 0] * sequence_mask
+
+
 class OfOneVisit(Survival):
     def forward(self, codes, visit_mask, sequence_mask):
         hazards = super().forward(codes, visit_mask, sequence_mask)
@@ -124,6 +132,7 @@ DRAWS = "draws random numbers of its own"
         (CutToLongest, "something else of padding behind all visits"),
         (FromOneSide, "changes probabilities near 0 or 1|computes something else"),
         (FromAbove, "changes probabilities near 0 or 1|computes something else"),
+        (OfClampedGradients, "its gradients are others"),
         (OfOneVisit, "something else of many visits or codes"),
         (ClampedTime, "changes time features"),
         (FilledTime, "changes time features"),

@@ -155,6 +155,23 @@ def test_a_forward_that_was_replaced_on_the_class(monkeypatch):
     assert accelerate(nn.LSTM(3, 4)).left[0].reason == "nn.LSTM.forward was replaced"
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_forward_that_is_replaced_on_the_class_later(kind, monkeypatch):
+    forward, layer = kind.forward, kind(3, 4)
+    accelerate(layer)
+    records = pack_sequence([torch.randn(2, 3), torch.randn(5, 3)], enforce_sorted=False)
+    before = layer(records)[0].data
+
+    def doubled(layer, *given):
+        output, final = forward(layer, *given)
+        return output._replace(data=2 * output.data), final
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", doubled)
+        torch.testing.assert_close(layer(records)[0].data, 2 * before)
+    assert torch.equal(layer(records)[0].data, before)
+
+
 def test_hooks_and_what_is_built_of_them_are_kept():
     """Among them weight normalisation of the old style, which sets the weight in a hook."""
     torch.manual_seed(0)

@@ -46,6 +46,7 @@ from .fused_forward import (
 
 _TABLE = 2**21  # numbers of an embedding that are copied, which more of them would make slow
 _LARGE_FEATURE = 2.0**20  # times the features of visits: seconds of some days
+_LARGE_GRADIENT = 2.0**30
 _END = 600.0  # a logit of which the probability is 1, and nearly 0
 _LARGE = 64  # times the weights, where clamps show; a power of two, which rounds nothing
 _MASKS = (torch.bool, torch.int64, torch.float32)
@@ -403,8 +404,11 @@ def _results(
         (value * torch.randn(value.shape, dtype=torch.float64, generator=generator)).sum()
         for value in outputs
     )
-    gradients = torch.autograd.grad(total, sources, allow_unused=True)
-    dense = [g.to_dense() if g is not None else torch.zeros(()) for g in gradients]
+    # large ones, which a hook within ``forward`` may clamp
+    gradients = torch.autograd.grad(total * _LARGE_GRADIENT, sources, allow_unused=True)
+    dense = [
+        g.to_dense() / _LARGE_GRADIENT if g is not None else torch.zeros(()) for g in gradients
+    ]
     return [value.detach() for value in outputs], dense
 
 

@@ -10,13 +10,16 @@ from ..autograd import transformed
 from ..openmp import refuse_restricted_openmp
 from .op import packed_gru
 
+_FORWARD = nn.GRU.forward  # it may be replaced on the class
+
 
 class PackedGRU(nn.GRU):
     """``nn.GRU`` that is fast on packed sequences on the CPU, in training above all.
 
     Constructor, parameters, ``state_dict`` and results are those of :class:`torch.nn.GRU`. A
     ``PackedSequence`` on the CPU goes to :func:`packed_gru`; everything else goes to ``nn.GRU``
-    itself: tensors that are not packed, other devices, and the backend ``reference``.
+    itself: tensors that are not packed, other devices, the backend ``reference``, and where
+    ``nn.GRU.forward`` was replaced.
     ``batch_first`` says nothing about packed data, as in ``nn.GRU``.
 
     Differentiating twice is refused where the compiled kernel ran; the transforms of ``torch.func``
@@ -57,7 +60,7 @@ class PackedGRU(nn.GRU):
         return super().forward(input, hx)
 
     def _takes(self, input, hx) -> bool:
-        if not isinstance(input, PackedSequence):
+        if not isinstance(input, PackedSequence) or nn.GRU.forward is not _FORWARD:
             return False
         if backend.choose("packed_gru", input.data.device.type, input.data.dtype) == "cpu":
             return True

@@ -12,6 +12,8 @@ from ..openmp import refuse_restricted_openmp
 from . import cuda
 from .op import packed_lstm
 
+_FORWARD = nn.LSTM.forward  # it may be replaced on the class
+
 
 class PackedLSTM(nn.LSTM):
     """``nn.LSTM`` that is fast on packed sequences on the CPU, in training above all.
@@ -19,7 +21,8 @@ class PackedLSTM(nn.LSTM):
     Constructor, parameters, ``state_dict`` and results are those of :class:`torch.nn.LSTM`. A
     ``PackedSequence`` on the CPU goes to :func:`packed_lstm`, and on a GPU where its CUDA kernels
     are asked for and serve; everything else goes to ``nn.LSTM`` itself: tensors that are not
-    packed, other devices, projections (``proj_size > 0``), and the backend ``reference``.
+    packed, other devices, projections (``proj_size > 0``), the backend ``reference``, and where
+    ``nn.LSTM.forward`` was replaced.
     ``batch_first`` says nothing about packed data, as in ``nn.LSTM``.
 
     Under autocast on the CPU results have the dtype of ``nn.LSTM``'s: autocast's for padded tensors
@@ -71,6 +74,8 @@ class PackedLSTM(nn.LSTM):
 
     def _takes(self, input, hx) -> bool:
         if self.proj_size != 0 or not isinstance(input, PackedSequence):
+            return False
+        if nn.LSTM.forward is not _FORWARD:
             return False
         if backend.choose("packed_lstm", input.data.device.type, input.data.dtype) == "cpu":
             return True
