@@ -15,6 +15,7 @@ from .packed_lstm import PackedLSTM
 
 _PACKED: dict[type, type] = {nn.LSTM: PackedLSTM, nn.GRU: PackedGRU}
 _PLAIN: dict[type, type] = {packed: plain for plain, packed in _PACKED.items()}
+_OUTDATED = "its class was changed since it was accelerated: restore, then accelerate"
 # what forward was: it may be replaced on the class
 _FORWARDS: dict[type, Any] = {nn.LSTM: nn.LSTM.forward, nn.GRU: nn.GRU.forward}
 # of an instance whose class accelerate changed to a packed layer
@@ -103,7 +104,9 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     parameters, buffers, hooks and ``state_dict``, are instances of their class as before, and
     optimizers go on with them. No class and no module is touched globally. A second call changes
     nothing more; :func:`restore` undoes it. ``copy.deepcopy``, ``pickle`` and ``torch.save`` keep
-    an accelerated model accelerated; loading it needs this package, a ``state_dict`` does not.
+    an accelerated model accelerated; loading it needs this package, a ``state_dict`` does not. A
+    model that is loaded where its class is another than when it was saved runs its own ``forward``,
+    with a warning.
 
     **How a model is recognised.** By names and types of its children and by the number of arguments
     of its ``forward``. Then a copy with random weights is run both ways in float64, in training and
@@ -164,6 +167,8 @@ def accelerate(model: nn.Module) -> AccelerateReport:
         reason = _why_sealed(module)
         if reason:
             left.append(Left(name, kind, reason))
+        elif _is_outdated(module):
+            left.append(Left(name, kind, _OUTDATED))
         elif _is_fast(module):
             already.append(name)
         else:
@@ -390,6 +395,14 @@ def _is_fast(module: nn.Module) -> bool:
     from .models.lstm_baseline import VisitEncoder
 
     return isinstance(module, (VisitSequenceModel, VisitEncoder))
+
+
+def _is_outdated(module: nn.Module) -> bool:
+    if getattr(type(module), "_ehrseq_fast_fused", None) is None:
+        return False
+    from .models.fused_forward import is_outdated
+
+    return is_outdated(module)
 
 
 def _class_before(module: nn.Module) -> type[nn.Module] | None:

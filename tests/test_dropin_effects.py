@@ -4,6 +4,8 @@ back to a model's own ``forward`` where its class or its file were changed since
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import types
 
@@ -12,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from ehrseq_fast import accelerate
+from ehrseq_fast import accelerate, restore
+from ehrseq_fast.models import fused_forward
 
 from . import plain_models
 from .dropin_models import Pool
@@ -288,8 +291,33 @@ def test_what_is_changed_of_the_class_or_the_file(change, monkeypatch):
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")
         assert torch.equal(compiled(*batch()), plain(*batch()))
+        assert torch.equal(copy.deepcopy(model)(*batch()), plain(*batch()))
+        assert "restore, then accelerate" in accelerate(model).left[0].reason
         other = made(OfItsFile)
         accelerate(other)  # compared with what it now is
         assert_same(other, plain, *batch())
     assert is_served(model, *batch())  # as it was
     assert_same(model, plain, *batch())
+
+
+def test_a_file_of_a_class_that_was_edited_since(monkeypatch):
+    model, plain = made(OfItsFile), made(OfItsFile)
+    accelerate(model)
+    saved = pickle.dumps(model)
+    CHANGES["forward of a parent"](monkeypatch)
+    monkeypatch.setattr(fused_forward, "_MADE", {})  # as in another process
+    with pytest.warns(UserWarning, match="its class was changed since accelerate compared it"):
+        loaded = pickle.loads(saved)
+    assert torch.equal(loaded(*batch()), plain(*batch()))
+    restore(loaded)
+    assert type(loaded) is OfItsFile
+
+
+def test_a_file_in_another_process(monkeypatch):
+    model = made(OfItsFile)
+    accelerate(model)
+    saved = pickle.dumps(model)
+    monkeypatch.setattr(fused_forward, "_MADE", {})
+    loaded = pickle.loads(saved)
+    assert is_served(loaded, *batch())
+    assert torch.equal(loaded(*batch()), model(*batch()))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 FOUND = "_ehrseq_fast_found"
 ABSENT = "<no such attribute>"
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-_PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _OF_NUMBERS = (Tensor, nn.Module, np.ndarray, bytearray, array)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -103,7 +103,7 @@ def attributes_of(module: nn.Module, names: Iterable[str]) -> Found:
     for name in names:
         value = module.__dict__.get(name, ABSENT)
         is_nan = isinstance(value, float) and math.isnan(value)  # equals no other
-        if type(value) in _PLAIN and not is_nan:
+        if type(value) in PLAIN and not is_nan:
             plain.append((name, value))
             continue
         try:
@@ -153,7 +153,7 @@ def frozen(value: Any, depth: int = 0, *, inside: bool = True) -> Any:
         raise MayChange
     if kind is float:
         return kind, repr(value)  # as NaN equals no other
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return kind, value
     contents = None if depth == _DEEPEST or not inside else _contents(value)
     if contents is None:

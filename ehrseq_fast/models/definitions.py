@@ -12,13 +12,14 @@ import argparse
 import dataclasses
 import dis
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from types import CellType, CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 from torch import nn
 
-from .attributes import ABSENT, MayChange, frozen
+from .attributes import ABSENT, PLAIN, MayChange, frozen
 
 _MOST = 1000  # entries of a container that are looked at each time
 _CONTAINERS = (dict, list, tuple, set, frozenset)
@@ -51,6 +52,7 @@ class Definitions:
 
     def __init__(self, kinds: Iterable[type], names: Iterable[str] = ()) -> None:
         self._held: list[tuple[Callable[[], Any], Any]] = []
+        self._digest = hashlib.sha256()
         self._functions: set[int] = set()
         self._seen: set[tuple[int, str]] = set()
         for kind in kinds:
@@ -60,6 +62,12 @@ class Definitions:
             self._files = {each.__module__ for each in self._lineage}
             for name in ("forward", *names):
                 self._add_attribute(name)
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells them from others, in another process too: a digest of the instructions of
+        functions and of plain values."""
+        return self._digest.hexdigest()
 
     def hold(self) -> bool:
         """Whether all are what they were."""
@@ -74,6 +82,7 @@ class Definitions:
             self._held.append((now, _told(value)))
         except MayChange:
             raise MayChange(name) from None
+        self._digest.update(f"{name}={_printed(value)};".encode())
         for function in _functions_of(value):
             self._add_function(function)
 
@@ -121,6 +130,22 @@ def _names_in(code: CodeType) -> Iterator[tuple[str, str]]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names_in(constant)
+
+
+def _printed(value: Any) -> str:
+    """A text that is the same in every process."""
+    if type(value) in PLAIN:
+        return repr(value)
+    if isinstance(value, CodeType):
+        parts = (value.co_code, value.co_names, value.co_varnames, value.co_freevars)
+        return f"{parts}{_printed(value.co_consts)}"
+    if isinstance(value, _CONTAINERS):
+        entries = value.items() if isinstance(value, dict) else value
+        printed = [_printed(entry) for entry in entries]
+        return f"{sorted(printed) if isinstance(value, (set, frozenset)) else printed}"
+    if functions := _functions_of(value):
+        return "".join(_printed(f.__code__) + _printed(f.__defaults__) for f in functions)
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _functions_of(value: Any) -> list[FunctionType]:

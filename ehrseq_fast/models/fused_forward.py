@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -170,26 +171,26 @@ def _child(module: nn.Module, name: str) -> Any:
     return module._modules[name]
 
 
-_MADE: dict[Fused, list[type[nn.Module]]] = {}
+_MADE: dict[Fused, list[Any]] = {}
 
 
 def fused_class(fused: Fused) -> type[nn.Module]:
     """The subclass of ``fused.kind`` whose forward pass is fused; one for each description, and
     another one where functions of ``fused.kind`` were replaced since."""
-    made = _MADE.setdefault(fused, [])
-    for kind in made:
+    for kind in _MADE.setdefault(fused, []):
         if _is_defined_as_compared(kind):
             return kind
-    made.append(_subclass(fused))
-    return made[-1]
+    return _subclass(fused, definitions_of(fused))
 
 
-def _subclass(fused: Fused) -> type[nn.Module]:
+def _subclass(
+    fused: Fused, definitions: Definitions | None, fingerprint: str | None = None
+) -> type[nn.Module]:
+    """``definitions``: None where those of ``fingerprint``, of which a model was compared, are
+    gone: the forward pass is then always its own."""
     kind: Any = fused.kind
-    try:
-        definitions = definitions_of(fused)
-    except MayChange:  # of a model that was loaded from a file: found when it was compared
-        definitions = None
+    if definitions is not None:
+        fingerprint = definitions.fingerprint
     parts = _methods_of(fused.form)
     traced = parts is not None and not any(hasattr(kind, name) for name in parts)
 
@@ -210,7 +211,7 @@ def _subclass(fused: Fused) -> type[nn.Module]:
     def reduce(self, protocol):
         reduced = kind.__reduce_ex__(self, protocol)
         if reduced[0] is copyreg.__newobj__ and reduced[1] == (made,):  # type: ignore[attr-defined]
-            return _make, (fused,), *reduced[2:]
+            return _make, (fused, fingerprint), *reduced[2:]
         return reduced
 
     contents = {
@@ -220,16 +221,39 @@ def _subclass(fused: Fused) -> type[nn.Module]:
         "__reduce_ex__": reduce,
         "_ehrseq_fast_fused": fused,
         "_ehrseq_fast_definitions": definitions,
+        "_ehrseq_fast_fingerprint": fingerprint,
         "forward": forward,
     }
     made = type(kind)(f"Fused{kind.__name__}", (kind,), contents)
+    _MADE.setdefault(fused, []).append(made)
     return readable(made)
 
 
-def _make(fused: Fused) -> nn.Module:
-    """An instance without contents, for ``pickle`` and ``copy``."""
-    kind = fused_class(fused)
+def _make(fused: Fused, fingerprint: str) -> nn.Module:
+    """An instance without contents, for ``pickle`` and ``copy``; of a class that is what it was
+    when the model was compared, or else one whose forward pass is its own."""
+    alike = [k for k in _MADE.get(fused, []) if k._ehrseq_fast_fingerprint == fingerprint]
+    alike.sort(key=_is_defined_as_compared)
+    if alike:
+        return alike[-1].__new__(alike[-1])
+    try:
+        now = definitions_of(fused)
+    except MayChange:
+        now = None
+    if now is None or now.fingerprint != fingerprint:
+        warnings.warn(
+            f"{fused.kind.__name__}: its class was changed since accelerate compared it, and its "
+            "own forward is used: restore, then accelerate",
+            stacklevel=2,
+        )
+        now = None
+    kind = _subclass(fused, now, fingerprint)
     return kind.__new__(kind)
+
+
+def is_outdated(module: nn.Module) -> bool:
+    """Whether ``module`` was fused, and its class was changed since."""
+    return fused_of(module) is not None and not _is_defined_as_compared(type(module))
 
 
 def _methods_of(form: str) -> dict[str, Any] | None:
