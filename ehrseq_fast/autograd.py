@@ -71,6 +71,12 @@ def transformed(*tensors: Tensor | None) -> bool:
     )
 
 
+def varies(tensor: Tensor) -> bool:
+    """Whether a derivative by ``tensor`` may be asked for. Then nothing may be left out because it
+    is 0 there: the derivative by a weight of 0 is what it multiplies."""
+    return tensor.requires_grad or transformed(tensor)
+
+
 def values_are_hidden(*tensors: Tensor | None) -> bool:
     """Whether ``torch.func.vmap`` runs over any of ``tensors``: then nothing can be decided by
     their values."""

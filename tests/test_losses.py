@@ -208,6 +208,23 @@ def test_horizon_loss_weights_by_fractions():
     )
 
 
+def test_horizon_loss_has_a_derivative_by_a_weight_of_0():
+    """What such a visit would add, where it holds something; 0 where it does not."""
+    logits = torch.tensor([[0.3, -2.0, 1.5, torch.nan, 0.2]]).double()
+    labels = torch.tensor([[1.0, 0.0, 0.0, 0.0, -1.0]]).double()
+    weight = torch.tensor([[0.5, 2.0, 0.0, 0.0, 0.0]]).double().requires_grad_()
+    each = F.binary_cross_entropy_with_logits(logits[:, :3], labels[:, :3], reduction="none")
+    expected = F.pad(each, (0, 2))
+    expected = (expected - (each * weight[:, :3]).sum() / 2.5) / 2.5
+
+    def run(weight):
+        return FixedHorizonProgressionLoss()(logits, labels, weight)
+
+    torch.testing.assert_close(torch.autograd.grad(run(weight), weight)[0], expected)
+    torch.testing.assert_close(torch.func.grad(run)(weight.detach()), expected)
+    torch.testing.assert_close(run(weight), run(weight.detach()))
+
+
 def test_horizon_loss_of_no_valid_visit_is_zero():
     logits = torch.full((2, 3), torch.nan, requires_grad=True)
     loss = FixedHorizonProgressionLoss()(logits, torch.full((2, 3), -1), torch.zeros(2, 3))

@@ -67,6 +67,12 @@ def test_definition_in_days_with_visits_before_the_landmark(censored_visit):
     batch = PackedVisits.from_lists([[[1]] * n for n in lengths])
     rows, times = (PackedRows(batch.pack(torch.tensor(x)), batch) for x in (padded, when))
     assert brier(rows, end, seen, **options, visit_times=times) == pytest.approx(error, abs=1e-12)
+    # a flat one may be in the order of the rows, or patient by patient
+    for flat_times in (times.values, np.concatenate(days), list(np.concatenate(days))):
+        for given in (rows, [rows]):
+            with pytest.raises(TypeError, match="visit_times: expected risk's layout, PackedRows"):
+                brier(given, end, seen, **options, visit_times=flat_times)
+    assert brier(rows, end, seen, **options, visit_times=when) == pytest.approx(error, abs=1e-12)
 
 
 def test_a_landmark_of_each_patient():

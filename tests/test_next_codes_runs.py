@@ -150,6 +150,27 @@ def test_all_classes_sampled_are_the_exact_loss(unemulated):
     )
 
 
+def test_no_visit_has_a_next_one(unemulated):
+    """Sampled as exact: a batch of single visits has losses, and no loss."""
+    batch = PackedVisits.from_lists([[[1]], [[0, 2]], [[]]])
+    layer = torch.nn.Linear(4, 5)
+    states = torch.randn(3, 4, requires_grad=True)
+    for n_negatives in (None, 2):
+        expected = {
+            "none": torch.zeros(3),
+            "sum": torch.tensor(0.0),
+            "mean": torch.tensor(torch.nan),
+        }
+        for reduction, value in expected.items():
+            options = {"reduction": reduction, "n_negatives": n_negatives}
+            rows = PackedRows(states, batch)
+            found = next_codes_bce(rows, layer.weight, layer.bias, **options)
+            torch.testing.assert_close(found, value, equal_nan=True)
+            if reduction != "mean":
+                (grad,) = torch.autograd.grad(found.sum(), states)
+                assert torch.equal(grad, torch.zeros(3, 4))
+
+
 def test_samples_are_the_generators_and_uniform():
     given = make(20, 6, 33)
     one, two = (

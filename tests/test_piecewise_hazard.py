@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ehrseq_fast import (
     PackedRows,
@@ -157,6 +158,25 @@ def test_columns_that_learn():
 
     inside = [columns[0].detach().clamp(0.1, 0.9).requires_grad_(), columns[1]]
     assert torch.autograd.gradcheck(run, inside)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_the_derivative_by_a_fraction_of_0(link):
+    """It is the interval's rate; what is not finite there is as little read as without."""
+    x = torch.tensor([[0.3, -0.4, 9.0], [0.3, 2.0, 9.0], [0.3, torch.nan, 9.0], [0.3, 1e4, 9.0]])
+    x, times, seen = x.double(), torch.ones(4).long(), torch.tensor([0, 1, 0, 0])
+    fraction = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+
+    def run(fraction):
+        return piecewise_hazard_nll(x, times, seen, fraction, link=link, reduction="none")
+
+    rate = F.softplus(x[:, 1]) if link == "softplus" else x[:, 1].exp()
+    expected = rate.where(rate.isfinite(), 0)
+    assert torch.equal(run(fraction), run(fraction.detach()))
+    (found,) = torch.autograd.grad(run(fraction).sum(), fraction)
+    torch.testing.assert_close(found, expected)
+    tangent = torch.func.jvp(run, (fraction.detach(),), (torch.ones(4).double(),))[1]
+    torch.testing.assert_close(tangent, expected)
 
 
 def test_a_nan_fraction_shows_where_values_are_hidden():

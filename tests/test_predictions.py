@@ -11,6 +11,7 @@ from ehrseq_fast.metrics import cumulative_incidence
 from ehrseq_fast.predictions import (
     cumulative_hazard,
     hazards_from_incidence,
+    hazards_from_pmf,
     incidence_frame,
     median_time,
     restricted_mean,
@@ -186,6 +187,38 @@ def test_median_time():
     # 0.64 at 20 and 0.448 at 40
     found = median_time(h, times=times, interpolate=True)
     assert found.tolist() == pytest.approx([10.0, 20 + 20 * 0.14 / 0.192, torch.inf])
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 2)])
+def test_derivatives_of_the_hazards_of_masses(shape):
+    torch.manual_seed(0)
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for mask in (None, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])):
+
+        def run(x, mask=mask):
+            return hazards_from_pmf(x, mask)
+
+        assert torch.autograd.gradcheck(run, logits)
+        assert torch.autograd.gradgradcheck(run, logits)
+
+
+def test_times_in_float64_stay_it():
+    """Whatever the dtype of the hazards: a time is what was given, and the last one a horizon."""
+    times = torch.tensor([19000.1, 19000.2, 19365.3], dtype=torch.float64)
+    h = torch.tensor([[0.0, 0.5, 0.0], [0.75, 0.0, 0.0]])
+    assert median_time(h, times=times).tolist() == [19000.2, 19000.1]
+    assert median_time(h.bfloat16(), times=times.numpy()).tolist() == [19000.2, 19000.1]
+    wide = restricted_mean(h.double(), times=times)
+    for of in (h, h.half()):
+        torch.testing.assert_close(restricted_mean(of, times=times), wide, rtol=1e-12, atol=0)
+        torch.testing.assert_close(restricted_mean(of, times=times, horizon=19365.3), wide)
+    narrow = [1.1, 1.2, 365.3]  # of which float32 has the one below
+    assert restricted_mean(h, times=narrow, horizon=365.3).dtype == torch.float32
+    pytest.importorskip("pandas", reason="a data frame needs pandas")
+    assert survival_frame(h, times=times).index.tolist() == times.tolist()
+    frame = incidence_frame(h[..., None] / 2, times=times, interpolate=2)
+    assert frame.index[::2].tolist() == times.tolist()
+    assert median_time(h, times=torch.tensor([1, 2, 3])).dtype == torch.float32
 
 
 def test_nan_is_hidden_by_no_certain_event():

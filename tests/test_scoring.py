@@ -228,6 +228,7 @@ def test_landmarks_are_where_events_are():
     assert landmarks(training(early, np.zeros(100, int) + (early < 3)), 90) == (0.0,)
     assert landmarks(training(early + 9000, np.ones(100, int)), 365) == (8760.0,)
     assert landmarks(None, 90) == (0.0,)
+    assert landmarks(training(early, np.zeros(100, int)), 90) == (0.0,)  # no event at all
 
 
 def test_a_split_without_patients_is_refused(store, run):

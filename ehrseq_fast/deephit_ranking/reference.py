@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autograd import transformed
+from ..autograd import varies
 from ..checks import accumulator
 
 _ROWS = 64  # summed at once
@@ -54,7 +54,7 @@ def deephit_ranking(
     weights = None if sample_weight is None else sample_weight.to(x.dtype)[:, None, None]
     # A patient of weight 0 must not be the largest, beside whom all others vanish; nor one of NaN,
     # which would be every pair's.
-    counts = None if weights is None or _is_variable(weights) else weights != 0
+    counts = None if weights is None or varies(weights) else weights != 0
     given = exponents.detach()
     given = torch.where(given.isnan() if counts is None else given.isnan() | ~counts, 0.0, given)
     largest = given.amax(0).clamp(min=0)  # no exponent is below 0
@@ -74,11 +74,6 @@ def deephit_ranking(
         of_later = torch.where(later, of_later * weights, 0.0)
         of_events = torch.where(is_own, of_events * weights, 0.0)
     return (_sum(of_later) * _sum(of_events)).sum() / patients**2
-
-
-def _is_variable(weights: Tensor) -> bool:
-    """Whether a derivative by the weights may be asked for: then one that is 0 counts."""
-    return weights.requires_grad or transformed(weights)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autograd import varies
 from ..checks import accumulator
 from ..visitwise import Visits
 
@@ -73,10 +74,13 @@ def masked_bce(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Σ w BCE(x, y) / max(Σ w, 1); what has the weight 0 is left out. All of one shape."""
     dtype = accumulator(logits.dtype)
     counts = weights != 0
+    if varies(weights):  # of which one that is 0 has a derivative, where there is a term
+        counts = counts | (logits.isfinite() & (targets >= 0) & (targets <= 1))
     terms = F.binary_cross_entropy_with_logits(
         logits.to(dtype).masked_fill(~counts, 0.0),
         targets.to(dtype).masked_fill(~counts, 0.0),
         reduction="none",
     )
+    terms = torch.where(counts, terms, 0)
     weight = weights.to(dtype)
     return (terms * weight).sum() / weight.sum().clamp(min=1)

@@ -100,7 +100,8 @@ def landmark_auc(
         landmark: s, a number or ``[B]``.
         horizon: w, above 0.
         visit_times: when each visit was, in the layout of ``risk`` and on the scale of
-            ``event_times``; not falling from one visit to the next.
+            ``event_times``; not falling from one visit to the next. Beside PackedRows a flat tensor
+            is refused, as it may be in the order of rows or patient by patient.
         lengths: ``[B]``, visits of each patient.
         censored_visit: what the time of a censoring says, as in the losses.
         event_types: ``[B]``, 0 censored, 1 to K the cause of the event; with a ``cause``.
@@ -279,6 +280,12 @@ def read_when(values: VisitValues, visit_times: Any) -> VisitValues:
     """When the visits of ``values`` were."""
     first = visit_times[0] if isinstance(visit_times, (list, tuple)) else visit_times
     has_lengths = isinstance(first, (PackedRows, VisitValues))
+    if values.packed and not has_lengths and np.ndim(visit_times) < 2:
+        # of the order of the batch's rows, as beside a loss, or patient by patient, as here?
+        raise TypeError(
+            f"visit_times: expected {values.name}'s layout, PackedRows (or padded [B, V]), got one "
+            "dimension, whose order is not known; PackedRows(times, batch) has that of the batch"
+        )
     when = read_values("visit_times", visit_times, None if has_lengths else values.lengths)
     if len(when) != len(values) or (when.lengths != values.lengths).any():
         raise ValueError("visit_times: expected the visits of risk, got other lengths")

@@ -32,6 +32,7 @@ class VisitValues:
         lengths: int64 ``[B]``, visits of each patient.
         outcomes: event times, indicators and types of the batch that the values came with, or None.
         rows: the one PackedRows that they came as, or None.
+        packed: whether they came as PackedRows, one or several.
     """
 
     name: str
@@ -40,6 +41,7 @@ class VisitValues:
     lengths: Ints
     outcomes: tuple[Ints | None, Ints | None, Ints | None] = (None, None, None)
     rows: PackedRows | None = None
+    packed: bool = False
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -67,6 +69,7 @@ class VisitValues:
             self.lengths,
             self.outcomes,
             self.rows,
+            self.packed,
         )
 
     def take(self, patients: Ints) -> VisitValues:
@@ -193,6 +196,7 @@ def _of_rows(name: str, parts: Any, trailing: int) -> VisitValues:
         lengths,
         (times, seen, types),
         parts[0] if len(parts) == 1 else None,
+        packed=True,
     )
 
 

@@ -47,6 +47,8 @@ def _positives(inputs: Inputs) -> Tensor:
     """``[n_visits]``: the terms of each visit's codes, a duplicate once."""
     classes, n_rows = len(inputs.weight), len(inputs.states)
     wide = accumulator(inputs.states.dtype)
+    if not n_rows:  # as where no patient has a next visit
+        return inputs.states.new_zeros(0, dtype=wide)
     key = places(inputs.codes, inputs.code_offsets, classes, False).sort().values
     counts = key < n_rows * classes  # not of codes that no row has, which come last
     counts[1:] &= key[1:] != key[:-1]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..autograd import varies
 from ..checks import accumulator
 from ..survival_nll.reference import reduced, summed, visits_at_risk
 
@@ -29,14 +30,24 @@ def piecewise_hazard_nll(
     wide = logits.to(accumulator(logits.dtype))
     seen = torch.ones_like(wide[:, 0]) if fraction is None else fraction.to(wide.dtype)
     share = torch.where(survived, 1.0, torch.where(at_time, seen[:, None], 0.0))
-    x = torch.where(share != 0, wide, 0.0)
-    integral = -logsigmoid(-x) if link == "softplus" else x.exp()
-    nll = summed(torch.where(share != 0, integral, 0.0) * share, share != 0, visit_weight)
+    read = share != 0
+    if fraction is not None and varies(fraction):
+        # of which one that is 0 has a derivative; the loss is the same as without
+        finite = _integral(wide.detach(), link).isfinite()
+        if visit_weight is not None:
+            finite = finite & visit_weight.detach().isfinite()
+        read = read | (at_time & finite)
+    integral = _integral(torch.where(read, wide, 0.0), link)
+    nll = summed(torch.where(read, integral, 0.0) * share, read, visit_weight)
     event = at_time & (event_indicators != 0)[:, None]
     x = torch.where(event, wide, 0.0)
     log = log_softplus(x) if link == "softplus" else x
     nll = nll - summed(torch.where(event, log, 0.0), event, visit_weight)
     return reduced(nll, sample_weight, reduction)
+
+
+def _integral(x: Tensor, link: str) -> Tensor:
+    return -logsigmoid(-x) if link == "softplus" else x.exp()
 
 
 def log_softplus(z: Tensor) -> Tensor:

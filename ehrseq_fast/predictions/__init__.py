@@ -9,6 +9,8 @@ small hazards; a hazard of 1 ends it, and nothing is clamped.
 Everything is differentiable where it is smooth, and computed in float32 for 16 bits. ``times`` are
 the times of the visits' indices 0, 1, ...: by default these themselves; the ends of intervals where
 hazards are of intervals. Before the first time everybody is without the event.
+Times in float64 stay it, and so do results that are times (median, restricted mean, a frame's
+index), whatever the dtype of the hazards.
 """
 
 from .causes import cumulative_incidence, hazards_from_incidence, hazards_from_pmf

@@ -87,13 +87,17 @@ def hazards_from_pmf(logits: Tensor | PackedRows, sequence_mask: Tensor | None =
     if logits.dim() not in (2, 3):
         raise ValueError(f"logits: expected [B, V] or [B, V, K], got shape {list(logits.shape)}")
     x = logits.to(accumulator(logits.dtype))
+    padding = None
     if sequence_mask is not None:
         padding = padding_of(sequence_mask, x)
-        x = x.masked_fill(padding.unsqueeze(2) if x.dim() == 3 else padding, -torch.inf)
+        padding = padding.unsqueeze(2) if x.dim() == 3 else padding
+        x = x.masked_fill(padding, -torch.inf)
     each = x.logsumexp(2) if x.dim() == 3 else x
     beyond = each.new_zeros(len(each), 1)
     later = torch.cat([each, beyond], 1).flip(1).logcumsumexp(1).flip(1)[:, :-1]
-    return (x - (later.unsqueeze(2) if x.dim() == 3 else later)).exp()
+    hazards = (x - (later.unsqueeze(2) if x.dim() == 3 else later)).exp()
+    # 0 already; its second derivatives are NaN without
+    return hazards if padding is None else hazards.masked_fill(padding, 0)
 
 
 def hazards_from_incidence(incidences: Tensor) -> Tensor:

@@ -128,7 +128,9 @@ def restricted_mean(
     padded = padded_hazards(hazards, sequence_mask)
     grid, curve = with_start(padded, times)
     last = float(grid[-1])
-    end = last if horizon is None else float(horizon)
+    end = last
+    if horizon is not None:  # in the dtype of the times: the last one is not below itself
+        end = float(torch.tensor(float(horizon), dtype=grid.dtype, device="cpu"))
     if not 0 <= end <= last:
         raise ValueError(f"horizon: expected 0 to {last:g}, the last time, got {end:g}")
     widths = grid.clamp(max=end).diff()
@@ -186,6 +188,7 @@ def survival_of(hazards: Tensor) -> Tensor:
 
 def with_start(hazards: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor]:
     """The times and survival at them, with 1 at 0 before."""
-    grid = torch.cat([hazards.new_zeros(1), times_of(hazards, times)])
+    grid = times_of(hazards, times)
+    grid = torch.cat([grid.new_zeros(1), grid])
     curve = survival_of(hazards)
     return grid, torch.cat([torch.ones_like(curve[:, :1]), curve], 1)

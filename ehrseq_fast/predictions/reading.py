@@ -98,7 +98,9 @@ def times_of(hazards: Tensor, times: Tensor | None) -> Tensor:
         raise ValueError("hazards: expected at least one time, got none")
     if times is None:
         return torch.arange(slots, dtype=hazards.dtype, device=hazards.device)
-    times = torch.as_tensor(times, dtype=hazards.dtype, device=hazards.device)
+    # float64 stays: float32 has days since 1970 to 3 minutes, and no 365.3
+    times = torch.as_tensor(times, device=hazards.device)
+    times = times.to(torch.promote_types(times.dtype, hazards.dtype))
     if times.shape != (slots,):
         raise ValueError(f"times: expected [V] = [{slots}], got {list(times.shape)}")
     if not bool((times[0] >= 0) & (times.diff() > 0).all()):

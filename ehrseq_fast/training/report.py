@@ -179,7 +179,9 @@ def landmarks(train: TrainingOutcomes | None, longest: float) -> tuple[float, ..
     if train.entry_times is not None:
         first = first + np.asarray(train.entry_times)
     times = np.asarray(train.days_to_end)[first[np.asarray(train.event_indicators) != 0]]
-    found = []
+    found: list[float] = []
+    if not len(times):
+        return (0.0,)
     for time in (0.0, *np.quantile(times, [0.25, 0.5]).tolist()):
         unit = 365.0 if time >= 365 else 30.0
         landmark = time // unit * unit
