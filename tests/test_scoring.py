@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,6 +275,18 @@ def test_another_split_of_the_same_patients_is_found_out(drawn, store, run, tmp_
     assert overlap.trained == np.isin(evaluated, trained).sum() > 0
     assert overlap.tuned == np.isin(evaluated, tuned).sum() > 0
     assert "if its ids are those of other persons" in overlap.note
+
+
+def test_dates_by_position_are_those_of_the_store_of_training_alone(drawn, store, run, tmp_path):
+    """Another store of as many patients would take them for its own."""
+    begins = store.visit_times[store.patient_offsets[:-1]]
+    task = FirstEvent(EVENT, index=begins)
+    dated = replace(run, config=replace(run.config, task=task.to_dict()))
+    evaluate(dated, store, out=tmp_path / "report", n_bootstrap=0, progress=False)
+    again = drawn.store(tmp_path, seed=7)
+    assert again.n_patients == store.n_patients
+    with pytest.raises(ValueError, match="by position"):
+        evaluate(dated, again, n_bootstrap=0, progress=False)
 
 
 def test_a_run_that_does_not_say_whom_it_saw(store, run, tmp_path):

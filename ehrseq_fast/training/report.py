@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data import EventStore, FirstEvent, Outcomes
+from ..data.tasks import IndexDates
 from ..metrics import Evaluation, TrainingOutcomes
 from ..metrics import evaluate as evaluate_predictions
 from ..metrics.every_visit import EVERY_VISIT
@@ -88,7 +89,8 @@ def evaluate(
 
     Raises:
         FileNotFoundError: no finished run, no store.
-        ValueError: no such split, nobody in it, a task that the store does not have.
+        ValueError: no such split, nobody in it, a task that the store does not have, or whose index
+            dates stand by position and are those of another store's patients.
         ImportError: packages of the extras ``train`` and ``metrics`` are missing.
     """
     need("matplotlib", "train", "the plots of a report")
@@ -98,6 +100,7 @@ def evaluate(
     task = FirstEvent.from_dict(run.config.task)
     if task.competing is not None:
         need("lifelines", "metrics", "evaluating competing outcomes")
+    _refuse_dates_of_others(run, store, task)
     outcomes = task.apply(store, split=split)
     if not len(outcomes):
         raise ValueError(
@@ -189,6 +192,17 @@ def landmarks(train: TrainingOutcomes | None, longest: float) -> tuple[float, ..
         if follow >= _FEWEST_EVENTS and landmark not in found:
             found.append(landmark)
     return tuple(found) or (0.0,)
+
+
+def _refuse_dates_of_others(run: Run, store: EventStore, task: FirstEvent) -> None:
+    """Dates by position are those of the patients of the store of training, in its order."""
+    by_position = isinstance(task.index, IndexDates) and task.index.subject_ids is None
+    if by_position and store.header["content_sha256"] != run.result["store_sha256"]:
+        raise ValueError(
+            f"index: expected dates by subject id to evaluate on {store.path}, which is not the "
+            "store of training, got one date for each patient of that store, by position: train "
+            "with a mapping of subject ids to dates"
+        )
 
 
 def _training_outcomes(

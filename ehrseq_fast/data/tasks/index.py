@@ -71,7 +71,7 @@ def first_visits(chunk: Chunk, whose: Ints, by_period: bool, washout: int) -> Ro
 
 def on_dates(chunk: Chunk, patient: Ints, times: Ints, numbers: Ints, by_period: bool) -> Rows:
     """The given index times that lie within an observation period, or between the first and the
-    last event of the record."""
+    last event of the record, or death."""
     day = times // DAY_US
     period = None
     if by_period:

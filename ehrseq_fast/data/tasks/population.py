@@ -314,7 +314,7 @@ class Population:
         if self.task.end_of_observation is None and not self.by_period:
             notes.append(
                 "this store has no observation periods: persons are observed from the first to the "
-                "last event of their record"
+                "last event of their record, or to their death, however long after it"
             )
         return notes
 
