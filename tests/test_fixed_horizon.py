@@ -512,3 +512,20 @@ def test_weights_of_given_labels_that_sum_to_less_than_one(backend, weight):
     wanted = torch.zeros(2, 3)
     wanted[1, 1] = weight * (x[1, 1].sigmoid() - labels[1, 1])
     assert_matches(got[1], wanted.double())
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.int32])
+def test_given_labels_give_the_same_bits_on_every_number_of_threads(compiled, kind):
+    x, labels = torch.randn(300, 200), torch.randint(0, 2, (300, 200))
+    weights = (torch.rand(300, 200) < 0.5).to(kind)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.ehrseq_fast.masked_bce(x, labels, weights, True))
+    finally:
+        torch.set_num_threads(before)
+    for value, grad in results[1:]:
+        assert torch.equal(value, results[0][0])
+        assert torch.equal(grad, results[0][1])

@@ -84,6 +84,58 @@ for visit in range(20):
         raise AssertionError(f"a NaN at visit {visit} was taken")
 """
 
+# Blocks of 64 slots, chunks of 2,048; what has a weight of 0 is a NaN or no label at all.
+GIVEN = """
+from ehrseq_fast.losses import FixedHorizonProgressionLoss
+from ehrseq_fast.fixed_horizon import reference
+LABELS = (torch.bool, torch.int64, torch.float32, torch.float64, torch.uint8, torch.bfloat16)
+WEIGHTS = (*LABELS, torch.int32, torch.float16)
+loss = FixedHorizonProgressionLoss(1.0)
+
+def given(slots, of_labels, of_weights):
+    y, w = torch.rand(1, slots), torch.rand(1, slots) * 3
+    y = y if of_labels.is_floating_point else y.round()
+    w = torch.where(torch.rand(1, slots) < 0.4, w if of_weights.is_floating_point else w.ceil(), 0)
+    w[:, 64:128] = 0
+    y = torch.where(w == 0, 0 if of_labels == torch.bool else 7, y)
+    return y.to(of_labels), w.to(of_weights)
+
+for at, slots in enumerate((1, 7, 63, 64, 65, 130, 200, 2048, 2049, 5000)):
+    for i, of_labels in enumerate(LABELS):
+        for j, of_weights in enumerate(WEIGHTS):
+            y, w = given(slots, of_labels, of_weights)
+            dtype = (*DTYPES, torch.float16)[(at + i + j) % 4]
+            x = torch.where(w == 0, torch.nan, torch.randn(1, slots) * 4).to(dtype)
+            value, grad = value_and_grad(loss, x, y, w)
+            wide = value_and_grad(reference.masked_bce, x.double(), y.double(), w.double())
+            assert_matches(value, wide[0], scale=wide[0] + 4, terms=40)
+            assert_matches(grad, wide[1], scale=wide[1].abs().max() + 0.1, terms=40)
+            assert not grad[w == 0].any()
+for of_labels in LABELS:
+    for of_weights in WEIGHTS:
+        y, w = given(200, of_labels, of_weights)
+        x = torch.randn(1, 200)
+        for slot in w[0].nonzero().flatten()[::9].tolist():
+            for value, expected in ((torch.nan, torch.nan), (torch.inf, torch.inf)):
+                wrong = torch.where(torch.arange(200) == slot, value, x)
+                zero = torch.where(torch.arange(200) == slot, torch.zeros((), dtype=y.dtype), y)
+                got, grad = value_and_grad(loss, wrong, zero, w)
+                assert got.isnan() if value != value else got == expected, (of_labels, of_weights)
+                assert grad[0].isnan().nonzero().tolist() == ([[slot]] if value != value else [])
+            changes = [] if of_labels == torch.bool else [(y, 3)]
+            if of_weights not in (torch.bool, torch.uint8):
+                changes.append((w, -1))
+            for tensor, number in changes:
+                before = tensor[0, slot].clone()
+                tensor[0, slot] = number
+                try:
+                    torch.ops.ehrseq_fast.masked_bce(x, y, w, True)
+                except ValueError:
+                    tensor[0, slot] = before
+                else:
+                    raise AssertionError(f"{number} of {tensor.dtype} at {slot} was taken")
+"""
+
 CLASSES = """
 from ehrseq_fast import visit_cross_entropy
 from ehrseq_fast.visit_cross_entropy import reference
@@ -183,5 +235,5 @@ def test_on_every_instruction_set(compiled, instructions):
         "EHRSEQ_FAST_BACKEND": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    program = "\n".join((COMMON, RANKING, HORIZON, CLASSES, OVER_TIME))
+    program = "\n".join((COMMON, RANKING, HORIZON, GIVEN, CLASSES, OVER_TIME))
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)

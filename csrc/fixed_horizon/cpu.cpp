@@ -1,4 +1,4 @@
-// fixed_horizon_bce and masked_bce on the CPU: loss and gradient in one call. The loops over visits
+// fixed_horizon_bce on the CPU: loss and gradient in one call. The loops over visits
 // are in row_kernels.h, that over patients in common/survival/visit_loss.h.
 
 #include <algorithm>
@@ -225,7 +225,6 @@ std::tuple<Tensor, Tensor> fixed_horizon_bce(
                         Column(event_times),
                         Column(event_indicators),
                         VisitColumn(visit_times),
-                        VisitColumn(std::nullopt),
                         VisitColumn(visit_weight),
                         column_of(sample_weight)};
   const Settings settings{horizon, pos_weight, 1.0};
@@ -242,29 +241,9 @@ std::tuple<Tensor, Tensor> fixed_horizon_bce(
   return loss_of(visits, targets, settings, logits, as_reduction, needs_grad, share_of);
 }
 
-std::tuple<Tensor, Tensor> masked_bce(Tensor logits, Tensor labels, Tensor weights,
-                                      bool needs_grad) {
-  constexpr const char* kName = "masked_bce";
-  expect_on_cpu(kName, logits, labels, weights);
-  expect_given_labels(logits, labels, weights);
-  const PaddedVisits visits(logits.size(0), logits.size(1),
-                            VisitMask(std::nullopt, logits.size(1)));
-  const Targets targets{kName,
-                        std::nullopt,
-                        std::nullopt,
-                        VisitColumn(std::nullopt),
-                        VisitColumn(labels),
-                        VisitColumn(weights),
-                        std::nullopt};
-  const auto share_of = [](double total) { return total < 1 ? 1.0 : 1 / total; };
-  return loss_of(visits, targets, Settings{0.0, 1.0, 1.0}, logits, Reduction::kMean, needs_grad,
-                 share_of);
-}
-
 }  // namespace
 }  // namespace ehrseq::fixed_horizon
 
 STABLE_TORCH_LIBRARY_IMPL(ehrseq_fast, CPU, m) {
   m.impl("fixed_horizon_bce", EHRSEQ_BOX(&ehrseq::fixed_horizon::fixed_horizon_bce));
-  m.impl("masked_bce", EHRSEQ_BOX(&ehrseq::fixed_horizon::masked_bce));
 }

@@ -1,5 +1,5 @@
-// What the CPU's losses of a horizon read of patients and visits, padded or packed: event times,
-// labels and weights, and which visits count.
+// What the CPU's loss of a horizon reads of patients and visits, padded or packed: event times,
+// weights, and which visits count.
 #pragma once
 
 #include <algorithm>
@@ -66,17 +66,16 @@ class VisitColumn {
   int64_t bytes_ = 0;
 };
 
-// What is known of the visits: labels, or event times to make them of.
+// What labels are made of, and weights.
 struct Targets {
   const char* operation;
-  std::optional<Column> event_times;  // where labels are made
-  std::optional<Column> seen;
+  Column event_times;
+  Column seen;
   VisitColumn visit_times;
-  VisitColumn labels;
   VisitColumn visit_weights;
   std::optional<Column> sample_weights;
 
-  bool by_index() const { return !labels.given() && !visit_times.given(); }
+  bool by_index() const { return !visit_times.given(); }
 };
 
 // Where visits are their own times.
@@ -98,8 +97,8 @@ class GroupReader {
   bool read(const Layout& layout, int64_t first, int64_t count) {
     read_weights(layout, first, count);
     count_visits(layout);
-    if (targets_.event_times) read_column(layout, *targets_.event_times, event_times_);
-    if (targets_.seen) read_column(layout, *targets_.seen, seen_);
+    read_column(layout, targets_.event_times, event_times_);
+    read_column(layout, targets_.seen, seen_);
     bool possible = true;
     for (int64_t i = 0; i < count; ++i) {
       possible &= visits_[i] != kMalformed && (seen_[i] == 0 || seen_[i] == 1);
@@ -140,14 +139,14 @@ class GroupReader {
   // The visits that count, where that is a range; kNoRange otherwise. Of packed visits after
   // read_visits.
   Range range(const PaddedVisits&, const Settings& settings, int64_t i) const {
-    if (targets_.labels.given() || targets_.visit_weights.given()) return kNoRange;
+    if (targets_.visit_weights.given()) return kNoRange;
     const Outcome outcome(settings, event_times_[i], seen_[i] != 0);
     if (targets_.by_index()) return range_of(outcome, visits_[i]);
     return range_at(outcome, (first_ + i) * slots_, visits_[i]);
   }
 
   Range range(const PackedPatients&, const Settings& settings, int64_t i) const {
-    if (targets_.labels.given() || targets_.visit_weights.given()) return kNoRange;
+    if (targets_.visit_weights.given()) return kNoRange;
     const Outcome outcome(settings, event_times_[i], seen_[i] != 0);
     if (targets_.by_index()) return range_of(outcome, visits_[i]);
     return range_of_times(outcome, &times_[i * slots_], visits_[i]);
@@ -175,13 +174,8 @@ class GroupReader {
       return column.given() ? &values[i * slots_] : nullptr;
     };
     const double* times = targets_.by_index() ? times_.data() : of(targets_.visit_times, times_);
-    return {visits_[i],
-            of(targets_.labels, labels_),
-            times,
-            of(targets_.visit_weights, weights_),
-            event_times_[i],
-            seen_[i] != 0,
-            sample_weights_[i]};
+    return {visits_[i],      times,         of(targets_.visit_weights, weights_),
+            event_times_[i], seen_[i] != 0, sample_weights_[i]};
   }
 
  private:
@@ -228,7 +222,6 @@ class GroupReader {
       to.resize(count_ * slots_ + 1);  // whose begin exists
       read(column, to.data());
     };
-    take(targets_.labels, labels_);
     take(targets_.visit_times, times_);
     take(targets_.visit_weights, weights_);
     if (!targets_.by_index()) return;
@@ -244,7 +237,6 @@ class GroupReader {
   double event_times_[kGroupPatients] = {};
   double seen_[kGroupPatients] = {};
   double sample_weights_[kGroupPatients] = {};
-  std::vector<double> labels_;
   std::vector<double> times_;
   std::vector<double> weights_;
 };
@@ -252,20 +244,14 @@ class GroupReader {
 // Throws std::invalid_argument: the first patient at fault, and how many there are.
 template <typename Layout>
 [[noreturn]] void refuse_values(const Targets& targets, const Layout& layout) {
-  if (targets.labels.given()) {
-    refuse(targets.operation, "labels and weights",
-           "labels in [0, 1] where weights are not 0, and weights of at least 0", "others");
-  }
   refuse_malformed(layout);
   Faults impossible, unknown, timeless, of_visits, of_patients;
   const bool by_index = targets.by_index();
   for (int64_t patient = 0; patient < layout.patients(); ++patient) {
-    if (targets.event_times) {
-      const double time = targets.event_times->at<double>(patient);
-      if (by_index ? !(time >= 0) : std::isnan(time)) impossible.add(patient);
-      const double kind = targets.seen->at<double>(patient);
-      if (kind != 0 && kind != 1) unknown.add(patient);
-    }
+    const double time = targets.event_times.at<double>(patient);
+    if (by_index ? !(time >= 0) : std::isnan(time)) impossible.add(patient);
+    const double kind = targets.seen.at<double>(patient);
+    if (kind != 0 && kind != 1) unknown.add(patient);
     if (targets.sample_weights && targets.sample_weights->at<double>(patient) < 0) {
       of_patients.add(patient);
     }
@@ -281,11 +267,11 @@ template <typename Layout>
   if (impossible.count() > 0) {
     impossible.refuse(
         by_index ? "event_times must be visits, counted from 0" : "event_times must not be NaN",
-        short_text(targets.event_times->at<double>(impossible.patient())));
+        short_text(targets.event_times.at<double>(impossible.patient())));
   }
   if (unknown.count() > 0) {
     unknown.refuse("event_indicators must be 0 (censored) or 1 (event)",
-                   short_text(targets.seen->at<double>(unknown.patient())));
+                   short_text(targets.seen.at<double>(unknown.patient())));
   }
   if (timeless.count() > 0) timeless.refuse("visit_times must not be NaN", "nan");
   if (of_visits.count() > 0) {

@@ -1,17 +1,14 @@
-// Binary cross-entropy of a patient's visits and its gradient, with labels that are given or are
-// made of a horizon and the patient's event time.
-//
-// With q = e^-|x|, the term is x (1 - y) + max(-x, 0) + log(1 + q), and its derivative q / (1 + q)
-// - y or, for x >= 0, (1 - y) - q / (1 + q): exact where the logit is far on the label's side.
+// Binary cross-entropy of a patient's visits and its gradient, with labels made of a horizon and
+// the patient's event time.
 //
 // Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
 
 #include "fixed_horizon/rows.h"
 #include "survival_nll/likelihood.h"
+// after those
+#include "fixed_horizon/terms.h"
 
 namespace ehrseq::fixed_horizon::EHRSEQ_ISA {
-
-using namespace ehrseq::survival::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
 
 // Only parts of rows are read, which the processor's own prefetcher cannot follow.
 constexpr int64_t kRowsAhead = 8;
@@ -47,13 +44,6 @@ class Labels {
       wrong_ |= weights < 0.0;  // a NaN or an infinity is to reach the result
       eight.weight *= weights;
     }
-    if (visits_.labels != nullptr) {
-      eight.label = load_some(visits_.labels + at, left);
-      eight.counts = exists & (eight.weight != 0.0);
-      const Mask<double> fits = (eight.label >= 0.0) & (eight.label <= 1.0);
-      wrong_ |= eight.counts & ~fits;
-      return eight;
-    }
     const Doubles now = load_some(visits_.times + at, left);
     const Doubles end = now + outcome_.horizon;
     wrong_ |= now != now;
@@ -62,8 +52,7 @@ class Labels {
     return eight;
   }
 
-  // Whether no time was NaN, no weight negative, and no given label outside
-  // [0, 1], of the visits that were asked for.
+  // Whether no time was NaN and no weight negative, of the visits that were asked for.
   bool possible() const {
     return join_lanes<int64_t>(wrong_, [](const auto& a, const auto& b)
                                            __attribute__((always_inline)) { return a | b; }) == 0;
@@ -137,30 +126,6 @@ inline double weight_of_visits(const Settings& settings, const Visits& visits, b
   }
   *possible &= labels.possible();
   return sum_of_lanes<double>(sums);
-}
-
-// The terms of visits with labels y and their derivatives, before weights; where a logit does not
-// count it is 0.
-template <typename T>
-struct Terms {
-  Lanes<T> term;
-  Lanes<T> slope;
-};
-
-template <typename T>
-EHRSEQ_INLINE Terms<T> terms_of(const Lanes<T>& x, const Lanes<T>& y) {
-  const Mask<T> positive = x >= T(0);
-  const Lanes<T> q = exp_nonpositive<T>(positive ? -x : x);
-  const Lanes<T> rest = q / (q + T(1));
-  return {x * (T(1) - y) + (positive ? Lanes<T>{} : -x) + log1p_below_one(q),
-          positive ? (T(1) - y) - rest : rest - y};
-}
-
-// A derivative of 0 that counts is -0: the backward pass tells it from the +0 of what does not
-// count (survival_nll/scale_cpu.cpp).
-template <typename T>
-EHRSEQ_INLINE Lanes<T> marked(const Mask<T>& counts, const Lanes<T>& slope) {
-  return counts ? (slope == T(0) ? broadcast(T(-0.0)) : slope) : Lanes<T>{};
 }
 
 // A row in vectors of T, of which the last may be in part beyond the visits: what is read there

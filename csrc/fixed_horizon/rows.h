@@ -26,12 +26,10 @@ struct Range {
   int64_t first;
 };
 
-// What is known of one patient's visits. Labels are made of the times, or given: then in [0, 1],
-// and read where the weight is not 0.
+// What is known of one patient's visits.
 struct Visits {
   int64_t count;
-  const double* labels;   // null where they are made
-  const double* times;    // [count] where labels are made
+  const double* times;    // [count]
   const double* weights;  // null: ones
   double event_time;
   bool seen;  // the event; else the censoring
@@ -106,8 +104,8 @@ struct Ranges {
   int64_t patients;  // at most survival::kGroupPatients
 };
 
-// The sum of the weights of the visits that count. *possible becomes false where a time is NaN, a
-// weight negative, or a given label outside [0, 1].
+// The sum of the weights of the visits that count. *possible becomes false where a time is NaN or
+// a weight negative.
 double weight_of_visits(const Settings& settings, const Visits& visits, bool* possible);
 
 // The sum of the visits' weighted terms; the gradient of `share` times that.

@@ -50,13 +50,6 @@ EHRSEQ_INLINE Lanes<T> scale_of_event(const Scale& scale) {
   return scales == T(0) ? scales : -scales;
 }
 
-// +0 in all other lanes. Masks are joined as integers: joined for a choice between lanes, GCC
-// splits them bit by bit.
-template <typename T>
-EHRSEQ_INLINE Lanes<T> only_where(const Mask<T>& mask, const Lanes<T>& lanes) {
-  return (Lanes<T>)((Mask<T>)lanes & mask);
-}
-
 template <typename T, typename Total = Product<T>>
 class FromProbabilities {
  public:

@@ -16,6 +16,13 @@ namespace ehrseq::survival::EHRSEQ_ISA {
 
 using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
 
+// +0 in all other lanes. Masks are joined as integers: joined for a choice between lanes, GCC
+// splits them bit by bit.
+template <typename T>
+EHRSEQ_INLINE Lanes<T> only_where(const Mask<T>& mask, const Lanes<T>& lanes) {
+  return (Lanes<T>)((Mask<T>)lanes & mask);
+}
+
 // log(1 + q) for q in [0, 1]: 2 artanh(s) with s = q / (2 + q), as its series.
 EHRSEQ_INLINE Lanes<float> log1p_below_one(const Lanes<float>& q) {
   const Lanes<float> s = q / (q + 2.0f);
