@@ -78,6 +78,13 @@ def everything() -> list[torch.Tensor]:
                 ]
             pooled = packed_visit_pool(batch, table, mode="attention", scores=scores)
             results += [pooled, *torch.autograd.grad(pooled, [table, scores], batch.pack(grad))]
+    table = torch.randn(VOCABULARY, 16, generator=generator).requires_grad_()
+    for dtype in (torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64):
+        kept = mask.to(dtype) * torch.randint(1, 5, mask.shape, generator=generator)
+        if dtype.is_floating_point:
+            kept = special(kept.to(dtype))
+        pooled = visit_mean_pool(codes, table, kept.to(dtype))
+        results += [pooled, *torch.autograd.grad(pooled, table, torch.ones(3, 8, 16))]
     return [result.detach() for result in results]
 
 

@@ -81,6 +81,35 @@ def test_without_a_mask_every_slot_counts(backend, mode):
     torch.testing.assert_close(visit_mean_pool(codes, weight, mode=mode), everything)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mask_dtype", "values"),
+    [
+        (torch.uint8, [0, 1, 128]),
+        (torch.int32, [0, -1, 1 << 16, 1 << 30]),
+        (torch.int64, [0, -1, 1 << 31, 1 << 32]),  # of the last, the lower half is 0
+        (torch.float32, [0.0, -0.0, 0.25, -2.0, float("nan")]),
+        (torch.float64, [0.0, -0.0, 2.0**-40, -2.0, float("nan")]),
+    ],
+)
+def test_which_numbers_of_a_mask_are_zero(backend, mode, mask_dtype, values):
+    """One slot in ten holds one of the numbers, wherever a kernel's vectors begin and end."""
+    shape = (13, 47)
+    drawn = torch.tensor(values, dtype=mask_dtype)[torch.randint(len(values), shape)]
+    mask = torch.where(torch.rand(shape) < 0.1, drawn, 0)
+    mask[-1, -1], mask[0, 0] = values[-1], values[1]
+    codes = torch.where(mask == 0, -1, torch.randint(0, 5, shape))
+    weight = torch.randn(5, 8)
+    pooled, grad = gradients(visit_mean_pool, codes, weight, mask, torch.ones(13, 8), mode=mode)
+    expected, expected_grad = gradients(
+        reference.visit_mean_pool, codes, weight.double(), mask, torch.ones(13, 8), mode=mode
+    )
+    scale = float(mask.double().nan_to_num().abs().max()) if mode == "sum" else 1.0
+    for ours, theirs in ((pooled, expected), (grad, expected_grad)):
+        close = {"rtol": 1e-4, "atol": 1e-4 * scale, "equal_nan": True}
+        torch.testing.assert_close(ours.double(), theirs.double(), **close)
+
+
 def test_fractional_masks_are_weights(backend):
     codes, mask, weight = ragged_batch(dtype=torch.float64)
     weights = torch.rand(mask.shape, dtype=torch.float64) * 3 * mask

@@ -3,9 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/dtypes.h"
+#include "common/parallel.h"
 
 namespace ehrseq {
 
@@ -21,35 +24,56 @@ struct WeightedIndex {
   std::vector<acc_t> weights;
 };
 
-// Stable counting sort by code: the visits of one code keep the order of the batch. A list of
-// entries has for_each_code(body(code)) and for_each(body(code, visit, weight)); `weight` is what
-// the visit's gradient is multiplied by, and is kept where `weighted`. Codes equal to `left_out`
-// have no entry.
-template <typename acc_t, typename List>
-WeightedIndex<acc_t> transpose(const std::vector<List>& lists, int64_t vocabulary, bool weighted,
-                               int64_t left_out) {
-  std::vector<int32_t> place(vocabulary + 1, 0);
-  for (const auto& list : lists) list.for_each_code([&](int32_t code) { ++place[code + 1]; });
-  if (left_out >= 0) place[left_out + 1] = 0;
+// Entries of neighbouring visits, in the order of the batch, as one thread found them. `next` has
+// an element for each code: how many entries it has here.
+template <typename acc_t>
+struct FoundEntries {
+  std::vector<int32_t> codes;
+  std::vector<int32_t> visits;
+  std::vector<acc_t> weights;  // what the visit's gradient is multiplied by; empty where all are 1
+  std::vector<int32_t> next;
+};
+
+// Stable counting sort by code: the visits of one code keep the order of the batch, however it was
+// divided. Codes equal to `left_out` have no entry. `found` is used up.
+template <typename acc_t>
+WeightedIndex<acc_t> transpose(std::vector<FoundEntries<acc_t>>& found, int64_t vocabulary,
+                               bool weighted, int64_t left_out) {
+  size_t n_entries = 0;
+  for (const auto& part : found) n_entries += part.codes.size();
+  if (n_entries > INT32_MAX) {
+    refuse("visit_pool_backward", "real codes of all visits", "at most 2^31-1",
+           std::to_string(n_entries));
+  }
   WeightedIndex<acc_t> index;
   index.offsets.push_back(0);
+  int32_t place = 0;
   for (int64_t code = 0; code < vocabulary; ++code) {
-    if (place[code + 1] != 0) {
-      index.codes.push_back(static_cast<int32_t>(code));
-      index.offsets.push_back(place[code] + place[code + 1]);
+    const int32_t begin = place;
+    for (auto& part : found) {
+      const int32_t count = part.next[code];
+      part.next[code] = place;
+      if (code != left_out) place += count;
     }
-    place[code + 1] += place[code];
+    if (place == begin) continue;
+    index.codes.push_back(static_cast<int32_t>(code));
+    index.offsets.push_back(place);
   }
-  index.visits.resize(index.offsets.back());
-  index.weights.resize(weighted ? index.offsets.back() : 0);
-  for (const auto& list : lists) {
-    list.for_each([&](int32_t code, int32_t visit, acc_t weight) {
-      if (code == left_out) return;
-      const int32_t at = place[code]++;
-      index.visits[at] = visit;
-      if (weighted) index.weights[at] = weight;
-    });
-  }
+  index.visits.resize(place);
+  index.weights.resize(weighted ? place : 0);
+  const auto n_parts = static_cast<int64_t>(found.size());
+  parallel_for(0, n_parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      auto& part = found[i];
+      for (size_t entry = 0; entry < part.codes.size(); ++entry) {
+        const int32_t code = part.codes[entry];
+        if (code == left_out) continue;
+        const int32_t at = part.next[code]++;
+        index.visits[at] = part.visits[entry];
+        if (weighted) index.weights[at] = part.weights[entry];
+      }
+    }
+  });
   return index;
 }
 

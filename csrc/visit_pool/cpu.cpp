@@ -83,36 +83,32 @@ template <typename code_t, typename mask_t>
                                 position(first, shape_of(in.codes)));
 }
 
+template <typename code_t>
+struct CodeOfSlot {
+  const code_t* codes;
+  uint64_t vocabulary;
+  bool* outside;
+
+  int32_t operator()(int64_t at) const {
+    const auto code = static_cast<int64_t>(codes[at]);
+    *outside |= static_cast<uint64_t>(code) >= vocabulary;
+    return static_cast<int32_t>(code);
+  }
+  void prefetch(int64_t at) const { __builtin_prefetch(codes + at); }
+};
+
 template <typename code_t, typename acc_t, typename mask_t>
 void collect_real_codes(const PaddedCodes& in, int64_t first, int64_t last,
                         RealSlots<acc_t, mask_t>& kept) {
   const auto* codes = static_cast<const code_t*>(in.codes.data_ptr()) + first * in.n_slots;
   bool outside = false;
   kept.collect(mask_of_visit<mask_t>(in.mask, first, in.n_slots), last - first, in.n_slots,
-               [&](int64_t at) {
-                 const auto code = static_cast<int64_t>(codes[at]);
-                 outside |= static_cast<uint64_t>(code) >= uint64_t(in.vocabulary);
-                 return static_cast<int32_t>(code);
-               });
+               CodeOfSlot<code_t>{codes, static_cast<uint64_t>(in.vocabulary), &outside});
   if (outside) refuse_codes<code_t, mask_t>(in);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Forward
-
-template <typename scalar_t, typename mask_t>
-void pool_visits(const RealSlots<accumulator_t<scalar_t>, mask_t>& kept, int64_t mode,
-                 const scalar_t* weight, int64_t row_size, scalar_t* out, int32_t* arg_max) {
-  if (mode == kMax) {
-    row_kernels<scalar_t>().max_segments(weight, row_size, kept.rows.data(), kept.rows.data(),
-                                         kept.offsets.data(), 0, kept.n_visits(), out, arg_max);
-  } else {
-    const Segments<accumulator_t<scalar_t>> segments{kept.rows.data(), kept.weights_or_none(),
-                                                     mode == kMean ? kept.scales.data() : nullptr,
-                                                     kept.offsets.data()};
-    row_kernels<scalar_t>().sum_segments(weight, row_size, segments, 0, kept.n_visits(), out);
-  }
-}
 
 std::tuple<Tensor, Tensor> empty_outputs(const Tensor& table, std::vector<int64_t> shape,
                                          int64_t mode) {
@@ -150,8 +146,9 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
         for (int64_t first = begin; first < end; first += step) {
           const int64_t last = std::min(first + step, end);
           collect_real_codes<code_t>(in, first, last, kept);
-          pool_visits(kept, mode, table_data, row_size, out + first * row_size,
-                      winners == nullptr ? nullptr : winners + first * row_size);
+          pool_real_slots(kept, mode, table_data, row_size, kept.rows.data(),
+                          out + first * row_size,
+                          winners == nullptr ? nullptr : winners + first * row_size);
         }
       });
     });
@@ -162,53 +159,55 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
 // ---------------------------------------------------------------------------------------------
 // Backward
 
-// The real codes of neighbouring visits as entries of the index.
 template <typename acc_t, typename mask_t>
-struct VisitEntries {
-  int64_t first_visit;
-  bool is_mean;
-  RealSlots<acc_t, mask_t> kept;
-
-  template <typename Body>
-  void for_each_code(const Body& body) const {
-    for (int64_t i = 0; i < kept.n_entries(); ++i) body(kept.rows[i]);
+void append_entries(const RealSlots<acc_t, mask_t>& kept, int64_t first_visit, int64_t mode,
+                    FoundEntries<acc_t>& found) {
+  const auto before = static_cast<int64_t>(found.codes.size());
+  const int64_t count = kept.n_entries();
+  found.codes.insert(found.codes.end(), kept.rows.begin(), kept.rows.begin() + count);
+  found.visits.resize(found.codes.size());
+  for (int64_t i = 0; i < count; ++i) {
+    ++found.next[kept.rows[i]];
+    found.visits[before + i] = static_cast<int32_t>(first_visit + kept.visits[i]);
   }
-  template <typename Body>
-  void for_each(const Body& body) const {
-    for (int64_t i = 0; i < kept.n_entries(); ++i) {
-      const acc_t scale = is_mean ? kept.scales[kept.visits[i]] : acc_t(1);
-      body(kept.rows[i], static_cast<int32_t>(first_visit + kept.visits[i]),
-           scale * kept.weight(i));
-    }
+  if (mode == kMean) {
+    found.weights.resize(found.codes.size());
+    kept.for_each_held([&](int64_t held, int32_t begin, int32_t end) {
+      for (int32_t i = begin; i < end; ++i) {
+        found.weights[before + i] = kept.scales[held] * kept.weight(i);
+      }
+    });
+  } else if (mode == kSum && kept.kIsWeighted) {
+    found.weights.insert(found.weights.end(), kept.weights.begin(), kept.weights.begin() + count);
   }
-};
+}
 
 // The transpose of a padded batch. Codes equal to padding_idx get no gradient and are left out.
 template <typename acc_t>
 WeightedIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t padding_idx) {
-  const int64_t visits_per_list = visits_per_step(1024, in.n_slots);
-  const int64_t n_lists = (in.n_visits + visits_per_list - 1) / visits_per_list;
-  WeightedIndex<acc_t> index;
+  // A thread counts entries by code, which it has to have many more slots for than there are codes.
+  const int64_t slots_worth_a_thread = std::max(kSlotsWorthAThread, 4 * in.vocabulary);
+  const int64_t worth = in.n_visits * in.n_slots / slots_worth_a_thread;
+  const int64_t shares = std::max<int64_t>(1, std::min({num_threads(), worth, in.n_visits}));
+  const int64_t step = visits_per_step(kVisitsPerStep, in.n_slots);
+  std::vector<FoundEntries<acc_t>> found(shares);
+  bool weighted = mode == kMean;
   dispatch_codes_and_mask(in, [&](auto code_tag, auto mask_tag) {
     using code_t = typename decltype(code_tag)::type;
     using mask_t = typename decltype(mask_tag)::type;
-    std::vector<VisitEntries<acc_t, mask_t>> lists(n_lists);
-    const int64_t lists_worth_a_thread =
-        kSlotsWorthAThread / (visits_per_list * in.n_slots + 1) + 1;
-    parallel_for(0, n_lists, lists_worth_a_thread, [&](int64_t begin, int64_t end) {
-      for (int64_t list = begin; list < end; ++list) {
-        const int64_t first = list * visits_per_list;
-        lists[list].first_visit = first;
-        lists[list].is_mean = mode == kMean;
-        collect_real_codes<code_t>(in, first, std::min(first + visits_per_list, in.n_visits),
-                                   lists[list].kept);
+    weighted |= mode == kSum && !std::is_same_v<mask_t, bool>;
+    share_out(shares, shares, [&](int64_t share, int64_t, int64_t) {
+      const int64_t begin = in.n_visits * share / shares;
+      const int64_t end = in.n_visits * (share + 1) / shares;
+      found[share].next.assign(in.vocabulary, 0);
+      RealSlots<acc_t, mask_t> kept;
+      for (int64_t first = begin; first < end; first += step) {
+        collect_real_codes<code_t>(in, first, std::min(first + step, end), kept);
+        append_entries(kept, first, mode, found[share]);
       }
     });
-    const bool is_weighted = !std::is_same_v<mask_t, bool>;
-    index = transpose<acc_t>(lists, in.vocabulary, mode == kMean || (mode == kSum && is_weighted),
-                             padding_idx);
   });
-  return index;
+  return transpose(found, in.vocabulary, weighted, padding_idx);
 }
 
 // Calls body(TypeTag<scalar_t>{}, index) with the transpose of the batch.

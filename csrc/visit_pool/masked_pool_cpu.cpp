@@ -16,12 +16,16 @@
 namespace ehrseq {
 namespace {
 
+struct SlotItself {
+  int32_t operator()(int64_t at) const { return static_cast<int32_t>(at); }
+  void prefetch(int64_t) const {}
+};
+
 // Rows are counted from visit `first`, so that they fit 32 bits whatever the batch.
 template <typename acc_t, typename mask_t>
 void collect_real_slots(const OptionalTensor& mask, int64_t n_slots, int64_t first, int64_t last,
                         RealSlots<acc_t, mask_t>& kept) {
-  kept.collect(mask_of_visit<mask_t>(mask, first, n_slots), last - first, n_slots,
-               [](int64_t at) { return static_cast<int32_t>(at); });
+  kept.collect(mask_of_visit<mask_t>(mask, first, n_slots), last - first, n_slots, SlotItself{});
 }
 
 template <typename acc_t, typename mask_t>
@@ -59,7 +63,7 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
     using acc_t = accumulator_t<scalar_t>;
     const auto* rows = static_cast<const scalar_t*>(table.data_ptr());
     auto* out = static_cast<scalar_t*>(pooled.data_ptr());
-    auto* winners = static_cast<int32_t*>(arg_max.data_ptr());
+    auto* winners = mode == kMax ? static_cast<int32_t*>(arg_max.data_ptr()) : nullptr;
     dispatch_mask(real, [&](auto mask_tag) {
       using mask_t = typename decltype(mask_tag)::type;
       parallel_for(0, n_visits, kVisitsAtOnce, [&](int64_t begin, int64_t end) {
@@ -69,18 +73,9 @@ std::tuple<Tensor, Tensor> masked_pool(Tensor embeddings, OptionalTensor mask, i
           const int64_t last = std::min(first + step, end);
           collect_real_slots(real, n_slots, first, last, kept);
           const scalar_t* base = rows + first * n_slots * row_size;
-          if (mode == kMax) {
-            slots_within_visits(kept, n_slots, slots);
-            row_kernels<scalar_t>().max_segments(
-                base, row_size, kept.rows.data(), slots.data(), kept.offsets.data(), 0,
-                last - first, out + first * row_size, winners + first * row_size);
-          } else {
-            const Segments<acc_t> segments{kept.rows.data(), kept.weights_or_none(),
-                                           mode == kMean ? kept.scales.data() : nullptr,
-                                           kept.offsets.data()};
-            row_kernels<scalar_t>().sum_segments(base, row_size, segments, 0, last - first,
-                                                 out + first * row_size);
-          }
+          if (mode == kMax) slots_within_visits(kept, n_slots, slots);
+          pool_real_slots(kept, mode, base, row_size, slots.data(), out + first * row_size,
+                          winners == nullptr ? nullptr : winners + first * row_size);
         }
       });
     });

@@ -3,10 +3,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
+#include "common/options.h"
 #include "common/tensors.h"
+#include "visit_pool/segments.h"
 #include "visit_pool/slots.h"
 
 namespace ehrseq {
@@ -79,92 +82,181 @@ class Divisor {
 };
 
 // The real slots of some neighbouring visits: which table rows they add, with what weight, and, for
-// the mean, 1 / max(sum of weights, 1) of each visit. A bool mask, or none, has no weights but 1.
+// the mean, 1 / max(sum of weights, 1) of each visit that has any. A bool mask, or none, has no
+// weights but 1. Most visits of a padded batch have no real slot and take no space here.
 template <typename acc_t, typename mask_t>
 class RealSlots {
  public:
   static constexpr bool kIsWeighted = !std::is_same_v<mask_t, bool>;
 
   std::vector<int32_t> rows;
-  std::vector<int32_t> visits;  // counted from the first
+  std::vector<int32_t> visits;  // of each entry, counted from the first
   std::vector<acc_t> weights;
+  std::vector<int32_t> held_visits;  // that have entries, ascending
+  std::vector<int32_t> offsets;      // of their entries
   std::vector<acc_t> scales;
-  std::vector<int32_t> offsets;
 
-  // row_of(at) is the row of the slot `at`, counted from the first slot of the first visit.
+  // row_of(at) is the row of the slot `at`, counted from the first slot of the first visit, and
+  // row_of.prefetch(at) says that it will be asked for.
   template <typename RowOf>
   void collect(const mask_t* mask, int64_t n_visits, int64_t n_slots, const RowOf& row_of) {
-    if constexpr (!kIsWeighted) {
-      if (mask != nullptr) {
-        collect_from_bytes(reinterpret_cast<const uint8_t*>(mask), n_visits, n_slots, row_of);
-        return scale_by_counts(n_visits);
-      }
+    n_visits_ = n_visits;
+    if (mask == nullptr) {
+      keep_all(n_visits, n_slots, row_of);
+    } else {
+      find(mask, n_visits * n_slots);
+      look_up(mask, n_visits, n_slots, row_of);
     }
-    rows.clear();
-    visits.clear();
-    weights.clear();
-    scales.clear();
-    offsets.assign(1, 0);
-    acc_t total = 0;
-    for_each_real_slot(
-        mask, n_visits, n_slots,
-        [&](int64_t at, double weight) {
-          rows.push_back(row_of(at));
-          visits.push_back(static_cast<int32_t>(offsets.size() - 1));
-          if constexpr (kIsWeighted) {
-            weights.push_back(static_cast<acc_t>(weight));
-            total += static_cast<acc_t>(weight);
-          }
-        },
-        [&] {
-          offsets.push_back(static_cast<int32_t>(rows.size()));
-          if constexpr (kIsWeighted) {
-            scales.push_back(acc_t(1) / (total < acc_t(1) ? acc_t(1) : total));
-            total = 0;
-          }
-        });
-    if constexpr (!kIsWeighted) scale_by_counts(n_visits);
+    make_room(scales, n_held_);
+    for (int64_t i = 0; i < n_held_; ++i) scales[i] = acc_t(1) / divisor_of(i);
   }
 
   // Null where all are 1.
   const acc_t* weights_or_none() const { return kIsWeighted ? weights.data() : nullptr; }
   acc_t weight(int64_t entry) const { return kIsWeighted ? weights[entry] : acc_t(1); }
-  int64_t n_entries() const { return offsets.back(); }
-  int64_t n_visits() const { return static_cast<int64_t>(offsets.size()) - 1; }
+  int64_t n_entries() const { return n_entries_; }
+
+  // Calls body(i, begin, end) with the entries of each visit that has any.
+  template <typename Body>
+  void for_each_held(const Body& body) const {
+    for (int64_t i = 0; i < n_held_; ++i) body(i, offsets[i], offsets[i + 1]);
+  }
+
+  // Calls held(i, j, visit) for each run of neighbouring visits that have entries, the i-th to the
+  // j-th of held_visits, of which `visit` is the first, and empty(from, to) for the visits between.
+  template <typename Held, typename Empty>
+  void for_each_run(const Held& held, const Empty& empty) const {
+    int64_t visit = 0;
+    for (int64_t begin = 0; begin < n_held_;) {
+      const int64_t first = held_visits[begin];
+      int64_t end = begin + 1;
+      while (end < n_held_ && held_visits[end] == first + (end - begin)) ++end;
+      if (visit < first) empty(visit, first);
+      held(begin, end, first);
+      visit = first + (end - begin);
+      begin = end;
+    }
+    if (visit < n_visits_) empty(visit, n_visits_);
+  }
 
  private:
-  template <typename RowOf>
-  void collect_from_bytes(const uint8_t* bytes, int64_t n_visits, int64_t n_slots,
-                          const RowOf& row_of) {
-    constexpr int64_t kAtOnce = 4096;
-    constexpr int64_t kRoom = kAtOnce + 4;
-    const int64_t count = n_visits * n_slots;
-    int64_t found = 0;
-    for (int64_t at = 0; at < count; at += kAtOnce) {
-      if (static_cast<int64_t>(visits.size()) < found + kRoom) visits.resize(2 * found + kRoom);
-      found += find_set_bytes(bytes + at, std::min(kAtOnce, count - at), static_cast<int32_t>(at),
-                              visits.data() + found);
-    }
-    if (static_cast<int64_t>(rows.size()) < found) rows.resize(visits.size());
-    offsets.assign(n_visits + 1, 0);
-    const Divisor slots(static_cast<uint32_t>(n_slots));
-    for (int64_t entry = 0; entry < found; ++entry) {
-      const int32_t at = visits[entry];
-      const auto visit = static_cast<int32_t>(slots.divides(static_cast<uint32_t>(at)));
-      rows[entry] = row_of(at);
-      visits[entry] = visit;
-      ++offsets[visit + 1];
-    }
-    for (int64_t visit = 0; visit < n_visits; ++visit) offsets[visit + 1] += offsets[visit];
+  template <typename T>
+  static void make_room(std::vector<T>& items, int64_t count) {
+    if (static_cast<int64_t>(items.size()) < count) items.resize(count);
   }
 
-  void scale_by_counts(int64_t n_visits) {
-    scales.resize(n_visits);
-    for (int64_t visit = 0; visit < n_visits; ++visit) {
-      const int32_t count = offsets[visit + 1] - offsets[visit];
-      scales[visit] = acc_t(1) / static_cast<acc_t>(count < 1 ? 1 : count);
+  acc_t divisor_of(int64_t held) const {
+    const int32_t begin = offsets[held];
+    const int32_t end = offsets[held + 1];
+    if constexpr (kIsWeighted) {
+      acc_t total = 0;
+      for (int32_t i = begin; i < end; ++i) total += weights[i];
+      return total < acc_t(1) ? acc_t(1) : total;
+    } else {
+      return static_cast<acc_t>(end - begin);
     }
   }
+
+  template <typename RowOf>
+  void keep_all(int64_t n_visits, int64_t n_slots, const RowOf& row_of) {
+    n_entries_ = n_visits * n_slots;
+    n_held_ = n_slots > 0 ? n_visits : 0;
+    make_room(rows, n_entries_);
+    make_room(visits, n_entries_);
+    make_room(weights, kIsWeighted ? n_entries_ : 0);
+    make_room(held_visits, n_held_);
+    make_room(offsets, n_held_ + 1);
+    offsets[0] = 0;
+    int64_t entry = 0;
+    for (int64_t visit = 0; visit < n_held_; ++visit) {
+      for (const int64_t end = entry + n_slots; entry < end; ++entry) {
+        rows[entry] = row_of(entry);
+        visits[entry] = static_cast<int32_t>(visit);
+        if constexpr (kIsWeighted) weights[entry] = acc_t(1);
+      }
+      held_visits[visit] = static_cast<int32_t>(visit);
+      offsets[visit + 1] = static_cast<int32_t>(entry);
+    }
+  }
+
+  // Leaves the positions of the real slots in `visits`.
+  void find(const mask_t* mask, int64_t count) {
+    constexpr int64_t kAtOnce = 4096;
+    constexpr int64_t kRoom = kAtOnce + 4;
+    n_entries_ = 0;
+    for (int64_t at = 0; at < count; at += kAtOnce) {
+      if (static_cast<int64_t>(visits.size()) < n_entries_ + kRoom) {
+        visits.resize(2 * n_entries_ + kRoom);
+      }
+      n_entries_ += find_set(mask + at, std::min(kAtOnce, count - at), static_cast<int32_t>(at),
+                             visits.data() + n_entries_);
+    }
+  }
+
+  // Makes the positions in `visits` entries.
+  template <typename RowOf>
+  void look_up(const mask_t* mask, int64_t n_visits, int64_t n_slots, const RowOf& row_of) {
+    const int64_t most_held = std::min(n_visits, n_entries_);
+    make_room(rows, n_entries_);
+    make_room(weights, kIsWeighted ? n_entries_ : 0);
+    make_room(held_visits, most_held);
+    make_room(offsets, most_held + 1);
+    const Divisor slots(static_cast<uint32_t>(n_slots));
+    int32_t* const visit_of = visits.data();
+    int32_t* const rows_out = rows.data();
+    int32_t* const held_out = held_visits.data();
+    int32_t* const offsets_out = offsets.data();
+    constexpr int64_t kAhead = 24;
+    int64_t held = 0;
+    int32_t before = -1;
+    offsets_out[0] = 0;
+    for (int64_t entry = 0; entry < n_entries_; ++entry) {
+      const int32_t at = visit_of[entry];
+      // the real codes lie far apart, each visit's in lines of their own
+      if (entry + kAhead < n_entries_) row_of.prefetch(visit_of[entry + kAhead]);
+      const auto visit = static_cast<int32_t>(slots.divides(static_cast<uint32_t>(at)));
+      rows_out[entry] = row_of(at);
+      visit_of[entry] = visit;
+      if constexpr (kIsWeighted) weights[entry] = static_cast<acc_t>(static_cast<double>(mask[at]));
+      held += visit != before;
+      before = visit;
+      held_out[held - 1] = visit;
+      offsets_out[held] = static_cast<int32_t>(entry + 1);
+    }
+    n_held_ = held;
+  }
+
+  int64_t n_visits_ = 0;
+  int64_t n_entries_ = 0;
+  int64_t n_held_ = 0;
 };
+
+// Pools the visits that real slots were collected of: `out` and `arg_max` are those of the first.
+template <typename scalar_t, typename mask_t>
+void pool_real_slots(const RealSlots<accumulator_t<scalar_t>, mask_t>& kept, int64_t mode,
+                     const scalar_t* table, int64_t row_size, const int32_t* ids, scalar_t* out,
+                     int32_t* arg_max) {
+  const Segments<accumulator_t<scalar_t>> segments{kept.rows.data(), kept.weights_or_none(),
+                                                   mode == kMean ? kept.scales.data() : nullptr,
+                                                   kept.offsets.data()};
+  const auto& kernels = row_kernels<scalar_t>();
+  kept.for_each_run(
+      [&](int64_t begin, int64_t end, int64_t visit) {
+        const int64_t at = visit * row_size;
+        if (mode == kMax) {
+          kernels.max_segments(table, row_size, segments.rows, ids, segments.offsets, begin, end,
+                               out + at, arg_max + at);
+        } else {
+          kernels.sum_segments(table, row_size, segments, begin, end, out + at);
+        }
+      },
+      [&](int64_t from, int64_t to) {
+        const int64_t at = from * row_size;
+        const int64_t count = (to - from) * row_size;
+        if (count == 0) return;
+        std::memset(static_cast<void*>(out + at), 0, count * sizeof(scalar_t));
+        if (mode == kMax) std::fill_n(arg_max + at, count, -1);
+      });
+}
 
 }  // namespace ehrseq

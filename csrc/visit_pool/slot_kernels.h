@@ -5,8 +5,8 @@
 
 namespace ehrseq::pooling::EHRSEQ_ISA {
 
-// Bit i says whether byte i of 64 is not 0.
-EHRSEQ_INLINE uint64_t set_bytes_of_64(const uint8_t* bytes) {
+// Bit i of set_of_64(mask) says whether number i of 64 is not 0.
+EHRSEQ_INLINE uint64_t set_of_64(const uint8_t* bytes) {
 #if EHRSEQ_ISA_LEVEL == 2
   const __m512i all = _mm512_loadu_si512(bytes);
   return _mm512_test_epi8_mask(all, all);
@@ -32,6 +32,63 @@ EHRSEQ_INLINE uint64_t set_bytes_of_64(const uint8_t* bytes) {
 #endif
 }
 
+#if EHRSEQ_ISA_LEVEL == 0
+template <typename mask_t>
+EHRSEQ_INLINE uint64_t set_of_64(const mask_t* mask) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; ++i) bits |= uint64_t{!(mask[i] == mask_t(0))} << i;
+  return bits;
+}
+#else
+// Bit i says whether number i of one vector is not 0.
+EHRSEQ_INLINE uint64_t set_of_vector(const int32_t* mask) {
+#if EHRSEQ_ISA_LEVEL == 2
+  const __m512i all = _mm512_loadu_si512(mask);
+  return _mm512_test_epi32_mask(all, all);
+#else
+  const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask));
+  const __m256i empty = _mm256_cmpeq_epi32(all, _mm256_setzero_si256());
+  return ~_mm256_movemask_ps(_mm256_castsi256_ps(empty)) & 0xff;
+#endif
+}
+
+EHRSEQ_INLINE uint64_t set_of_vector(const int64_t* mask) {
+#if EHRSEQ_ISA_LEVEL == 2
+  const __m512i all = _mm512_loadu_si512(mask);
+  return _mm512_test_epi64_mask(all, all);
+#else
+  const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask));
+  const __m256i empty = _mm256_cmpeq_epi64(all, _mm256_setzero_si256());
+  return ~_mm256_movemask_pd(_mm256_castsi256_pd(empty)) & 0xf;
+#endif
+}
+
+// Unequal or unordered, as a NaN is not 0.
+EHRSEQ_INLINE uint64_t set_of_vector(const float* mask) {
+#if EHRSEQ_ISA_LEVEL == 2
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(mask), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#else
+  return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(mask), _mm256_setzero_ps(), _CMP_NEQ_UQ));
+#endif
+}
+
+EHRSEQ_INLINE uint64_t set_of_vector(const double* mask) {
+#if EHRSEQ_ISA_LEVEL == 2
+  return _mm512_cmp_pd_mask(_mm512_loadu_pd(mask), _mm512_setzero_pd(), _CMP_NEQ_UQ);
+#else
+  return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(mask), _mm256_setzero_pd(), _CMP_NEQ_UQ));
+#endif
+}
+
+template <typename mask_t>
+EHRSEQ_INLINE uint64_t set_of_64(const mask_t* mask) {
+  constexpr int kNumbers = (EHRSEQ_ISA_LEVEL == 2 ? 64 : 32) / sizeof(mask_t);
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; i += kNumbers) bits |= set_of_vector(mask + i) << i;
+  return bits;
+}
+#endif
+
 // Nearly all slots of a real batch are empty, and a visit's first ones are not: of 64 slots that
 // hold any, most hold a few. These are written without asking how many there are.
 EHRSEQ_INLINE int64_t write_positions(uint64_t bits, int32_t first, int32_t* positions) {
@@ -49,19 +106,19 @@ EHRSEQ_INLINE int64_t write_positions(uint64_t bits, int32_t first, int32_t* pos
   return count;
 }
 
-inline int64_t find_set_bytes(const uint8_t* bytes, int64_t count, int32_t first,
-                              int32_t* positions) {
+template <typename mask_t>
+int64_t find_set(const mask_t* mask, int64_t count, int32_t first, int32_t* positions) {
   int64_t found = 0;
   int64_t at = 0;
   for (; at + 64 <= count; at += 64) {
-    const uint64_t bits = set_bytes_of_64(bytes + at);
+    const uint64_t bits = set_of_64(mask + at);
     if (bits == 0) continue;
     found += write_positions(bits, first + static_cast<int32_t>(at), positions + found);
   }
   if (at < count) {
-    uint8_t last[64] = {};
-    std::memcpy(last, bytes + at, count - at);
-    const uint64_t bits = set_bytes_of_64(last);
+    mask_t last[64] = {};
+    std::memcpy(last, mask + at, (count - at) * sizeof(mask_t));
+    const uint64_t bits = set_of_64(last);
     if (bits != 0) {
       found += write_positions(bits, first + static_cast<int32_t>(at), positions + found);
     }

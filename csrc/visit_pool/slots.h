@@ -1,12 +1,14 @@
-// Finds the slots that a bool mask keeps, compiled for each instruction set (slot_kernels.h).
+// Finds the slots that a mask keeps, compiled for each instruction set (slot_kernels.h).
 #pragma once
 
 #include <cstdint>
 
 namespace ehrseq {
 
-// The positions of the bytes that are not 0, ascending, each with `first` added. There has to be
-// room for `count` of them and 4 more. Returns how many there are.
-int64_t find_set_bytes(const uint8_t* bytes, int64_t count, int32_t first, int32_t* positions);
+// The positions of the numbers that are not 0 (so that a NaN counts, and -0 does not), ascending,
+// each with `first` added. There has to be room for `count` of them and 4 more. Returns how many
+// there are. For the types of masks; a bool is read as the byte that it is.
+template <typename mask_t>
+int64_t find_set(const mask_t* mask, int64_t count, int32_t first, int32_t* positions);
 
 }  // namespace ehrseq
