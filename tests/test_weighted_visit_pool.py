@@ -132,6 +132,15 @@ def test_what_has_no_weight_is_not_read_but_by_the_gradient_of_its_weight(backen
     assert of_weights.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("largest", [1e20, float("inf")])
+def test_what_is_zero_over_its_total_is_no_weight_of_zero(backend, largest):
+    batch = from_lists([[[1, 2, 3, 1], [1]]])
+    weights = torch.tensor([1e-30, largest, 0.0, -1e-30, 1.0])
+    grad = torch.tensor([[float("nan")], [1.0]])
+    _, of_table, _ = pooled_and_gradients(batch, torch.ones(4, 1), weights, grad)
+    assert of_table.isnan().squeeze(1).tolist() == [False, True, True, False]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_of_one_are_no_weights(backend, mode):
     batch = from_lists(PATIENTS)

@@ -1,9 +1,16 @@
 // Backward of pooling with weights per code: the weights of entries, and the weights' gradient.
 #pragma once
 
+#include <limits>
+
 #include "visit_pool/chunk_sums.cuh"
 
 namespace ehrseq::cuda {
+
+// 0 says that an entry is left out (WeightedGradients). What another weight makes 0, over a total
+// of infinity for one, is this instead, so that a NaN that it multiplies shows.
+template <typename acc_t>
+constexpr acc_t kSmallest = std::numeric_limits<acc_t>::denorm_min();
 
 // What each entry of the index multiplies its visit's gradient by: the weight of its code, of a
 // mean over the visit's total.
@@ -25,7 +32,10 @@ __global__ void __launch_bounds__(kGradientThreads)
   require(visit >= 0 && visit < index.n_visits);
   require(position >= 0 && position < index.size());
   const acc_t scale = totals != nullptr ? mean_scale(totals[visit]) : acc_t(1);
-  entry_weights[entry] = scale * weights[position];
+  const acc_t weight = weights[position];
+  const acc_t product = scale * weight;
+  const bool is_weight = weight != acc_t(0);
+  entry_weights[entry] = is_weight && product == acc_t(0) ? kSmallest<acc_t> : product;
 }
 
 // Of the weight of each code of a visit with gradient g: g . table[code], of a mean m over a total

@@ -3,6 +3,7 @@
 // nothing.
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -25,14 +26,31 @@ acc_t mean_scale(acc_t total) {
   return acc_t(1) / (total < acc_t(1) ? acc_t(1) : total);
 }
 
-template <typename acc_t>
-bool has_zero(const acc_t* weights, int64_t count) {
+// Which entries are left out, by their weights as they were given.
+struct OfNoWeight {
+  template <typename acc_t>
+  bool operator()(acc_t weight) const {
+    return weight == acc_t(0);
+  }
+};
+
+// By their weights over the visits' totals, where -0 stands for a weight of zero: a product may be
+// zero itself, of a total of infinity for one, and what it multiplies a NaN to must show.
+struct MarkedAsNone {
+  template <typename acc_t>
+  bool operator()(acc_t product) const {
+    return product == acc_t(0) && std::signbit(product);
+  }
+};
+
+template <typename acc_t, typename LeftOut>
+bool leaves_any_out(const acc_t* weights, int64_t count, const LeftOut& is_left_out) {
   bool found = false;
-  for (int64_t i = 0; i < count; ++i) found |= weights[i] == acc_t(0);
+  for (int64_t i = 0; i < count; ++i) found |= is_left_out(weights[i]);
   return found;
 }
 
-// Entries without those of weight zero; the segments stay.
+// Entries without those that are left out; the segments stay.
 template <typename acc_t>
 struct WeightedEntries {
   std::vector<int32_t> rows;
@@ -40,8 +58,9 @@ struct WeightedEntries {
   std::vector<int32_t> offsets;
 
   // `offsets` of segments in `all_rows` and `all_weights`.
+  template <typename LeftOut>
   WeightedEntries(const int32_t* all_rows, const acc_t* all_weights, const int32_t* all_offsets,
-                  int64_t n_segments)
+                  int64_t n_segments, const LeftOut& is_left_out)
       : rows(all_offsets[n_segments] - all_offsets[0]), weights(rows.size()), offsets(1, 0) {
     offsets.reserve(n_segments + 1);
     int32_t count = 0;
@@ -49,7 +68,7 @@ struct WeightedEntries {
       for (int32_t i = all_offsets[segment]; i < all_offsets[segment + 1]; ++i) {
         rows[count] = all_rows[i];
         weights[count] = all_weights[i];
-        count += !(all_weights[i] == acc_t(0));
+        count += !is_left_out(all_weights[i]);
       }
       offsets.push_back(count);
     }
@@ -92,8 +111,8 @@ std::tuple<Tensor, Tensor> packed_weighted_pool(Tensor codes, Tensor code_offset
       const int32_t* offsets = in.offsets + begin;
       Segments<acc_t> segments{in.codes, weights, mode == kMean ? scales.data() : nullptr, offsets};
       std::optional<WeightedEntries<acc_t>> kept;
-      if (has_zero(weights + offsets[0], in.offsets[end] - offsets[0])) {
-        kept.emplace(in.codes, weights, offsets, end - begin);
+      if (leaves_any_out(weights + offsets[0], in.offsets[end] - offsets[0], OfNoWeight())) {
+        kept.emplace(in.codes, weights, offsets, end - begin, OfNoWeight());
         segments.rows = kept->rows.data();
         segments.weights = kept->weights.data();
         segments.offsets = kept->offsets.data();
@@ -150,8 +169,8 @@ class NextEntries {
 };
 
 // What each entry of the index multiplies its visit's gradient by, in the index's order: a visit's
-// scale times the weight. By one pass over the codes, each of which takes the next entry of its
-// segment.
+// scale times the weight, or -0 (MarkedAsNone). By one pass over the codes, each of which takes the
+// next entry of its segment.
 template <typename acc_t>
 std::vector<acc_t> weights_of_entries(const PackedBatch& in, const PackedIndex& index,
                                       const acc_t* weights, const acc_t* totals,
@@ -164,7 +183,8 @@ std::vector<acc_t> weights_of_entries(const PackedBatch& in, const PackedIndex& 
     for (int32_t i = in.offsets[visit]; i < in.offsets[visit + 1]; ++i) {
       const int64_t entry = next.take(in.codes[i]);
       if (entry < index.n_entries) {
-        of_entries[entry] = scale * weights[i];
+        // -0 + 0 is 0
+        of_entries[entry] = weights[i] == acc_t(0) ? acc_t(-0.0) : scale * weights[i] + acc_t(0);
       } else {
         found = false;
       }
@@ -232,8 +252,8 @@ struct WeightedGradient {
     const auto weights = weights_of_entries(batch, index, weights_of_codes, totals, operation);
     IndexView<acc_t> view{index.codes, index.offsets, index.visits, weights.data(), index.n_codes};
     std::optional<WeightedEntries<acc_t>> kept;
-    if (has_zero(weights.data(), index.n_entries)) {
-      kept.emplace(index.visits, weights.data(), index.offsets, index.n_codes);
+    if (leaves_any_out(weights.data(), index.n_entries, MarkedAsNone())) {
+      kept.emplace(index.visits, weights.data(), index.offsets, index.n_codes, MarkedAsNone());
       view = {index.codes, kept->offsets.data(), kept->rows.data(), kept->weights.data(),
               index.n_codes};
       const std::vector<acc_t> zeros(row_size());
