@@ -7,6 +7,7 @@ import torch
 
 from ehrseq_fast import PackedVisits, use_backend
 from ehrseq_fast import backend as backends
+from ehrseq_fast.hazard_head import op
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM
 from ehrseq_fast.models.head import hazards_of
 from ehrseq_fast.models.survival_lstm import hazard_head
@@ -58,6 +59,13 @@ def test_the_dropout_module_says_whether_it_drops(training):
     head[2].train(training)
     rows = torch.randn(5, 8)
     assert torch.equal(hazards_of(head, rows), hazards_of(head, rows)) is not training
+
+
+def test_any_byte_but_zero_keeps_a_unit(compiled):
+    layers = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4), torch.ones(1, 4), torch.ones(1)
+    kept = torch.tensor([[0, 1, 2, 255]] * 3, dtype=torch.uint8)  # a copy would make them 0 and 1
+    odd, usual = (op.hazard_head(*layers, x, 2.0) for x in (kept.view(torch.bool), kept != 0))
+    assert torch.equal(odd, usual)
 
 
 def test_all_dropped():

@@ -219,6 +219,15 @@ def test_what_is_not_finite_is_seen(backend, classes, value):
     assert got[1, 17] == torch.inf
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_gradient_of_nan_shows_where_the_derivative_is_zero(backend, reduction):
+    """At every visit that counts, and at no other."""
+    x = torch.tensor([[[200.0, 0.0], [200.0, 0.0]]]).requires_grad_()
+    loss = visit_cross_entropy(x, torch.tensor([[0, -100]]), reduction=reduction)
+    (grad,) = torch.autograd.grad(loss, x, torch.full_like(loss, torch.nan))
+    assert grad.isnan().tolist() == [[[True, True], [False, False]]]
+
+
 def test_no_visit_that_counts(backend):
     x, y = torch.randn(2, 3, 4, requires_grad=True), torch.full((2, 3), -100)
     assert visit_cross_entropy(x, y).isnan()  # as F.cross_entropy
