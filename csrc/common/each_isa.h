@@ -27,6 +27,7 @@
 
 #if EHRSEQ_HAS_ISAS
 // GCC 12 says it of its own intrinsics, which begin with a vector that they do not set.
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif

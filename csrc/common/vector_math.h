@@ -62,21 +62,33 @@ struct Wide {
 
 using HalfOfFloats = lanes_t<float, kLanes<double>>;
 
+// GCC 12 converts vectors of AVX-512 by halves, and joins these.
 EHRSEQ_INLINE Wide<float> widen(const Lanes<float>& lanes) {
+#if EHRSEQ_ISA_LEVEL >= 2
+  return {{(Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)lanes)),
+           (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)lanes, 1))}};
+#else
   HalfOfFloats halves[2];
   std::memcpy(halves, &lanes, sizeof halves);
   return {
       {__builtin_convertvector(halves[0], Doubles), __builtin_convertvector(halves[1], Doubles)}};
+#endif
 }
 
 EHRSEQ_INLINE Wide<double> widen(const Lanes<double>& lanes) { return {{lanes}}; }
 
 EHRSEQ_INLINE Lanes<float> narrow(const Wide<float>& wide) {
+#if EHRSEQ_ISA_LEVEL >= 2
+  return (Lanes<float>)_mm512_insertf32x8(
+      _mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)wide.part[0])),
+      _mm512_cvtpd_ps((__m512d)wide.part[1]), 1);
+#else
   const HalfOfFloats halves[2] = {__builtin_convertvector(wide.part[0], HalfOfFloats),
                                   __builtin_convertvector(wide.part[1], HalfOfFloats)};
   Lanes<float> lanes;
   std::memcpy(&lanes, halves, sizeof lanes);
   return lanes;
+#endif
 }
 
 EHRSEQ_INLINE Lanes<double> narrow(const Wide<double>& wide) { return wide.part[0]; }
@@ -90,6 +102,54 @@ EHRSEQ_INLINE auto load(const T* from) {
 template <typename T>
 EHRSEQ_INLINE void store(T* to, const Lanes<accumulator_t<T>>& lanes) {
   store_lanes<kLanes<accumulator_t<T>>>(to, lanes);
+}
+
+// The first `count` lanes, at most all, and zeros after them: nothing after them is read.
+template <typename T>
+EHRSEQ_INLINE auto load_first(const T* from, int64_t count) {
+  using sum_t = accumulator_t<T>;
+#if EHRSEQ_ISA_LEVEL >= 2
+  const uint32_t lanes = (uint32_t{1} << count) - 1;
+  if constexpr (std::is_same_v<T, float>) {
+    return (Lanes<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return (Lanes<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), from);
+  } else {
+    static_assert(sizeof(T) == 2);
+    const __m256i words = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), from);
+    T some[kLanes<sum_t>];
+    std::memcpy(static_cast<void*>(some), &words, sizeof some);
+    return load(some);
+  }
+#else
+  T some[kLanes<sum_t>] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = from[i];
+  return load(some);
+#endif
+}
+
+// Nothing after the first `count` lanes is written.
+template <typename T>
+EHRSEQ_INLINE void store_first(T* to, int64_t count, const Lanes<accumulator_t<T>>& lanes) {
+#if EHRSEQ_ISA_LEVEL >= 2
+  const uint32_t mask = (uint32_t{1} << count) - 1;
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), (__m512)lanes);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), (__m512d)lanes);
+  } else {
+    static_assert(sizeof(T) == 2);
+    T some[kLanes<accumulator_t<T>>];
+    store(some, lanes);
+    __m256i words;
+    std::memcpy(&words, static_cast<const void*>(some), sizeof words);
+    return _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), words);
+  }
+#else
+  T some[kLanes<accumulator_t<T>>];
+  store(some, lanes);
+  for (int64_t i = 0; i < count; ++i) to[i] = some[i];
+#endif
 }
 
 // Joins lane i of the first half with lane i of the other, and the half that this gives likewise: a
@@ -120,6 +180,19 @@ template <typename T>
 EHRSEQ_INLINE T product_of_lanes(const Lanes<T>& lanes) {
   return join_lanes<T>(
       lanes, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a * b; });
+}
+
+// Whether any lane of a comparison is true.
+template <typename T>
+EHRSEQ_INLINE bool any_lane(const Mask<T>& lanes) {
+#if EHRSEQ_ISA_LEVEL >= 2
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)lanes) != 0;
+  return _mm512_movepi64_mask((__m512i)lanes) != 0;
+#else
+  return join_lanes<int64_t>((Mask<double>)lanes,
+                             [](const auto& a, const auto& b)
+                                 __attribute__((always_inline)) { return a | b; }) != 0;
+#endif
 }
 
 // exp(r) for |r| <= ln(2)/2 as 1 + r c1 + r^2 c2 + ..., interpolated at Chebyshev nodes: relative
@@ -161,7 +234,7 @@ struct ExpTables<double> {
 };
 
 // e^x for x <= 0, within about one unit in the last place; 0 where e^x is not a normal number. A
-// NaN stays one.
+// NaN stays one. As right for x > 0, as long as e^x is far from overflow.
 template <typename T>
 EHRSEQ_INLINE Lanes<T> exp_nonpositive(const Lanes<T>& exponent_of_e) {
   using Tables = ExpTables<T>;

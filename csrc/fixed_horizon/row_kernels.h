@@ -74,20 +74,70 @@ EHRSEQ_INLINE stored_t stored_near(double time) {
 }
 
 template <typename stored_t>
-EHRSEQ_INLINE int64_t sum_of_counts(const Mask<stored_t>& counts) {
+[[maybe_unused]] EHRSEQ_INLINE int64_t sum_of_counts(const Mask<stored_t>& counts) {
   const int64_t sum = sum_of_lanes<int64_t>((Mask<double>)counts);
   if constexpr (sizeof(stored_t) == 8) return sum;
   return (sum & 0xffffffff) + (sum >> 32);  // two counts in each lane
 }
 
-// Compared as they are stored, vectors of times tell whether these ascend and about where the range
-// ends; where exactly, comparisons in double precision tell.
+#if EHRSEQ_ISA_LEVEL >= 2
+// Lanes in which a <= b, or a < b, as bits.
 template <typename stored_t>
-Range range_of_times(const Outcome& outcome, const stored_t* times, int64_t visits) {
+EHRSEQ_INLINE uint32_t bits_at_most(const Lanes<stored_t>& a, const Lanes<stored_t>& b) {
+  if constexpr (std::is_same_v<stored_t, float>) {
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
+  } else if constexpr (std::is_same_v<stored_t, double>) {
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ);
+  } else if constexpr (sizeof(stored_t) == 4) {
+    return _mm512_cmple_epi32_mask((__m512i)a, (__m512i)b);
+  } else {
+    return _mm512_cmple_epi64_mask((__m512i)a, (__m512i)b);
+  }
+}
+template <typename stored_t>
+EHRSEQ_INLINE uint32_t bits_below(const Lanes<stored_t>& a, const Lanes<stored_t>& b) {
+  if constexpr (std::is_same_v<stored_t, float>) {
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+  } else if constexpr (std::is_same_v<stored_t, double>) {
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ);
+  } else if constexpr (sizeof(stored_t) == 4) {
+    return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b);
+  } else {
+    return _mm512_cmplt_epi64_mask((__m512i)a, (__m512i)b);
+  }
+}
+#endif
+
+// How many times are below the two; false unless all are numbers in ascending order.
+template <typename stored_t>
+EHRSEQ_INLINE bool count_ascending(const stored_t* times, int64_t visits, stored_t last,
+                                   stored_t first_within, Range* below) {
   constexpr int64_t kTimes = kLanes<stored_t>;
-  if (visits == 0) return {0, 0};
-  const stored_t last = stored_near<stored_t>(outcome.last());
-  const stored_t first_within = stored_near<stored_t>(outcome.first_within());
+  int64_t at = 0;
+#if EHRSEQ_ISA_LEVEL >= 2
+  constexpr uint32_t kAll = (uint32_t{1} << kTimes) - 1;
+  const Lanes<stored_t> lasts = broadcast(last);
+  const Lanes<stored_t> firsts = broadcast(first_within);
+  uint32_t ascends = kAll;
+  *below = {0, 0};
+  const auto take = [&](const stored_t* from, uint32_t is_new) __attribute__((always_inline)) {
+    const Lanes<stored_t> now = load_exactly<kTimes>(from);
+    ascends &= bits_at_most<stored_t>(now, load_exactly<kTimes>(from + 1));
+    below->end += __builtin_popcount(bits_below<stored_t>(now, lasts) & is_new);
+    below->first += __builtin_popcount(bits_below<stored_t>(now, firsts) & is_new);
+  };
+  for (; at + kTimes < visits; at += kTimes) take(times + at, kAll);
+  if (at > 0) {
+    // The last visits once more, whose successors are visits too; the last one has none.
+    const int64_t again = visits - 1 - kTimes;
+    take(times + again, kAll << (at - again));
+  } else {
+    stored_t some[kTimes + 1];
+    for (int64_t i = 0; i <= kTimes; ++i) some[i] = times[std::min(i, visits - 1)];
+    take(some, (uint32_t{1} << (visits - 1)) - 1);
+  }
+  return ascends == kAll;
+#else
   Mask<stored_t> falls{};
   Mask<stored_t> counted{};
   Mask<stored_t> counted_without{};  // of them the visits without the event within the horizon
@@ -98,11 +148,9 @@ Range range_of_times(const Outcome& outcome, const stored_t* times, int64_t visi
                              counted -= (now < last) & is_new;
                              counted_without -= (now < first_within) & is_new;
                            };
-  int64_t at = 0;
   for (; at + kTimes < visits; at += kTimes) look_at(times + at, ~Mask<stored_t>{});
   const Mask<stored_t> lanes = lane_numbers<stored_t>();
   if (at > 0) {
-    // The last visits once more, whose successors are visits too; the last one has none.
     const int64_t again = visits - 1 - kTimes;
     look_at(times + again, lanes >= static_cast<bits_t<stored_t>>(at - again));
   } else {
@@ -110,10 +158,20 @@ Range range_of_times(const Outcome& outcome, const stored_t* times, int64_t visi
     for (int64_t i = 0; i <= kTimes; ++i) some[i] = times[std::min(i, visits - 1)];
     look_at(some, lanes < static_cast<bits_t<stored_t>>(visits - 1));
   }
-  const auto either = [](const auto& a, const auto& b)
-                          __attribute__((always_inline)) { return a | b; };
-  if (join_lanes<int64_t>((Mask<double>)falls, either) != 0) return kNoRange;
-  const Range guess{sum_of_counts<stored_t>(counted), sum_of_counts<stored_t>(counted_without)};
+  *below = {sum_of_counts<stored_t>(counted), sum_of_counts<stored_t>(counted_without)};
+  return !any_lane<stored_t>(falls);
+#endif
+}
+
+// Compared as they are stored, vectors of times tell whether these ascend and about where the range
+// ends; where exactly, comparisons in double precision tell.
+template <typename stored_t>
+Range range_of_times(const Outcome& outcome, const stored_t* times, int64_t visits) {
+  if (visits == 0) return {0, 0};
+  const stored_t last = stored_near<stored_t>(outcome.last());
+  const stored_t first_within = stored_near<stored_t>(outcome.first_within());
+  Range guess;
+  if (!count_ascending(times, visits, last, first_within, &guess)) return kNoRange;
   return range_near(guess, outcome, visits, [&](int64_t visit) { return times[visit]; });
 }
 
@@ -242,42 +300,108 @@ EHRSEQ_INLINE double terms_of_range(const Settings& settings, const Range& range
   return sum_of_all<T>(sums) * weight;
 }
 
-// The terms of a range are those of a likelihood: log(1 + e^x) of a trial that was survived, where
-// the label is 0, and log(1 + e^-x) of an event. Their sum is the logarithm of a product. It is 0
-// for an infinite logit on the label's side, where the term as terms_of() has it, and as PyTorch
-// does, is infinity less infinity: `undefined` keeps that NaN.
+// Of a label 0 the term is log(1 + e^x), of a label 1 log(1 + e^-x): with the sign of such logits
+// turned around, all are softplus(x) = max(x, 0) + log(1 + e^-|x|). Logarithms are summed as one of
+// a product, which is kept as its distance from 1: tiny terms keep their digits. Sums of lanes are
+// in T, of few visits each.
+//
+// An infinite logit that has the label 1, or is on the side of the label 0, is infinity times 0 or
+// less infinity where terms_of() and PyTorch have it: x * 0 keeps that NaN.
+template <typename T>
+class SumOfTerms {
+ public:
+  // Before a flush: each factor is at most 2, the product of all lanes is a double's, a lane's T's.
+  static constexpr int64_t kMostVectors =
+      std::min<int64_t>(SumOfSoftplus<T>::kMostBits, sizeof(T) == 4 ? 100 : 1000);
+
+  // Of logits with labels 1 in the lanes `within`, the derivatives times `scale`.
+  EHRSEQ_INLINE Lanes<T> add(const Lanes<T>& logits, const Mask<T>& within, const Lanes<T>& scale) {
+    const auto all = [](const Lanes<T>& decay) __attribute__((always_inline)) { return decay; };
+    return add_counted(logits, within, scale, all);
+  }
+  // Only lanes that count; in the others logits are 0.
+  EHRSEQ_INLINE Lanes<T> add(const Lanes<T>& logits, const Mask<T>& within, const Lanes<T>& scale,
+                             const Mask<T>& counts) {
+    const auto some = [&](const Lanes<T>& decay)
+                          __attribute__((always_inline)) { return only_where<T>(counts, decay); };
+    return only_where<T>(counts, add_counted(logits, within, scale, some));
+  }
+
+  EHRSEQ_INLINE void flush() {
+    logs_ += std::log1p(excess_of_all());
+    excess_ = Lanes<T>{};
+  }
+
+  EHRSEQ_INLINE Unfinished unfinished() const {
+    const Wide<T> linear = widen(linear_);
+    Doubles sum = linear.part[0];
+    for (int i = 1; i < Wide<T>::kParts; ++i) sum += linear.part[i];
+    return {excess_of_all(), logs_ + sum_of_lanes<double>(sum)};
+  }
+
+ private:
+  template <typename Counted>
+  EHRSEQ_INLINE Lanes<T> add_counted(const Lanes<T>& logits, const Mask<T>& within,
+                                     const Lanes<T>& scale, const Counted& counted) {
+    const Mask<T> sign = (Mask<T>)broadcast(T(-0.0));
+    const Mask<T> turned = within ? sign : Mask<T>{};
+    const Lanes<T> x = (Lanes<T>)((Mask<T>)logits ^ turned);
+    const Lanes<T> nothing = x * T(0);  // or NaN
+    linear_ += x > T(0) ? x : nothing;
+    linear_ = within ? linear_ + nothing : linear_;
+    const Lanes<T> decay = exp_nonpositive<T>((Lanes<T>)((Mask<T>)x | sign));  // e^-|x|
+    excess_ += counted(decay) * (T(1) + excess_);
+    const Lanes<T> scales = (Lanes<T>)((Mask<T>)scale ^ turned);
+    const Lanes<T> slope = scales * (x > T(0) ? broadcast(T(1)) : decay) / (T(1) + decay);
+    return slope == T(0) ? broadcast(T(-0.0)) : slope;
+  }
+
+  EHRSEQ_INLINE double excess_of_all() const {
+    const auto join = [](const auto& a, const auto& b)
+                          __attribute__((always_inline)) { return a + b * (1.0 + a); };
+    const Wide<T> excess = widen(excess_);
+    Doubles lanes = excess.part[0];
+    for (int i = 1; i < Wide<T>::kParts; ++i) lanes = join(lanes, excess.part[i]);
+    return join_lanes<double>(lanes, join);
+  }
+
+  Lanes<T> linear_{};
+  Lanes<T> excess_{};
+  double logs_ = 0;
+};
+
+// The sum of the terms, and the gradient, if any is wanted: zeros after the range.
 template <typename T, typename scalar_t>
 EHRSEQ_INLINE Unfinished sum_of_range(const Settings& settings, const Range& range, double weight,
                                       const Row<scalar_t>& row) {
-  FromLogits<T> likelihood(0.0);
+  SumOfTerms<T> sum;
   const bool wants_grad = row.grad != nullptr;
-  if (wants_grad) std::fill_n(row.grad, row.slots, saved_grad_t<scalar_t>(0));
-  const T scale = signed_zero(static_cast<T>(weight * settings.share));
-  Lanes<T> undefined{};
-  int64_t until_flush = likelihood.flush_interval();
-  for (int64_t at = 0; at < range.end; at += kLanes<T>, --until_flush) {
+  const Lanes<T> scale = broadcast(signed_zero(static_cast<T>(weight * settings.share)));
+  const Mask<T> first = broadcast(static_cast<bits_t<T>>(range.first));
+  Mask<T> visit = lane_numbers<T>();
+  int64_t until_flush = sum.kMostVectors;
+  int64_t at = 0;
+  for (; at + kLanes<T> <= range.end; at += kLanes<T>, --until_flush) {
     if (until_flush == 0) {
-      likelihood.flush();
-      until_flush = likelihood.flush_interval();
+      sum.flush();
+      until_flush = sum.kMostVectors;
     }
-    if (at + kLanes<T> <= range.first) {
-      const Lanes<T> x = load(row.logits + at);
-      undefined += (x < T(0) ? x : Lanes<T>{}) * T(0);
-      const Lanes<T> slopes = likelihood.survived(x, scale);
-      if (wants_grad) store(row.grad + at, slopes);
-      continue;
-    }
-    const Mask<T> visit = lane_numbers<T>() + static_cast<bits_t<T>>(at);
-    const Mask<T> within = visit >= static_cast<bits_t<T>>(range.first);
-    const Mask<T> counts = visit < static_cast<bits_t<T>>(range.end);
-    const Lanes<T> x = load_within<T>(row.logits, at, row.slots);
-    undefined += (counts & (within | (x < T(0))) ? x : Lanes<T>{}) * T(0);
-    const Lanes<T> slopes = likelihood.mixed(x, scale, within, counts);
-    if (wants_grad) store_within<T>(row.grad, at, row.slots, slopes);
+    const Lanes<T> slopes = sum.add(load(row.logits + at), visit >= first, scale);
+    if (wants_grad) store(row.grad + at, slopes);
+    visit += static_cast<bits_t<T>>(kLanes<T>);
   }
-  Unfinished sum = likelihood.unfinished();
-  sum.rest += sum_of_all<T>(widen(undefined));
-  return sum;
+  if (at < range.end) {
+    if (until_flush == 0) sum.flush();
+    const Mask<T> counts = visit < static_cast<bits_t<T>>(range.end);
+    const Lanes<T> slopes =
+        sum.add(load_first(row.logits + at, range.end - at), visit >= first, scale, counts);
+    if (wants_grad) store_within<T>(row.grad, at, row.slots, slopes);
+    at += kLanes<T>;
+  }
+  if (wants_grad && at < row.slots) {
+    std::fill(row.grad + at, row.grad + row.slots, saved_grad_t<scalar_t>(0));
+  }
+  return sum.unfinished();
 }
 
 template <typename scalar_t>

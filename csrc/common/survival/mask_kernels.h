@@ -64,12 +64,36 @@ struct LateLanes {
 template <typename Bits>
 constexpr LateLanes<Bits> kLateLanes;
 
+#if EHRSEQ_ISA_LEVEL >= 2
+// As visits_of_row, of bytes, whose comparisons fill a word: a bit for each.
+template <typename Values>
+EHRSEQ_INLINE int64_t visits_of_bytes(const uint8_t* row, int64_t slots) {
+  uint64_t wrong = 0;
+  uint64_t after = ~uint64_t{0};  // no bit set once there was a 0
+  int64_t visits = 0;
+  for (int64_t at = 0; at < slots; at += 64) {
+    const uint64_t exists = slots - at >= 64 ? ~uint64_t{0} : (uint64_t{1} << (slots - at)) - 1;
+    const __m512i values = _mm512_maskz_loadu_epi8(exists, row + at);
+    const uint64_t others = _mm512_test_epi8_mask(values, values);
+    const uint64_t ones =
+        Values::kAnyIsOne ? others : _mm512_cmpeq_epi8_mask(values, _mm512_set1_epi8(Values::kOne));
+    wrong |= (others & ~ones) | (ones & (ones + 1)) | (ones & ~after);
+    after = ones == ~uint64_t{0} ? after : 0;
+    visits += __builtin_popcountll(ones);
+  }
+  return wrong != 0 ? kMalformed : visits;
+}
+#endif
+
 // One vector a step. A row is malformed where a value is neither 0 nor 1, or where a 0 is
 // followed by a 1.
 template <typename Values>
 EHRSEQ_INLINE int64_t visits_of_row(const typename Values::bits* row, int64_t slots) {
   using bits = typename Values::bits;
   using Lanes_ = MaskLanes<Values>;
+#if EHRSEQ_ISA_LEVEL >= 2
+  if constexpr (sizeof(bits) == 1) return visits_of_bytes<Values>(row, slots);
+#endif
   constexpr int64_t kBlock = sizeof(Lanes_) / sizeof(bits);
   constexpr int64_t kMostBlocks = 255;  // so that no byte's count overflows
 
