@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -86,7 +87,9 @@ class PaddedVisits {
       }
       for (int64_t i = 0; i < count; ++i) {
         grad_t* of_patient = row(first + i);
-        std::fill_n(of_patient, outcomes[i].entry * all_.classes_, grad_t(0));
+        if (outcomes[i].entry > 0) {
+          std::fill_n(of_patient, outcomes[i].entry * all_.classes_, grad_t(0));
+        }
         std::fill(of_patient + outcomes[i].visits * all_.classes_, of_patient + all_.row_length_,
                   grad_t(0));
       }
@@ -192,60 +195,125 @@ struct Sums {
   std::vector<T> largest;
   std::vector<double> of_later;
   std::vector<double> of_events;
-  std::vector<double> own;  // of each patient: its exponent, then what it adds to of_events
+  std::vector<double> own;      // of each patient: what it adds to of_events; 0 without an event
+  std::vector<int64_t> events;  // and where; 0 without one
 
   Sums(int64_t stride, int64_t patients)
-      : largest(stride), of_later(stride), of_events(stride), own(patients) {}
+      : largest(stride), of_later(stride), of_events(stride), own(patients), events(patients) {}
 };
 
-template <typename scalar_t, typename Visits>
-void sum_pairs(const Settings& settings, Visits& visits, const OutcomeReader& reader,
-               std::vector<Outcome>& outcomes, Sums<accumulator_t<scalar_t>>& sums) {
-  using T = accumulator_t<scalar_t>;
-  const int64_t stride = settings.stride();
-  const int64_t groups = (settings.patients + kGroup - 1) / kGroup;
-  std::vector<T> largest(groups * stride);
-  std::vector<double> of_later(groups * stride);
-  std::atomic<bool> possible{true};
-  for_each_group<T>(settings, [&](int64_t first, int64_t count, std::vector<T>& memory) {
-    if (!reader.read(first, first + count, outcomes.data() + first)) {
-      possible.store(false, std::memory_order_relaxed);
-      return;
-    }
-    Rows<scalar_t> rows{{}, outcomes.data() + first, count};
-    for (int64_t i = 0; i < count; ++i) {
-      rows.logits[i] = visits.row(first + i);
-      rows.mass[i] = visits.mass(first + i);
-    }
-    const int64_t at = first / kGroup * stride;
-    sum_later(settings, rows, Later<T>{largest.data() + at, of_later.data() + at},
-              sums.own.data() + first, memory);
-  });
-  if (!possible.load()) reader.refuse();
-  const KeepDenormals denormals;
-  join_later(groups, stride, Later<T>{largest.data(), of_later.data()},
-             Later<T>{sums.largest.data(), sums.of_later.data()});
-  std::vector<double> factors(settings.patients);  // e^(largest - own)
-  const auto exponent_of = [&](int64_t i) {
-    const int64_t at = event_of(outcomes[i], settings);
-    return static_cast<double>(sums.largest[at]) - sums.own[i];
-  };
-  for (int64_t i = 0; i < settings.patients; ++i) {
-    if (outcomes[i].type > 0) factors[i] = exponent_of(i);
+// What is kept of the first loop over patients for the second.
+template <typename T>
+struct Kept {
+  std::vector<double> shares;
+  std::unique_ptr<T[]> terms;
+  std::vector<int64_t> terms_at;  // of each patient
+
+  Kept(const Settings& settings, bool keeps_mass) {
+    if (!keeps_mass) return;
+    shares.resize(settings.patients);
+    if (!settings.knows_largest()) return;
+    terms_at.resize(settings.patients);
+    // not set to 0: of most rows much is never used
+    terms.reset(new T[settings.patients * row_of_terms(settings)]);
   }
-  exponentiate(factors.data(), settings.patients);
-  for (int64_t i = 0; i < settings.patients; ++i) {
-    const Outcome& outcome = outcomes[i];
-    if (outcome.type == 0) continue;
+
+  // Where the terms of patients first..first + count are.
+  void place(int64_t first, int64_t count, const Outcome* outcomes, const Settings& settings) {
+    if (terms == nullptr) return;
+    int64_t at = first * row_of_terms(settings);
+    for (int64_t i = 0; i < count; ++i) {
+      terms_at[first + i] = at;
+      at += room_for_terms(outcomes[i], settings);
+    }
+  }
+
+  T* terms_of(int64_t patient) {
+    return terms != nullptr ? terms.get() + terms_at[patient] : nullptr;
+  }
+
+ private:
+  static int64_t row_of_terms(const Settings& settings) {
+    const Outcome longest{0, settings.slots - 1, 0, 1.0, settings.slots};
+    return room_for_terms(longest, settings);
+  }
+};
+
+// own[i] becomes what the event of patient i adds to the sums over events.
+template <typename T>
+void weigh_events(const Settings& settings, const Outcome* outcomes, int64_t count,
+                  const T* largest, double* own, int64_t* events) {
+  double exponents[kGroup] = {};  // largest - own
+  for (int64_t i = 0; i < count; ++i) {
+    events[i] = outcomes[i].type > 0 ? event_of(outcomes[i], settings) : 0;
+    if (outcomes[i].type > 0) exponents[i] = static_cast<double>(largest[events[i]]) - own[i];
+  }
+  double factors[kGroup];
+  std::copy(exponents, exponents + count, factors);
+  exponentiate(factors, count);
+  for (int64_t i = 0; i < count; ++i) {
+    const double weight = outcomes[i].weight;
     // a weight of 0 leaves the event out, but for a NaN
-    sums.own[i] = outcome.weight == 0 ? exponent_of(i) * 0 : outcome.weight * factors[i];
-    sums.of_events[event_of(outcome, settings)] += sums.own[i];
+    const double weighted = weight == 0 ? exponents[i] * 0 : weight * factors[i];
+    own[i] = outcomes[i].type > 0 ? weighted : 0.0;
   }
 }
 
 template <typename scalar_t, typename Visits>
+void sum_pairs(const Settings& settings, Visits& visits, const OutcomeReader& reader,
+               std::vector<Outcome>& outcomes, Sums<accumulator_t<scalar_t>>& sums,
+               Kept<accumulator_t<scalar_t>>& kept) {
+  using T = accumulator_t<scalar_t>;
+  const int64_t stride = settings.stride();
+  const int64_t groups = (settings.patients + kGroup - 1) / kGroup;
+  const bool knows_largest = settings.knows_largest();
+  if (knows_largest) std::fill(sums.largest.begin(), sums.largest.end(), settings.largest<T>());
+  std::vector<T> largest(knows_largest ? 0 : groups * stride);
+  const std::unique_ptr<double[]> of_later(new double[groups * stride]);
+  std::atomic<bool> possible{true};
+  for_each_group<T>(settings, [&](int64_t first, int64_t count, std::vector<T>& memory) {
+    Outcome* of_group = outcomes.data() + first;
+    if (!reader.read(first, first + count, of_group)) {
+      possible.store(false, std::memory_order_relaxed);
+      return;
+    }
+    kept.place(first, count, of_group, settings);
+    Rows<scalar_t> rows{{}, of_group, count};
+    for (int64_t i = 0; i < count; ++i) {
+      rows.logits[i] = visits.row(first + i);
+      rows.mass[i] = visits.mass(first + i);
+      rows.terms[i] = kept.terms_of(first + i);
+    }
+    if (!kept.shares.empty()) rows.shares = kept.shares.data() + first;
+    const int64_t at = first / kGroup * stride;
+    T* most = knows_largest ? sums.largest.data() : largest.data() + at;
+    double* own = sums.own.data() + first;
+    sum_later(settings, rows, Later<T>{most, of_later.get() + at}, own, memory);
+    if (!knows_largest) return;
+    weigh_events(settings, of_group, count, most, own, sums.events.data() + first);
+  });
+  if (!possible.load()) reader.refuse();
+  const KeepDenormals denormals;
+  if (knows_largest) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const double* of_group = of_later.get() + group * stride;
+      for (int64_t at = 0; at < stride; ++at) sums.of_later[at] += of_group[at];
+    }
+  } else {
+    join_later(groups, stride, Later<T>{largest.data(), of_later.get()},
+               Later<T>{sums.largest.data(), sums.of_later.data()});
+    for (int64_t first = 0; first < settings.patients; first += kGroup) {
+      weigh_events(settings, outcomes.data() + first, std::min(kGroup, settings.patients - first),
+                   sums.largest.data(), sums.own.data() + first, sums.events.data() + first);
+    }
+  }
+  for (int64_t i = 0; i < settings.patients; ++i) sums.of_events[sums.events[i]] += sums.own[i];
+}
+
+template <typename scalar_t, typename Visits>
 void write_all(const Settings& settings, Visits& visits, const std::vector<Outcome>& outcomes,
-               Sums<accumulator_t<scalar_t>>& sums, saved_grad_t<scalar_t>* grad) {
+               const Sums<accumulator_t<scalar_t>>& sums, Kept<accumulator_t<scalar_t>>& kept,
+               saved_grad_t<scalar_t>* grad) {
   using T = accumulator_t<scalar_t>;
   const double patients = static_cast<double>(settings.patients);
   const double share = 1 / (patients * patients) / settings.sigma;
@@ -253,24 +321,23 @@ void write_all(const Settings& settings, Visits& visits, const std::vector<Outco
   for (size_t at = 0; at < of_events.size(); ++at) {
     of_events[at] = static_cast<T>(sums.of_events[at] * share);
   }
-  for (int64_t i = 0; i < settings.patients; ++i) {
-    const Outcome& outcome = outcomes[i];
-    if (outcome.type == 0) continue;
-    sums.own[i] *= sums.of_later[event_of(outcome, settings)] * share;
-  }
   for_each_group<T>(settings, [&](int64_t first, int64_t count, std::vector<T>& memory) {
     typename Visits::Writer writer(visits, grad);
     Outcome of_rows[kGroup];
     double own[kGroup];
+    double shares[kGroup];
     saved_grad_t<scalar_t>* grads[kGroup];
     Rows<scalar_t> rows{{}, of_rows, count};
     for (int64_t i = 0; i < count; ++i) {
       const int64_t patient = writer.patient(first + i);
       of_rows[i] = outcomes[patient];
-      own[i] = sums.own[patient];
+      own[i] = sums.own[patient] * (sums.of_later[sums.events[patient]] * share);
       rows.logits[i] = visits.row(patient);
       rows.mass[i] = visits.mass(patient);
+      rows.terms[i] = kept.terms_of(patient);
+      if (!kept.shares.empty()) shares[i] = kept.shares[patient];
     }
+    rows.shares = shares;
     writer.begin(first, count, of_rows);
     for (int64_t i = 0; i < count; ++i) grads[i] = writer.row(first + i);
     write_gradients(settings, rows, Slopes<T>{sums.largest.data(), of_events.data(), own}, grads,
@@ -291,7 +358,8 @@ std::tuple<Tensor, Tensor> loss_and_grad(const Settings& settings, const Tensor&
   }
   std::vector<Outcome> outcomes(settings.patients);
   Sums<T> sums(settings.stride(), settings.patients);
-  sum_pairs<scalar_t>(settings, visits, reader, outcomes, sums);
+  Kept<T> kept(settings, kKeepsMass<scalar_t> && needs_grad);
+  sum_pairs<scalar_t>(settings, visits, reader, outcomes, sums, kept);
   double total = 0;
   for (size_t at = 0; at < sums.of_later.size(); ++at) {
     total += sums.of_later[at] * sums.of_events[at];
@@ -299,7 +367,7 @@ std::tuple<Tensor, Tensor> loss_and_grad(const Settings& settings, const Tensor&
   const double patients = static_cast<double>(settings.patients);
   *data<T>(loss) = static_cast<T>(total / (patients * patients));
   if (needs_grad) {
-    write_all<scalar_t>(settings, visits, outcomes, sums, data<saved_grad_t<scalar_t>>(grad));
+    write_all<scalar_t>(settings, visits, outcomes, sums, kept, data<saved_grad_t<scalar_t>>(grad));
   }
   return {loss, grad};
 }

@@ -5,23 +5,17 @@
 //   Σ_j w_i w_j exp(a_j(T) - a_i(T)) = w_i exp(m(T) - a_i(T)) · Σ_j w_j exp(a_j(T) - m(T)),
 // where m(T) is the largest a_j(T): one sum for each time, shared by all its events. The sums are
 // made of groups of patients, each with a largest exponent of its own, and joined in the groups'
-// order. The gradient computes a again, of a softmax that was kept where its own memory can hold
-// it: that costs less than memory for both.
+// order. What the gradient can use again of the softmax and of the terms is kept, where there is
+// memory for it.
 //
 // Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
 
-#include "common/simd.h"
-#include "common/vector_math.h"
 #include "deephit_ranking/rows.h"
+#include "deephit_ranking/sums_of_visits.h"
 
 namespace ehrseq::survival::ranking::EHRSEQ_ISA {
 
 using namespace ehrseq::EHRSEQ_ISA;  // NOLINT: the lanes of the same instruction set
-
-template <typename T>
-EHRSEQ_INLINE int64_t whole_lanes(int64_t count) {
-  return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
 
 // Positions [begin, end) of a row, and the whole vectors around them.
 template <typename T>
@@ -34,12 +28,6 @@ struct Range {
   Range(int64_t from, int64_t to)
       : begin(from), end(to), first(from / kLanes<T> * kLanes<T>), last(whole_lanes<T>(to)) {
     if (begin == end) last = first;
-  }
-
-  EHRSEQ_INLINE void fill_around(T* row, T value) const {
-    if (first == last) return;
-    std::fill(row + first, row + begin, value);
-    std::fill(row + end, row + last, value);
   }
 };
 
@@ -61,214 +49,53 @@ EHRSEQ_INLINE T largest_of_lanes(const Lanes<T>& lanes) {
   return static_cast<T>(join_lanes<double>(most, larger));
 }
 
-template <typename T>
-EHRSEQ_INLINE double sum_of_wide(const Wide<T>& wide) {
-  double sum = 0;
-  for (int i = 0; i < Wide<T>::kParts; ++i) sum += sum_of_lanes<double>(wide.part[i]);
-  return sum;
-}
+// Up to here e^x needs no largest logit taken out, nor do sums of it.
+constexpr double kMostLogit = 40;
 
-// The softmax of the visits at risk and "beyond" in `mass`, zeros before them and up to a whole
-// vector after them. A NaN or an infinite logit makes the whole row NaN.
+// The softmax of the visits at risk and "beyond" before it is divided by its sum, of which 1 / sum
+// is returned: in `mass`, with zeros before them and up to a whole vector after them, and in `kept`
+// (unless null), from the whole vector before them on. A NaN or an infinite logit makes the result
+// NaN.
 template <typename T, typename scalar_t>
-EHRSEQ_INLINE void softmax(const scalar_t* row, const Range<T>& at_risk, T* mass) {
+EHRSEQ_INLINE double exponentiate_row(const scalar_t* row, const Range<T>& at_risk, T* mass,
+                                      T* kept) {
   std::fill(mass, mass + at_risk.first, T(0));
-  at_risk.fill_around(mass, -HUGE_VAL);
   Lanes<T> most{};  // the logit of "beyond"; a NaN is left to the sum
-  const auto take = [&](int64_t at) __attribute__((always_inline)) {
-    const Lanes<T> x = load(row + at);
-    store(mass + at, x);
-    most = x > most ? x : most;
+  const auto sum_of = [&](T shift) __attribute__((always_inline)) {
+    Lanes<T> sums{};
+    const auto take = [&](int64_t at, const Lanes<T>& read) __attribute__((always_inline)) {
+      const Mask<T> lane = lane_numbers<T>() + static_cast<bits_t<T>>(at);
+      const bool is_whole = at >= at_risk.begin && at + kLanes<T> <= at_risk.end;
+      const Mask<T> outside = (lane < static_cast<bits_t<T>>(at_risk.begin)) |
+                              (lane >= static_cast<bits_t<T>>(at_risk.end));
+      const Lanes<T> x = is_whole ? read : outside ? broadcast(T(-HUGE_VAL)) : read;
+      most = x > most ? x : most;
+      const Lanes<T> term = exp_nonpositive<T>(x - shift);
+      store(mass + at, term);
+      sums += term;
+    };
+    int64_t at = at_risk.first;
+    for (; at + kLanes<T> <= at_risk.end; at += kLanes<T>) take(at, load(row + at));
+    if (at < at_risk.end) take(at, load_first(row + at, at_risk.end - at));
+    return sum_of_wide<T>(widen(sums));
   };
-  int64_t at = at_risk.begin;
-  for (; at + kLanes<T> <= at_risk.end; at += kLanes<T>) take(at);
-  T largest = 0;
-  if (at < at_risk.end && at > at_risk.begin) {
-    take(at_risk.end - kLanes<T>);
-  } else {
-    for (; at < at_risk.end; ++at) {
-      mass[at] = static_cast<T>(row[at]);
-      largest = mass[at] > largest ? mass[at] : largest;
-    }
+  double sum = 1 + sum_of(T(0));
+  if (any_lane<T>(most > static_cast<T>(kMostLogit))) {
+    const T largest = largest_of_lanes<T>(most);
+    const Lanes<T> beyond = exp_nonpositive<T>(broadcast(-largest));
+    sum = static_cast<double>(beyond[0]) + sum_of(largest);
   }
-  largest = std::max(largest, largest_of_lanes<T>(most));
-
-  Lanes<T> sums{};
-  for (at = at_risk.first; at < at_risk.last; at += kLanes<T>) {
-    const Lanes<T> term = exp_nonpositive<T>(load(mass + at) - largest);
-    store(mass + at, term);
-    sums += term;
+  if (kept != nullptr) {  // the row's own memory, perhaps
+    int64_t at = at_risk.first;
+    for (; at + kLanes<T> <= at_risk.end; at += kLanes<T>) store(kept + at, load(mass + at));
+    if (at < at_risk.end) store_first(kept + at, at_risk.end - at, load(mass + at));
   }
-  const Lanes<T> beyond = exp_nonpositive<T>(broadcast(-largest));
-  const double sum = static_cast<double>(beyond[0]) + sum_of_wide<T>(widen(sums));
-  const T share = static_cast<T>(1 / sum);
-  for (at = at_risk.first; at < at_risk.last; at += kLanes<T>) {
-    store(mass + at, load(mass + at) * share);
-  }
-}
-
-// Sums over visits are made of four at a time in double precision: as wide as most processors add
-// doubles at once, and few steps from one four to the next.
-using Four = lanes_t<double, 4>;
-using Places = lanes_t<int64_t, 4>;
-
-template <typename T>
-EHRSEQ_INLINE Four load_four(const T* from) {
-  return __builtin_convertvector(load_exactly<4>(from), Four);
-}
-
-template <typename T>
-EHRSEQ_INLINE void store_four(T* to, const Four& lanes) {
-  store_exactly<4>(to, __builtin_convertvector(lanes, lanes_t<T, 4>));
-}
-
-// Rows are padded to whole vectors, which may be of two.
-template <typename T>
-constexpr bool kHasFours = kLanes<T> >= 4;
-
-// Where shuffles of vectors are one instruction, a whole vector at a time in T: parts of one that
-// were stored could not be loaded as a vector before they have left the processor's queue.
-constexpr bool kHasWideShuffles = EHRSEQ_ISA_LEVEL >= 2;
-
-// Each lane from the one so many places before, or (kPlaces below 0) after; 0 where there is none.
-template <int kPlaces, typename T>
-EHRSEQ_INLINE Lanes<T> moved(const Lanes<T>& lanes) {
-  return __builtin_shuffle(lanes, Lanes<T>{}, lane_numbers<T>() - kPlaces);
-}
-
-// Of each lane and all before it, or (kStep = -1) after it.
-template <int kStep, typename T>
-EHRSEQ_INLINE Lanes<T> sums_of_lanes(const Lanes<T>& lanes) {
-  Lanes<T> sums = lanes + moved<kStep, T>(lanes);
-  sums += moved<2 * kStep, T>(sums);
-  sums += moved<4 * kStep, T>(sums);
-  if constexpr (kLanes<T> == 16) sums += moved<8 * kStep, T>(sums);
-  return sums;
-}
-
-template <int kLane, typename T>
-EHRSEQ_INLINE Lanes<T> all_lanes_as(const Lanes<T>& lanes) {
-  return __builtin_shuffle(lanes, Mask<T>{} + kLane);
-}
-
-template <typename T>
-EHRSEQ_INLINE void cumulative_sums_by_vectors(const T* values, int64_t visits, double factor,
-                                              T* sums) {
-  Lanes<T> before{};  // the sum of all earlier ones, in every lane
-  for (int64_t at = 0; at < visits; at += kLanes<T>) {
-    const Lanes<T> own = sums_of_lanes<1, T>(load(values + at));
-    store(sums + at, (before + own) * static_cast<T>(factor));
-    before += all_lanes_as<kLanes<T> - 1, T>(own);
-  }
-}
-
-template <typename T>
-EHRSEQ_INLINE double sums_from_the_end_by_vectors(T* values, const T* weights, int64_t begin,
-                                                  int64_t visits) {
-  Lanes<T> dots{};
-  Lanes<T> after{};  // the sum of all later ones, in every lane
-  for (int64_t at = whole_lanes<T>(visits) - kLanes<T>; at >= begin; at -= kLanes<T>) {
-    const Lanes<T> own = sums_of_lanes<-1, T>(load(values + at));
-    const Lanes<T> sums = after + own;
-    store(values + at, sums);
-    dots += sums * load(weights + at);
-    after += all_lanes_as<0, T>(own);
-  }
-  return sum_of_wide<T>(widen(dots));
-}
-
-// body(count, first cause) with `count` a constant, for all causes by fours: sums that do not wait
-// for one another.
-template <typename Body>
-EHRSEQ_INLINE void for_causes(int64_t classes, const Body& body) {
-  int64_t cause = 0;
-  for (; cause + 4 <= classes; cause += 4) body(std::integral_constant<int, 4>{}, cause);
-  if (classes - cause == 3) body(std::integral_constant<int, 3>{}, cause);
-  if (classes - cause == 2) body(std::integral_constant<int, 2>{}, cause);
-  if (classes - cause == 1) body(std::integral_constant<int, 1>{}, cause);
-}
-
-// Cumulative sums times `factor` of the first `visits` visits. With one value per visit the whole
-// vectors around them are read and written.
-template <typename T>
-EHRSEQ_INLINE void cumulative_sums(const T* values, int64_t visits, int64_t classes, double factor,
-                                   T* sums) {
-  if (classes > 1 || !kHasFours<T>) {
-    for_causes(classes, [&](auto count, int64_t cause) __attribute__((always_inline)) {
-      constexpr int kCount = decltype(count)::value;
-      double sum[kCount] = {};
-      for (int64_t at = cause; at < visits * classes; at += classes) {
-        for (int c = 0; c < kCount; ++c) {
-          sum[c] += static_cast<double>(values[at + c]);
-          sums[at + c] = static_cast<T>(sum[c] * factor);
-        }
-      }
-    });
-    return;
-  }
-  if constexpr (kHasWideShuffles) return cumulative_sums_by_vectors(values, visits, factor, sums);
-  const Four zeros{};
-  Four before{};  // the sum of all earlier ones, in every lane
-  for (int64_t at = 0; at < visits; at += 4) {
-    const Four x = load_four(values + at);
-    const Four twos = x + __builtin_shuffle(x, zeros, Places{4, 0, 1, 2});
-    const Four fours = twos + __builtin_shuffle(twos, zeros, Places{4, 5, 0, 1});
-    store_four(sums + at, (before + fours) * factor);
-    before += __builtin_shuffle(fours, Places{3, 3, 3, 3});
-  }
-}
-
-// Each value from position `begin` on becomes the sum of itself and those of later visits; the sum
-// of each result times its weight. With one value per visit `begin` is that of a vector, and those
-// after the last up to a whole vector, which have to be zeros, are read.
-template <typename T>
-EHRSEQ_INLINE double sums_from_the_end(T* values, const T* weights, int64_t begin, int64_t visits,
-                                       int64_t classes) {
-  if (classes > 1 || !kHasFours<T>) {
-    double of_all = 0;
-    for_causes(classes, [&](auto count, int64_t cause) __attribute__((always_inline)) {
-      constexpr int kCount = decltype(count)::value;
-      double sum[kCount] = {};
-      double dot[kCount] = {};
-      for (int64_t at = (visits - 1) * classes + cause; at >= begin; at -= classes) {
-        for (int c = 0; c < kCount; ++c) {
-          sum[c] += static_cast<double>(values[at + c]);
-          values[at + c] = static_cast<T>(sum[c]);
-          dot[c] += sum[c] * static_cast<double>(weights[at + c]);
-        }
-      }
-      for (const double of_cause : dot) of_all += of_cause;
-    });
-    return of_all;
-  }
-  if constexpr (kHasWideShuffles) {
-    return sums_from_the_end_by_vectors(values, weights, begin, visits);
-  }
-  const Four zeros{};
-  Four dots{};
-  Four after{};  // the sum of all later ones, in every lane
-  for (int64_t at = (visits + 3) / 4 * 4 - 4; at >= begin; at -= 4) {
-    const Four x = load_four(values + at);
-    const Four twos = x + __builtin_shuffle(x, zeros, Places{1, 2, 3, 4});
-    const Four fours = twos + __builtin_shuffle(twos, zeros, Places{2, 3, 4, 5});
-    const Four sums = after + fours;
-    store_four(values + at, sums);
-    dots += sums * load_four(weights + at);
-    after += __builtin_shuffle(fours, Places{0, 0, 0, 0});
-  }
-  return (dots[0] + dots[1]) + (dots[2] + dots[3]);
+  return 1 / sum;
 }
 
 template <typename T>
 EHRSEQ_INLINE Range<T> at_risk_of(const Outcome& outcome, const Settings& settings) {
   return Range<T>(outcome.entry * settings.classes, outcome.visits * settings.classes);
-}
-
-// The exponents of a patient up to the visit of the outcome.
-template <typename T>
-EHRSEQ_INLINE void read_exponents(const T* mass, const Outcome& outcome, const Settings& settings,
-                                  T* exponents) {
-  cumulative_sums(mass, outcome.time + 1, settings.classes, 1 / settings.sigma, exponents);
 }
 
 // w e^(x - largest). With a weight of 0 the exponents may be above the largest: then it is 0, or
@@ -289,23 +116,39 @@ EHRSEQ_INLINE void prefetch(const T* row, const Outcome& outcome, const Settings
   }
 }
 
-// Adds w e^(exponent - largest) of one patient where it is a later one. Around that range the
-// exponents are -inf.
-template <typename T>
-EHRSEQ_INLINE void add_terms(const T* exponents, const Range<T>& range, T weight,
-                             const Later<T>& later) {
+// body(at, exponents, which lanes are) for the vectors in which a patient is a later one. Exponents
+// are `scale` times the cumulative sums.
+template <typename T, typename Body>
+EHRSEQ_INLINE void for_exponents(const T* sums, const Range<T>& range, T scale, const Body& body) {
+  const Mask<T> begin = broadcast(static_cast<bits_t<T>>(range.begin));
+  const Mask<T> end = broadcast(static_cast<bits_t<T>>(range.end));
   for (int64_t at = range.first; at < range.last; at += kLanes<T>) {
-    const Lanes<T> x = load(exponents + at);
-    const Lanes<T> term = weighted(x, load(later.largest + at), weight);
-    const Wide<T> wide = widen(x == T(-HUGE_VAL) ? Lanes<T>{} : term);
-    for (int part = 0; part < Wide<T>::kParts; ++part) {
-      double* sum = later.sum + at + part * kLanes<double>;
-      store(sum, load(sum) + wide.part[part]);
-    }
+    const Mask<T> lane = lane_numbers<T>() + static_cast<bits_t<T>>(at);
+    body(at, load(sums + at) * scale, (lane >= begin) & (lane < end));
   }
 }
 
-// `memory` has a row of mass, and one of exponents for each patient, if they are needed twice.
+// Adds w e^(exponent - largest) of one patient where it is a later one, and keeps these terms in
+// whole vectors in `kept`, unless null.
+template <typename T>
+EHRSEQ_INLINE void add_terms(const T* sums, const Range<T>& range, T scale, T weight,
+                             const Later<T>& later, T* kept) {
+  for_exponents(sums, range, scale,
+                [&](int64_t at, const Lanes<T>& x, const Mask<T>& inside)
+                    __attribute__((always_inline)) {
+                      const Lanes<T> term = weighted(x, load(later.largest + at), weight);
+                      const Lanes<T> counted = inside ? term : Lanes<T>{};
+                      if (kept != nullptr) store(kept + (at - range.first), counted);
+                      const Wide<T> wide = widen(counted);
+                      for (int part = 0; part < Wide<T>::kParts; ++part) {
+                        double* sum = later.sum + at + part * kLanes<double>;
+                        store(sum, load(sum) + wide.part[part]);
+                      }
+                    });
+}
+
+// `memory` has a row of mass, and one of cumulative sums for each patient, if they are needed
+// twice.
 template <typename scalar_t>
 void sum_rows(const Settings& settings, const Rows<scalar_t>& rows,
               const Later<accumulator_t<scalar_t>>& later, double* own,
@@ -315,8 +158,9 @@ void sum_rows(const Settings& settings, const Rows<scalar_t>& rows,
   const bool knows_largest = settings.knows_largest();
   memory.resize((1 + (knows_largest ? 1 : rows.patients)) * stride);
   T* mass = memory.data();
-  const T least = knows_largest ? static_cast<T>(1 / settings.sigma) : T(0);  // none is below 0
-  std::fill(later.largest, later.largest + stride, least);
+  T scales[OutcomeReader::kAtOnce];
+  // where it is not known, none is below 0
+  if (!knows_largest) std::fill(later.largest, later.largest + stride, T(0));
   std::fill(later.sum, later.sum + stride, 0.0);
 
   for (int64_t i = 0; i < std::min(kRowsAhead, rows.patients); ++i) {
@@ -326,31 +170,33 @@ void sum_rows(const Settings& settings, const Rows<scalar_t>& rows,
     const int64_t ahead = i + kRowsAhead;
     if (ahead < rows.patients) prefetch(rows.logits[ahead], rows.outcomes[ahead], settings);
     const Outcome& outcome = rows.outcomes[i];
-    T* exponents = mass + (knows_largest ? 1 : i + 1) * stride;
-    const auto at_risk = at_risk_of<T>(outcome, settings);
-    softmax(rows.logits[i], at_risk, mass);
-    if (rows.mass[i])
-      std::copy(mass + at_risk.begin, mass + at_risk.end, rows.mass[i] + at_risk.begin);
-    read_exponents(mass, outcome, settings, exponents);
-    own[i] = outcome.type > 0 ? static_cast<double>(exponents[event_of(outcome, settings)]) : 0.0;
+    T* sums = mass + (knows_largest ? 1 : i + 1) * stride;
+    const double share =
+        exponentiate_row<T>(rows.logits[i], at_risk_of<T>(outcome, settings), mass, rows.mass[i]);
+    if (rows.shares != nullptr) rows.shares[i] = share;
+    const T scale = scales[i] = settings.scale_of<T>(share);
+    cumulative_sums(mass, outcome.time + 1, settings.classes, sums);
+    own[i] =
+        outcome.type > 0 ? static_cast<double>(sums[event_of(outcome, settings)] * scale) : 0.0;
     const Range<T> range = later_of<T>(outcome, settings);
-    range.fill_around(exponents, T(-HUGE_VAL));
     if (knows_largest) {
-      add_terms(exponents, range, static_cast<T>(outcome.weight), later);
+      add_terms(sums, range, scale, static_cast<T>(outcome.weight), later, rows.terms[i]);
       continue;
     }
     // A weight of 0 leaves the patient out: beside its exponent all others might vanish.
     if (outcome.weight == 0) continue;
-    for (int64_t at = range.first; at < range.last; at += kLanes<T>) {
-      const Lanes<T> x = load(exponents + at);
-      const Lanes<T> most = load(later.largest + at);
-      store(later.largest + at, x > most ? x : most);
-    }
+    for_exponents(sums, range, scale,
+                  [&](int64_t at, const Lanes<T>& x, const Mask<T>& inside)
+                      __attribute__((always_inline)) {
+                        const Lanes<T> most = load(later.largest + at);
+                        const Lanes<T> counted = inside ? x : Lanes<T>{};
+                        store(later.largest + at, counted > most ? counted : most);
+                      });
   }
   for (int64_t i = 0; i < (knows_largest ? 0 : rows.patients); ++i) {
     const Outcome& outcome = rows.outcomes[i];
-    add_terms(mass + (i + 1) * stride, later_of<T>(outcome, settings),
-              static_cast<T>(outcome.weight), later);
+    add_terms<T>(mass + (i + 1) * stride, later_of<T>(outcome, settings), scales[i],
+                 static_cast<T>(outcome.weight), later, nullptr);
   }
 }
 
@@ -397,17 +243,103 @@ void join_groups(int64_t groups, int64_t stride, const Later<T>& of_groups, cons
   }
 }
 
-// `memory` has two rows.
+// The patient's mass, and the derivatives by it up to the visit of the outcome; rows after whose
+// end a vector may be read and written.
+template <typename T>
+struct SlopeRow {
+  T* mass;
+  T* slope;
+  int64_t slope_end = 0;  // from here on all are 0, and are not written
+  T mean = 0;             // of the derivatives
+};
+
+template <typename scalar_t>
+EHRSEQ_INLINE void find_slopes(const Settings& settings, const Rows<scalar_t>& rows,
+                               const Slopes<accumulator_t<scalar_t>>& slopes, int64_t i,
+                               SlopeRow<accumulator_t<scalar_t>>& found) {
+  using T = accumulator_t<scalar_t>;
+  const Outcome& outcome = rows.outcomes[i];
+  const auto at_risk = at_risk_of<T>(outcome, settings);
+  const Range<T> range = later_of<T>(outcome, settings);
+  const T* terms = rows.terms[i];
+  const T* kept = rows.mass[i];
+  T* mass = found.mass;
+  T* slope = found.slope;
+  double share = 0;
+  if (kept != nullptr) {
+    share = rows.shares[i];
+    const T factor = terms != nullptr ? static_cast<T>(share) : T(1);
+    if (at_risk.first > 0) std::fill(mass, mass + at_risk.first, T(0));
+    int64_t at = at_risk.first;
+    for (; at + kLanes<T> <= at_risk.end; at += kLanes<T>) {
+      store(mass + at, load(kept + at) * factor);
+    }
+    if (at < at_risk.end) store(mass + at, load_first(kept + at, at_risk.end - at) * factor);
+  } else {
+    share = exponentiate_row<T>(rows.logits[i], at_risk, mass, nullptr);
+  }
+
+  // by the exponents ...
+  if (terms != nullptr) {
+    for_exponents(terms - range.first, range, T(1),
+                  [&](int64_t at, const Lanes<T>& term, const Mask<T>& inside)
+                      __attribute__((always_inline)) {
+                        const Lanes<T> product = term * load(slopes.of_events + at);
+                        store(slope + at, inside ? product : Lanes<T>{});
+                      });
+  } else {
+    const T weight = static_cast<T>(outcome.weight);
+    cumulative_sums(mass, outcome.time + 1, settings.classes, slope);
+    for_exponents(slope, range, settings.scale_of<T>(share),
+                  [&](int64_t at, const Lanes<T>& x, const Mask<T>& inside)
+                      __attribute__((always_inline)) {
+                        const Lanes<T> term = weighted(x, load(slopes.largest + at), weight);
+                        const Lanes<T> product = term * load(slopes.of_events + at);
+                        store(slope + at, inside ? product : Lanes<T>{});
+                      });
+    for (int64_t at = at_risk.first; at < at_risk.last; at += kLanes<T>) {
+      store(mass + at, load(mass + at) * static_cast<T>(share));
+    }
+  }
+  const bool is_aligned = at_risk.begin == at_risk.first;
+  found.slope_end =
+      is_aligned ? whole_lanes<T>((outcome.time + 1) * settings.classes) : at_risk.last + kLanes<T>;
+  for (int64_t at = range.last; at < found.slope_end; at += kLanes<T>)
+    store(slope + at, Lanes<T>{});
+  if (outcome.type > 0) slope[event_of(outcome, settings)] = static_cast<T>(-slopes.own[i]);
+  // ... by the mass, which is part of all later exponents
+  const int64_t begin = settings.classes > 1 ? at_risk.begin : at_risk.first;
+  found.mean =
+      static_cast<T>(sums_from_the_end(slope, mass, begin, outcome.time + 1, settings.classes));
+}
+
+// The derivatives by the logits.
+template <typename T, typename grad_t>
+EHRSEQ_INLINE void write_row(const Settings& settings, const Outcome& outcome,
+                             const SlopeRow<T>& found, grad_t* grad) {
+  const auto at_risk = at_risk_of<T>(outcome, settings);
+  const Range<T> range = later_of<T>(outcome, settings);
+  // As survival_nll_scale reads it: -0 is the derivative of a visit that counts, 0 of none.
+  const Lanes<T> zero = broadcast(outcome.type > 0 || range.begin < range.end ? T(-0.0) : T(0));
+  const auto value_at = [&](int64_t at) __attribute__((always_inline)) {
+    const Lanes<T> slope = at < found.slope_end ? load(found.slope + at) : Lanes<T>{};
+    const Lanes<T> value = load(found.mass + at) * (slope - found.mean);
+    return value == T(0) ? zero : value;
+  };
+  int64_t at = at_risk.begin;
+  for (; at + kLanes<T> <= at_risk.end; at += kLanes<T>) store(grad + at, value_at(at));
+  if (at < at_risk.end) store_first(grad + at, at_risk.end - at, value_at(at));
+}
+
 template <typename scalar_t>
 void gradients_of_rows(const Settings& settings, const Rows<scalar_t>& rows,
                        const Slopes<accumulator_t<scalar_t>>& slopes,
                        saved_grad_t<scalar_t>* const* grads,
                        std::vector<accumulator_t<scalar_t>>& memory) {
   using T = accumulator_t<scalar_t>;
-  const int64_t stride = settings.stride();
-  memory.resize(2 * stride);
-  T* mass = memory.data();
-  T* slope = mass + stride;
+  const int64_t row = settings.stride() + 2 * kLanes<T>;
+  memory.resize(2 * row);
+  SlopeRow<T> found{memory.data(), memory.data() + row};
   const auto prefetch_patient = [&](int64_t i) __attribute__((always_inline)) {
     if (i >= rows.patients) return;
     if (rows.mass[i]) return prefetch(rows.mass[i], rows.outcomes[i], settings);
@@ -416,49 +348,8 @@ void gradients_of_rows(const Settings& settings, const Rows<scalar_t>& rows,
   for (int64_t i = 0; i < kRowsAhead; ++i) prefetch_patient(i);
   for (int64_t i = 0; i < rows.patients; ++i) {
     prefetch_patient(i + kRowsAhead);
-    const Outcome& outcome = rows.outcomes[i];
-    const auto at_risk = at_risk_of<T>(outcome, settings);
-    if (rows.mass[i]) {
-      std::fill(mass, mass + at_risk.begin, T(0));
-      std::copy(rows.mass[i] + at_risk.begin, rows.mass[i] + at_risk.end, mass + at_risk.begin);
-      std::fill(mass + at_risk.end, mass + at_risk.last, T(0));
-    } else {
-      softmax(rows.logits[i], at_risk, mass);
-    }
-    read_exponents(mass, outcome, settings, slope);
-    const Range<T> range = later_of<T>(outcome, settings);
-
-    // by the exponents ...
-    const T weight = static_cast<T>(outcome.weight);
-    for (int64_t at = range.first; at < range.last; at += kLanes<T>) {
-      const Lanes<T> term = weighted(load(slope + at), load(slopes.largest + at), weight);
-      store(slope + at, term * load(slopes.of_events + at));
-    }
-    std::fill(slope, slope + range.begin, T(0));
-    std::fill(slope + range.end, slope + at_risk.last, T(0));
-    if (outcome.type > 0) slope[event_of(outcome, settings)] = static_cast<T>(-slopes.own[i]);
-    // ... by the mass, which is part of all later exponents, and by the logits
-    const int64_t begin = settings.classes > 1 ? at_risk.begin : at_risk.first;
-    const T mean =
-        static_cast<T>(sums_from_the_end(slope, mass, begin, outcome.time + 1, settings.classes));
-    // As survival_nll_scale reads it: -0 is the derivative of a visit that counts, 0 of none.
-    const T zero = outcome.type > 0 || range.begin < range.end ? T(-0.0) : T(0);
-    auto* grad = grads[i];
-    const auto write = [&](int64_t at) __attribute__((always_inline)) {
-      const Lanes<T> value = load(mass + at) * (load(slope + at) - mean);
-      store(grad + at, value == T(0) ? broadcast(zero) : value);
-    };
-    int64_t at = at_risk.begin;
-    for (; at + kLanes<T> <= at_risk.end; at += kLanes<T>) write(at);
-    if (at < at_risk.end && at > at_risk.begin) {
-      write(at_risk.end - kLanes<T>);
-      continue;
-    }
-    for (; at < at_risk.end; ++at) {
-      const T value = mass[at] * (slope[at] - mean);
-      using grad_t = saved_grad_t<scalar_t>;
-      grad[at] = static_cast<grad_t>(value == T(0) ? zero : value);
-    }
+    find_slopes(settings, rows, slopes, i, found);
+    write_row(settings, rows.outcomes[i], found, grads[i]);
   }
 }
 

@@ -21,6 +21,17 @@ struct Settings {
   // then that is the largest of every visit.
   bool knows_largest() const { return sigma >= 1.0 / 30; }
 
+  template <typename T>
+  T largest() const {
+    return static_cast<T>(1 / sigma);
+  }
+
+  // What a patient's cumulative sums are multiplied by to be exponents.
+  template <typename T>
+  T scale_of(double share) const {
+    return static_cast<T>(share * (1 / sigma));
+  }
+
   // A row of working memory, which is whole vectors.
   int64_t stride() const {
     constexpr int64_t kMostLanes = 16;
@@ -39,10 +50,19 @@ struct Rows {
   const scalar_t* logits[OutcomeReader::kAtOnce];  // of each patient's visits
   const Outcome* outcomes;
   int64_t patients;
-  // Where sum_later keeps the softmax of each one's visits at risk for write_gradients; null where
-  // that has to compute it again.
+  // Where sum_later keeps for write_gradients what that has to compute again where it is null: the
+  // softmax of each one's visits at risk before it is multiplied by `shares`, and, where the
+  // largest exponents are known, the patient's terms as a later one, in at most room_for_terms().
   accumulator_t<scalar_t>* mass[OutcomeReader::kAtOnce] = {};
+  double* shares = nullptr;
+  accumulator_t<scalar_t>* terms[OutcomeReader::kAtOnce] = {};
 };
+
+inline int64_t room_for_terms(const Outcome& outcome, const Settings& settings) {
+  constexpr int64_t kMostLanes = 16;
+  const int64_t values = (outcome.time + 1 - outcome.entry) * settings.classes;
+  return (values / kMostLanes + 2) * kMostLanes;
+}
 
 // Of each visit and cause (`stride` values): Σ_j w_j exp(exponent of j) over the patients j at risk
 // after it is sum · exp(largest).
@@ -61,15 +81,16 @@ struct Slopes {
   const double* own;   // minus the derivative by the exponent at the patient's own event
 };
 
-#define EHRSEQ_RANKING_ROWS(scalar_t)                                               \
-  /* The sums of these patients alone, and each one's exponent at its own event. */ \
-  void sum_later(const Settings& settings, const Rows<scalar_t>& rows,              \
-                 const Later<accumulator_t<scalar_t>>& later, double* own,          \
-                 std::vector<accumulator_t<scalar_t>>& memory);                     \
-  /* grads[i] gets the gradient of patient i at the visits at risk. */              \
-  void write_gradients(const Settings& settings, const Rows<scalar_t>& rows,        \
-                       const Slopes<accumulator_t<scalar_t>>& slopes,               \
-                       saved_grad_t<scalar_t>* const* grads,                        \
+#define EHRSEQ_RANKING_ROWS(scalar_t)                                                  \
+  /* The sums of these patients alone, and each one's exponent at its own event.  */   \
+  /* Known largest exponents are given.                                             */ \
+  void sum_later(const Settings& settings, const Rows<scalar_t>& rows,                 \
+                 const Later<accumulator_t<scalar_t>>& later, double* own,             \
+                 std::vector<accumulator_t<scalar_t>>& memory);                        \
+  /* grads[i] gets the gradient of patient i at the visits at risk. */                 \
+  void write_gradients(const Settings& settings, const Rows<scalar_t>& rows,           \
+                       const Slopes<accumulator_t<scalar_t>>& slopes,                  \
+                       saved_grad_t<scalar_t>* const* grads,                           \
                        std::vector<accumulator_t<scalar_t>>& memory);
 
 EHRSEQ_RANKING_ROWS(float)
