@@ -136,6 +136,23 @@ for of_labels in LABELS:
                     raise AssertionError(f"{number} of {tensor.dtype} at {slot} was taken")
 """
 
+# What the backward pass multiplies: the bits are those of PyTorch's product, and +0 stays +0.
+SCALE = """
+scale = torch.ops.ehrseq_fast.survival_nll_scale.default
+for slots in (1, 15, 16, 17, 31, 33, 70):
+    for dtype in (*DTYPES, torch.float16):
+        saved = torch.randn(3, slots).to(torch.float32 if dtype == torch.float16 else dtype)
+        saved[0, ::3], saved[1, ::3] = 0.0, -0.0
+        saved[2, ::5] *= 1e-7
+        wide = saved if dtype == torch.float64 else saved.float()
+        for factor in (3e-3, 1e5, torch.nan, torch.inf):
+            got = scale(saved, wide.new_tensor(factor), None, None, None, dtype)
+            counts = (saved != 0) | saved.signbit()
+            wanted = torch.where(counts, wide * factor + 0, 0).to(dtype)
+            assert torch.equal(got.isnan(), wanted.isnan())
+            assert torch.equal(got.nan_to_num(7), wanted.nan_to_num(7))
+"""
+
 CLASSES = """
 from ehrseq_fast import visit_cross_entropy
 from ehrseq_fast.visit_cross_entropy import reference
@@ -235,5 +252,5 @@ def test_on_every_instruction_set(compiled, instructions):
         "EHRSEQ_FAST_BACKEND": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    program = "\n".join((COMMON, RANKING, HORIZON, GIVEN, CLASSES, OVER_TIME))
+    program = "\n".join((COMMON, RANKING, HORIZON, GIVEN, SCALE, CLASSES, OVER_TIME))
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)

@@ -5,7 +5,6 @@
 // the first, as in the formula of reference.py.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <type_traits>
@@ -17,22 +16,13 @@
 #include "common/survival/rank_layout.h"
 #include "common/tensors.h"
 #include "survival_nll/arguments.h"
+#include "survival_nll/scale.h"
 
 namespace ehrseq::survival {
 namespace {
 
 constexpr const char* kName = "survival_nll_scale";
 constexpr int64_t kWorthAThread = 32768;  // values
-
-template <typename saved_t, typename grad_t>
-void scale(const saved_t* saved, int64_t values, accumulator_t<saved_t> factor, grad_t* grad) {
-  using T = accumulator_t<saved_t>;
-  for (int64_t i = 0; i < values; ++i) {
-    const T value = static_cast<T>(saved[i]);
-    const bool counts = value != T(0) || std::signbit(value);
-    grad[i] = static_cast<grad_t>(counts ? value * factor + T(0) : T(0));
-  }
-}
 
 template <typename saved_t, typename grad_t>
 void scale_all(const Tensor& saved, const Tensor& grad_nll, const std::optional<RankLayout>& packed,
