@@ -10,6 +10,7 @@ import torch
 
 from ehrseq_fast import PackedRows, PackedVisits
 from ehrseq_fast.metrics import brier, calibration, integrated_brier, landmark_auc
+from ehrseq_fast.metrics.calibration import _spline
 from ehrseq_fast.metrics.censoring import Censoring
 from ehrseq_fast.metrics.landmark import select
 from ehrseq_fast.metrics.values import read_values
@@ -199,6 +200,17 @@ def test_constant_risks():
     assert json.loads(json.dumps(two.to_dict())) == two.to_dict()
     nobody = calibration(np.zeros(3000), times, np.zeros(3000, bool), **options)
     assert nobody.ici == 0
+    risk = np.random.default_rng(2).random(3000)  # more than bins: these differ in size
+    nobody = calibration(risk, times, np.zeros(3000, bool), **options)
+    assert nobody.ici == pytest.approx(risk.mean(), abs=1e-12)
+
+
+def test_the_curve_is_linear_in_the_logit_beyond_the_outer_knots():
+    basis = _spline(np.linspace(-3, 5, 400))
+    assert basis.shape == (400, 3)
+    bends = np.abs(np.diff(basis, 2, axis=0))
+    assert bends[:18].max() < 1e-12 > bends[-18:].max()
+    assert (bends[:, 1:].max(0) > 1e-6).all()
 
 
 def test_a_fit_that_takes_another_method_is_quiet(recwarn):

@@ -109,9 +109,13 @@ def test_one_thread_is_one_thread(name):
 
 @pytest.mark.parametrize("name", ["torch", "helpers"])
 def test_all_threads_flush_subnormal_numbers_or_none(name):
-    batch = PackedVisits.from_lists([[[1, 2]] * 8] * 600, vocab_size=3)
+    batch = PackedVisits.from_lists([[[1, 2]] * 8] * 20_000, vocab_size=3)
     table = torch.full((3, WIDTH), 1.5e-38)  # its half is subnormal
     table[2] = -1.3e-38
+    # a thread that is started later would take over how this one is set, and of less work helpers
+    # may come too late for any
+    with team(name):
+        packed_visit_pool(batch, table)
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU cannot flush subnormal numbers")
     try:
