@@ -25,6 +25,7 @@ from ehrseq_fast.survival_nll import competing_risks_nll
 
 from . import cuda_on_cpu, next_codes_cases
 from .cuda_on_cpu import Counts
+from .gpu_cases import CASES, Step, equal
 from .survival_cases import assert_ranks_as_defined, definition, draw_hazards, draw_patients
 
 pytestmark = pytest.mark.skipif(
@@ -169,6 +170,19 @@ def test_a_captured_loss_has_a_ticket_of_its_own(shim):
     assert launched == Counts(kernels=1, memsets=1)
     assert torch.equal(captured, expected)
     assert torch.equal(discrete_time_survival_nll(*args), expected)
+
+
+@pytest.mark.parametrize("case", {of[0]: case for case, of in CASES.items()}.values())
+def test_the_first_launch_of_a_kernel_may_be_captured(shim, case):
+    """It loads the kernel, which CUDA refuses to threads that have not said that they may."""
+    step = Step(case, "cpu")
+    expected = step()
+    shim.set_capturing(True)
+    try:
+        captured = step()
+    finally:
+        shim.set_capturing(False)
+    assert equal(captured, expected)
 
 
 OPTIONS = [(link, included) for link in range(4) for included in (False, True)]

@@ -193,7 +193,8 @@ class Shim:
         return Counts(self._library.cuda_on_cpu_launches(), self._library.cuda_on_cpu_memsets())
 
     def set_capturing(self, capturing: bool) -> None:
-        """Say so of every stream; what is launched runs all the same."""
+        """Say so of every stream; what is launched runs all the same, but for the first launch of a
+        kernel from then on by a thread that has not said that it may load one."""
         self._library.cuda_on_cpu_set_capturing(capturing)
 
     def set_seed(self, seed: int) -> None:

@@ -23,6 +23,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 uint3 threadIdx{};
@@ -48,6 +49,8 @@ uint64_t seed = 1;
 int64_t launches = 0;
 int64_t memsets = 0;
 bool capturing = false;
+cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+std::unordered_set<const void*> loaded;             // kernels that have been launched
 std::unordered_map<const void*, size_t> asked_for;  // shared memory, by kernel
 
 Fiber& current() { return *grid.running; }
@@ -396,6 +399,9 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, void 
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   ++launches;
   if (!possible(config, kernel)) return cudaErrorInvalidConfiguration;
+  if (loaded.insert(kernel).second && capturing && capture_mode != cudaStreamCaptureModeRelaxed) {
+    return cudaErrorStreamCaptureUnsupported;
+  }
   blockDim = config.blockDim;
   gridDim = config.gridDim;
   grid.body = body;
@@ -450,6 +456,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorLaunchFailure:
       return cuda_on_cpu::grid.failure.c_str();
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
     default:
       return "invalid argument";
   }
@@ -462,6 +470,10 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cuda_on_cpu::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, cuda_on_cpu::capture_mode);
   return cudaSuccess;
 }
 
@@ -492,5 +504,6 @@ __attribute__((visibility("default"))) void cuda_on_cpu_set_seed(uint64_t seed) 
 }
 __attribute__((visibility("default"))) void cuda_on_cpu_set_capturing(bool capturing) {
   cuda_on_cpu::capturing = capturing;
+  if (capturing) cuda_on_cpu::loaded.clear();  // as in a new process
 }
 }

@@ -73,6 +73,20 @@ void expect_with(const char* operation, const Tensor& like, const Tensors&... te
   }
 }
 
+// While any thread captures a graph, CUDA refuses what might wait for the device, in all threads,
+// and the capture is lost; but for threads that say, as torch's allocator does, that what they do
+// is no part of it. The first launch of a kernel loads it.
+class MayLoadKernels {
+ public:
+  MayLoadKernels() { check(cudaThreadExchangeStreamCaptureMode(&other_mode_), "capture mode"); }
+  ~MayLoadKernels() { cudaThreadExchangeStreamCaptureMode(&other_mode_); }
+  MayLoadKernels(const MayLoadKernels&) = delete;
+  MayLoadKernels& operator=(const MayLoadKernels&) = delete;
+
+ private:
+  cudaStreamCaptureMode other_mode_ = cudaStreamCaptureModeRelaxed;  // then the thread's own
+};
+
 // Makes a tensor's device the current one for as long as it lives, and holds the current stream
 // there. Everything an operator does on the GPU goes to that stream. The call's other tensors have
 // to be on that device too.
@@ -98,6 +112,7 @@ class OnDeviceOf {
   int32_t device_;
   CUDAGuardHandle guard_ = nullptr;
   cudaStream_t stream_ = nullptr;
+  MayLoadKernels may_load_kernels_;
 };
 
 // From torch's caching allocator, on the device of `like`: uninitialised until a kernel writes it.
