@@ -27,6 +27,7 @@ class Kernel:
         load_bits: the widest load from global memory.
         wide_loads: how many loads are of 128 bits.
         case, dtype, warps: what Triton compiled it for.
+        unordered: stores, in Triton, over what a thread may not have loaded yet.
     """
 
     kernel: str
@@ -39,6 +40,7 @@ class Kernel:
     case: str = ""
     dtype: str = ""
     warps: int = 0
+    unordered: int = 0
 
 
 def tool(name: str) -> str | None:

@@ -38,6 +38,10 @@ def test_nothing_is_spilled(found):
     assert [row for row in found["rows"] if row["spilled"]] == []
 
 
+def test_no_thread_stores_over_what_another_has_yet_to_load(found):
+    assert [row for row in found["rows"] if row["unordered"]] == []
+
+
 def test_rows_of_whole_words_are_read_in_words_of_128_bits(found):
     rows = [
         row

@@ -9,6 +9,8 @@ memory, spills and the widest load from global memory.
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -132,13 +134,13 @@ def _packed_loss(
     return run
 
 
-def _next_codes(visits: int = 40, **options: Any) -> Run:
+def _next_codes(visits: int = 40, vocabulary: int = 1000, **options: Any) -> Run:
     from ehrseq_fast import PackedRows, PackedVisits, next_codes_bce
 
     def run(dtype: torch.dtype) -> torch.Tensor:
         batch = PackedVisits.from_lists([[[1, 2, 3]] * visits] * 64)
         states = torch.zeros(batch.n_visits, 16, dtype=dtype)
-        weight = torch.zeros(1000, 16, dtype=dtype, requires_grad=True)
+        weight = torch.zeros(vocabulary, 16, dtype=dtype, requires_grad=True)
         return next_codes_bce(PackedRows(states, batch), weight, **options)
 
     return run
@@ -318,6 +320,7 @@ def cases() -> Iterator[Case]:
         yield Case("packed loss, softmax", dtype, _packed_loss("mean", 4, **softmax), HOPPER)
     yield Case("next codes", single, _next_codes())
     yield Case("next codes", torch.float64, _next_codes(), HOPPER)
+    yield Case("next codes, 40 of them", single, _next_codes(vocabulary=40), HOPPER)
     weights = {"pos_weight": torch.ones(1000), "class_weight": torch.ones(1000)}
     yield Case("next codes, weights", torch.bfloat16, _next_codes(**weights), HOPPER)
     yield Case("next codes, sampled", single, _next_codes(n_negatives=100), HOPPER)
@@ -400,6 +403,32 @@ def compile_launch(launch: Any, arch: int) -> Any:
     return key, compiled
 
 
+def stores_over_loads(ttgir: str, threads: int) -> int:
+    """Stores to where a tile of fewer values than threads was loaded from, with no barrier between.
+    Several threads hold each of its values; one of them stores it, maybe before another one loads.
+
+    Example:
+        >>> load = "%x = tt.load %p, %m : tensor<64x!tt.ptr<f32>, #blocked>\\n"
+        >>> store = "tt.store %p, %y, %m : tensor<64x!tt.ptr<f32>, #blocked>\\n"
+        >>> [stores_over_loads(load + store, threads) for threads in (64, 128)]
+        [0, 1]
+        >>> stores_over_loads(load + "gpu.barrier\\n" + store, 128)
+        0
+    """
+    loaded: set[str] = set()
+    found = 0
+    for line in ttgir.splitlines():
+        access = re.search(r"tt\.(load|store) (%\w+).*: tensor<([\dx]+)x!tt\.ptr", line)
+        if "barrier" in line:
+            loaded.clear()
+        elif access is not None and math.prod(map(int, access[3].split("x"))) < threads:
+            if access[1] == "load":
+                loaded.add(access[2])
+            else:
+                found += access[2] in loaded
+    return found
+
+
 def _kernel_of(case: Case, launch: Any, arch: int, compiled: Any) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -411,6 +440,7 @@ def _kernel_of(case: Case, launch: Any, arch: int, compiled: Any) -> Kernel:
         case=case.name,
         dtype=str(case.dtype).removeprefix("torch."),
         warps=compiled.metadata.num_warps,
+        unordered=stores_over_loads(compiled.asm["ttgir"], 32 * compiled.metadata.num_warps),
     )
 
 

@@ -72,6 +72,7 @@ def next_codes_rows(
         outside = code >= classes
         if not SAMPLED:
             z = tl.load(base + code, mask=there, other=0)
+            tl.debug_barrier()  # several threads hold one value: all have loaded it by now
             loss, absent = _terms(-z, TERMS)
             loss += z * 0
             factor = tl.full((CODES,), 1, accumulator)
@@ -91,6 +92,7 @@ def next_codes_rows(
     for start in range(0, classes, BLOCK):
         k = start + tl.arange(0, BLOCK)
         z = tl.load(base + k, mask=k < classes, other=NOTHING)
+        tl.debug_barrier()  # as above, where BLOCK is less than there are threads
         loss, chance = _terms(z, TERMS)
         if class_weight is not None:
             factor = tl.load(class_weight + k, mask=k < classes, other=0)
