@@ -55,8 +55,9 @@ def nll_and_grad(
     needs_grad: bool,
     visit_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of hazards whose shape has been checked. Weights of visits are contiguous
-    and have the loss's dtype."""
+    """Loss and gradient of contiguous hazards whose shape has been checked: what strides they have
+    decides which threads a compiled kernel gives them to, and so the order of its sums. Weights of
+    visits are contiguous, too, and have the loss's dtype."""
     patients, slots, n_rows, classes = sizes
     arguments.check_options(operation, competing, classes, link, eps, reduction)
     outcomes = (event_times, event_types, entry_times, sample_weight)
@@ -110,6 +111,7 @@ def survival_nll(
     name = "survival_nll"
     arguments.check_hazards(name, hazards, (2,), "[B, V]")
     arguments.check_mask(name, hazards, mask)
+    hazards = hazards.contiguous()
     patients, slots = hazards.shape
     strides = (*hazards.stride(), 0)
     sizes = (patients, slots, patients * slots, 1)
@@ -124,6 +126,7 @@ def competing_risks_nll(
     name = "competing_risks_nll"
     arguments.check_hazards(name, hazards, (3,), "[B, V, K]")
     arguments.check_mask(name, hazards, mask)
+    hazards = hazards.contiguous()
     patients, slots, classes = hazards.shape
     sizes = (patients, slots, patients * slots, classes)
     strides, outcomes = hazards.stride(), (event_times, event_types, mask)
@@ -143,6 +146,7 @@ def packed_survival_nll(
     name = "packed_survival_nll"
     arguments.check_hazards(name, hazards, (1, 2), "[n_visits] or [n_visits, K]")
     arguments.check_rows(name, hazards, row_starts, unsorted_indices, last_rows)
+    hazards = hazards.contiguous()
     competing = hazards.dim() == 2
     strides = (0, hazards.stride(0), hazards.stride(1) if competing else 0)
     classes = hazards.shape[1] if competing else 1

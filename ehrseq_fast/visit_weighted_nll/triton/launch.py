@@ -41,6 +41,7 @@ def visit_weighted_nll(
     dtypes = frozenset({accumulator(hazards.dtype)})
     dims = "[n_visits]" if packed else "[B, V]"
     arguments.check_numbers(_NAME, hazards, "visit_weight", visit_weight, of_visits, dims, dtypes)
+    hazards = hazards.contiguous()
     rows = tuple(None if tensor is None else tensor.contiguous() for tensor in given)
     strides = hazards.stride()
     strides = (0, *strides) if packed else strides
