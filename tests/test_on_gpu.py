@@ -6,10 +6,13 @@ bits on every run. Skipped without one, but for the cases themselves, which are 
 
 from __future__ import annotations
 
+import functools
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -155,14 +158,23 @@ with use_backend("cuda"):
 """
 
 
+@functools.cache
+def first_calls() -> dict[str, subprocess.CompletedProcess[str]]:
+    """One process for each case, several at a time: most of what they take is their start."""
+
+    def started(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", FIRST_CALL.format(name=name)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(min(6, os.cpu_count() or 1)) as pool:
+        return dict(zip(CASES, pool.map(started, CASES), strict=True))
+
+
 def test_the_first_call_of_a_process_may_be_captured(name, on_gpu):
     """That is when CUDA loads the library's kernels."""
     if on_gpu != "cuda":
         pytest.skip("Triton compiles on its first call, which cannot be captured")
-    script = FIRST_CALL.format(name=name)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    done = first_calls()[name]
     assert done.returncode == 0, done.stderr
 
 
