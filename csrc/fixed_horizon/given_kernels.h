@@ -22,6 +22,15 @@ EHRSEQ_INLINE uint64_t bits_where(const Mask<double>& mask) {
 #endif
 }
 
+// Of integers, those that have any of these bits.
+EHRSEQ_INLINE uint64_t bits_where_any(const Mask<double>& integers, int64_t bits) {
+#if EHRSEQ_ISA_LEVEL >= 2
+  return _mm512_test_epi64_mask((__m512i)integers, _mm512_set1_epi64(bits));
+#else
+  return bits_where((integers & bits) != 0);
+#endif
+}
+
 // Of 64 bytes, those that are not 0.
 EHRSEQ_INLINE uint64_t bits_of_bytes(const uint8_t* bytes) {
 #if EHRSEQ_ISA_LEVEL >= 2
@@ -145,8 +154,8 @@ class LabelsOfBlock {
       if (((word >> at) & kAllLanes<double>) == 0) continue;
       const Mask<double> label =
           load_exactly<kLanes<double>>(reinterpret_cast<const int64_t*>(from_) + at);
-      ones_ |= bits_where(-(label & 1)) << at;
-      others_ |= bits_where((label & ~int64_t{1}) != 0) << at;
+      ones_ |= bits_where_any(label, 1) << at;
+      others_ |= bits_where_any(label, ~int64_t{1}) << at;
     }
     others_ &= word;
   }
@@ -154,9 +163,18 @@ class LabelsOfBlock {
   // Whether a label of a slot that counts is an integer other than 0 and 1.
   EHRSEQ_INLINE bool has_others() const { return others_ != 0; }
 
+  EHRSEQ_INLINE bool are_bits() const {
+    return stored_ == Stored::kBool || stored_ == Stored::kLong;
+  }
+
+  template <typename T>
+  EHRSEQ_INLINE Mask<T> ones(int64_t at) const {
+    return lanes_of_bits<T>(ones_ >> at);
+  }
+
   template <typename T>
   EHRSEQ_INLINE Lanes<T> at(int64_t at, uint64_t bits, Mask<double>* wrong) const {
-    if (stored_ == Stored::kBool || stored_ == Stored::kLong) {
+    if (are_bits()) {
       return only_where<T>(lanes_of_bits<T>((ones_ >> at) & bits), broadcast(T(1)));
     }
     Wide<T> label;
@@ -185,7 +203,8 @@ class GivenLoss {
   using T = accumulator_t<scalar_t>;
 
  public:
-  EHRSEQ_INLINE explicit GivenLoss(double share) : share_(share) {}
+  EHRSEQ_INLINE explicit GivenLoss(double share)
+      : share_(share), scale_(broadcast(static_cast<T>(share))) {}
 
   // A whole block of slots from number `slot` on.
   EHRSEQ_INLINE void add(const GivenSlots<scalar_t>& given, int64_t slot, uint64_t word) {
@@ -196,6 +215,9 @@ class GivenLoss {
     }
     const LabelsOfBlock labels(given.labels, slot, word);
     if (labels.has_others()) is_wrong_ = true;
+    if (labels.are_bits() && given.weights.stored == Stored::kBool) {
+      return add_of_bits(given.logits + slot, labels, word, grad);
+    }
     for (int64_t at = 0; at < kBlockSlots; at += kLanes<T>) {
       const uint64_t bits = (word >> at) & kAllLanes<T>;
       Lanes<T> slopes{};
@@ -212,10 +234,33 @@ class GivenLoss {
   EHRSEQ_INLINE double finish(bool* possible) {
     if (is_wrong_ || any_lane(wrong_)) *possible = false;
     softplus_.flush();
-    return softplus_.unfinished().rest + sum_of_all<T>(sums_);
+    terms_.flush();
+    return softplus_.unfinished().rest + terms_.unfinished().rest + sum_of_all<T>(sums_);
   }
 
  private:
+  // Of labels that are 0 or 1, and weights that are 1.
+  EHRSEQ_INLINE void add_of_bits(const scalar_t* logits, const LabelsOfBlock& labels, uint64_t word,
+                                 saved_grad_t<scalar_t>* grad) {
+    constexpr int64_t kVectors = kBlockSlots / kLanes<T>;
+    static_assert(2 * kVectors <= SumOfTerms<T>::kMostVectors);
+    vectors_ += kVectors;
+    if (vectors_ > SumOfTerms<T>::kMostVectors) {
+      terms_.flush();
+      vectors_ = kVectors;
+    }
+    for (int64_t at = 0; at < kBlockSlots; at += kLanes<T>) {
+      const uint64_t bits = (word >> at) & kAllLanes<T>;
+      Lanes<T> slopes{};
+      if (bits != 0) {
+        const Mask<T> counts = lanes_of_bits<T>(bits);
+        const Lanes<T> x = only_where<T>(counts, load(logits + at));
+        slopes = terms_.add(x, labels.template ones<T>(at), scale_, counts);
+      }
+      if (grad != nullptr) store(grad + at, slopes);
+    }
+  }
+
   // Adds the terms, and gives their derivatives, times weights.
   EHRSEQ_INLINE Lanes<T> weighted(const Parts<T>& parts, const Mask<T>& counts, uint64_t bits,
                                   const Numbers& weights, int64_t slot) {
@@ -248,6 +293,9 @@ class GivenLoss {
 
   double share_;
   Wide<T> sums_{};
+  Lanes<T> scale_;
+  SumOfTerms<T> terms_;
+  int64_t vectors_ = 0;        // in terms_ since it was flushed
   SumOfSoftplus<T> softplus_;  // of weights that are all 1
   int64_t until_flush_ = SumOfSoftplus<T>::kMostBits;
   Mask<double> wrong_{};

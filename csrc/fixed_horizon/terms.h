@@ -49,4 +49,71 @@ EHRSEQ_INLINE Lanes<T> marked(const Mask<T>& counts, const Lanes<T>& slope) {
   return counts ? (slope == T(0) ? broadcast(T(-0.0)) : slope) : Lanes<T>{};
 }
 
+// Of a label 0 the term is log(1 + e^x), of a label 1 log(1 + e^-x): with the sign of such logits
+// turned around, all are softplus(x) = max(x, 0) + log(1 + e^-|x|). Logarithms are summed as one of
+// a product, which is kept as its distance from 1: tiny terms keep their digits. Sums of lanes are
+// in T, of few visits each.
+//
+// An infinite logit that has the label 1, or is on the side of the label 0, is infinity times 0 or
+// less infinity where terms_of() and PyTorch have it: x * 0 keeps that NaN.
+template <typename T>
+class SumOfTerms {
+ public:
+  // Before a flush: each factor is at most 2, the product of all lanes is a double's, a lane's T's.
+  static constexpr int64_t kMostVectors =
+      std::min<int64_t>(SumOfSoftplus<T>::kMostBits, sizeof(T) == 4 ? 100 : 1000);
+
+  // Of logits with labels 1 in the lanes `within`, the derivatives times `scale`.
+  EHRSEQ_INLINE Lanes<T> add(const Lanes<T>& logits, const Mask<T>& within, const Lanes<T>& scale) {
+    const auto all = [](const Lanes<T>& decay) __attribute__((always_inline)) { return decay; };
+    return add_counted(logits, within, scale, all);
+  }
+  // Only lanes that count; in the others logits are 0.
+  EHRSEQ_INLINE Lanes<T> add(const Lanes<T>& logits, const Mask<T>& within, const Lanes<T>& scale,
+                             const Mask<T>& counts) {
+    const auto some = [&](const Lanes<T>& decay)
+                          __attribute__((always_inline)) { return only_where<T>(counts, decay); };
+    return only_where<T>(counts, add_counted(logits, within, scale, some));
+  }
+
+  EHRSEQ_INLINE void flush() {
+    rest_ += std::log1p(excess_of_all()) + sum_of_all<T>(widen(linear_));
+    linear_ = excess_ = Lanes<T>{};
+  }
+
+  EHRSEQ_INLINE Unfinished unfinished() const {
+    return {excess_of_all(), rest_ + sum_of_all<T>(widen(linear_))};
+  }
+
+ private:
+  template <typename Counted>
+  EHRSEQ_INLINE Lanes<T> add_counted(const Lanes<T>& logits, const Mask<T>& within,
+                                     const Lanes<T>& scale, const Counted& counted) {
+    const Mask<T> sign = (Mask<T>)broadcast(T(-0.0));
+    const Mask<T> turned = within ? sign : Mask<T>{};
+    const Lanes<T> x = (Lanes<T>)((Mask<T>)logits ^ turned);
+    const Lanes<T> nothing = x * T(0);  // or NaN
+    linear_ += x > T(0) ? x : nothing;
+    linear_ = within ? linear_ + nothing : linear_;
+    const Lanes<T> decay = exp_nonpositive<T>((Lanes<T>)((Mask<T>)x | sign));  // e^-|x|
+    excess_ += counted(decay) * (T(1) + excess_);
+    const Lanes<T> scales = (Lanes<T>)((Mask<T>)scale ^ turned);
+    const Lanes<T> slope = scales * (x > T(0) ? broadcast(T(1)) : decay) / (T(1) + decay);
+    return slope == T(0) ? broadcast(T(-0.0)) : slope;
+  }
+
+  EHRSEQ_INLINE double excess_of_all() const {
+    const auto join = [](const auto& a, const auto& b)
+                          __attribute__((always_inline)) { return a + b * (1.0 + a); };
+    const Wide<T> excess = widen(excess_);
+    Doubles lanes = excess.part[0];
+    for (int i = 1; i < Wide<T>::kParts; ++i) lanes = join(lanes, excess.part[i]);
+    return join_lanes<double>(lanes, join);
+  }
+
+  Lanes<T> linear_{};
+  Lanes<T> excess_{};
+  double rest_ = 0;
+};
+
 }  // namespace ehrseq::fixed_horizon::EHRSEQ_ISA
