@@ -53,10 +53,7 @@ class Labels {
   }
 
   // Whether no time was NaN and no weight negative, of the visits that were asked for.
-  bool possible() const {
-    return join_lanes<int64_t>(wrong_, [](const auto& a, const auto& b)
-                                           __attribute__((always_inline)) { return a | b; }) == 0;
-  }
+  bool possible() const { return !any_lane<double>(wrong_); }
 
  private:
   const Visits& visits_;
@@ -81,29 +78,19 @@ template <typename stored_t>
 }
 
 #if EHRSEQ_ISA_LEVEL >= 2
-// Lanes in which a <= b, or a < b, as bits.
-template <typename stored_t>
-EHRSEQ_INLINE uint32_t bits_at_most(const Lanes<stored_t>& a, const Lanes<stored_t>& b) {
-  if constexpr (std::is_same_v<stored_t, float>) {
-    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
-  } else if constexpr (std::is_same_v<stored_t, double>) {
-    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ);
-  } else if constexpr (sizeof(stored_t) == 4) {
-    return _mm512_cmple_epi32_mask((__m512i)a, (__m512i)b);
-  } else {
-    return _mm512_cmple_epi64_mask((__m512i)a, (__m512i)b);
-  }
-}
-template <typename stored_t>
+// Lanes in which a < b, or a <= b, as bits.
+template <bool kOrEqual, typename stored_t>
 EHRSEQ_INLINE uint32_t bits_below(const Lanes<stored_t>& a, const Lanes<stored_t>& b) {
+  constexpr int kFloats = kOrEqual ? _CMP_LE_OQ : _CMP_LT_OQ;
+  constexpr auto kIntegers = kOrEqual ? _MM_CMPINT_LE : _MM_CMPINT_LT;
   if constexpr (std::is_same_v<stored_t, float>) {
-    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, kFloats);
   } else if constexpr (std::is_same_v<stored_t, double>) {
-    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ);
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, kFloats);
   } else if constexpr (sizeof(stored_t) == 4) {
-    return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b);
+    return _mm512_cmp_epi32_mask((__m512i)a, (__m512i)b, kIntegers);
   } else {
-    return _mm512_cmplt_epi64_mask((__m512i)a, (__m512i)b);
+    return _mm512_cmp_epi64_mask((__m512i)a, (__m512i)b, kIntegers);
   }
 }
 #endif
@@ -122,9 +109,9 @@ EHRSEQ_INLINE bool count_ascending(const stored_t* times, int64_t visits, stored
   *below = {0, 0};
   const auto take = [&](const stored_t* from, uint32_t is_new) __attribute__((always_inline)) {
     const Lanes<stored_t> now = load_exactly<kTimes>(from);
-    ascends &= bits_at_most<stored_t>(now, load_exactly<kTimes>(from + 1));
-    below->end += __builtin_popcount(bits_below<stored_t>(now, lasts) & is_new);
-    below->first += __builtin_popcount(bits_below<stored_t>(now, firsts) & is_new);
+    ascends &= bits_below<true, stored_t>(now, load_exactly<kTimes>(from + 1));
+    below->end += __builtin_popcount(bits_below<false, stored_t>(now, lasts) & is_new);
+    below->first += __builtin_popcount(bits_below<false, stored_t>(now, firsts) & is_new);
   };
   for (; at + kTimes < visits; at += kTimes) take(times + at, kAll);
   if (at > 0) {

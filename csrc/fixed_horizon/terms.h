@@ -77,12 +77,12 @@ class SumOfTerms {
   }
 
   EHRSEQ_INLINE void flush() {
-    rest_ += std::log1p(excess_of_all()) + sum_of_all<T>(widen(linear_));
+    rest_ += std::log1p(excess_of_all<T>(widen(excess_))) + sum_of_all<T>(widen(linear_));
     linear_ = excess_ = Lanes<T>{};
   }
 
   EHRSEQ_INLINE Unfinished unfinished() const {
-    return {excess_of_all(), rest_ + sum_of_all<T>(widen(linear_))};
+    return {excess_of_all<T>(widen(excess_)), rest_ + sum_of_all<T>(widen(linear_))};
   }
 
  private:
@@ -100,15 +100,6 @@ class SumOfTerms {
     const Lanes<T> scales = (Lanes<T>)((Mask<T>)scale ^ turned);
     const Lanes<T> slope = scales * (x > T(0) ? broadcast(T(1)) : decay) / (T(1) + decay);
     return slope == T(0) ? broadcast(T(-0.0)) : slope;
-  }
-
-  EHRSEQ_INLINE double excess_of_all() const {
-    const auto join = [](const auto& a, const auto& b)
-                          __attribute__((always_inline)) { return a + b * (1.0 + a); };
-    const Wide<T> excess = widen(excess_);
-    Doubles lanes = excess.part[0];
-    for (int i = 1; i < Wide<T>::kParts; ++i) lanes = join(lanes, excess.part[i]);
-    return join_lanes<double>(lanes, join);
   }
 
   Lanes<T> linear_{};

@@ -154,8 +154,17 @@ class Product {
   int64_t exponent_ = 0;
 };
 
-// Σ (linear + log(1 + excess)), with Π (1 + excess) kept as its distance from 1: tiny terms keep
-// their digits. Over all lanes.
+// Π (1 + excess) of all lanes as its distance from 1: tiny terms keep their digits.
+template <typename T>
+EHRSEQ_INLINE double excess_of_all(const Wide<T>& excess) {
+  const auto join = [](const auto& a, const auto& b)
+                        __attribute__((always_inline)) { return a + b * (1.0 + a); };
+  Doubles lanes = excess.part[0];
+  for (int i = 1; i < Wide<T>::kParts; ++i) lanes = join(lanes, excess.part[i]);
+  return join_lanes<double>(lanes, join);
+}
+
+// Σ (linear + log(1 + excess)), with Π (1 + excess) kept as its distance from 1. Over all lanes.
 template <typename T>
 class SumOfSoftplus {
  public:
@@ -174,25 +183,17 @@ class SumOfSoftplus {
   }
 
   EHRSEQ_INLINE void flush() {
-    logs_ += std::log1p(excess_of_all());
+    logs_ += std::log1p(excess_of_all<T>(excess_));
     excess_ = {};
   }
 
   EHRSEQ_INLINE Unfinished unfinished() const {
     double rest = logs_;
     for (const Doubles& linear : linear_.part) rest += sum_of_lanes<double>(linear);
-    return {excess_of_all(), rest};
+    return {excess_of_all<T>(excess_), rest};
   }
 
  private:
-  EHRSEQ_INLINE double excess_of_all() const {
-    const auto join = [](const auto& a, const auto& b)
-                          __attribute__((always_inline)) { return a + b * (1.0 + a); };
-    Doubles lanes = excess_.part[0];
-    for (int i = 1; i < Wide<T>::kParts; ++i) lanes = join(lanes, excess_.part[i]);
-    return join_lanes<double>(lanes, join);
-  }
-
   Wide<T> linear_{};
   Wide<T> excess_{};
   double logs_ = 0;

@@ -7,9 +7,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "fixed_horizon/given.h"
+#include "fixed_horizon/masked_bce.h"
 
-#define EHRSEQ_ISA_FILE "fixed_horizon/given_kernels.h"
+#define EHRSEQ_ISA_FILE "fixed_horizon/masked_bce_kernels.h"
 #include "common/each_isa.h"
 
 namespace ehrseq::fixed_horizon {

@@ -1,5 +1,5 @@
 // masked_bce on the CPU: loss and gradient in one call, after the sum of the weights. The loops
-// over slots are in given_kernels.h.
+// over slots are in masked_bce_kernels.h.
 
 #include <algorithm>
 #include <atomic>
@@ -17,7 +17,7 @@
 #include "common/survival/groups.h"
 #include "common/tensors.h"
 #include "fixed_horizon/arguments.h"
-#include "fixed_horizon/given.h"
+#include "fixed_horizon/masked_bce.h"
 
 namespace ehrseq::fixed_horizon {
 namespace {
@@ -75,7 +75,8 @@ class SlotNumbers {
 };
 
 // The sum of one number per chunk, in the order of chunks: the same bits for any number of threads.
-// body(chunk, first, count, possible) gives that of slots first..first + count.
+// make_body() gives each thread its body(first, count, possible), which gives the number of slots
+// first..first + count.
 template <typename MakeBody>
 double sum_of_chunks(int64_t slots, int64_t grain, const MakeBody& make_body, bool* possible) {
   const int64_t chunks = (slots + kChunkSlots - 1) / kChunkSlots;

@@ -3,7 +3,8 @@
 //
 // Compiled once for each instruction set, hence no include guard: see common/each_isa.h.
 
-#include "fixed_horizon/given.h"
+#include "common/set_bits.h"
+#include "fixed_horizon/masked_bce.h"
 #include "survival_nll/sums.h"
 // after those
 #include "fixed_horizon/terms.h"
@@ -31,27 +32,6 @@ EHRSEQ_INLINE uint64_t bits_where_any(const Mask<double>& integers, int64_t bits
 #endif
 }
 
-// Of 64 bytes, those that are not 0.
-EHRSEQ_INLINE uint64_t bits_of_bytes(const uint8_t* bytes) {
-#if EHRSEQ_ISA_LEVEL >= 2
-  const __m512i all = _mm512_loadu_si512(bytes);
-  return _mm512_test_epi8_mask(all, all);
-#else
-  // Each byte's bits are brought to its lowest one, and the product brings these side by side.
-  uint64_t bits = 0;
-  for (int i = 0; i < 8; ++i) {
-    uint64_t eight;
-    std::memcpy(&eight, bytes + 8 * i, sizeof eight);
-    eight |= (eight >> 4) & 0x0f0f0f0f0f0f0f0f;
-    eight |= (eight >> 2) & 0x0303030303030303;
-    eight |= (eight >> 1) & 0x0101010101010101;
-    eight &= 0x0101010101010101;
-    bits |= ((eight * 0x0102040810204080) >> 56) << (8 * i);
-  }
-  return bits;
-#endif
-}
-
 template <typename T>
 EHRSEQ_INLINE Mask<T> lanes_of_bits(uint64_t bits) {
   const Mask<T> of_lane = broadcast<bits_t<T>>(1) << lane_numbers<T>();
@@ -69,11 +49,6 @@ EHRSEQ_INLINE Doubles load_doubles(const int64_t* from) {
   return __builtin_convertvector(load_exactly<kLanes<double>>(from), Doubles);
 }
 
-EHRSEQ_INLINE bool any_lane(const Mask<double>& mask) {
-  return join_lanes<int64_t>(mask, [](const auto& a, const auto& b)
-                                       __attribute__((always_inline)) { return a | b; }) != 0;
-}
-
 // Calls block(from, number) for whole blocks; the last slots are in one that zeros fill up.
 template <typename stored_t, typename Body>
 EHRSEQ_INLINE void for_each_block(const void* data, int64_t slots, Body&& body) {
@@ -87,39 +62,37 @@ EHRSEQ_INLINE void for_each_block(const void* data, int64_t slots, Body&& body) 
 }
 
 template <typename stored_t>
-double read_numbers(const void* data, int64_t slots, uint64_t* words, bool* possible) {
+double read_weights_stored_as(const void* data, int64_t slots, uint64_t* words, bool* possible) {
   Doubles sums{};
   Mask<double> negative{};
   for_each_block<stored_t>(data, slots,
                            [&](const stored_t* from, int64_t block) __attribute__((always_inline)) {
-                             uint64_t bits = 0;
                              for (int64_t at = 0; at < kBlockSlots; at += kLanes<double>) {
                                const Doubles weight = load_doubles(from + at);
-                               bits |= bits_where(weight != 0.0) << at;
                                negative |= weight < 0.0;
                                sums += weight;  // a NaN or an infinity reaches the result
                              }
-                             words[block] = bits;
+                             words[block] = set_of_64(from);
                            });
-  if (any_lane(negative)) *possible = false;
+  if (any_lane<double>(negative)) *possible = false;
   return sum_of_lanes<double>(sums);
 }
 
 inline double read_weights(const Numbers& weights, int64_t slots, uint64_t* words, bool* possible) {
   switch (weights.stored) {
     case Stored::kLong:
-      return read_numbers<int64_t>(weights.data, slots, words, possible);
+      return read_weights_stored_as<int64_t>(weights.data, slots, words, possible);
     case Stored::kFloat:
-      return read_numbers<float>(weights.data, slots, words, possible);
+      return read_weights_stored_as<float>(weights.data, slots, words, possible);
     case Stored::kDouble:
-      return read_numbers<double>(weights.data, slots, words, possible);
+      return read_weights_stored_as<double>(weights.data, slots, words, possible);
     case Stored::kBool:
       break;
   }
   int64_t count = 0;
   for_each_block<uint8_t>(weights.data, slots,
                           [&](const uint8_t* from, int64_t block) __attribute__((always_inline)) {
-                            words[block] = bits_of_bytes(from);
+                            words[block] = set_of_64(from);
                             count += __builtin_popcountll(words[block]);
                           });
   return static_cast<double>(count);
@@ -143,35 +116,39 @@ EHRSEQ_INLINE void prefetch_where(uint64_t bits, const void* from, int64_t bytes
   }
 }
 
-// A block's labels; what does not count is 0. Those that can only be 0 or 1 are bits.
+// A block's labels. They are read as bits where each that counts is 0 or 1.
 class LabelsOfBlock {
  public:
   EHRSEQ_INLINE LabelsOfBlock(const Numbers& labels, int64_t slot, uint64_t word)
       : stored_(labels.stored), from_(slot_of(labels, slot)) {
-    if (stored_ == Stored::kBool) ones_ = bits_of_bytes(reinterpret_cast<const uint8_t*>(from_));
-    if (stored_ != Stored::kLong) return;
-    for (int64_t at = 0; at < kBlockSlots; at += kLanes<double>) {
-      if (((word >> at) & kAllLanes<double>) == 0) continue;
-      const Mask<double> label =
-          load_exactly<kLanes<double>>(reinterpret_cast<const int64_t*>(from_) + at);
-      ones_ |= bits_where_any(label, 1) << at;
-      others_ |= bits_where_any(label, ~int64_t{1}) << at;
+    switch (stored_) {
+      case Stored::kBool:
+        ones_ = set_of_64(reinterpret_cast<const uint8_t*>(from_));
+        break;
+      case Stored::kLong:
+        read_integers(reinterpret_cast<const int64_t*>(from_), word);
+        break;
+      case Stored::kFloat:
+        read_numbers(reinterpret_cast<const float*>(from_), word);
+        break;
+      case Stored::kDouble:
+        read_numbers(reinterpret_cast<const double*>(from_), word);
+        break;
     }
     others_ &= word;
   }
 
   // Whether a label of a slot that counts is an integer other than 0 and 1.
-  EHRSEQ_INLINE bool has_others() const { return others_ != 0; }
+  EHRSEQ_INLINE bool are_wrong() const { return stored_ == Stored::kLong && others_ != 0; }
 
-  EHRSEQ_INLINE bool are_bits() const {
-    return stored_ == Stored::kBool || stored_ == Stored::kLong;
-  }
+  EHRSEQ_INLINE bool are_bits() const { return stored_ == Stored::kLong || others_ == 0; }
 
   template <typename T>
   EHRSEQ_INLINE Mask<T> ones(int64_t at) const {
     return lanes_of_bits<T>(ones_ >> at);
   }
 
+  // Those that count, and 0 for the others.
   template <typename T>
   EHRSEQ_INLINE Lanes<T> at(int64_t at, uint64_t bits, Mask<double>* wrong) const {
     if (are_bits()) {
@@ -192,6 +169,25 @@ class LabelsOfBlock {
   }
 
  private:
+  EHRSEQ_INLINE void read_integers(const int64_t* from, uint64_t word) {
+    for (int64_t at = 0; at < kBlockSlots; at += kLanes<double>) {
+      if (((word >> at) & kAllLanes<double>) == 0) continue;
+      const Mask<double> label = load_exactly<kLanes<double>>(from + at);
+      ones_ |= bits_where_any(label, 1) << at;
+      others_ |= bits_where_any(label, ~int64_t{1}) << at;
+    }
+  }
+
+  template <typename stored_t>
+  EHRSEQ_INLINE void read_numbers(const stored_t* from, uint64_t word) {
+    for (int64_t at = 0; at < kBlockSlots; at += kLanes<double>) {
+      if (((word >> at) & kAllLanes<double>) == 0) continue;
+      const Doubles label = load_doubles(from + at);
+      ones_ |= bits_where(label == 1.0) << at;
+      others_ |= bits_where((label != 0.0) & (label != 1.0)) << at;  // NaN among them
+    }
+  }
+
   Stored stored_;
   const char* from_;
   uint64_t ones_ = 0;
@@ -214,7 +210,7 @@ class GivenLoss {
       return;
     }
     const LabelsOfBlock labels(given.labels, slot, word);
-    if (labels.has_others()) is_wrong_ = true;
+    if (labels.are_wrong()) is_wrong_ = true;
     if (labels.are_bits() && given.weights.stored == Stored::kBool) {
       return add_of_bits(given.logits + slot, labels, word, grad);
     }
@@ -225,17 +221,16 @@ class GivenLoss {
         const Mask<T> counts = lanes_of_bits<T>(bits);
         const Lanes<T> x = only_where<T>(counts, load(given.logits + slot + at));
         const Parts<T> parts = parts_of<T>(x, labels.template at<T>(at, bits, &wrong_));
-        slopes = marked<T>(counts, weighted(parts, counts, bits, given.weights, slot + at));
+        slopes = marked<T>(counts, weighted(parts, bits, given.weights, slot + at));
       }
       if (grad != nullptr) store(grad + at, slopes);
     }
   }
 
   EHRSEQ_INLINE double finish(bool* possible) {
-    if (is_wrong_ || any_lane(wrong_)) *possible = false;
-    softplus_.flush();
+    if (is_wrong_ || any_lane<double>(wrong_)) *possible = false;
     terms_.flush();
-    return softplus_.unfinished().rest + terms_.unfinished().rest + sum_of_all<T>(sums_);
+    return terms_.unfinished().rest + sum_of_all<T>(sums_);
   }
 
  private:
@@ -262,17 +257,8 @@ class GivenLoss {
   }
 
   // Adds the terms, and gives their derivatives, times weights.
-  EHRSEQ_INLINE Lanes<T> weighted(const Parts<T>& parts, const Mask<T>& counts, uint64_t bits,
-                                  const Numbers& weights, int64_t slot) {
-    if (weights.stored == Stored::kBool) {
-      // Of ones the sum of logarithms is that of a product.
-      softplus_.add(parts.linear, only_where<T>(counts, parts.decay));
-      if (--until_flush_ == 0) {
-        softplus_.flush();
-        until_flush_ = SumOfSoftplus<T>::kMostBits;
-      }
-      return parts.slope * static_cast<T>(share_);
-    }
+  EHRSEQ_INLINE Lanes<T> weighted(const Parts<T>& parts, uint64_t bits, const Numbers& weights,
+                                  int64_t slot) {
     Wide<T> weight;
     const Wide<T> term = widen(parts.term());
     for (int i = 0; i < Wide<T>::kParts; ++i) {
@@ -285,7 +271,9 @@ class GivenLoss {
     return parts.slope * narrow(weight);
   }
 
+  // Of slots that count.
   static EHRSEQ_INLINE Doubles load_weights(const char* from, Stored stored) {
+    if (stored == Stored::kBool) return broadcast(1.0);
     if (stored == Stored::kFloat) return load_doubles(reinterpret_cast<const float*>(from));
     if (stored == Stored::kLong) return load_doubles(reinterpret_cast<const int64_t*>(from));
     return load_doubles(reinterpret_cast<const double*>(from));
@@ -295,9 +283,7 @@ class GivenLoss {
   Wide<T> sums_{};
   Lanes<T> scale_;
   SumOfTerms<T> terms_;
-  int64_t vectors_ = 0;        // in terms_ since it was flushed
-  SumOfSoftplus<T> softplus_;  // of weights that are all 1
-  int64_t until_flush_ = SumOfSoftplus<T>::kMostBits;
+  int64_t vectors_ = 0;  // in terms_ since it was flushed
   Mask<double> wrong_{};
   bool is_wrong_ = false;
 };
