@@ -198,6 +198,13 @@ def test_large_logits(backend, dtype):
     wide = value_and_grad(reference.deephit_ranking, x.double(), times, seen, sigma=0.5)
     for ours, theirs in zip(got, wide, strict=True):
         assert_matches(ours, theirs, scale=10, terms=4)
+    x, p = draw(23, 17, dtype=dtype, scale=60)  # e^x of the largest is no float32
+    x[3] += 30 - x[3].amax()  # and of a patient's is far from that
+    given = (p.times, p.types, p.mask)
+    got = value_and_grad(deephit_ranking_loss, x, *given, sigma=0.5)
+    wide = value_and_grad(reference.deephit_ranking, x.double(), *given, sigma=0.5)
+    for ours, theirs in zip(got, wide, strict=True):
+        assert_matches(ours, theirs, scale=wide[0] / 0.5, terms=40)
 
 
 @pytest.mark.parametrize("causes", [None, 3])

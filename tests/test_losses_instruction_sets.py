@@ -71,6 +71,10 @@ for slots in (1, 2, 7, 8, 9, 15, 16, 17, 24, 40):
             assert_matches(value, wide, scale=wide.abs() + 2, terms=slots)
             assert_matches(grad, wide_grad, scale=wide_grad.abs().max() + 1, terms=slots)
             assert not grad[~mask].any()
+for dtype in DTYPES:  # 2 to the power of the visits of a lane is no number of the dtype's
+    x = torch.zeros(2, 20_000, dtype=dtype)
+    value = fixed_horizon_bce(x, torch.tensor([20_000, 20_000]), torch.ones(2), 5_000)
+    assert_matches(value, torch.tensor(2.0).double().log(), scale=1, terms=4)
 days = torch.arange(20.0).repeat(2, 1)
 for visit in range(20):
     wrong = days.clone()
@@ -111,6 +115,12 @@ for at, slots in enumerate((1, 7, 63, 64, 65, 130, 200, 2048, 2049, 5000)):
             assert_matches(value, wide[0], scale=wide[0] + 4, terms=40)
             assert_matches(grad, wide[1], scale=wide[1].abs().max() + 0.1, terms=40)
             assert not grad[w == 0].any()
+for dtype in DTYPES:  # as above
+    x, y = torch.zeros(1, 20_000, dtype=dtype), torch.arange(20_000).view(1, -1) % 2
+    for of_labels in (torch.bool, torch.int64, torch.float32):
+        value = loss(x, y.to(of_labels), torch.ones(1, 20_000, dtype=torch.bool))
+        expected = torch.tensor(2.0).double().log()
+        assert_matches(value, expected.to(dtype).double(), scale=1, terms=4)
 for of_labels in LABELS:
     for of_weights in WEIGHTS:
         y, w = given(200, of_labels, of_weights)
@@ -151,6 +161,7 @@ for slots in (1, 15, 16, 17, 31, 33, 70):
             wanted = torch.where(counts, wide * factor + 0, 0).to(dtype)
             assert torch.equal(got.isnan(), wanted.isnan())
             assert torch.equal(got.nan_to_num(7), wanted.nan_to_num(7))
+            assert torch.equal(got.signbit()[got == 0], wanted.signbit()[got == 0])
 """
 
 CLASSES = """
