@@ -245,13 +245,25 @@ def scaled(hazards):
     return hazards * SCALE
 
 
+def holding(power):
+    """A function with a value of its own, and that value's cell."""
+
+    def raised(hazards):
+        return hazards**power
+
+    return raised, raised.__closure__[0]
+
+
+raised, POWER = holding(1.0)
+
+
 class OfItsFile(Survival):
     factor = 1.0
     settings = types.SimpleNamespace(shift=0.0)
 
     def forward(self, codes, visit_mask, sequence_mask):
         hazards = super().forward(codes, visit_mask, sequence_mask)
-        return scaled(hazards) * self.factor + self.settings.shift
+        return raised(scaled(hazards)) * self.factor + self.settings.shift
 
 
 def without_codes(self, codes, visit_mask):
@@ -274,6 +286,7 @@ CHANGES = {
     "in an object of the class": lambda patch: patch.setattr(OfItsFile.settings, "shift", 1.0),
     "a value of the file": lambda patch: patch.setattr(f"{HERE}.SCALE", 3.0),
     "a function of the file": lambda patch: patch.setattr(f"{HERE}.scaled", lambda h: h * 5),
+    "a value that a function holds": lambda patch: patch.setattr(POWER, "cell_contents", 2.0),
 }
 
 
