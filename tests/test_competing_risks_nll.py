@@ -52,10 +52,14 @@ def assert_as_reference(hazards, *args, terms=40, **options):
     assert grad.dtype == hazards.dtype
     assert grad.shape == hazards.shape
     assert_close(value, oracle, terms)
-    # a class's derivative is a difference of two numbers of the size of its patient's weight
-    weight = torch.arange(1.0, value.numel() + 1).reshape(value.shape)
-    weight = weight.view(-1, *(1,) * (grad.dim() - 1)) if value.dim() else weight
-    assert_matches(grad, oracle_grad, scale=weight, terms=terms)
+    if grad.is_cuda:
+        # quotients there are less exact, and a class's derivative is a difference of two numbers
+        # of the size of its patient's weight
+        weight = torch.arange(1.0, value.numel() + 1).reshape(value.shape)
+        weight = weight.view(-1, *(1,) * (grad.dim() - 1)) if value.dim() else weight
+        assert_matches(grad, oracle_grad, scale=weight, terms=terms)
+    else:
+        assert_close(grad, oracle_grad, terms)
     assert (grad[oracle_grad == 0] == 0).all()
 
 

@@ -121,11 +121,12 @@ def test_packed_rows_and_padding(backend, slots, causes):
     values = batch.pack(x).detach().requires_grad_()
     packed = loss(PackedRows(values, batch))
     (grad,) = torch.autograd.grad(packed, values)
-    if backend != "triton":  # which a compiler lays out otherwise where rows are numbers in memory
-        assert torch.equal(packed, expected[0])
-        assert torch.equal(grad, batch.pack(expected[1]))
-    assert_matches(packed, expected[0].double(), scale=10 * expected[0], terms=8)
-    assert_matches(grad, batch.pack(expected[1]).double(), scale=10 * expected[1].abs().max())
+    if backend == "triton" and grad.is_cuda:  # a compiler lays rows in memory out otherwise
+        assert_matches(packed, expected[0].double(), scale=10 * expected[0], terms=8)
+        assert_matches(grad, batch.pack(expected[1]).double(), scale=10 * expected[1].abs().max())
+        return
+    assert torch.equal(packed, expected[0])
+    assert torch.equal(grad, batch.pack(expected[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
