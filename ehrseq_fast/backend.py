@@ -147,10 +147,10 @@ batching, compiled_batching = _import_batching()
 
 
 def cpu_capability() -> str | None:
-    """The instruction set that the ``cpu`` kernels use: ``baseline``, ``avx2``, ``avx512`` or
-    ``avx512_bf16``, the best that this processor has and ``EHRSEQ_FAST_CPU_CAPABILITY`` allows; the
-    reason why they refuse where that variable holds something else; None where they are not
-    loaded."""
+    """The instruction set that the ``cpu`` kernels use: ``baseline``, ``avx2``, ``avx512``,
+    ``avx512_bf16`` or ``amx``, the best that this processor has and ``EHRSEQ_FAST_CPU_CAPABILITY``
+    allows, or ``amx_emulated`` where that variable asks for it; the reason why they refuse where it
+    holds something else; None where they are not loaded."""
     if compiled_cpu.reason is not None or compiled_cpu.path is None:
         return None
     function = ctypes.CDLL(compiled_cpu.path).ehrseq_fast_cpu_capability
@@ -159,13 +159,24 @@ def cpu_capability() -> str | None:
 
 
 def bfloat16_products() -> str | None:
-    """How the ``cpu`` kernels of recurrent layers multiply bfloat16: in ``pairs`` (AVX512-BF16), or
-    widened to ``float32``; None where they are not loaded. They have no kernels for AMX."""
+    """How the ``cpu`` kernels of recurrent layers multiply bfloat16: in ``tiles`` (AMX), in
+    ``pairs`` (AVX512-BF16), or widened to ``float32``; None where they are not loaded."""
     if compiled_cpu.reason is not None or compiled_cpu.path is None:
         return None
     function = ctypes.CDLL(compiled_cpu.path).ehrseq_fast_bfloat16_products
     function.restype = ctypes.c_char_p
     return function().decode()
+
+
+def why_no_amx() -> str | None:
+    """Why the ``cpu`` kernels cannot use the tiles of AMX here; None where they can. What
+    ``EHRSEQ_FAST_CPU_CAPABILITY`` holds plays no part."""
+    if compiled_cpu.reason is not None or compiled_cpu.path is None:
+        return "no kernels are loaded"
+    function = ctypes.CDLL(compiled_cpu.path).ehrseq_fast_why_no_amx
+    function.restype = ctypes.c_char_p
+    reason = function()
+    return None if reason is None else reason.decode()
 
 
 _kernels = {

@@ -50,8 +50,13 @@ def test_info_says_how_bfloat16_is_multiplied():
     if backend.compiled_cpu.reason is None:
         how, amx = said(EHRSEQ_FAST_CPU_CAPABILITY="baseline").split("; AMX: ")
         assert how == "widened to float32"
-        assert amx.endswith("the kernels do not use it") == amx.startswith("this CPU has it")
-    assert said(EHRSEQ_FAST_NO_COMPILED="1").startswith("by PyTorch, as no kernels are loaded; ")
+        forbidden = "not used, because EHRSEQ_FAST_CPU_CAPABILITY forbids it"
+        assert amx == (backend.why_no_amx() or forbidden)
+        if backend.cpu_capability() not in ("baseline", "avx2"):
+            assert said(EHRSEQ_FAST_CPU_CAPABILITY="amx_emulated").startswith(
+                "in tiles (AMX); AMX: emulated, slowly, because "
+            )
+    assert said(EHRSEQ_FAST_NO_COMPILED="1") == "by PyTorch; AMX: no kernels are loaded"
 
 
 def test_why_triton_is_not_used():

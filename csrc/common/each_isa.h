@@ -13,8 +13,8 @@
 // translation unit could share is compiled for more than every x86-64 has.
 //
 // EHRSEQ_ISA_LEVEL is 0, 1 and 2 in their order, for what has to be said in intrinsics. With
-// EHRSEQ_ISA_HAS_BFLOAT16 there is a fourth variant, avx512_bf16 of level 3, with the products of
-// pairs of bfloat16; EHRSEQ_BEST_ISA does not pick it, multiplies_bfloat16() says where it is fast.
+// EHRSEQ_ISA_HAS_BFLOAT16 there are two more, with products of bfloat16: avx512_bf16 of level 3, in
+// pairs, and amx of level 4, in tiles. EHRSEQ_BEST_ISA picks neither, bfloat16_products() does.
 //
 // (Not target_clones: GCC takes comparisons of wide vectors apart into scalars before it clones a
 // function, and the loader's choice among clones cannot be held down.)
@@ -66,6 +66,17 @@
     "avx512bf16,prefer-vector-width=512")
 #define EHRSEQ_ISA avx512_bf16
 #define EHRSEQ_ISA_LEVEL 3
+#include EHRSEQ_ISA_FILE
+#undef EHRSEQ_ISA
+#undef EHRSEQ_ISA_LEVEL
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target(                                                                    \
+    "avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt,avx512f,avx512vl,avx512bw,avx512dq,avx512cd", \
+    "prefer-vector-width=512")
+#define EHRSEQ_ISA amx
+#define EHRSEQ_ISA_LEVEL 4
 #include EHRSEQ_ISA_FILE
 #undef EHRSEQ_ISA
 #undef EHRSEQ_ISA_LEVEL

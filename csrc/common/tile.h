@@ -24,6 +24,17 @@ constexpr bool kIsBFloat16 = std::is_same_v<S, BFloat16>;
 template <typename S>
 constexpr int64_t kPack = kIsBFloat16<S> ? 2 : 1;
 
+// How many packs of a left row lie one behind the other.
+#ifdef EHRSEQ_BFLOAT16_TILES
+template <typename S>
+constexpr int64_t kGroup = amx_tiles::kPacks;
+using ProductSession = amx_tiles::Session;
+#else
+template <typename S>
+constexpr int64_t kGroup = 1;
+struct ProductSession {};
+#endif
+
 template <typename S>
 EHRSEQ_INLINE Vector<Sum<S>> load(const S* from) {
   return load_lanes<kLanes<S>>(from);
@@ -57,21 +68,41 @@ EHRSEQ_INLINE Vector<T> splat(T value) {
   return value - Vector<T>{};
 }
 
+template <int N>
+using Count = std::integral_constant<int, N>;
+
+// How many rows of a tile of N are used. All of them, so that their sums can stay in registers; but
+// for tiles in memory, one such kernel serves any number.
+#ifdef EHRSEQ_BFLOAT16_TILES
+template <int N>
+struct Rows {
+  static constexpr int value = N;
+  int count = N;
+  constexpr operator int() const { return count; }
+};
+#else
+template <int N>
+using Rows = Count<N>;
+#endif
+
 template <typename T, int R, int V>
 struct Tile {
+  Rows<R> rows = {};
   Vector<T> sum[R][V];
 };
 
 template <typename T, int R, int V>
 EHRSEQ_INLINE void clear(Tile<T, R, V>& tile) {
+  const int height = tile.rows;
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < height; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) tile.sum[r][v] = Vector<T>{};
   }
 }
 
-// Where the tile's R left factors lie: pack k of row r is at[r * row_stride + k * step].
+// Where the tile's R left factors lie: pack k of row r is
+// at[r * row_stride + k / kGroup * step + k % kGroup * kPack].
 template <typename S>
 struct Left {
   const S* at;
@@ -118,6 +149,59 @@ EHRSEQ_INLINE void multiply_add(Vector<Sum<S>>& sum, Packs<S> factor, Packs<S> w
 #endif
 }
 
+// A row of left factors that lie one behind the other, and so do the rows.
+template <typename S>
+EHRSEQ_INLINE Left<S> left_rows(const S* at, int64_t row_stride) {
+  return {at, row_stride, kGroup<S> * kPack<S>};
+}
+
+#ifdef EHRSEQ_BFLOAT16_TILES
+
+template <int kLeft, int kRight, typename S, int... v>
+EHRSEQ_INLINE void multiply_group(const Left<S>& left, const Right<S>& right,
+                                  std::integer_sequence<int, v...>) {
+  amx_tiles::load<kLeft>(left.at, left.row_stride * sizeof(S));
+  const auto multiply = [&](auto vector) {
+    constexpr int kVector = decltype(vector)::value;
+    amx_tiles::load<kRight>(right.at + kVector * right.vector_stride, right.step * sizeof(S));
+    amx_tiles::multiply<kVector, kLeft, kRight>();
+  };
+  (multiply(std::integral_constant<int, v>{}), ...);
+}
+
+// To the vectors `of` the tile; `depth` counts packs.
+template <typename S, typename T, int R, int V, int... v>
+EHRSEQ_INLINE void add_products(Tile<T, R, V>& tile, const int64_t (&of)[sizeof...(v)],
+                                Left<S> left, Right<S> right, int64_t depth,
+                                std::integer_sequence<int, v...> vectors) {
+  constexpr int64_t kRow = sizeof(tile.sum[0]);
+  amx_tiles::set_shapes(tile.rows, depth % amx_tiles::kPacks);
+  (amx_tiles::load<v>(&tile.sum[0][of[v]], kRow), ...);
+  for (; depth >= amx_tiles::kPacks; depth -= amx_tiles::kPacks) {
+    multiply_group<amx_tiles::kLeft, amx_tiles::kRight>(left, right, vectors);
+    left.at += left.step;
+    right.at += amx_tiles::kPacks * right.step;
+  }
+  if (depth > 0) multiply_group<amx_tiles::kLeftRest, amx_tiles::kRightRest>(left, right, vectors);
+  (amx_tiles::store<v>(&tile.sum[0][of[v]], kRow), ...);
+}
+
+template <typename S, typename T, int R, int V, int N>
+EHRSEQ_INLINE void add_products_to(Tile<T, R, V>& tile, const int64_t (&of)[N], Left<S> left,
+                                   Right<S> right, int64_t depth) {
+  add_products(tile, of, left, right, depth, std::make_integer_sequence<int, N>{});
+}
+
+template <typename S, typename T, int R, int V>
+EHRSEQ_INLINE void add_products(Tile<T, R, V>& tile, Left<S> left, Right<S> right, int64_t depth) {
+  constexpr int64_t kInOrder[] = {0, 1, 2, 3};
+  int64_t of[V];
+  std::copy_n(kInOrder, V, of);
+  add_products_to(tile, of, left, right, depth);
+}
+
+#else
+
 // `depth` counts packs.
 template <typename S, typename T, int R, int V>
 EHRSEQ_INLINE void add_products(Tile<T, R, V>& tile, Left<S> left, Right<S> right, int64_t depth) {
@@ -136,15 +220,37 @@ EHRSEQ_INLINE void add_products(Tile<T, R, V>& tile, Left<S> left, Right<S> righ
   }
 }
 
-template <int N>
-using Count = std::integral_constant<int, N>;
+// To the vectors `of` the tile.
+template <typename S, typename T, int R, int V, int N>
+EHRSEQ_INLINE void add_products_to(Tile<T, R, V>& tile, const int64_t (&of)[N], Left<S> left,
+                                   Right<S> right, int64_t depth) {
+  const int height = tile.rows;
+  Tile<T, R, N> part{tile.rows};
+#pragma GCC unroll 8
+  for (int r = 0; r < height; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) part.sum[r][v] = tile.sum[r][of[v]];
+  }
+  add_products(part, left, right, depth);
+#pragma GCC unroll 8
+  for (int r = 0; r < height; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) tile.sum[r][of[v]] = part.sum[r][v];
+  }
+}
+
+#endif
 
 template <int N = EHRSEQ_TILE_ROWS, typename Body>
 EHRSEQ_INLINE void with_row_count(int64_t rows, const Body& body) {
+#ifdef EHRSEQ_BFLOAT16_TILES
+  if (rows > 0) body(Rows<N>{static_cast<int>(rows)});
+#else
   if constexpr (N > 0) {
-    if (rows == N) return body(Count<N>{});
+    if (rows == N) return body(Rows<N>{});
     with_row_count<N - 1>(rows, body);
   }
+#endif
 }
 
 // Cuts [from, to) into tiles of nearly equal height: a tile of one row costs almost as much as a

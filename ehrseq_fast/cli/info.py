@@ -38,25 +38,26 @@ def _simd() -> str:
     return getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
 
 
-def has_amx() -> bool | None:
-    """Whether the CPU multiplies bfloat16 in tiles (``amx_bf16``); None where nothing says so."""
-    try:
-        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return None
+def _amx(products: str | None) -> str:
+    """Whether recurrent layers use the tiles of AMX, and why not."""
+    if backend.cpu_capability() == "amx_emulated":
+        return "emulated, slowly, because EHRSEQ_FAST_CPU_CAPABILITY asks for it"
+    if products == "tiles":
+        return "used"
+    reason = backend.why_no_amx()
+    return reason or "not used, because EHRSEQ_FAST_CPU_CAPABILITY forbids it"
 
 
 def _bfloat16() -> str:
     """How recurrent layers multiply bfloat16 on the CPU, and whether AMX is in it."""
     products = backend.bfloat16_products()
     how = {
+        "tiles": "in tiles (AMX)",
         "pairs": "in pairs (AVX512-BF16)",
         "float32": "widened to float32",
-        None: "by PyTorch, as no kernels are loaded",
+        None: "by PyTorch",
     }[products]
-    amx = {True: "this CPU has it (amx_bf16)", False: "this CPU has none", None: "not known"}
-    unused = ", and the kernels do not use it" if has_amx() and products is not None else ""
-    return f"bfloat16 in recurrent layers on the CPU: {how}; AMX: {amx[has_amx()]}{unused}"
+    return f"bfloat16 in recurrent layers on the CPU: {how}; AMX: {_amx(products)}"
 
 
 def _usable(name: str) -> str:

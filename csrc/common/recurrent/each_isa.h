@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "common/amx.h"
 #include "common/simd.h"
 
 #pragma GCC diagnostic ignored "-Wignored-attributes"
@@ -27,11 +28,12 @@ const Kernels<double>& Cell::kernels<double>() {
   return EHRSEQ_BEST_ISA(ehrseq::EHRSEQ_OPERATION, double_kernels)();
 }
 
-// Called only where multiplies_bfloat16() is true.
+// Called only where bfloat16 is not widened.
 template <>
 const Kernels<BFloat16>& Cell::kernels<BFloat16>() {
 #if EHRSEQ_HAS_ISAS
-  return avx512_bf16::bfloat16_kernels();
+  return bfloat16_products() == BFloat16Products::kTiles ? amx::bfloat16_kernels()
+                                                         : avx512_bf16::bfloat16_kernels();
 #else
   throw std::logic_error("no bfloat16 kernels on this CPU");
 #endif

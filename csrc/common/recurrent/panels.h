@@ -24,7 +24,7 @@ void pack_columns_of_block(const Shape& shape, const S* weight, int64_t columns,
 template <typename S>
 void add_up_zeros(const S* panel, int64_t hidden, Sum<S>* sums) {
   constexpr int64_t kVector = kLanes<S> * kPack<S>;
-  const S zeros[kPack<S>] = {};
+  const S zeros[kGroup<S> * kPack<S>] = {};
   Tile<Sum<S>, 1, kGates> tile;
   clear(tile);
   add_products(tile, Left<S>{zeros, 0, 0}, Right<S>{panel, kVector, kGates * kVector},

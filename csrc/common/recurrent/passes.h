@@ -360,14 +360,14 @@ BackwardResult backward(const Arguments& given, const std::vector<int64_t>& batc
 
 // Calls body with the type that a layer is computed in. 16 bits are widened to float32 and only
 // results are rounded, except where the CPU multiplies bfloat16: there the operands of products are
-// bfloat16; sums, activations and what is carried are float32. (Such products come in pairs: widths
-// must be even.)
+// bfloat16; sums, activations and what is carried are float32. (Such products come in pairs, also
+// those of tiles: widths must be even.)
 template <typename Cell, typename Body>
 auto in_type_for(const Arguments& given, const Body& body) {
   const ScalarType dtype = given.input.scalar_type();
   const bool even = given.input.size(1) % 2 == 0 && given.weight_hh.size(-1) % 2 == 0;
   std::optional<decltype(body(TypeTag<float>{}))> result;
-  if (dtype == ScalarType::BFloat16 && even && multiplies_bfloat16()) {
+  if (dtype == ScalarType::BFloat16 && even && bfloat16_products() != BFloat16Products::kWidened) {
     result = body(TypeTag<BFloat16>{});
   } else {
     dispatch_floating(dtype, Cell::kName, [&](auto tag) {

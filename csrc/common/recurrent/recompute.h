@@ -23,15 +23,16 @@ void gather_states(const Forward<S>& layer, const Order& order, int64_t from, in
 }
 
 template <typename S, int R>
-void gates_tile(const Forward<S>& layer, int64_t block, int64_t row, const S* states,
+void gates_tile(const Forward<S>& layer, int64_t block, int64_t row, Rows<R> rows, const S* states,
                 const GatesAt<Sum<S>>& gates) {
+  const int height = rows;
   const Shape& shape = layer.shape;
   const S* panel = layer.panels + block * gate_panel_size<S>(shape);
-  Tile<Sum<S>, R, kSums> tile;
+  Tile<Sum<S>, R, kSums> tile{rows};
   add_input_products<S, R>(layer, block, row, tile);
   add_gate_products<S, R>(tile, kOfHidden, states, shape.hidden,
                           panel + shape.inputs * kGates * kLanes<S>);
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < height; ++r) {
     store_gates<S>(gates.at(row + r, block), gates.sum_stride, activate<S>(tile.sum[r]));
   }
 }
@@ -45,8 +46,7 @@ void recompute_gates(const Forward<S>& layer, const Order& order, int64_t from, 
     gather_states(layer, order, first, last, states);
     for (int64_t block = 0; block < blocks_of<S>(hidden); ++block) {
       for_row_tiles(first, last, [&](int64_t row, auto rows) {
-        gates_tile<S, decltype(rows)::value>(layer, block, row, states + (row - first) * hidden,
-                                             gates);
+        gates_tile<S>(layer, block, row, rows, states + (row - first) * hidden, gates);
       });
     }
   }

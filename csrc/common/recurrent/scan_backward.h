@@ -29,6 +29,7 @@ template <typename S, int R, int V, typename Fetch>
 EHRSEQ_INLINE void add_column_products(const Backward<S>& layer, const Columns<S>& weight,
                                        int64_t block, int64_t row, Tile<Sum<S>, R, V>& tile,
                                        const Fetch& fetch) {
+  const int height = tile.rows;
   constexpr int64_t L = kLanes<S>;
   constexpr int64_t P = kPack<S>;
   const int64_t panel = column_panel_size<S>(layer.shape);
@@ -36,9 +37,9 @@ EHRSEQ_INLINE void add_column_products(const Backward<S>& layer, const Columns<S
   for (int64_t gate = 0; gate < blocks_of<S>(layer.shape.hidden) * kGates; ++gate) {
     const S* ahead = sum_gradient(layer, weight.sum_of(gate + 2), row);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * L);
+    for (int r = 0; r < height; ++r) __builtin_prefetch(ahead + r * L);
     fetch(gate);
-    add_products(tile, Left<S>{sum_gradient(layer, weight.sum_of(gate), row), L, P},
+    add_products(tile, left_rows<S>(sum_gradient(layer, weight.sum_of(gate), row), L),
                  Right<S>{columns, panel, L * P}, L / P);
     columns += L * L;
   }
@@ -115,25 +116,26 @@ enum class FromAfter { nothing, sums_after, handed_back };
 
 template <typename S, int V, int R>
 void scan_tile_back(const Backward<S>& layer, const Step& step, int64_t block, int64_t p,
-                    FromAfter after) {
-  Tile<Sum<S>, R, V> tile;
+                    Rows<R> rows, FromAfter after) {
+  const int height = rows;
+  Tile<Sum<S>, R, V> tile{rows};
   clear(tile);
   if (after == FromAfter::sums_after) {
     // inlined by force: GCC drops calls of functions that do nothing but fetch
     const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
-      if (i < R * V) fetch_visit(layer, step, block + i % V, p + i / V);
+      if (i < rows * V) fetch_visit(layer, step, block + i % V, p + i / V);
     };
     add_column_products(layer, columns_of_hidden(layer), block, step.row_after + p, tile, fetch);
   } else if (after == FromAfter::handed_back) {
     const int64_t padded = layer.shape.padded_hidden();
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < height; ++r) {
       for (int v = 0; v < V; ++v) {
         tile.sum[r][v] = load_some(layer.grad_hidden + (p + r) * padded + (block + v) * kLanes<S>,
                                    units_in<S>(block + v, layer.shape.hidden));
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < height; ++r) {
     for (int v = 0; v < V; ++v) {
       finish_visit_back<S>(layer, step, block + v, p + r, tile.sum[r][v]);
     }
@@ -150,7 +152,7 @@ void scan_blocks_back(const Backward<S>& layer, Times chunk, int64_t time, int64
     constexpr int V = decltype(vectors)::value;
     const auto tiles = [&](int64_t first, int64_t last, FromAfter source) {
       for_row_tiles(first, last, [&](int64_t p, auto rows) {
-        scan_tile_back<S, V, decltype(rows)::value>(layer, step, block, p, source);
+        scan_tile_back<S, V>(layer, step, block, p, rows, source);
       });
     };
     tiles(from, std::min(to, step.staying), after);
@@ -176,12 +178,13 @@ void scan_units_back(const Backward<S>& layer, Times chunk, int64_t time, int64_
 
 template <typename S, int V, int R, typename Out>
 void column_product_tile(const Backward<S>& layer, const Columns<S>& weight, int64_t columns,
-                         int64_t block, int64_t row, Out* out, int64_t out_stride) {
-  Tile<Sum<S>, R, V> tile;
+                         int64_t block, int64_t row, Rows<R> rows, Out* out, int64_t out_stride) {
+  const int height = rows;
+  Tile<Sum<S>, R, V> tile{rows};
   clear(tile);
   add_column_products(layer, weight, block, row, tile, [](int64_t) {});
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < height; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       store_some(out + r * out_stride + (block + v) * kLanes<S>, tile.sum[r][v],
@@ -196,8 +199,8 @@ void column_products(const Backward<S>& layer, const Columns<S>& weight, int64_t
                      int64_t from, int64_t to, Out* out, int64_t out_stride) {
   for_block_groups(0, blocks_of<S>(columns), [&](int64_t block, auto vectors) {
     for_row_tiles(from, to, [&](int64_t row, auto rows) {
-      column_product_tile<S, decltype(vectors)::value, decltype(rows)::value>(
-          layer, weight, columns, block, row, out + (row - from) * out_stride, out_stride);
+      column_product_tile<S, decltype(vectors)::value>(layer, weight, columns, block, row, rows,
+                                                       out + (row - from) * out_stride, out_stride);
     });
   });
 }

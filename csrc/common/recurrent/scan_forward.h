@@ -18,8 +18,9 @@ EHRSEQ_INLINE Sum<S>* projected_row(const Forward<S>& layer, int64_t row) {
 template <typename S, int R>
 EHRSEQ_INLINE void start_from(Tile<Sum<S>, R, kSums>& tile, const Sum<S>* sums,
                               int64_t row_stride) {
+  const int height = tile.rows;
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < height; ++r) {
 #pragma GCC unroll 8
     for (int sum = 0; sum < kSums; ++sum) {
       tile.sum[r][sum] = load(sums + r * row_stride + sum * kLanes<S>);
@@ -32,19 +33,8 @@ template <typename S, int R>
 EHRSEQ_INLINE void add_gate_products(Tile<Sum<S>, R, kSums>& tile, const int64_t (&of)[kGates],
                                      const S* rows, int64_t depth, const S* panel) {
   constexpr int64_t kVector = kLanes<S> * kPack<S>;
-  Tile<Sum<S>, R, kGates> gates;
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int gate = 0; gate < kGates; ++gate) gates.sum[r][gate] = tile.sum[r][of[gate]];
-  }
-  add_products(gates, Left<S>{rows, depth, kPack<S>}, Right<S>{panel, kVector, kGates * kVector},
-               depth / kPack<S>);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int gate = 0; gate < kGates; ++gate) tile.sum[r][of[gate]] = gates.sum[r][gate];
-  }
+  add_products_to(tile, of, left_rows(rows, depth), Right<S>{panel, kVector, kGates * kVector},
+                  depth / kPack<S>);
 }
 
 template <typename S, int R>
@@ -59,21 +49,23 @@ EHRSEQ_INLINE void add_input_products(const Forward<S>& layer, int64_t block, in
 template <typename S, int R>
 EHRSEQ_INLINE void add_from_zeros(const Forward<S>& layer, int64_t block,
                                   Tile<Sum<S>, R, kSums>& tile) {
+  const int height = tile.rows;
   const Sum<S>* from_zeros = layer.from_zeros + block * kGates * kLanes<S>;
 #pragma GCC unroll 8
   for (int gate = 0; gate < kGates; ++gate) {
     const Vector<Sum<S>> sum = load(from_zeros + gate * kLanes<S>);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) tile.sum[r][kOfHidden[gate]] += sum;
+    for (int r = 0; r < height; ++r) tile.sum[r][kOfHidden[gate]] += sum;
   }
 }
 
 template <typename S, int R>
-void project_tile(const Forward<S>& layer, int64_t block, int64_t row) {
-  Tile<Sum<S>, R, kSums> tile;
+void project_tile(const Forward<S>& layer, int64_t block, int64_t row, Rows<R> rows) {
+  const int height = rows;
+  Tile<Sum<S>, R, kSums> tile{rows};
   add_input_products<S, R>(layer, block, row, tile);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < height; ++r) {
     Sum<S>* out = projected_row(layer, row + r) + block_of_sums<S>(block);
 #pragma GCC unroll 8
     for (int sum = 0; sum < kSums; ++sum) store(out + sum * kLanes<S>, tile.sum[r][sum]);
@@ -83,9 +75,8 @@ void project_tile(const Forward<S>& layer, int64_t block, int64_t row) {
 template <typename S>
 void project_inputs(const Forward<S>& layer, int64_t from, int64_t to) {
   for (int64_t block = 0; block < blocks_of<S>(layer.shape.hidden); ++block) {
-    for_row_tiles(from, to, [&](int64_t row, auto rows) {
-      project_tile<S, decltype(rows)::value>(layer, block, row);
-    });
+    for_row_tiles(from, to,
+                  [&](int64_t row, auto rows) { project_tile<S>(layer, block, row, rows); });
   }
 }
 
@@ -133,11 +124,12 @@ EHRSEQ_INLINE void finish_visit(const Forward<S>& layer, const Step& step, int64
 // `hidden`: the state of the tile's first patient before this step, the others' following it; null
 // where they are zeros.
 template <typename S, bool Projected, int R>
-void scan_tile(const Forward<S>& layer, const Step& step, int64_t block, int64_t p,
+void scan_tile(const Forward<S>& layer, const Step& step, int64_t block, int64_t p, Rows<R> rows,
                const S* hidden) {
+  const int height = rows;
   const Shape& shape = layer.shape;
   const int64_t row = step.first_row + p;
-  Tile<Sum<S>, R, kSums> tile;
+  Tile<Sum<S>, R, kSums> tile{rows};
   if (Projected) {
     start_from<S, R>(tile, projected_row(layer, row) + block_of_sums<S>(block),
                      gates_stride<S>(shape));
@@ -151,7 +143,7 @@ void scan_tile(const Forward<S>& layer, const Step& step, int64_t block, int64_t
   } else {
     add_from_zeros<S, R>(layer, block, tile);
   }
-  for (int r = 0; r < R; ++r) finish_visit<S>(layer, step, block, p + r, tile.sum[r]);
+  for (int r = 0; r < height; ++r) finish_visit<S>(layer, step, block, p + r, tile.sum[r]);
 }
 
 template <typename S, bool Projected>
@@ -160,8 +152,7 @@ EHRSEQ_INLINE void scan_block(const Forward<S>& layer, const Step& step, int64_t
   const int64_t hidden = layer.shape.hidden;
   const auto tiles = [&](int64_t first, int64_t last, const S* states) {
     for_row_tiles(first, last, [&](int64_t p, auto rows) {
-      scan_tile<S, Projected, decltype(rows)::value>(layer, step, block, p,
-                                                     states ? states + p * hidden : nullptr);
+      scan_tile<S, Projected>(layer, step, block, p, rows, states ? states + p * hidden : nullptr);
     });
   };
   tiles(from, std::min(to, step.continuing), layer.output + step.row_before * hidden);

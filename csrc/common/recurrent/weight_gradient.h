@@ -65,22 +65,24 @@ void pack_factors(const Backward<S>& layer, int64_t row, int64_t end, int64_t pa
 }
 
 template <typename S, int R>
-void weight_tile(const S* gradients, const S* panel, int64_t packs, Sum<S>* sums,
+void weight_tile(const S* gradients, const S* panel, int64_t packs, Rows<R> rows, Sum<S>* sums,
                  int64_t row_stride) {
+  const int height = rows;
   constexpr int64_t L = kLanes<S>;
   constexpr int64_t P = kPack<S>;
   // The sums of all weights do not fit the second-level cache.
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < height; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kPanelVectors; ++v) __builtin_prefetch(sums + r * row_stride + v * L, 1);
   }
-  Tile<Sum<S>, R, kPanelVectors> tile;
+  Tile<Sum<S>, R, kPanelVectors> tile{rows};
   clear(tile);
-  add_products(tile, Left<S>{gradients, P, L * P}, Right<S>{panel, L * P, kPanelVectors * L * P},
-               packs);
+  constexpr int64_t kRow = kGroup<S> * P;
+  add_products(tile, Left<S>{gradients, kRow, L * kRow},
+               Right<S>{panel, L * P, kPanelVectors * L * P}, packs);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < height; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kPanelVectors; ++v) {
       Sum<S>* sum = sums + r * row_stride + v * L;
@@ -89,10 +91,11 @@ void weight_tile(const S* gradients, const S* panel, int64_t packs, Sum<S>* sums
   }
 }
 
-// Gradients [depth][L] of one sum in packs along the depth.
+// Gradients [depth][L] of one sum in packs along the depth: [pack / kGroup][L][pack % kGroup].
 template <typename S>
 void pack_gradients(const S* gradients, int64_t depth, const S* zeros, S* packs) {
   constexpr int64_t L = kLanes<S>;
+  [[maybe_unused]] S* const first_pack = packs;
   for (int64_t k = 0; k < depth; k += 2, packs += 2 * L) {
     const S* first = gradients + k * L;
     const S* second = k + 1 < depth ? first + L : zeros;
@@ -101,6 +104,16 @@ void pack_gradients(const S* gradients, int64_t depth, const S* zeros, S* packs)
       packs[2 * unit + 1] = second[unit];
     }
   }
+#ifdef EHRSEQ_BFLOAT16_TILES
+  static_assert(kGroup<S> == L);
+  for (S* group = first_pack; group < packs; group += kGroup<S> * 2 * L) {
+    Vector<uint32_t> square[L] = {};
+    const int64_t filled = std::min<int64_t>(sizeof(square), (packs - group) * sizeof(S));
+    std::memcpy(square, group, filled);
+    transpose<uint32_t, L>(square);
+    std::memcpy(group, square, sizeof(square));
+  }
+#endif
 }
 
 // Whether one of a block's sums takes the products with the inputs, or with the hidden state.
@@ -132,9 +145,9 @@ void add_weight_slice(const Backward<S>& layer, int64_t sum, int64_t first_row, 
   }
   for_row_tiles(0, L, [&](int64_t unit, auto rows) {
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      weight_tile<S, decltype(rows)::value>(
-          packed + unit * P, panels + panel * kWeightDepth * kPanelVectors * L, (depth + P - 1) / P,
-          sums + unit * width + panel * kPanelVectors * L, width);
+      weight_tile<S>(packed + unit * kGroup<S> * P,
+                     panels + panel * kWeightDepth * kPanelVectors * L, (depth + P - 1) / P, rows,
+                     sums + unit * width + panel * kPanelVectors * L, width);
     }
   });
   Vector<Sum<S>> total = {};
