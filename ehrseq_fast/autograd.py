@@ -16,7 +16,8 @@ def once(
 ) -> tuple[Tensor | None, ...]:
     """``gradients`` of the operation ``name``, tied to what they were computed from.
 
-    Called in a backward pass. Under ``create_graph=True`` differentiating the results by anything
+    Called in a backward pass. A saved result of the forward pass is a source that depends on all of
+    its arguments, saved or not. Under ``create_graph=True`` differentiating the results by anything
     that ``sources`` depend on raises ``RuntimeError``. (``once_differentiable`` does not connect
     its error to the sources: ``torch.autograd.grad`` would leave out a term, without an error.)
     """
@@ -25,6 +26,13 @@ def once(
     given = [gradient for gradient in gradients if gradient is not None]
     tied = iter(_Once.apply(name, len(given), *given, *sources))
     return tuple(None if gradient is None else next(tied) for gradient in gradients)
+
+
+def unread(like: Tensor, *shape: int) -> Tensor:
+    """A tensor of this shape, for an operator that checks its shape and does not read it: what a
+    backward pass does not read is not saved for it, so that it may be changed until then, as
+    PyTorch's layers allow for their biases."""
+    return like.new_zeros(()).expand(shape)
 
 
 class _Once(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import backend
 from .arrays import kind_of
-from .autograd import transformed
+from .autograd import transformed, unread
 from .openmp import refuse_restricted_openmp
 
 States = tuple[Tensor, ...]
@@ -178,6 +178,31 @@ def _kept_visits(input: Tensor, hidden: int, keep_gates: float | None) -> int:
         all_bytes = visits * _SUMS * padded_units(hidden) * input.element_size()
         keep_gates = 1.0 if all_bytes <= _KEPT_BYTES else _KEPT_SHARE
     return visits * int(64 * keep_gates) // 64
+
+
+def read_again(
+    operands: tuple[Tensor | None, ...], kept: int, needs_input: bool
+) -> tuple[Tensor | None, ...]:
+    """What the backward pass reads of a layer's operands (input, batch sizes, both weights, both
+    biases, states), None in the place of the rest: the first weight is read where the input has a
+    gradient, and with the biases where gates are computed again. PyTorch's layers do not keep
+    their biases, so that these may be changed before the backward pass: copies are kept."""
+    input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, *states = operands
+    assert input is not None
+    if kept != input.shape[0]:
+        biases = (None if bias is None else bias.detach().clone() for bias in (bias_ih, bias_hh))
+        return input, batch_sizes, weight_ih, weight_hh, *biases, *states
+    return input, batch_sizes, weight_ih if needs_input else None, weight_hh, None, None, *states
+
+
+def with_shapes(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What :func:`read_again` gave, as the operators take it."""
+    input, batch_sizes, weight_ih, weight_hh, *others = operands
+    if weight_ih is None:
+        assert input is not None
+        assert weight_hh is not None
+        weight_ih = unread(input, weight_hh.shape[0], input.shape[1])
+    return input, batch_sizes, weight_ih, weight_hh, *others
 
 
 def _stacked(data: Tensor, finals: Sequence[States]) -> States:

@@ -72,6 +72,41 @@ def test_inference_leaves_nothing_behind_that_cannot_be_trained_on(name, path):
     model.step(state, [[1], [2]], features)
 
 
+@pytest.mark.parametrize("keep_gates", [1.0, 0.3])
+@pytest.mark.parametrize("name", [*MODELS, "survival, GRU"])
+def test_biases_may_change_before_the_backward_pass(name, keep_gates):
+    """As those of PyTorch's layers, and the weight of a layer whose input has no gradient."""
+    model, packed = build(name), batch(name)
+    model.lstm.keep_gates = keep_gates
+    loss = model.loss(packed)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(loss, weights, retain_graph=True)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "bias" in key or key == "time_encoder.0.weight":
+                weight.add_(1)
+    actual = torch.autograd.grad(loss, weights, retain_graph=True)
+    assert all(map(torch.equal, actual, expected))
+    biases = [weight for key, weight in zip(names, weights, strict=True) if "bias" in key]
+    once = torch.autograd.grad(loss, biases, create_graph=True)
+    for gradient, bias in zip(once, biases, strict=True):
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(gradient.sum(), bias, retain_graph=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_built_without_memory_is_what_it_is_loaded_with(name, assign):
+    """What no ``state_dict`` has is there as well."""
+    expected, packed = build(name), batch(name)
+    with torch.device("meta"):
+        model = build(name)
+    if not assign:
+        model = model.to_empty(device="cpu")
+    model.load_state_dict(expected.state_dict(), assign=assign)
+    assert torch.equal(model.loss(packed), expected.loss(packed))
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_default_device_is_not_where_the_batch_lies(name, path):

@@ -15,6 +15,7 @@ from ehrseq_fast.next_codes.fused import Inputs
 from ehrseq_fast.next_codes.sampling import draw, sampled_losses
 from ehrseq_fast.triton_support import watching_launches
 
+from .checkpointed import checkpoint
 from .next_codes_cases import PATIENTS, Given, by_visit, check, dense, make, ours, with_gradients
 from .tolerances import assert_matches
 
@@ -31,6 +32,35 @@ def test_tiles_of_triton(monkeypatch):
     monkeypatch.setattr(launch, "CODES", 2)
     with torch.device(backends.kernels("triton").device), use_backend("triton"):
         check(make(5, 4, 40), True, "sum")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_activation_checkpointing(backend, reduction):
+    given = make(3, 4, 10)
+
+    def checkpointed(leaves, *arguments):
+        def run(*tensors):
+            return ours(leaves._replace(states=tensors[0]), *arguments)
+
+        return checkpoint(run, leaves.states, use_reentrant=False)
+
+    expected, actual = (
+        with_gradients(loss, given, True, reduction) for loss in (ours, checkpointed)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+def test_the_bias_may_change_before_the_backward_pass(kernels):
+    """As that of ``nn.Linear``; not before the gradient is differentiated."""
+    given = make(3, 4, 10)
+    leaves = [x.requires_grad_() for x in given.leaves]
+    loss = ours(given, True, "sum")
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with torch.no_grad():
+        leaves[2].add_(1)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves, retain_graph=True), expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaves, create_graph=True)
 
 
 @pytest.mark.parametrize(("reduction", "backward"), [("sum", 0), ("none", 1)])

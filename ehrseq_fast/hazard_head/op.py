@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import once
+from ..autograd import once, unread
 from . import operators  # noqa: F401  (which defines what is called here)
 
 
@@ -30,19 +30,24 @@ class _Head(torch.autograd.Function):
     ) -> Tensor:
         operands = (input, weight, bias, last_weight, last_bias, kept)
         hazards, hidden = torch.ops.ehrseq_fast.hazard_head(*operands, scale, True)
-        ctx.save_for_backward(hazards, hidden, *operands)
+        of_input = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(hazards, hidden, input, of_input, last_weight, kept)
         ctx.scale = scale
         return hazards
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        need = ctx.needs_input_grad
+        hazards, hidden, input, weight, last_weight, kept = ctx.saved_tensors
+        need, units = ctx.needs_input_grad, hidden.shape[1]
+        if weight is None:
+            weight = unread(input, units, input.shape[1])
+        biases = unread(input, units), unread(input, 1)
         with torch.no_grad():
             gradients = torch.ops.ehrseq_fast.hazard_head_backward(
-                grad, *saved, ctx.scale, need[0], any(need[1:5])
+                *(grad, hazards, hidden, input, weight, biases[0], last_weight, biases[1], kept),
+                *(ctx.scale, need[0], any(need[1:5])),
             )
-        gradients = once("hazard_head", gradients, (grad, *saved[2:7]))
+        gradients = once("hazard_head", gradients, (grad, hazards, input, weight, last_weight))
         wanted = [x if needed else None for x, needed in zip(gradients, need[:5], strict=True)]
         return *wanted, None, None
 

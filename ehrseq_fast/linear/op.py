@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..autograd import once, transformed
+from ..autograd import once, transformed, unread
 from ..checks import FLOATING
 from .operators import ACTIVATIONS
 
@@ -23,19 +23,21 @@ class _Linear(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: int
     ) -> Tensor:
         out = torch.ops.ehrseq_fast.linear_layer(input, weight, bias, activation)
-        ctx.save_for_backward(input, weight, bias, out)
+        ctx.save_for_backward(input, weight if ctx.needs_input_grad[0] else None, out)
         ctx.activation = activation
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, out = ctx.saved_tensors
+        input, weight, out = ctx.saved_tensors
         need = ctx.needs_input_grad
+        if weight is None:
+            weight = unread(input, out.shape[1], input.shape[1])
         with torch.no_grad():
             gradients = torch.ops.ehrseq_fast.linear_layer_backward(
                 grad, input, weight, out, ctx.activation, need[0], need[1] or need[2]
             )
-        gradients = once("linear", gradients, (grad, input, weight, bias))
+        gradients = once("linear", gradients, (grad, input, weight, out))
         wanted = [x if needed else None for x, needed in zip(gradients, need[:3], strict=True)]
         return *wanted, None
 

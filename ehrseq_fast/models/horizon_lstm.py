@@ -113,9 +113,21 @@ class HorizonSurvivalLSTM(VisitSequenceModel):
         self.lstm = visit_layer(cell, embedding_dim, hidden_dim, num_layers, dropout)
         self.horizon_head = _head(hidden_dim, len(self.horizons_days), dropout)
         self.hazard_head = _head(hidden_dim, 1, dropout) if visit_hazard else None
-        # as integers, which a model keeps when it is turned to another floating dtype
+        self.register_buffer("_bounds", self._boundaries(), persistent=False)
+
+    def _boundaries(self, device: torch.device | None = None) -> Tensor:
+        """As integers, which a model keeps when it is turned to another floating dtype."""
         bounds = [0, *(round(day * MICROSECONDS) for day in self.horizons_days)]
-        self.register_buffer("_bounds", torch.tensor(bounds), persistent=False)
+        return torch.tensor(bounds, device=device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``to_empty`` gives buffers memory without contents, and no ``state_dict`` has the
+        boundaries."""
+        before = self._bounds
+        super()._apply(fn, recurse)
+        if self._bounds is not before and not self._bounds.is_meta:
+            self._bounds = self._boundaries(self._bounds.device)
+        return self
 
     @property
     def visit_hazard(self) -> bool:
@@ -246,7 +258,10 @@ class HorizonSurvivalLSTM(VisitSequenceModel):
             check_outcomes(batch, days, counts, entry_times, sample_weight)
         found = self(batch, output="logits")
         rows = found["horizons"] if isinstance(found, dict) else found
-        bounds = self._bounds.double() / MICROSECONDS
+        bounds = self._bounds
+        if bounds.is_meta:  # load_state_dict(assign=True) gives the weights alone a device
+            bounds = self._boundaries(days.device)
+        bounds = bounds.double() / MICROSECONDS
         interval, fraction, beyond = place(days.double(), bounds)
         per_visit = piecewise_nll(
             rows.values,

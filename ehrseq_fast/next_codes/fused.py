@@ -75,18 +75,26 @@ class _NextCodes(torch.autograd.Function):
         learns = inputs.weight.requires_grad or (bias is not None and bias.requires_grad)
         needs = (need_states, total and learns)
         value, *gradients = _compute(chosen, inputs, total, sampled, *needs)
-        ctx.save_for_backward(*inputs, *(gradients if total else ()))
+        # Of a sum the backward pass reads the bias only to be differentiated itself; until then it
+        # may be changed, as that of nn.Linear.
+        apart = bias is not None and total and not torch.compiler.is_compiling()
+        ctx.bias = (bias, bias._version) if bias is not None and apart else None
+        kept = inputs._replace(bias=None) if apart else inputs
+        ctx.save_for_backward(*kept, *(gradients if total else ()))
         ctx.options = chosen, total, sampled
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         chosen, total, sampled = ctx.options
-        inputs = Inputs(*ctx.saved_tensors[:8])
+        # read once: activation checkpointing computes them again, and then frees them
+        saved = ctx.saved_tensors
+        inputs = Inputs(*saved[:8])
         needs = ctx.needs_input_grad[3:6]
         found: list[Tensor | None]
         if torch.is_grad_enabled() or transformed(grad):
             # create_graph=True: a gradient that has a gradient itself; or several gradients at once
+            inputs = _with_bias(inputs, ctx.bias)
             with torch.enable_grad():
                 value = _define(inputs, total, sampled)
             differentiable = zip(inputs[:3], needs, strict=True)
@@ -98,13 +106,26 @@ class _NextCodes(torch.autograd.Function):
         else:
             with torch.no_grad():
                 if total:
-                    gradients = [x * grad for x in ctx.saved_tensors[8:]]
+                    gradients = [x * grad for x in saved[8:]]
                 else:
                     given = inputs._replace(row_scale=grad)
                     computed = (needs[0], needs[1] or needs[2])
                     _, *gradients = _compute(chosen, given, False, sampled, *computed)
+                likes = (*inputs[:2], inputs.bias if ctx.bias is None else ctx.bias[0])
                 found = [
                     x.to(like.dtype) if need and like is not None else None
-                    for x, like, need in zip(gradients, inputs[:3], needs, strict=True)
+                    for x, like, need in zip(gradients, likes, needs, strict=True)
                 ]
         return None, None, None, *found, None, None, None, None, None
+
+
+def _with_bias(inputs: Inputs, bias: tuple[Tensor, int] | None) -> Inputs:
+    if bias is None:
+        return inputs
+    tensor, version = bias
+    if tensor._version != version:
+        raise RuntimeError(
+            "next_codes_bce: bias: one of the variables needed for gradient computation has been "
+            "modified by an inplace operation since the forward pass"
+        )
+    return inputs._replace(bias=tensor)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..arrays import kind_of
 from ..autograd import once
-from ..recurrent import Cell, run
+from ..recurrent import Cell, read_again, run, with_shapes
 from . import operators  # noqa: F401  (which defines what is called here)
 from .reference import packed_gru_layer
 
@@ -21,7 +21,8 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, reverse, kept):
         operands = (input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0)
         output, h_n, gates = torch.ops.ehrseq_fast.packed_gru_layer(*operands, reverse, True, kept)
-        ctx.save_for_backward(*operands, output, gates)
+        again = read_again(operands, kept, ctx.needs_input_grad[0])
+        ctx.save_for_backward(*again, output, gates)
         ctx.reverse = reverse
         ctx.set_materialize_grads(False)
         return output, h_n
@@ -31,12 +32,12 @@ class _Layer(torch.autograd.Function):
         need = ctx.needs_input_grad
         operands = (
             *(grad_output, grad_h_n),
-            *ctx.saved_tensors,
+            *with_shapes(ctx.saved_tensors),
             *(ctx.reverse, need[0], any(need[2:6]), need[6]),
         )
         with torch.no_grad():
             grads = torch.ops.ehrseq_fast.packed_gru_layer_backward(*operands)
-        of_input, *of_weights, of_h0 = once("packed_gru", grads, operands[:9])
+        of_input, *of_weights, of_h0 = once("packed_gru", grads, operands[:10])
         of_weights = [
             grad if is_needed else None
             for grad, is_needed in zip(of_weights, need[2:6], strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backend
 from ..autograd import once
+from ..recurrent import read_again, with_shapes
 from . import (
     cuda,
     operators,  # noqa: F401  (which defines what is called here)
@@ -62,13 +63,13 @@ class CudaLayer(torch.autograd.Function):
         operands = (input, batch_sizes, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)
         kernels = backend.operators("cuda")
         ctx.operator = kernels.packed_lstm_layer_backward
-        ctx.tf32 = cuda.takes_tf32(input)
+        ctx.tf32, ctx.device = cuda.takes_tf32(input), input.device.type
         return _results(ctx, kernels, operands, reverse, input.shape[0], ctx.tf32)
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n):
         # whose products would be torch's in 16 bits
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+        with torch.autocast(ctx.device, enabled=False):
             return _gradients(ctx, ctx.operator, (grad_output, grad_h_n, grad_c_n), ctx.tf32)
 
 
@@ -82,7 +83,8 @@ def _results(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs and final states; what the backward pass needs is saved."""
     output, h_n, c_n, gates, cells = kernels.packed_lstm_layer(*operands, reverse, True, kept, tf32)
-    ctx.save_for_backward(*operands, output, gates, cells)
+    again = read_again(operands, kept, ctx.needs_input_grad[0])
+    ctx.save_for_backward(*again, output, gates, cells)
     ctx.reverse = reverse
     ctx.set_materialize_grads(False)
     return output, h_n, c_n
@@ -98,12 +100,12 @@ def _gradients(
     need = ctx.needs_input_grad
     operands = (
         *incoming,
-        *ctx.saved_tensors,
+        *with_shapes(ctx.saved_tensors),
         *(ctx.reverse, need[0], any(need[2:6]), any(need[6:8]), tf32),
     )
     with torch.no_grad():
         grads = operator(*operands)
-    grads = once("packed_lstm", grads, operands[:11])
+    grads = once("packed_lstm", grads, operands[:12])
     grad_input, grad_weight_ih, grad_weight_hh, grad_bias, grad_h0, grad_c0 = grads
     # Equal numbers, but each its own: gradients may be changed in place.
     other_bias = grad_bias
