@@ -260,6 +260,16 @@ BAD = {
         ValueError,
         r"column integer_value: expected integers within 2\*\*53",
     ),
+    "an event before its prediction": (
+        {"event_time_days": pa.array([3.0, -0.5])},
+        ValueError,
+        "column event_time_days, row 1: expected days from 0 to 365250, .* got -0.5",
+    ),
+    "an infinite time": (
+        {"event_time_days": pa.array([np.inf, 2.0])},
+        ValueError,
+        r"column event_time_days, row 0: .* got inf \(1 such rows\)",
+    ),
     "huge persons": (
         {"subject_id": pa.array([1, 2**64 - 1], pa.uint64())},
         ValueError,
@@ -289,6 +299,57 @@ def test_no_files(tmp_path, store):
         labels(refused(tmp_path), value="score")
     with pytest.raises(ValueError, match="prediction_day: expected one of"):
         labels(refused(tmp_path), prediction_day="same")
+
+
+def test_rows_without_an_indicator_have_that_of_their_label(store, tmp_path):
+    folder = tmp_path / "labels"
+    rows = [(int(subject), stamp(60)) for subject in store.subject_ids[:6]]
+    write(folder / "0.parquet", rows[:3], boolean_value=pa.array([True, True, False]))
+    write(
+        folder / "sub" / "1.PARQUET",  # read too
+        rows[3:],
+        boolean_value=pa.array([True, False, True]),
+        event_indicator=pa.array([None, True, False]),
+    )
+    write(folder / ".0.parquet", rows, boolean_value=pa.array([True] * 6))  # hidden: not read
+    outcomes = labels(folder).apply(store)
+    there = np.diff(store.patient_offsets)[:6] > 0
+    expected = np.array([1, 1, 0, 1, 1, 0])[there]
+    assert outcomes.event_indicators.tolist() == expected.tolist()
+    assert len(labels(folder)) == 6
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"float_value": pa.array([1.0, 0.25])}, r"got 0.25 in row 1 \(1 such rows\)"),
+        ({"integer_value": pa.array([3, 1])}, "got 3 in row 0"),
+        ({"categorical_value": pa.array(["b", "a"])}, "got those of the categories 'a', 'b'"),
+    ],
+)
+def test_labels_that_a_boolean_does_not_hold_are_not_written(tmp_path, columns, message):
+    person = {"events": [(us(0), "A")]}
+    store = store_of(tmp_path / "s", {4: person, 9: person})
+    path = write(tmp_path / "labels.parquet", [(4, stamp(3)), (9, stamp(3))], **columns)
+    outcomes = labels(path).apply(store)
+    with pytest.raises(ValueError, match=f"expected labels of 0 and 1, .* {message}"):
+        write_labels(outcomes, store, tmp_path / "again.parquet")
+    assert not (tmp_path / "again.parquet").exists()
+    zeros = tmp_path / "of_days.parquet"
+    assert write_labels(outcomes, store, zeros, horizon_days=9) == 2
+    assert pq.read_table(zeros)["boolean_value"].null_count == 2  # when is not known
+
+
+def test_integers_that_float32_does_not_hold_are_refused(tmp_path):
+    store = store_of(tmp_path / "s", {4: {"events": [(us(0), "A")]}})
+    for value in (2**24, 2**24 + 1):
+        values = pa.array([value], pa.int64())
+        path = write(tmp_path / "labels.parquet", [(4, stamp(3))], integer_value=values)
+        if value == 2**24:
+            assert labels(path).apply(store).labels.tolist() == [2**24]
+            continue
+        with pytest.raises(ValueError, match=r"integer_value: .* got 16777217 \(row 0\)"):
+            labels(path).apply(store)
 
 
 def test_nobody(store, tmp_path):

@@ -22,6 +22,7 @@ from ehrseq_fast.metrics import (
     visit_baselines,
 )
 from ehrseq_fast.metrics.at_landmarks import _stable_order
+from ehrseq_fast.metrics.dynamic import NO_PAIR
 
 from .metric_cases import CONVENTIONS, observed_chance
 
@@ -207,6 +208,28 @@ def test_what_is_not_defined_has_a_reason():
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+def test_a_concordance_of_no_pair_is_none():
+    """And not 0.5, which would be read as chance; nor is it counted in an interval."""
+    r = records(60)
+    options = {name: r[name] for name in ("event_times", "lengths", "hazards")}
+    options |= {"bootstrap": 20, "progress": False}
+    nobody = np.zeros(60, np.int64)
+    for outcomes in ({"event_indicators": nobody}, {"event_types": nobody, "causes": ("a",)}):
+        if "causes" in outcomes:
+            options["hazards"] = r["hazards"][:, None]
+        found = evaluate(**options, **outcomes)
+        (c_td,) = (metric for metric in found.metrics if metric.name == "c_td")
+        assert (c_td.model, c_td.interval) == (None, None)
+        assert c_td.reason == NO_PAIR
+        assert NO_PAIR in found.table()
+    one = nobody.copy()
+    one[r["event_times"].argmin()] = 1
+    options["hazards"] = r["hazards"]
+    pairs = evaluate(**options, event_indicators=one)["c_td"]  # a third of the samples lack it
+    assert pairs.model is not None
+    assert pairs.interval is None
+
+
 def test_bootstrap_intervals():
     r = records(400)
     names = ("event_times", "event_indicators", "lengths", "hazards", "risks", "days_to_end")
@@ -241,6 +264,13 @@ def test_bootstrap_intervals():
     visits = {name: options[name] for name in (*names[:4], "progress")}
     low, high = evaluate(**visits, bootstrap=400)["nll"].interval
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.2)
+    # three rows of each person say no more than one
+    thrice = {name: np.tile(values, 3) for name, values in visits.items() if name != "progress"}
+    groups = np.tile(np.arange(400) * 7 - 100, 3)
+    of_persons = evaluate(**thrice, groups=groups, bootstrap=400, progress=False)["nll"].interval
+    assert of_persons == pytest.approx((low, high), rel=1e-9)  # drawn alike
+    low, high = evaluate(**thrice, bootstrap=400, progress=False)["nll"].interval
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(3**-0.5, abs=0.12)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +284,7 @@ def test_bootstrap_intervals():
         ({"horizons_days": (365, 90)}, ValueError, "expected positive and ascending days"),
         ({"landmarks_days": (-1,)}, ValueError, "landmarks_days: expected numbers from 0 or"),
         ({"bootstrap": -1}, ValueError, "bootstrap: expected 0 to"),
+        ({"groups": [0, 1]}, ValueError, r"groups: expected one per row, \[\d+\], got \[2\]"),
         ({"level": 1.0}, ValueError, r"level: expected a number in \(0, 1\), got 1.0"),
         ({"censored_visit": "no"}, ValueError, "censored_visit: expected one of"),
         ({"hazards": 2.0}, ValueError, r"hazards: expected probabilities in \[0, 1\], got 2 \(pat"),

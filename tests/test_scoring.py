@@ -14,7 +14,9 @@ from ehrseq_fast import PackedVisits, cli
 from ehrseq_fast.data import EventStore, FirstEvent, PartWriter, SubjectChunk, write_store
 from ehrseq_fast.metrics import TrainingOutcomes
 from ehrseq_fast.training import ModelConfig, OptimizerConfig, Run, evaluate, fit, predict, scoring
+from ehrseq_fast.training import report as reports
 from ehrseq_fast.training.checkpoint import CheckpointError
+from ehrseq_fast.training.data import observed_days, unobserved_horizons
 from ehrseq_fast.training.model import predictions
 from ehrseq_fast.training.report import landmarks
 from tests.extras import needs
@@ -97,7 +99,7 @@ def test_the_patients_of_a_split(store, run, tmp_path):
     assert np.array_equal(np.unique(ids), store.subject_ids[patients])
 
 
-def test_a_store_of_other_codes_is_scored_by_their_names(store, run, tmp_path, capsys):
+def test_a_store_of_other_codes_is_scored_by_their_names(store, run, tmp_path):
     """The second patient has the codes of the first under another number, and one that is new."""
     part = PartWriter(tmp_path / "part")
     times = np.array(["2020-01-01", "2020-02-01"] * 2, "M8[us]")
@@ -112,13 +114,71 @@ def test_a_store_of_other_codes_is_scored_by_their_names(store, run, tmp_path, c
     )
     part.finish()
     other = write_store(tmp_path / "store", [tmp_path / "part"], source={})
-    assert predict(run, other, tmp_path / "out.parquet", progress=True) == 4
-    assert "1 of 3 codes" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=r"1 of 3 codes of .* count as the unknown code"):
+        assert predict(run, other, tmp_path / "out.parquet") == 4
     found = pq.read_table(tmp_path / "out.parquet")["hazard"].to_numpy()
     row = {code: row for row, code in enumerate(run.codes)}
     records = [[[row["C01"]], [row["C02"]]], [[row["C01"]], [1]]]
     expected = [predictions(run.model(), PackedVisits.from_lists([r]))[0] for r in records]
     np.testing.assert_allclose(found, torch.cat(expected).numpy(), rtol=1e-5)
+
+
+def test_a_store_of_other_visits_is_told(drawn, store, run, tmp_path, recwarn):
+    """The same records with visits of another kind: a next visit is another one."""
+    other = drawn.store(tmp_path, visit_rule=48)
+    assert other.n_visits <= store.n_visits
+    predict(run, store, tmp_path / "same.parquet")
+    assert not recwarn.list
+    said = r"by 48, the model was trained on visits by 'day'"
+    with pytest.warns(UserWarning, match=said):
+        predict(run, other, tmp_path / "out.parquet")
+    with pytest.warns(UserWarning, match=said):
+        report = evaluate(run, other, out=tmp_path / "report", n_bootstrap=0, progress=False)
+    assert "by 48, the model was trained" in (report.folder / "report.md").read_text()
+
+
+def test_horizons_beyond_the_time_at_risk_are_told(store, tmp_path, recwarn):
+    """After it no event counts, so risks within them do not rise."""
+    model = ModelConfig(embedding_dim=8, hidden_dim=8, horizons_days=(30, 90, 300))
+    task = FirstEvent(EVENT, index="first_visit", time_at_risk_days=90)
+    said = r"more than 90 days of the time at risk: risks within 300 days hold no event"
+    config = small(store, tmp_path / "run", model=model, task=task, epochs=1)
+    with pytest.warns(UserWarning, match=said):
+        run = fit(config)
+    with pytest.warns(UserWarning, match=said):
+        predict(run, store, tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet")
+    means = [table[f"risk_{days}d"].to_numpy().mean() for days in (30, 90, 300)]
+    assert means[2] < means[1] + 0.5 * (means[1] - means[0])
+    with pytest.warns(UserWarning, match=said):
+        report = evaluate(run, store, n_bootstrap=0, progress=False)
+    assert "risks within 300 days hold no event" in (report.folder / "report.md").read_text()
+    assert "within 90, 300 days" in unobserved_horizons(model, 89.6)
+    assert unobserved_horizons(model, 300.0) == ""
+    assert unobserved_horizons(replace(model, name="hazard"), 1.0) == ""
+    follow_up = FirstEvent(EVENT)
+    outcomes = follow_up.apply(store)
+    longest = outcomes.days_to_end(store).max()
+    assert observed_days(follow_up, outcomes) == pytest.approx(longest)
+
+
+def test_several_predictions_of_a_person_are_resampled_together(store, run, tmp_path, monkeypatch):
+    dates = np.repeat(store.visit_times[store.patient_offsets[:-1]], 2).astype("M8[us]")
+    dates[1::2] += np.timedelta64(3, "D")
+    index = {"subject_id": np.repeat(store.subject_ids, 2).tolist(), "time": dates.tolist()}
+    task = FirstEvent(EVENT, index=index)
+    dated = replace(run, config=replace(run.config, task=task.to_dict()))
+    given = []
+    evaluate_predictions = reports.evaluate_predictions
+
+    def noted(*arguments, **options):
+        given.append(options["groups"])
+        return evaluate_predictions(*arguments, **options)
+
+    monkeypatch.setattr(reports, "evaluate_predictions", noted)
+    report = evaluate(dated, store, out=tmp_path / "r", n_bootstrap=0, progress=False)
+    assert np.array_equal(given[0], report.outcomes.patients)
+    assert len(np.unique(given[0])) < len(given[0])
 
 
 def test_a_file_that_exists_is_replaced_only_when_asked(store, run, tmp_path):

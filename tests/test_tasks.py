@@ -421,6 +421,11 @@ REFUSED = {
     "a moving date": ({"index": {1: "today"}}, ValueError, r"index\[1\]: expected a date"),
     "a year": ({"index": {1: "2020"}}, ValueError, r"index\[1\]: expected a date"),
     "a date": ({"index": {1: "soon"}}, ValueError, r"index\[1\]: expected a date, got 'soon'"),
+    "fewer dates than persons": (
+        {"index": {"subject_id": [1, 2], "time": ["2020-01-01"]}},
+        ValueError,
+        "index: expected one time for each of 2 subject ids, got 1",
+    ),
     "washout": ({"washout_days": -1}, ValueError, "washout_days: expected 0 to"),
     "no time at risk": ({"time_at_risk_days": 0}, ValueError, "time_at_risk_days: expected 1"),
     "too long": (
@@ -438,6 +443,18 @@ REFUSED = {
 def test_settings_are_refused(settings, error, message):
     with pytest.raises(error, match=message):
         FirstEvent(**{"codes": "X", **settings})
+
+
+def test_dates_with_a_zone_are_told_apart_from_none():
+    zoned = ["2020-02-01T01:30+02:00", "2020-01-31 23:30Z", "2020-01-31T23:30:00.000000-00:00"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task = FirstEvent("X", index=dict(enumerate(zoned)))
+    assert set(task.index.times.tolist()) == {dt.datetime(2020, 1, 31, 23, 30)}
+    assert not task.index.whole_days.any()
+    nat = pytest.importorskip("pandas").NaT  # an instance of datetime
+    with pytest.raises(ValueError, match=r"index\[1\]: expected a date, got NaT"):
+        FirstEvent("X", index={1: nat})
 
 
 def test_settings_by_name():

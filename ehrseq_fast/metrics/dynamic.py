@@ -18,6 +18,8 @@ from .values import (
     read_visit_times,
 )
 
+NO_PAIR = "expected a patient with the event and another still at risk after that visit, got none"
+
 
 def concordance_td(
     risk: Any,
@@ -96,7 +98,8 @@ def concordance_td(
     )
     visits = read_visit_times(values, times)
     entry = read_entry_times(values, entry_times, visits)
-    return concordance(values, visits, seen, entry, included(censored_visit), competing)
+    found = concordance(values, visits, seen, entry, included(censored_visit), competing)
+    return 0.5 if isinstance(found, str) else found
 
 
 def concordance(
@@ -106,8 +109,8 @@ def concordance(
     entry: Ints | None,
     with_censored: bool,
     competing: Bools | None = None,
-) -> float:
-    """Of arguments that were checked."""
+) -> float | str:
+    """Of arguments that were checked; why there is none, without any pair."""
     censored = ~seen if competing is None else ~(seen | competing)
     order = np.argsort(visits, kind="stable")
     by_time = visits[order]
@@ -127,4 +130,4 @@ def concordance(
         doubled += int(np.searchsorted(controls, risks, "left").sum())
         doubled += int(np.searchsorted(controls, risks, "right").sum())
         pairs += len(cases) * len(later)
-    return doubled / (2 * pairs) if pairs else 0.5
+    return doubled / (2 * pairs) if pairs else NO_PAIR

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import ArrayLike, integer
+from ..arrays import ArrayLike, integer, longs
 from ..models.intervals import boundaries
 from .at_landmarks import Landmark, add_landmark
 from .baselines import DayBaselines, VisitBaselines, day_baselines, visit_baselines
@@ -42,6 +42,7 @@ def evaluate(
     causes: Sequence[str] | None = None,
     train: TrainingOutcomes | None = None,
     censored_visit: str = "excluded",
+    groups: ArrayLike | None = None,
     bootstrap: int = 0,
     level: float = 0.95,
     seed: int = 0,
@@ -83,6 +84,10 @@ def evaluate(
         causes: K names; by default ``"cause 1"``, ...
         train: the training patients' outcomes, for the baselines; without them they are missing.
         censored_visit: what the time of a censoring says.
+        groups: ``[B]``, integers: whose each row is, where several rows (predictions of several
+            dates, say) are of one person. Persons are then resampled with all of their rows, as
+            intervals of rows that are taken for independent are too narrow. None: a row is a
+            patient.
         bootstrap: samples for intervals; patients are resampled. 0 for none.
         level: of the intervals (percentiles).
         seed: of the samples.
@@ -129,7 +134,7 @@ def evaluate(
     bootstrap = integer("bootstrap", bootstrap, 0, 10**6)
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number in (0, 1), got {level}")
-    figures = Figures(len(held))
+    figures = Figures(len(held), None if groups is None else _read_groups(groups, len(held)))
     incidences = None
     if "hazards" in read and held.types is not None:
         patients = Patients.of(
@@ -167,6 +172,13 @@ def evaluate(
         causes=names,
         incidences=incidences,
     )
+
+
+def _read_groups(groups: ArrayLike, n: int) -> Ints:
+    found = longs("groups", groups)
+    if found.shape != (n,):
+        raise ValueError(f"groups: expected one per row, [{n}], got {list(found.shape)}")
+    return found
 
 
 def _add_visit_metrics(

@@ -25,14 +25,19 @@ _MOST_FAILED = 0.1  # share of bootstrap samples in which a figure may be undefi
 class Figures:
     """Metrics, and how they are computed again for a sample of patients.
 
+    Args:
+        patients: how many rows are evaluated.
+        groups: ``[B]``, whose each row is, where several are of one person; or None.
+
     Attributes:
-        patients: how many are evaluated.
+        patients: as above.
         metrics: with their figures, in the order of :meth:`add`.
         calibrations: the curves, by landmark, horizon and cause.
     """
 
-    def __init__(self, patients: int) -> None:
+    def __init__(self, patients: int, groups: Ints | None = None) -> None:
         self.patients = patients
+        self._groups = None if groups is None else np.unique(groups, return_inverse=True)[1]
         self.everybody = np.arange(patients)
         self.metrics: list[Metric] = []
         self.calibrations: dict[tuple[float | str, float, str | None], Calibration] = {}
@@ -61,7 +66,7 @@ class Figures:
         defined = {key_of(m): k for k, m in enumerate(self.metrics) if m.model is not None}
         found: dict[Key, list[float]] = {at: [] for at in defined}
         for _ in _with_progress(samples, progress):
-            chosen = rng.integers(0, self.patients, self.patients)
+            chosen = self._draw(rng)
             for block in self._blocks:
                 for at, value in block(chosen, WHOSE[:1])["model"].items():
                     number = _number(value)
@@ -73,6 +78,16 @@ class Figures:
                 low, high = np.quantile(values, edges).tolist()
                 k = defined[at]
                 self.metrics[k] = replace(self.metrics[k], interval=(low, high))
+
+    def _draw(self, rng: np.random.Generator) -> Ints:
+        """The rows of as many persons as there are, drawn with replacement."""
+        if self._groups is None:
+            return rng.integers(0, self.patients, self.patients)
+        order = np.argsort(self._groups, kind="stable")
+        sizes = np.bincount(self._groups)
+        drawn = rng.integers(0, len(sizes), len(sizes))
+        first, n = (sizes.cumsum() - sizes)[drawn], sizes[drawn]
+        return order[np.arange(n.sum()) + np.repeat(first - (n.cumsum() - n), n)]
 
 
 def key_of(metric: Metric) -> Key:

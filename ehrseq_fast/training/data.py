@@ -65,8 +65,13 @@ class TrainingData:
                 f"{self.outcomes.attrition}"
             )
         self.tuning_outcomes = self._tuning_outcomes(task)
-        if note := censored_in_window(config.model, self.outcomes):
-            warnings.warn(note, stacklevel=2)
+        self.observed_days = observed_days(task, self.outcomes)
+        for note in (
+            censored_in_window(config.model, self.outcomes),
+            unobserved_horizons(config.model, self.observed_days),
+        ):
+            if note:
+                warnings.warn(note, stacklevel=2)
         self._training, self._sampler = self._batches(self.outcomes, shuffle=True)
         self._tuning = None
         if self.has_tuning:
@@ -196,6 +201,30 @@ def censored_in_window(model: ModelConfig, outcomes: Outcomes) -> str:
         "its risk: min_observation_days leaves them out"
     )
     return said + ("; risks by horizon are not affected" if model.has_horizons else "")
+
+
+def observed_days(task: FirstEvent, outcomes: Outcomes) -> float:
+    """For how many days of the risk window anybody is observed at most; of a task with a time at
+    risk no more than that, though its last day is observed to its end."""
+    days = (outcomes.end_times - outcomes.risk_starts) / np.timedelta64(1, "D")
+    longest = float(np.nanmax(days, initial=0.0))
+    most = task.time_at_risk_days
+    return longest if most is None else min(longest, float(most))
+
+
+def unobserved_horizons(model: ModelConfig, days: float | None) -> str:
+    """What to know of risks within horizons beyond the ``days`` that anybody is observed for in
+    training: no event after these is known, so that they are hardly above the risk within them.
+    ``""`` where there are none.
+    """
+    beyond = [f"{each:g}" for each in model.horizons_days if days is not None and each > days]
+    if not model.has_horizons or not beyond:
+        return ""
+    return (
+        f"in training nobody is observed for more than {days:.0f} days of the time at risk: risks "
+        f"within {', '.join(beyond)} days hold no event after that and are too low; a longer time "
+        "at risk, or model.horizons_days up to it"
+    )
 
 
 def visit_hazard(outcomes: Outcomes) -> float:

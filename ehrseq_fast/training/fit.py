@@ -185,6 +185,8 @@ def _finish(
         },
         "attrition": outcomes.attrition.to_dict(),
         "warnings": list(outcomes.warnings),
+        "observed_days": data.observed_days,
+        "visit_rule": data.store.visit_rule,
     }
     about_run = {"format": FORMAT, "version": VERSION, "status": "finished"}
     write_json(folder.state, about_run | identity | result)

@@ -22,7 +22,7 @@ from .files import write_atomically, write_json
 from .held_out import Overlap, overlap_of
 from .plots import calibration_plot, hazard_plot, incidence_plot, learning_curve
 from .run import Run
-from .scoring import Scores, code_map_of, score_outcomes
+from .scoring import Scores, cautions, score_outcomes
 
 # Of the events of the training split: as many must follow a landmark within the longest horizon.
 _FEWEST_EVENTS = 20
@@ -108,8 +108,10 @@ def evaluate(
             f"or is at risk\n{outcomes.attrition}"
         )
     overlap = overlap_of(run, store, outcomes)
-    if overlap.note:
-        warnings.warn(overlap.note, stacklevel=2)
+    told = cautions(run, store)
+    for text in (overlap.note, "; ".join(told)):
+        if text:
+            warnings.warn(text, stacklevel=2)
     progress = progress and sys.stderr.isatty()
     scores = score_outcomes(run, store, outcomes, device_of(device), progress=progress)
     train, note = _training_outcomes(run, store, task)
@@ -132,6 +134,7 @@ def evaluate(
         entry_times=outcomes.entry_times,
         train=train,
         censored_visit=censored_visit(outcomes),
+        groups=outcomes.patients if len(np.unique(outcomes.patients)) < len(outcomes) else None,
         bootstrap=n_bootstrap,
         seed=seed,
         progress=progress,
@@ -140,9 +143,8 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     plots = _draw(folder, run, outcomes, scores, evaluation, _described_causes(task, store))
     notes = [*outcomes.warnings, *([note] if note else [])]
-    unknown = code_map_of(run, store)[1]
     in_window = censored_in_window(run.config.model, outcomes)
-    notes += [text for text in (unknown, in_window) if text]
+    notes += [*told, *([in_window] if in_window else [])]
     text = _markdown(run, store, split, task, outcomes, evaluation, plots, notes, overlap)
     write_atomically(folder / "report.md", text.encode())
     about = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from ..batch import PackedVisits
 from ..data import EventStore, Outcomes, PatientDataset
 from ..optional import need
 from .config import DistributedConfig
+from .data import unobserved_horizons
 from .distributed import Processes, started
 from .files import replacing
 from .model import predictions
@@ -50,7 +51,9 @@ def predict(
     scored too: what is scored are records, not the task's population.
 
     A store of other patients is scored by its codes: those that the training split did not have
-    count as the unknown code. Under ``torchrun`` the processes share the work; the file is the
+    count as the unknown code. A warning tells how many they are, and where the store's visits are
+    by another rule than those of training, or a horizon is longer than anybody was observed there.
+    Under ``torchrun`` the processes share the work; the file is the
     same, byte for byte, for any number of them. It appears whole or not at all.
 
     Args:
@@ -60,7 +63,7 @@ def predict(
         split: whose visits; None: all patients'.
         device: as in :class:`RunConfig`.
         overwrite: replace ``out``.
-        progress: show a progress bar, and tell of unknown codes.
+        progress: show a progress bar.
 
     Returns:
         The number of rows.
@@ -87,8 +90,8 @@ def predict(
             if out.exists() and not overwrite:
                 raise FileExistsError(f"{out}: exists; --overwrite (overwrite=True) replaces it")
             out.parent.mkdir(parents=True, exist_ok=True)
-            if progress and scorer.unknown:
-                print(scorer.unknown, file=sys.stderr)
+            if notes := cautions(run, records):
+                warnings.warn("; ".join(notes), stacklevel=5)
 
         processes.on_main(refuse)
         part = out.with_name(f"{out.name}.{processes.rank}.part.tmp")
@@ -145,8 +148,6 @@ class Scorer:
         device: where to compute.
         outcomes: of a task; an item is then one of its rows, otherwise a patient of the store.
 
-    Attributes:
-        unknown: how much of the store the model does not know, in words; empty where it knows all.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Scorer:
         self.model = run.model(device)
         self.config = run.config.model
         self.n_causes = run.config.n_causes
-        code_map, self.unknown = code_map_of(run, store)
+        code_map, _ = code_map_of(run, store)
         self.dataset = PatientDataset(
             store,
             np.arange(store.n_patients) if outcomes is None else outcomes,
@@ -269,6 +270,22 @@ def code_map_of(run: Run, store: EventStore) -> tuple[NDArray[np.int32], str]:
     unknown = int((found == 1).sum())
     said = f"{unknown:,} of {len(found):,} codes of {store.path} were not in training"
     return found, f"{said}; they count as the unknown code" if unknown else ""
+
+
+def cautions(run: Run, store: EventStore) -> list[str]:
+    """What to know before a run's scores of a store are trusted: codes that it does not know,
+    visits of another kind, horizons that nobody was observed for."""
+    trained_on = run.result.get("visit_rule", store.visit_rule)
+    visits = (
+        f"the visits of {store.path} are by {store.visit_rule!r}, the model was trained on visits "
+        f"by {trained_on!r}: what it learnt of a visit, and of the next one, does not hold there"
+    )
+    notes = [
+        code_map_of(run, store)[1],
+        visits if trained_on != store.visit_rule else "",
+        unobserved_horizons(run.config.model, run.result.get("observed_days")),
+    ]
+    return [note for note in notes if note]
 
 
 def _bar(visits: int, shown: bool) -> Any:

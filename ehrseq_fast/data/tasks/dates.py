@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from ...arrays import Array, as_array, labels_of, longs
 from .search import DAY_US, NAT, days_of, microseconds
 
 Ints = NDArray[np.int64]
+_ENDS_WITH_A_ZONE = re.compile(r"(Z|[+-]\d{2}:\d{2})$")
 _STARTS_WITH_A_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")  # NumPy takes "today" and "2020" too
 LENGTH_OF_A_DATE = len("2020-01-31")
 
@@ -50,6 +52,11 @@ class IndexDates:
         if isinstance(values, Mapping):
             if set(values) == {"subject_id", "time"}:
                 ids, given = values["subject_id"], list(values["time"])
+                if ids is not None and len(list(ids)) != len(given):
+                    raise ValueError(
+                        f"index: expected one time for each of {len(list(ids))} subject ids, got "
+                        f"{len(given)}"
+                    )
             else:
                 ids, given = list(values), list(values.values())
             names = range(len(given)) if ids is None else ids
@@ -148,19 +155,29 @@ def _read(
 
 def _date(value: Any) -> tuple[np.datetime64, bool]:
     """NaT for what is no date."""
+    if isinstance(value, str):
+        value = _of_text(value)
     if isinstance(value, dt.datetime):
         if value.tzinfo is not None:
             value = value.astimezone(dt.timezone.utc).replace(tzinfo=None)
-        return np.datetime64(value, "us"), False
+        # pandas' NaT is an instance of datetime
+        return np.datetime64("NaT" if str(value) == "NaT" else value, "us"), False
     if isinstance(value, dt.date):
         return np.datetime64(value, "us"), True
-    if isinstance(value, str) and not _STARTS_WITH_A_DAY.match(value):
-        return np.datetime64("NaT"), False
-    if isinstance(value, (str, np.datetime64)):
-        try:
-            time = np.datetime64(value)
-        except ValueError:
-            return np.datetime64("NaT"), False
-        whole = np.datetime_data(time.dtype)[0] in ("Y", "M", "W", "D")
-        return time.astype("datetime64[us]"), whole
+    if isinstance(value, np.datetime64):
+        whole = np.datetime_data(value.dtype)[0] in ("Y", "M", "W", "D")
+        return value.astype("datetime64[us]"), whole
     return np.datetime64("NaT"), False
+
+
+def _of_text(text: str) -> dt.datetime | np.datetime64:
+    """NaT for what is no date."""
+    if not _STARTS_WITH_A_DAY.match(text):
+        return np.datetime64("NaT")
+    if _ENDS_WITH_A_ZONE.search(text, LENGTH_OF_A_DATE):  # of which NumPy warns
+        with suppress(ValueError):
+            return dt.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    try:
+        return np.datetime64(text)
+    except ValueError:
+        return np.datetime64("NaT")

@@ -15,6 +15,7 @@ from .search import NAT, as_times
 
 VALUES = ("boolean_value", "integer_value", "float_value", "categorical_value")
 TIMES_TO_EVENT = ("event_time_days", "event_indicator")
+MOST_DAYS = 365_250  # a thousand years
 EXACT_UP_TO = 2**53  # integers beyond may not be what they were as float64
 
 Columns = tuple[NDArray[np.int64], NDArray[np.datetime64], dict[str, NDArray[Any]]]
@@ -41,7 +42,7 @@ def read_columns(path: Path) -> Columns:
     """
     pa = pyarrow()
     if path.is_dir():
-        files = sorted(path.rglob("*.parquet"))
+        files = sorted(file for file in path.rglob("*") if _is_label_file(file.relative_to(path)))
     elif path.exists():
         files = [path]
     else:
@@ -59,6 +60,12 @@ def read_columns(path: Path) -> Columns:
         np.concatenate([part[1] for part in parts]),
         values,
     )
+
+
+def _is_label_file(path: Path) -> bool:
+    """As for the shards of a dataset: capitals too, and nothing hidden."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() == ".parquet" and not hidden
 
 
 def _or_none(values: dict[str, NDArray[Any]], name: str, n: int) -> NDArray[Any]:
@@ -145,7 +152,20 @@ def _values(pa: Any, path: Path, name: str, column: Any) -> NDArray[Any]:
     numbers = column.cast(pa.float64(), safe=False).to_numpy()
     if types.is_integer(kind) and np.nanmax(np.abs(numbers), initial=0) > EXACT_UP_TO:
         raise ValueError(f"{path}, column {name}: expected integers within 2**53, got larger ones")
+    if name == "event_time_days":
+        _refuse_no_days(path, name, numbers)
     return numbers
+
+
+def _refuse_no_days(path: Path, name: str, days: NDArray[np.float64]) -> None:
+    """An event before its prediction would be one of that very moment, an infinite time unknown."""
+    wrong = np.flatnonzero((days < 0) | (days > MOST_DAYS))
+    if len(wrong):
+        raise ValueError(
+            f"{path}, column {name}, row {wrong[0]}: expected days from 0 to {MOST_DAYS}, from the "
+            f"prediction to the event or the end of observation, or null, got "
+            f"{days[wrong[0]]:g} ({len(wrong)} such rows)"
+        )
 
 
 def _is_number(types: Any, kind: Any) -> bool:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 ROWS_AT_ONCE = 1 << 20
+EXACT_IN_FLOAT32 = 2**24  # integers beyond may be other ones as float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +82,18 @@ class Labels:
 
         A row sees the visits up to its prediction time. ``labels`` are the values: of booleans 0
         and 1, of categories their number in ``categories``. ``event_indicators`` and ``end_times``
-        are the columns ``event_indicator`` and ``event_time_days``; without the former, the
-        indicator is the boolean label, or 0. A visit with codes recorded after the prediction is
-        not seen; how many rows fall into one is told in ``warnings``.
+        are the columns ``event_indicator`` and ``event_time_days``; where a row has none of the
+        former, its indicator is the boolean label, or 0. A visit with codes recorded after the
+        prediction is not seen; how many rows fall into one is told in ``warnings``.
 
         Raises:
-            ValueError: no such split, labels without any value.
+            ValueError: no such split, labels without any value, whole ones that float32 does not
+                hold.
         """
         column = self._label_column()
         label, categories = _as_numbers(self.values[column])
+        if column == "integer_value":
+            self._refuse_large(label)
         patients = places_of(store.subject_ids, self.subject_ids)
         chosen = np.zeros(store.n_patients, bool)
         chosen[slice(None) if split is None else store.patients_of(split)] = True
@@ -159,10 +163,20 @@ class Labels:
             started[of] = first_not_below(chunk.visit_times, begins, ends, before[of]) - begins
         return seen, started
 
+    def _refuse_large(self, label: NDArray[np.float64]) -> None:
+        large = np.flatnonzero(np.abs(label) > EXACT_IN_FLOAT32)
+        if len(large):
+            raise ValueError(
+                f"{self.source}, column integer_value: expected integers within 2**24, which "
+                f"float32 labels hold, got {label[large[0]]:.0f} (row {large[0]})"
+            )
+
     def _indicators(self, rows: Ints, positive: NDArray[np.bool_]) -> NDArray[np.uint8]:
-        if "event_indicator" not in self.values:
-            return positive[rows].astype(np.uint8)
-        return (self.values["event_indicator"][rows] == 1).astype(np.uint8)
+        indicators = positive[rows].astype(np.float64)
+        if "event_indicator" in self.values:
+            given = self.values["event_indicator"][rows]
+            indicators = np.where(np.isnan(given), indicators, given)
+        return (indicators == 1).astype(np.uint8)
 
     def _end_times(self, rows: Ints) -> NDArray[np.datetime64]:
         ends = np.full(len(rows), NAT)
@@ -228,14 +242,31 @@ def write_labels(
 
     Raises:
         ImportError: PyArrow is missing.
-        ValueError: outcomes that compete, of which label files do not say which it was.
+        ValueError: outcomes that compete, of which label files do not say which it was; labels
+            other than 0 and 1, which ``boolean_value`` does not hold.
     """
     if outcomes.causes:
         raise ValueError(
             "outcomes: expected those of one outcome, as label files hold, got those of "
             f"{len(outcomes.causes)} that compete ({', '.join(outcomes.causes)})"
         )
+    if horizon_days is None:
+        _refuse_other_labels(outcomes)
     return write_columns(Path(path), _label_rows(outcomes, store, horizon_days))
+
+
+def _refuse_other_labels(outcomes: Outcomes) -> None:
+    labels = outcomes.labels
+    wrong = None
+    if outcomes.categories:
+        wrong = f"those of the categories {', '.join(map(repr, outcomes.categories))}"
+    elif labels is not None and (other := ~np.isin(labels, (0, 1))).any():
+        wrong = f"{labels[other.argmax()]:g} in row {other.argmax()} ({other.sum()} such rows)"
+    if wrong:
+        raise ValueError(
+            f"outcomes: expected labels of 0 and 1, which boolean_value holds, got {wrong}; "
+            "horizon_days= writes whether the event came within so many days"
+        )
 
 
 def _label_rows(
@@ -268,7 +299,7 @@ def _label_rows(
             within = np.where(indicator, last_day <= horizon_days, last_day < horizon_days)
             label = np.where(within, np.where(indicator, 1.0, np.nan), 0.0)
             label[np.isnan(days)] = np.nan
-        elif outcomes.labels is not None and not outcomes.categories:
+        elif outcomes.labels is not None:
             label = outcomes.labels[row].astype(np.float64)
         yield {
             "subject_id": store.subject_ids[outcomes.patients[row]],
