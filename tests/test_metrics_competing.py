@@ -24,6 +24,7 @@ from ehrseq_fast.metrics import (
     landmark_auc,
     visit_baselines,
 )
+from ehrseq_fast.metrics.dynamic import NO_PAIR
 
 from .competing_cases import (
     concordance_pairs_of_cause,
@@ -396,7 +397,7 @@ def test_too_few_patients_for_a_curve():
     assert found.incidences is None
     assert found["incidence", "cause 1"].model is None
     assert "10 patients at risk, got at most 2" in found["incidence", "cause 1"].reason
-    assert found["c_td", "cause 2"].model == 0.5
+    assert found["c_td", "cause 2"].reason == NO_PAIR
     json.dumps(found.to_dict(), allow_nan=False)
 
 
@@ -407,7 +408,7 @@ def test_a_cause_without_events():
         event_types=[1, 0] * 15,
         train=TrainingOutcomes([0, 1], event_types=[0, 1]),
     )
-    assert found["c_td", "cause 2"].model == 0.5
+    assert found["c_td", "cause 2"].reason == NO_PAIR
     assert found["observed/expected", "cause 2"].model == 0
     assert np.isfinite([found["nll"].constant, found["nll"].by_visit]).all()
     full = cause_baselines([0, 0, 0], [1, 1, 1], 3)

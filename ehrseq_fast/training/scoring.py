@@ -91,7 +91,7 @@ def predict(
                 raise FileExistsError(f"{out}: exists; --overwrite (overwrite=True) replaces it")
             out.parent.mkdir(parents=True, exist_ok=True)
             if notes := cautions(run, records):
-                warnings.warn("; ".join(notes), stacklevel=5)
+                warnings.warn("; ".join(notes), stacklevel=4)
 
         processes.on_main(refuse)
         part = out.with_name(f"{out.name}.{processes.rank}.part.tmp")
