@@ -12,6 +12,7 @@ have to be loaded before Python is: ``python -m tests.cuda_on_cpu`` runs pytest 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -121,6 +122,12 @@ def _run(command: list[str]) -> None:
 def build() -> Path:
     """Compile what has changed and link it; the library."""
     CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:  # of pytest's workers, one compiles and the rest wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build()
+
+
+def _build() -> Path:
     sources = [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu")), *kernels()]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         objects = list(pool.map(_compile, sources))
