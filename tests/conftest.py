@@ -26,7 +26,10 @@ if not torch.cuda.is_available() and not os.environ.get("EHRSEQ_FAST_NO_COMPILED
 from ehrseq_fast import backend as backends
 from ehrseq_fast import operations
 
-from . import cuda_on_cpu
+from . import cuda_on_cpu, interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    interpreter.replace_once()
 
 # Property tests are short and the same every time; --hypothesis-profile long looks further.
 settings.register_profile("ci", max_examples=40, derandomize=True, deadline=None, database=None)
