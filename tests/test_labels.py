@@ -224,6 +224,18 @@ def test_dates_and_zones(tmp_path):
     assert labels(tmp_path / "z.parquet").prediction_times.view(np.int64).tolist() == [us(3, 8)]
 
 
+def test_index_dates_as_text_with_a_zone():
+    zoned = ["2020-02-01T01:30+02:00", "2020-01-31 23:30Z", "2020-01-31T23:30:00.000000-00:00"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task = FirstEvent("X", index=dict(enumerate(zoned)))
+    assert set(task.index.times.tolist()) == {dt.datetime(2020, 1, 31, 23, 30)}
+    assert not task.index.whole_days.any()
+    nat = pytest.importorskip("pandas").NaT  # an instance of datetime
+    with pytest.raises(ValueError, match=r"index\[1\]: expected a date, got NaT"):
+        FirstEvent("X", index={1: nat})
+
+
 def refused(tmp_path, **columns):
     return write(tmp_path / "bad.parquet", [(1, stamp(0)), (2, stamp(1))], **columns)
 

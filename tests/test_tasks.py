@@ -445,18 +445,6 @@ def test_settings_are_refused(settings, error, message):
         FirstEvent(**{"codes": "X", **settings})
 
 
-def test_dates_with_a_zone_are_told_apart_from_none():
-    zoned = ["2020-02-01T01:30+02:00", "2020-01-31 23:30Z", "2020-01-31T23:30:00.000000-00:00"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        task = FirstEvent("X", index=dict(enumerate(zoned)))
-    assert set(task.index.times.tolist()) == {dt.datetime(2020, 1, 31, 23, 30)}
-    assert not task.index.whole_days.any()
-    nat = pytest.importorskip("pandas").NaT  # an instance of datetime
-    with pytest.raises(ValueError, match=r"index\[1\]: expected a date, got NaT"):
-        FirstEvent("X", index={1: nat})
-
-
 def test_settings_by_name():
     task = FirstEvent(["X", 5], prefix=("A", "B"), gap_days=3)
     assert task.to_dict() == {"codes": ["X", 5], "prefix": ["A", "B"], "gap_days": 3}
