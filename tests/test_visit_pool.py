@@ -82,6 +82,26 @@ def test_without_a_mask_every_slot_counts(backend, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("row", ["zeros", "NaN", "numbers"])
+def test_codes_of_padding_without_a_mask(backend, mode, padding_idx, row):
+    """Nearly all slots hold one code, as where visits are padded; kernels may leave it out where it
+    changes nothing, and the numbers are the same bits as with a mask that keeps every slot."""
+    codes = torch.where(torch.rand(70, 5) < 0.2, torch.randint(0, 5, (70, 5)), 3)
+    codes[4], codes[-1] = 3, torch.tensor([1, 3, 3, 3, 3])
+    weight = torch.randn(5, 32)
+    weight[3] = {"zeros": torch.tensor([0.0, -0.0] * 16), "NaN": float("nan")}.get(row, weight[3])
+    full = torch.ones_like(codes, dtype=torch.bool)
+    options = {"mode": mode, "padding_idx": padding_idx}
+    grad = torch.randn(70, 32)
+    for batch in (codes, codes.int(), codes.flip(0)):
+        without = gradients(visit_mean_pool, batch, weight, None, grad, **options)
+        masked = gradients(visit_mean_pool, batch, weight, full, grad, **options)
+        for ours, theirs in zip(without, masked, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("mask_dtype", "values"),
     [

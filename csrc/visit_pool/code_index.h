@@ -24,35 +24,62 @@ struct WeightedIndex {
   std::vector<acc_t> weights;
 };
 
-// Entries of neighbouring visits, in the order of the batch, as one thread found them. `next` has
-// an element for each code: how many entries it has here.
+// Entries of neighbouring visits, in the order of the batch, as one thread found them. Vectors may
+// be longer than what they hold.
 template <typename acc_t>
 struct FoundEntries {
-  std::vector<int32_t> codes;
-  std::vector<int32_t> visits;
-  std::vector<acc_t> weights;  // what the visit's gradient is multiplied by; empty where all are 1
-  std::vector<int32_t> next;
+  int64_t first_visit = 0;  // what held_visits are counted from
+  int64_t n_entries = 0;
+  int64_t n_held = 0;                // visits that have entries
+  std::vector<int32_t> rows;         // of the table: the codes
+  std::vector<acc_t> weights;        // nothing where all are 1
+  std::vector<int32_t> held_visits;  // ascending
+  std::vector<int32_t> offsets;      // of their entries
+  std::vector<acc_t> scales;         // of each of them, 1 / max(sum of weights, 1)
+
+  // Calls body(entry, visit, weight) for every entry; the weight is what the gradient of its visit
+  // is multiplied by.
+  template <typename Body>
+  void for_each_entry(bool scaled, bool weighted, const Body& body) const {
+    for (int64_t held = 0; held < n_held; ++held) {
+      const auto visit = static_cast<int32_t>(first_visit + held_visits[held]);
+      const acc_t scale = scaled ? scales[held] : acc_t(1);
+      for (int32_t i = offsets[held]; i < offsets[held + 1]; ++i) {
+        body(i, visit, weighted ? scale * weights[i] : scale);
+      }
+    }
+  }
 };
 
 // Stable counting sort by code: the visits of one code keep the order of the batch, however it was
-// divided. Codes equal to `left_out` have no entry. `found` is used up.
+// divided into parts. Codes equal to `left_out` have no entry. An entry's weight is `scaled` by its
+// visit's, and a product with its code's where those are `weighted`.
 template <typename acc_t>
-WeightedIndex<acc_t> transpose(std::vector<FoundEntries<acc_t>>& found, int64_t vocabulary,
-                               bool weighted, int64_t left_out) {
-  size_t n_entries = 0;
-  for (const auto& part : found) n_entries += part.codes.size();
+WeightedIndex<acc_t> transpose(const std::vector<FoundEntries<acc_t>>& parts, int64_t vocabulary,
+                               bool scaled, bool weighted, int64_t left_out) {
+  int64_t n_entries = 0;
+  for (const auto& part : parts) n_entries += part.n_entries;
   if (n_entries > INT32_MAX) {
     refuse("visit_pool_backward", "real codes of all visits", "at most 2^31-1",
            std::to_string(n_entries));
   }
+  const auto n_parts = static_cast<int64_t>(parts.size());
+  // how many entries each part has of each code, then the place of the next
+  std::vector<std::vector<int32_t>> next(n_parts);
+  parallel_for(0, n_parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      next[i].assign(vocabulary, 0);
+      for (int64_t entry = 0; entry < parts[i].n_entries; ++entry) ++next[i][parts[i].rows[entry]];
+    }
+  });
   WeightedIndex<acc_t> index;
   index.offsets.push_back(0);
   int32_t place = 0;
   for (int64_t code = 0; code < vocabulary; ++code) {
     const int32_t begin = place;
-    for (auto& part : found) {
-      const int32_t count = part.next[code];
-      part.next[code] = place;
+    for (auto& counts : next) {
+      const int32_t count = counts[code];
+      counts[code] = place;
       if (code != left_out) place += count;
     }
     if (place == begin) continue;
@@ -60,18 +87,17 @@ WeightedIndex<acc_t> transpose(std::vector<FoundEntries<acc_t>>& found, int64_t 
     index.offsets.push_back(place);
   }
   index.visits.resize(place);
-  index.weights.resize(weighted ? place : 0);
-  const auto n_parts = static_cast<int64_t>(found.size());
+  index.weights.resize(scaled || weighted ? place : 0);
   parallel_for(0, n_parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      auto& part = found[i];
-      for (size_t entry = 0; entry < part.codes.size(); ++entry) {
-        const int32_t code = part.codes[entry];
-        if (code == left_out) continue;
-        const int32_t at = part.next[code]++;
-        index.visits[at] = part.visits[entry];
-        if (weighted) index.weights[at] = part.weights[entry];
-      }
+      const auto& part = parts[i];
+      part.for_each_entry(scaled, weighted, [&](int32_t entry, int32_t visit, acc_t weight) {
+        const int32_t code = part.rows[entry];
+        if (code == left_out) return;
+        const int32_t at = next[i][code]++;
+        index.visits[at] = visit;
+        if (scaled || weighted) index.weights[at] = weight;
+      });
     }
   });
   return index;

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "common/operators.h"
 #include "common/parallel.h"
@@ -95,15 +97,30 @@ struct CodeOfSlot {
     return static_cast<int32_t>(code);
   }
   void prefetch(int64_t at) const { __builtin_prefetch(codes + at); }
+  int64_t find_others(int64_t at, int64_t count, int64_t code, int32_t* positions) const {
+    return ehrseq::find_others(codes + at, count, static_cast<code_t>(code),
+                               static_cast<int32_t>(at), positions);
+  }
 };
 
+constexpr int64_t kNone = -1;
+
+// Where there is no mask, slots of the code `skipped` may be left out: one of the vocabulary, whose
+// row or gradient is known to be zeros.
 template <typename code_t, typename acc_t, typename mask_t>
-void collect_real_codes(const PaddedCodes& in, int64_t first, int64_t last,
+void collect_real_codes(const PaddedCodes& in, int64_t first, int64_t last, int64_t skipped,
                         RealSlots<acc_t, mask_t>& kept) {
   const auto* codes = static_cast<const code_t*>(in.codes.data_ptr()) + first * in.n_slots;
   bool outside = false;
-  kept.collect(mask_of_visit<mask_t>(in.mask, first, in.n_slots), last - first, in.n_slots,
-               CodeOfSlot<code_t>{codes, static_cast<uint64_t>(in.vocabulary), &outside});
+  const CodeOfSlot<code_t> row_of{codes, static_cast<uint64_t>(in.vocabulary), &outside};
+  if constexpr (!RealSlots<acc_t, mask_t>::kIsWeighted) {
+    if (!in.mask.has_value() && skipped != kNone && in.n_slots > 0) {
+      kept.collect_others(skipped, last - first, in.n_slots, row_of);
+      if (outside) refuse_codes<code_t, mask_t>(in);
+      return;
+    }
+  }
+  kept.collect(mask_of_visit<mask_t>(in.mask, first, in.n_slots), last - first, in.n_slots, row_of);
   if (outside) refuse_codes<code_t, mask_t>(in);
 }
 
@@ -115,6 +132,25 @@ std::tuple<Tensor, Tensor> empty_outputs(const Tensor& table, std::vector<int64_
   auto pooled = empty(table, shape, table.scalar_type());
   auto arg_max = empty(table, mode == kMax ? shape : std::vector<int64_t>{0}, ScalarType::Int);
   return {pooled, arg_max};
+}
+
+// The code that pads visits, where it adds nothing to a sum: its row is zeros, as that of an
+// nn.Embedding's padding_idx is. Visits are padded at their end, so it is looked for there; where
+// it is not found, all slots are summed, to the same bits.
+template <typename code_t, typename scalar_t>
+int64_t code_that_adds_nothing(const PaddedCodes& in, const scalar_t* table, int64_t row_size) {
+  if (in.mask.has_value() || in.n_visits * in.n_slots == 0) return kNone;
+  const auto* codes = static_cast<const code_t*>(in.codes.data_ptr());
+  for (const int64_t end : {in.n_visits, int64_t{1}}) {
+    const auto code = static_cast<int64_t>(codes[end * in.n_slots - 1]);
+    if (code < 0 || code >= in.vocabulary) continue;
+    const scalar_t* row = table + code * row_size;
+    const auto is_zero = [](scalar_t number) {
+      return static_cast<accumulator_t<scalar_t>>(number) == 0;
+    };
+    if (std::all_of(row, row + row_size, is_zero)) return code;
+  }
+  return kNone;
 }
 
 std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTensor visit_mask,
@@ -141,11 +177,14 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
       using mask_t = typename decltype(mask_tag)::type;
       const int64_t rows = in.n_visits + in.n_visits * in.n_slots / kSlotsPerCode;
       const int64_t grain = visits_worth_a_thread(in.n_visits, rows, row_size * sizeof(scalar_t));
+      // a maximum may be that row's
+      const int64_t skipped =
+          mode == kMax ? kNone : code_that_adds_nothing<code_t>(in, table_data, row_size);
       parallel_for(0, in.n_visits, grain, [&](int64_t begin, int64_t end) {
         RealSlots<accumulator_t<scalar_t>, mask_t> kept;
         for (int64_t first = begin; first < end; first += step) {
           const int64_t last = std::min(first + step, end);
-          collect_real_codes<code_t>(in, first, last, kept);
+          collect_real_codes<code_t>(in, first, last, skipped, kept);
           pool_real_slots(kept, mode, table_data, row_size, kept.rows.data(),
                           out + first * row_size,
                           winners == nullptr ? nullptr : winners + first * row_size);
@@ -159,55 +198,41 @@ std::tuple<Tensor, Tensor> visit_pool(Tensor codes, Tensor weight, OptionalTenso
 // ---------------------------------------------------------------------------------------------
 // Backward
 
-template <typename acc_t, typename mask_t>
-void append_entries(const RealSlots<acc_t, mask_t>& kept, int64_t first_visit, int64_t mode,
-                    FoundEntries<acc_t>& found) {
-  const auto before = static_cast<int64_t>(found.codes.size());
-  const int64_t count = kept.n_entries();
-  found.codes.insert(found.codes.end(), kept.rows.begin(), kept.rows.begin() + count);
-  found.visits.resize(found.codes.size());
-  for (int64_t i = 0; i < count; ++i) {
-    ++found.next[kept.rows[i]];
-    found.visits[before + i] = static_cast<int32_t>(first_visit + kept.visits[i]);
-  }
-  if (mode == kMean) {
-    found.weights.resize(found.codes.size());
-    kept.for_each_held([&](int64_t held, int32_t begin, int32_t end) {
-      for (int32_t i = begin; i < end; ++i) {
-        found.weights[before + i] = kept.scales[held] * kept.weight(i);
-      }
-    });
-  } else if (mode == kSum && kept.kIsWeighted) {
-    found.weights.insert(found.weights.end(), kept.weights.begin(), kept.weights.begin() + count);
-  }
+// The real codes of a padded batch in parts of neighbouring visits, one for each thread or, where
+// their slots would not fit 32 bits, more.
+template <typename acc_t, typename code_t, typename mask_t>
+std::vector<FoundEntries<acc_t>> find_real_codes(const PaddedCodes& in, int64_t padding_idx) {
+  // A thread counts entries by code, which it has to have many more slots for than there are codes.
+  const int64_t slots_worth_a_thread = std::max(kSlotsWorthAThread, 4 * in.vocabulary);
+  const int64_t worth = in.n_visits * in.n_slots / slots_worth_a_thread;
+  const int64_t shares = std::max<int64_t>(1, std::min({num_threads(), worth, in.n_visits}));
+  const int64_t most = visits_per_step(std::max<int64_t>(1, in.n_visits), in.n_slots);
+  const int64_t n_parts = std::max(shares, (in.n_visits + most - 1) / most);
+  std::vector<FoundEntries<acc_t>> parts(n_parts);
+  share_out(n_parts, shares, [&](int64_t from, int64_t to, int64_t) {
+    for (int64_t part = from; part < to; ++part) {
+      const int64_t begin = in.n_visits * part / n_parts;
+      RealSlots<acc_t, mask_t> kept;
+      collect_real_codes<code_t>(in, begin, in.n_visits * (part + 1) / n_parts, padding_idx, kept);
+      kept.first_visit = begin;
+      parts[part] = std::move(kept);
+    }
+  });
+  return parts;
 }
 
 // The transpose of a padded batch. Codes equal to padding_idx get no gradient and are left out.
 template <typename acc_t>
 WeightedIndex<acc_t> index_padded_codes(const PaddedCodes& in, int64_t mode, int64_t padding_idx) {
-  // A thread counts entries by code, which it has to have many more slots for than there are codes.
-  const int64_t slots_worth_a_thread = std::max(kSlotsWorthAThread, 4 * in.vocabulary);
-  const int64_t worth = in.n_visits * in.n_slots / slots_worth_a_thread;
-  const int64_t shares = std::max<int64_t>(1, std::min({num_threads(), worth, in.n_visits}));
-  const int64_t step = visits_per_step(kVisitsPerStep, in.n_slots);
-  std::vector<FoundEntries<acc_t>> found(shares);
-  bool weighted = mode == kMean;
+  WeightedIndex<acc_t> index;
   dispatch_codes_and_mask(in, [&](auto code_tag, auto mask_tag) {
     using code_t = typename decltype(code_tag)::type;
     using mask_t = typename decltype(mask_tag)::type;
-    weighted |= mode == kSum && !std::is_same_v<mask_t, bool>;
-    share_out(shares, shares, [&](int64_t share, int64_t, int64_t) {
-      const int64_t begin = in.n_visits * share / shares;
-      const int64_t end = in.n_visits * (share + 1) / shares;
-      found[share].next.assign(in.vocabulary, 0);
-      RealSlots<acc_t, mask_t> kept;
-      for (int64_t first = begin; first < end; first += step) {
-        collect_real_codes<code_t>(in, first, std::min(first + step, end), kept);
-        append_entries(kept, first, mode, found[share]);
-      }
-    });
+    const bool weighted = mode != kMax && RealSlots<acc_t, mask_t>::kIsWeighted;
+    index = transpose(find_real_codes<acc_t, code_t, mask_t>(in, padding_idx), in.vocabulary,
+                      mode == kMean, weighted, padding_idx);
   });
-  return transpose(found, in.vocabulary, weighted, padding_idx);
+  return index;
 }
 
 // Calls body(TypeTag<scalar_t>{}, index) with the transpose of the batch.

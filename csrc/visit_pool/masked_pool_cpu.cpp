@@ -31,8 +31,8 @@ void collect_real_slots(const OptionalTensor& mask, int64_t n_slots, int64_t fir
 template <typename acc_t, typename mask_t>
 void slots_within_visits(const RealSlots<acc_t, mask_t>& kept, int64_t n_slots,
                          std::vector<int32_t>& slots) {
-  slots.resize(kept.n_entries());
-  for (int64_t i = 0; i < kept.n_entries(); ++i) {
+  slots.resize(kept.n_entries);
+  for (int64_t i = 0; i < kept.n_entries; ++i) {
     slots[i] = static_cast<int32_t>(kept.rows[i] - kept.visits[i] * n_slots);
   }
 }
@@ -119,7 +119,7 @@ Tensor masked_pool_backward(Tensor grad, OptionalTensor mask, OptionalTensor arg
           if (n_slots * row_size > 0) {
             std::memset(static_cast<void*>(visit_out), 0, n_slots * row_size * sizeof(scalar_t));
           }
-          for (int64_t i = 0; i < kept.n_entries(); ++i) {
+          for (int64_t i = 0; i < kept.n_entries; ++i) {
             const int32_t slot = kept.rows[i];
             if (mode == kMax) {
               kernels.keep_won_columns(grad_row, winners + visit * row_size, slot, row_size,

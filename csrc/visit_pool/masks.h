@@ -9,6 +9,7 @@
 
 #include "common/options.h"
 #include "common/tensors.h"
+#include "visit_pool/code_index.h"
 #include "visit_pool/segments.h"
 #include "visit_pool/slots.h"
 
@@ -82,19 +83,21 @@ class Divisor {
 };
 
 // The real slots of some neighbouring visits: which table rows they add, with what weight, and, for
-// the mean, 1 / max(sum of weights, 1) of each visit that has any. A bool mask, or none, has no
-// weights but 1. Most visits of a padded batch have no real slot and take no space here.
+// the mean, the scale of each visit that has any. A bool mask, or none, has no weights but 1. Most
+// visits of a padded batch have no real slot and take no space here.
 template <typename acc_t, typename mask_t>
-class RealSlots {
+class RealSlots : public FoundEntries<acc_t> {
  public:
   static constexpr bool kIsWeighted = !std::is_same_v<mask_t, bool>;
 
-  std::vector<int32_t> rows;
+  using FoundEntries<acc_t>::rows;
+  using FoundEntries<acc_t>::weights;
+  using FoundEntries<acc_t>::held_visits;
+  using FoundEntries<acc_t>::offsets;
+  using FoundEntries<acc_t>::scales;
+  using FoundEntries<acc_t>::n_entries;
+  using FoundEntries<acc_t>::n_held;
   std::vector<int32_t> visits;  // of each entry, counted from the first
-  std::vector<acc_t> weights;
-  std::vector<int32_t> held_visits;  // that have entries, ascending
-  std::vector<int32_t> offsets;      // of their entries
-  std::vector<acc_t> scales;
 
   // row_of(at) is the row of the slot `at`, counted from the first slot of the first visit, and
   // row_of.prefetch(at) says that it will be asked for.
@@ -104,33 +107,42 @@ class RealSlots {
     if (mask == nullptr) {
       keep_all(n_visits, n_slots, row_of);
     } else {
-      find(mask, n_visits * n_slots);
+      find(n_visits * n_slots, [&](int64_t at, int64_t count, int32_t* positions) {
+        return find_set(mask + at, count, static_cast<int32_t>(at), positions);
+      });
       look_up(mask, n_visits, n_slots, row_of);
     }
-    make_room(scales, n_held_);
-    for (int64_t i = 0; i < n_held_; ++i) scales[i] = acc_t(1) / divisor_of(i);
+    make_room(scales, n_held);
+    for (int64_t i = 0; i < n_held; ++i) scales[i] = acc_t(1) / divisor_of(i);
+  }
+
+  // With no mask, the slots of all codes but one, which takes part in the mean all the same.
+  // row_of.find_others(at, count, code, positions) finds them.
+  template <typename RowOf>
+  void collect_others(int64_t code, int64_t n_visits, int64_t n_slots, const RowOf& row_of) {
+    static_assert(!kIsWeighted);
+    n_visits_ = n_visits;
+    find(n_visits * n_slots, [&](int64_t at, int64_t count, int32_t* positions) {
+      return row_of.find_others(at, count, code, positions);
+    });
+    look_up(nullptr, n_visits, n_slots, row_of);
+    make_room(scales, n_held);
+    std::fill_n(scales.begin(), n_held, acc_t(1) / static_cast<acc_t>(n_slots));
   }
 
   // Null where all are 1.
   const acc_t* weights_or_none() const { return kIsWeighted ? weights.data() : nullptr; }
   acc_t weight(int64_t entry) const { return kIsWeighted ? weights[entry] : acc_t(1); }
-  int64_t n_entries() const { return n_entries_; }
-
-  // Calls body(i, begin, end) with the entries of each visit that has any.
-  template <typename Body>
-  void for_each_held(const Body& body) const {
-    for (int64_t i = 0; i < n_held_; ++i) body(i, offsets[i], offsets[i + 1]);
-  }
 
   // Calls held(i, j, visit) for each run of neighbouring visits that have entries, the i-th to the
   // j-th of held_visits, of which `visit` is the first, and empty(from, to) for the visits between.
   template <typename Held, typename Empty>
   void for_each_run(const Held& held, const Empty& empty) const {
     int64_t visit = 0;
-    for (int64_t begin = 0; begin < n_held_;) {
+    for (int64_t begin = 0; begin < n_held;) {
       const int64_t first = held_visits[begin];
       int64_t end = begin + 1;
-      while (end < n_held_ && held_visits[end] == first + (end - begin)) ++end;
+      while (end < n_held && held_visits[end] == first + (end - begin)) ++end;
       if (visit < first) empty(visit, first);
       held(begin, end, first);
       visit = first + (end - begin);
@@ -159,16 +171,16 @@ class RealSlots {
 
   template <typename RowOf>
   void keep_all(int64_t n_visits, int64_t n_slots, const RowOf& row_of) {
-    n_entries_ = n_visits * n_slots;
-    n_held_ = n_slots > 0 ? n_visits : 0;
-    make_room(rows, n_entries_);
-    make_room(visits, n_entries_);
-    make_room(weights, kIsWeighted ? n_entries_ : 0);
-    make_room(held_visits, n_held_);
-    make_room(offsets, n_held_ + 1);
+    n_entries = n_visits * n_slots;
+    n_held = n_slots > 0 ? n_visits : 0;
+    make_room(rows, n_entries);
+    make_room(visits, n_entries);
+    make_room(weights, kIsWeighted ? n_entries : 0);
+    make_room(held_visits, n_held);
+    make_room(offsets, n_held + 1);
     offsets[0] = 0;
     int64_t entry = 0;
-    for (int64_t visit = 0; visit < n_held_; ++visit) {
+    for (int64_t visit = 0; visit < n_held; ++visit) {
       for (const int64_t end = entry + n_slots; entry < end; ++entry) {
         rows[entry] = row_of(entry);
         visits[entry] = static_cast<int32_t>(visit);
@@ -179,26 +191,27 @@ class RealSlots {
     }
   }
 
-  // Leaves the positions of the real slots in `visits`.
-  void find(const mask_t* mask, int64_t count) {
+  // Leaves the positions of the real slots in `visits`: find_some(at, count, positions) finds those
+  // of `count` slots from `at` on.
+  template <typename FindSome>
+  void find(int64_t count, const FindSome& find_some) {
     constexpr int64_t kAtOnce = 4096;
     constexpr int64_t kRoom = kAtOnce + 4;
-    n_entries_ = 0;
+    n_entries = 0;
     for (int64_t at = 0; at < count; at += kAtOnce) {
-      if (static_cast<int64_t>(visits.size()) < n_entries_ + kRoom) {
-        visits.resize(2 * n_entries_ + kRoom);
+      if (static_cast<int64_t>(visits.size()) < n_entries + kRoom) {
+        visits.resize(2 * n_entries + kRoom);
       }
-      n_entries_ += find_set(mask + at, std::min(kAtOnce, count - at), static_cast<int32_t>(at),
-                             visits.data() + n_entries_);
+      n_entries += find_some(at, std::min(kAtOnce, count - at), visits.data() + n_entries);
     }
   }
 
   // Makes the positions in `visits` entries.
   template <typename RowOf>
   void look_up(const mask_t* mask, int64_t n_visits, int64_t n_slots, const RowOf& row_of) {
-    const int64_t most_held = std::min(n_visits, n_entries_);
-    make_room(rows, n_entries_);
-    make_room(weights, kIsWeighted ? n_entries_ : 0);
+    const int64_t most_held = std::min(n_visits, n_entries);
+    make_room(rows, n_entries);
+    make_room(weights, kIsWeighted ? n_entries : 0);
     make_room(held_visits, most_held);
     make_room(offsets, most_held + 1);
     const Divisor slots(static_cast<uint32_t>(n_slots));
@@ -210,10 +223,10 @@ class RealSlots {
     int64_t held = 0;
     int32_t before = -1;
     offsets_out[0] = 0;
-    for (int64_t entry = 0; entry < n_entries_; ++entry) {
+    for (int64_t entry = 0; entry < n_entries; ++entry) {
       const int32_t at = visit_of[entry];
       // the real codes lie far apart, each visit's in lines of their own
-      if (entry + kAhead < n_entries_) row_of.prefetch(visit_of[entry + kAhead]);
+      if (entry + kAhead < n_entries) row_of.prefetch(visit_of[entry + kAhead]);
       const auto visit = static_cast<int32_t>(slots.divides(static_cast<uint32_t>(at)));
       rows_out[entry] = row_of(at);
       visit_of[entry] = visit;
@@ -223,12 +236,10 @@ class RealSlots {
       held_out[held - 1] = visit;
       offsets_out[held] = static_cast<int32_t>(entry + 1);
     }
-    n_held_ = held;
+    n_held = held;
   }
 
   int64_t n_visits_ = 0;
-  int64_t n_entries_ = 0;
-  int64_t n_held_ = 0;
 };
 
 // Pools the visits that real slots were collected of: `out` and `arg_max` are those of the first.

@@ -25,4 +25,14 @@ template int64_t find_set(const int64_t*, int64_t, int32_t, int32_t*);
 template int64_t find_set(const float*, int64_t, int32_t, int32_t*);
 template int64_t find_set(const double*, int64_t, int32_t, int32_t*);
 
+template <typename code_t>
+int64_t find_others(const code_t* codes, int64_t count, code_t value, int32_t first,
+                    int32_t* positions) {
+  static const auto kernel = EHRSEQ_BEST_ISA(ehrseq::pooling, find_others<code_t>);
+  return kernel(codes, count, value, first, positions);
+}
+
+template int64_t find_others(const int32_t*, int64_t, int32_t, int32_t, int32_t*);
+template int64_t find_others(const int64_t*, int64_t, int64_t, int32_t, int32_t*);
+
 }  // namespace ehrseq

@@ -1,4 +1,5 @@
-// Finds the slots that a mask keeps, compiled for each instruction set (slot_kernels.h).
+// Finds the slots that a mask keeps, or a code is not in, compiled for each instruction set
+// (slot_kernels.h).
 #pragma once
 
 #include <cstdint>
@@ -10,5 +11,10 @@ namespace ehrseq {
 // there are. For the types of masks; a bool is read as the byte that it is.
 template <typename mask_t>
 int64_t find_set(const mask_t* mask, int64_t count, int32_t first, int32_t* positions);
+
+// The same of the numbers that are not `value`, of the types of codes.
+template <typename code_t>
+int64_t find_others(const code_t* codes, int64_t count, code_t value, int32_t first,
+                    int32_t* positions);
 
 }  // namespace ehrseq
