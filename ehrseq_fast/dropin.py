@@ -112,11 +112,14 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     of its ``forward``. Then a copy with random weights is run both ways in float64, in training and
     in ``eval()``, and where outputs or gradients differ the model is left. So is one that draws
     random numbers of its own, writes to its arguments or its attributes, drops other values in
-    training, takes codes outside its embedding, cuts its output to the longest patient, or changes
-    time features or probabilities near 0 and 1. The model itself is not called. What a forward pass
-    prints or counts elsewhere is not found, nor what it does to codes in the middle of a large
-    vocabulary or to more than 600 visits or codes alone. ``accelerate(model.lstm)`` leaves such a
-    model's own ``forward`` alone.
+    training, takes codes outside its embedding, cuts its output to the longest patient, changes
+    time features, large or small numbers between its layers or probabilities near 0 and 1, has a
+    vector of its own for visits without a code, or turns autocast on or off. The model itself is
+    not called. What a forward pass prints or counts elsewhere is not found, nor what it does to
+    codes in the middle of a large vocabulary or to more than 600 visits or codes alone.
+    ``accelerate(model.lstm)`` leaves such a model's own ``forward`` alone. A layer is left where a
+    ``forward`` asks for exact classes (``type(self.rnn) is nn.LSTM``); code outside of models that
+    does (to initialise weights, to quantise) finds ``PackedLSTM`` there.
 
     **Where the fused pass is used.** For codes ``[B, V, C]`` of int32 or int64, masks of 0 and 1
     with real visits first and at least one for each patient, and float32 or float64 weights; for
@@ -131,6 +134,8 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     float32, as products with a float mask are. Dropout draws other random numbers.
     ``torch.compile`` traces the fused pass of a :class:`~ehrseq_fast.PackedVisits` whole, and
     breaks the graph for padded tensors; :func:`~ehrseq_fast.exporting.export_model` takes it too.
+    An embedding with ``sparse=True`` is served where padded slots hold its ``padding_idx``: other
+    codes there are rows of the gradient, which ``SparseAdam`` changes.
     ``torch.export`` of padded tensors and ``torch.jit.trace`` take the model's own ``forward``.
 
     **Wrapped models.** In ``DistributedDataParallel`` and ``DataParallel`` the module inside is
@@ -162,9 +167,13 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     replaced, left, already = [], [], []
     plan: list[tuple[nn.Module, type[nn.Module]]] = []
     fused: dict[int, str] = {}  # by the id of a module that a fused forward pass reads, its name
-    for name, module in _walk(model):
+    walked = _walk(model)
+    asking = _asking_for_types(walked)
+    for name, module in walked:
         kind = type(module).__name__
         reason = _why_sealed(module)
+        if not reason and asking and type(module) in _PACKED:
+            reason = f"forward of {asking} asks for its exact class, which would be another"
         if reason:
             left.append(Left(name, kind, reason))
         elif _is_outdated(module):
@@ -307,6 +316,15 @@ def _why_sealed(module: nn.Module) -> str:
     return ""
 
 
+def _asking_for_types(walked: list[tuple[str, nn.Module]]) -> str:
+    """The class of a module whose forward looks at the exact classes of layers; empty for none."""
+    from .models.definitions import asks_for_type
+
+    kinds = dict.fromkeys(type(module) for _, module in walked)
+    own = (kind for kind in kinds if not kind.__module__.startswith(("torch.", "ehrseq_fast.")))
+    return next((kind.__name__ for kind in own if asks_for_type(kind)), "")
+
+
 # Single modules -----------------------------------------------------------------------------------
 
 
@@ -379,10 +397,7 @@ def _plan_form(module: nn.Module) -> Plan | str | None:
     after = f"forward of {FORMS[form]}"
     if fused.pooling is not None:
         after = f"visit_mean_pool, mode {fused.pooling.mode!r}"
-    encoder: Any = module._modules.get("visit_encoder", module)
-    has_holes = getattr(encoder, "aggregation", None) in ("max", "attention")
-    note = "a visit without a code gives zeros" if has_holes else ""
-    return fused_class(fused), after, note
+    return fused_class(fused), after, reason
 
 
 def _is_fast(module: nn.Module) -> bool:

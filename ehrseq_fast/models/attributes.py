@@ -7,6 +7,8 @@ kept on the module and compared before each fused forward pass.
 from __future__ import annotations
 
 import contextlib
+import dis
+import functools
 import math
 import random
 from array import array
@@ -90,6 +92,27 @@ def options_among(names: Iterable[str], module: nn.Module) -> tuple[str, ...]:
             and name not in module._modules
             and not name.startswith("__")
         )
+    )
+
+
+def foreign_to(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that its class does not know of: what was put on an instance."""
+    kind: Any = type(module)
+    known = {*module._modules, *module._parameters, *module._buffers, *_OF_EVERY_MODULE}
+    known |= _stored_by(kind)
+    return sorted(name for name in names if name not in known and not hasattr(kind, name))
+
+
+@functools.cache
+def _stored_by(kind: type) -> frozenset[str]:
+    """The names of attributes that functions of a class set, of any object."""
+    functions = [f for each in kind.__mro__ for f in vars(each).values()]
+    return frozenset(
+        instruction.argval
+        for function in functions
+        if isinstance(function, FunctionType)
+        for instruction in dis.get_instructions(function)
+        if instruction.opname == "STORE_ATTR"
     )
 
 

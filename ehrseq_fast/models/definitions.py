@@ -115,6 +115,46 @@ class Definitions:
                 self._add_attribute(name)
 
 
+def asks_for_type(kind: type[nn.Module]) -> bool:
+    """Whether ``kind.forward``, or what it calls of its class and its file, looks at exact classes
+    and at recurrent layers: ``type(self.rnn) is nn.LSTM``, ``self.rnn.__class__.__name__``.
+
+    Example:
+        >>> from torch import nn
+        >>> from ehrseq_fast.models.definitions import asks_for_type
+        >>> class Model(nn.Module):
+        ...     def forward(self, x):
+        ...         return self.rnn(x)[1][0 if type(self.rnn) is nn.LSTM else slice(None)]
+        >>> asks_for_type(Model), asks_for_type(nn.Linear)
+        (True, False)
+    """
+    lineage = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    files = {each.__module__ for each in lineage}
+    ahead, seen = [getattr(each, "forward", None) for each in lineage], set()
+    while ahead:
+        for function in _functions_of(ahead.pop()):
+            if function in seen or function.__module__ not in files:
+                continue
+            seen.add(function)
+            found = list(_names_in(function.__code__))
+            names = {name for _, name in found}
+            values = [function.__globals__.get(n) for how, n in found if how == "LOAD_GLOBAL"]
+            asks = ("LOAD_GLOBAL", "type") in found or ("LOAD_ATTR", "__class__") in found
+            if asks and (names & _OF_LAYERS or any(_holds_layers(value) for value in values)):
+                return True
+            ahead += [v for v in values if isinstance(v, FunctionType)]
+            ahead += [vars(each)[name] for each in lineage for name in names & vars(each).keys()]
+    return False
+
+
+_OF_LAYERS = {"LSTM", "GRU", "__name__", "__qualname__"}
+
+
+def _holds_layers(value: Any) -> bool:
+    inside = value if isinstance(value, _CONTAINERS) else [value]
+    return any(entry is kind for entry in inside for kind in (nn.LSTM, nn.GRU))
+
+
 def _contents_of(cell: CellType) -> Any:
     try:
         return cell.cell_contents

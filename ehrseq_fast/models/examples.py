@@ -95,3 +95,24 @@ def first_and_last(rows: int, n: int) -> Tensor:
     """n codes of ``rows``, the first and the last of them in turns."""
     half = torch.arange((n + 1) // 2) % rows
     return torch.stack([half, rows - 1 - half], 1).flatten()[:n]
+
+
+def without_codes(
+    form: str, inputs: tuple[Any, ...], padding: int | None = None
+) -> list[tuple[Any, ...]]:
+    """With visits that have no code: all of a patient's, another's first and another's last; and
+    with none at all. ``padding`` is the code of a pool that makes its mask; without a mask every
+    slot is a code."""
+    if len(inputs) == 1 and padding is None:
+        return []
+    place = 0 if len(inputs) == 1 else 1
+    some, none = inputs[place].clone(), inputs[place].clone()
+    value = 0 if padding is None or place == 1 else padding
+    none[:] = value
+    if form == "encoder":
+        some[::2] = value
+    else:
+        some[0], some[1, 0], some[-1, -1] = value, value, value
+        if len(inputs) > 2:
+            some[-1, int((inputs[2][-1] != 0).sum()) - 1] = value
+    return [(*inputs[:place], mask, *inputs[place + 1 :]) for mask in (some, none)]

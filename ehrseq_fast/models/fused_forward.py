@@ -29,7 +29,7 @@ from .definitions import Definitions
 from .known_forms import arguments_of, form_of
 from .lstm_baseline import LSTMBaseline, VisitEncoder
 from .reading import readable
-from .sequences import CODE_DTYPES, is_fractional
+from .sequences import CODE_DTYPES, is_fractional, lists_the_same_rows
 from .survival_lstm import DiscreteTimeSurvivalLSTM, DiscreteTimeSurvivalLSTMWithTime
 
 _WIDE = (torch.float32, torch.float64)
@@ -408,14 +408,15 @@ def _kind_of_mask(mask: Tensor) -> torch.dtype:
 def _serves(module: Any, codes: Any, visit_mask: Any, sequence_mask: Any) -> bool:
     if not _is_plain(codes) or codes.dtype not in CODE_DTYPES or codes.dim() != 3:
         return False
-    if not codes.shape[0] or not codes.shape[1] or module.embedding.weight.dtype not in _WIDE:
+    if not codes.numel() or module.embedding.weight.dtype not in _WIDE:
         return False
-    for mask, shape in ((visit_mask, codes.shape), (sequence_mask, codes.shape[:2])):
-        if not _is_mask(mask, shape):
-            return False
+    if not _is_mask(visit_mask, codes.shape) or not _is_mask(sequence_mask, codes.shape[:2]):
+        return False
     if values_are_hidden(codes, visit_mask, sequence_mask):
         return False
-    return sequence_mask is None or _is_ones_then_zeros(sequence_mask)
+    if sequence_mask is not None and not _is_ones_then_zeros(sequence_mask):
+        return False
+    return lists_the_same_rows(module.embedding, codes, visit_mask, sequence_mask)
 
 
 def _is_ones_then_zeros(sequence_mask: Tensor) -> bool:
@@ -465,13 +466,15 @@ def _run_pool(fused: Fused, module: nn.Module, given: list[Any]) -> Any:
         return NOT_SERVED
     if mask is None and pooling.padding is not None:
         mask = codes != pooling.padding
+    if not lists_the_same_rows(embedding, codes, mask):
+        return NOT_SERVED
     return visit_mean_pool(codes, weight, mask, **options)
 
 
 def _serves_pool(pooling: Pooling, codes: Any, mask: Any) -> bool:
     if not _is_plain(codes) or codes.dtype not in CODE_DTYPES:
         return False
-    if codes.dim() not in pooling.dimensions:
+    if codes.dim() not in pooling.dimensions or not codes.shape[-1]:
         return False
     if mask is None or not pooling.masks:
         return mask is None and not pooling.masks

@@ -7,7 +7,7 @@ a visit) and ``sequence_mask`` ``[B, V]`` (visits of a patient). The fused path 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..arrays import expect_tensor, kind_of
 from ..autograd import outside_transforms, transformed
@@ -145,6 +145,20 @@ def is_fractional(visit_mask: Tensor | None) -> bool:
     if visit_mask.requires_grad or transformed(visit_mask):
         return True
     return bool(((visit_mask != 0) & (visit_mask != 1)).any())
+
+
+def lists_the_same_rows(embedding: nn.Embedding, codes: Tensor, *masks: Tensor | None) -> bool:
+    """Whether a sparse gradient of real codes alone has the rows that one of all slots has: some
+    optimizers (``SparseAdam``) change each row that is listed, by its moments. Reads values."""
+    if not embedding.sparse or not embedding.weight.requires_grad or not torch.is_grad_enabled():
+        return True
+    listed = torch.ones_like(codes, dtype=torch.bool)
+    for mask in masks:
+        if mask is not None:
+            listed &= (mask != 0).view(*mask.shape, *(1,) * (codes.dim() - mask.dim()))
+    if embedding.padding_idx is not None:
+        listed |= codes == embedding.padding_idx
+    return bool(listed.all())
 
 
 @torch.compiler.disable
