@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backend
 from .arrays import kind_of
 from .autograd import transformed, unread
-from .openmp import refuse_restricted_openmp
+from .openmp import products_are_safe, refuse_restricted_openmp
 
 States = tuple[Tensor, ...]
 Weights = Sequence[Sequence[Tensor]]
@@ -257,6 +257,7 @@ def _is_one_small_step(data: Tensor, batch_sizes: Tensor, directions: int, rate:
         and data.dtype in (torch.float32, torch.float64)
         and batch_sizes.numel() == 1
         and data.shape[0] == int(batch_sizes[0]) <= _FEW_PATIENTS
+        and products_are_safe(data.dtype)
     )
 
 

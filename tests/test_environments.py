@@ -12,8 +12,18 @@ import sys
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
-from ehrseq_fast import PackedVisits, backend
+from ehrseq_fast import (
+    PackedGRU,
+    PackedLSTM,
+    PackedRows,
+    PackedVisits,
+    backend,
+    next_codes_bce,
+    openmp,
+    use_backend,
+)
 
 from . import environments as env
 
@@ -86,6 +96,60 @@ def test_pytorchs_products_of_bfloat16_are_refused_where_openmp_is_restricted(fo
     said = found[name]["refused_bfloat16"]
     assert said.pop("fused") == ""
     assert [what for what, error in said.items() if "wrong numbers where OMP_" not in error] == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "variable"),
+    [("dynamic", 1, "OMP_DYNAMIC=true"), ("max_active_levels", 0, "OMP_MAX_ACTIVE_LEVELS=0")],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_openmp_restricted_while_the_program_runs(setting, value, variable, dtype):
+    runtime = openmp._runtime()
+    if runtime is None:
+        pytest.skip("PyTorch's OpenMP cannot be asked here")
+    layer = PackedLSTM(2, 3) if dtype == torch.float32 else PackedGRU(2, 3)
+    x, layer = torch.ones(4, 2, 2, dtype=dtype), layer.to(dtype)
+    threads, before = torch.get_num_threads(), getattr(runtime, f"omp_get_{setting}")()
+    torch.set_num_threads(2)
+    layer(x)
+    getattr(runtime, f"omp_set_{setting}")(value)
+    try:
+        with pytest.raises(RuntimeError, match=f"wrong numbers where {variable} lets"):
+            layer(x)
+        torch.set_num_threads(1)
+        layer(x)
+    finally:
+        getattr(runtime, f"omp_set_{setting}")(before)
+        torch.set_num_threads(threads)
+
+
+def test_products_of_float32_that_onednn_computes_in_bfloat16():
+    """``torch.set_float32_matmul_precision("medium")``."""
+    runtime = openmp._runtime()
+    if runtime is None:
+        pytest.skip("PyTorch's OpenMP cannot be asked here")
+    torch.manual_seed(0)
+    layer, x = PackedGRU(40, 40), torch.randn(30, 2, 40)
+    few = pack_sequence([torch.randn(1, 40) for _ in range(4)])
+    hx, head = torch.randn(1, 4, 40), torch.randn(300, 40)
+    states = PackedRows(torch.randn(4, 40), PackedVisits.from_lists([[[1]]] * 4))
+    expected = layer(few, hx)[1], next_codes_bce(states, head, next_visit=False)
+    threads, levels = torch.get_num_threads(), runtime.omp_get_max_active_levels()
+    torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        layer(x)
+        runtime.omp_set_max_active_levels(0)
+        with pytest.raises(RuntimeError, match="products of float32 give wrong numbers"):
+            layer(x)
+        with use_backend("reference"), pytest.raises(RuntimeError, match="float32 give wrong"):
+            next_codes_bce(states, head, next_visit=False)
+        actual = layer(few, hx)[1], next_codes_bce(states, head, next_visit=False)
+        torch.testing.assert_close(actual, expected)
+    finally:
+        runtime.omp_set_max_active_levels(levels)
+        torch.set_float32_matmul_precision("highest")
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("path", ["packed", "padded"])

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..autograd import transformed
 from ..backend import operators
+from ..checks import accumulator
+from ..openmp import refuse_restricted_openmp
 from . import chunks, reference
 
 
@@ -34,7 +36,12 @@ def losses(chosen: str, inputs: Inputs, *, total: bool, sampled: bool = False) -
     a graph of any number of rows.
     """
     is_plain = chosen == "reference"
-    if transformed(*inputs) or (is_plain and torch.compiler.is_compiling()):
+    is_transformed = transformed(*inputs)
+    if (is_plain or is_transformed) and not torch.compiler.is_compiling():
+        like = inputs.states.new_empty(0, dtype=accumulator(inputs.states.dtype))
+        with torch.autocast(like.device.type, enabled=False):
+            refuse_restricted_openmp(like, "next_codes_bce")
+    if is_transformed or (is_plain and torch.compiler.is_compiling()):
         return _define(inputs, total, sampled)
     differentiated = inputs[:3]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiated):

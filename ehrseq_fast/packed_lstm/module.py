@@ -35,7 +35,8 @@ class PackedLSTM(nn.LSTM):
     Raises:
         ValueError, TypeError: as :func:`packed_lstm`.
         RuntimeError: as :func:`packed_lstm`; where ``nn.LSTM`` would run and be wrong
-            (``OMP_THREAD_LIMIT`` below ``torch.get_num_threads()``, or ``OMP_DYNAMIC``).
+            (``OMP_THREAD_LIMIT`` below ``torch.get_num_threads()``, ``OMP_DYNAMIC``, or
+            ``OMP_MAX_ACTIVE_LEVELS=0``).
 
     Example:
         >>> import torch
