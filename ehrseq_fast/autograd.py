@@ -79,6 +79,18 @@ def transformed(*tensors: Tensor | None) -> bool:
     )
 
 
+def nothing_watches() -> bool:
+    """Whether operations are computed and nothing else: no graph is traced, and no transform of
+    ``torch.func``, forward mode, or mode that sees calls of functions or operators is active."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
+
+
 def varies(tensor: Tensor) -> bool:
     """Whether a derivative by ``tensor`` may be asked for. Then nothing may be left out because it
     is 0 there: the derivative by a weight of 0 is what it multiplies."""

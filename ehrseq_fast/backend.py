@@ -23,9 +23,9 @@ import sysconfig
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -257,6 +257,24 @@ def operators(backend: str) -> Any:
     return getattr(torch.ops, _kernels[backend].namespace)
 
 
+class _Unwatched:
+    """As a ``torch.ops`` namespace, of operators that are called where
+    :func:`~ehrseq_fast.autograd.nothing_watches`, with plain tensors: straight from the dispatcher,
+    without a look for ``__torch_function__``, which takes as long as a small operator."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+
+    def __getattr__(self, name: str) -> Any:  # called once for each operator
+        overload = getattr(getattr(torch.ops, self._namespace), name).default
+        operator = SimpleNamespace(default=partial(torch._C._dispatch_call_boxed, overload._handle))
+        setattr(self, name, operator)
+        return operator
+
+
+unwatched_operators = _Unwatched(operations.COMPILED)
+
+
 def why_not_loaded(backend: str) -> str | None:
     """Why ``backend`` cannot run in this process at all; None where it can."""
     if backend == "reference":
@@ -293,6 +311,12 @@ def choose(operation: str, device: str, dtype: torch.dtype) -> str:
     if torch.compiler.is_compiling():  # which warns of cached functions, and traces what they wrap
         return _choose.__wrapped__(_requested_while_compiling(), operation, device, dtype)
     return _choose(_requested(), operation, device, dtype)
+
+
+def is_cpu(operation: str, dtype: torch.dtype) -> bool:
+    """Whether :func:`choose` gives the compiled ``cpu`` kernels for tensors on the host, where no
+    graph is traced."""
+    return _choose(_requested(), operation, "cpu", dtype) == "cpu"
 
 
 @cache

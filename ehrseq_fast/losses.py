@@ -13,14 +13,14 @@ from .arrays import expect_tensor, kind_of, whole
 from .autograd import outside_transforms, transformed, unwrapped, values_are_hidden
 from .backend import choose, validate_on_device
 from .batch import PackedVisits
-from .checks import REAL
+from .checks import REAL, expect_device
 from .fixed_horizon.checks import check_horizon
 from .fixed_horizon.op import MaskedBCE, fixed_horizon_bce
 from .fixed_horizon.reference import masked_bce
 from .models.sequences import refuse_zero_lengths
 from .rows import PackedRows
 from .rows.beside import values_beside, with_batch
-from .survival_nll.fused import PADDED, nll
+from .survival_nll.fused import PADDED, nll, nll_on_host
 
 
 class FixedHorizonProgressionLoss(nn.Module):
@@ -112,11 +112,11 @@ class FixedHorizonProgressionLoss(nn.Module):
                 the end of observation, and ``batch.event_indicators``.
 
         Raises:
-            ValueError: for shapes that differ, labels outside [0, 1] at valid visits, and a mask
-                that is negative (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``; under ``vmap`` those of
-                all samples are looked at); labels and event times at once; without labels, a loss
-                that was made without a horizon, and what :func:`~ehrseq_fast.fixed_horizon_bce`
-                refuses.
+            ValueError: for shapes or devices that differ, labels outside [0, 1] at valid visits,
+                and a mask that is negative (on a GPU with ``EHRSEQ_FAST_VALIDATE=1``; under
+                ``vmap`` those of all samples are looked at); labels and event times at once;
+                without labels, a loss that was made without a horizon, and what
+                :func:`~ehrseq_fast.fixed_horizon_bce` refuses.
             TypeError: for anything but tensors of real numbers and packed rows.
         """
         logits, labels = with_batch(logits, labels, "logits", "labels")
@@ -173,6 +173,11 @@ def _loss_of_labels(logits: Any, labels: Any, valid_mask: Any) -> Tensor:
         logits = logits.values
         if valid_mask is None:
             valid_mask = torch.ones_like(logits, dtype=torch.bool)
+    if isinstance(logits, Tensor) and logits.numel():
+        given = (logits, labels, valid_mask)
+        value = nll_on_host("masked_bce", 2, MaskedBCE(), PADDED, given, given[1:])
+        if value is not None:
+            return value.to(logits.dtype)
     tensors: list[Tensor] = []
     for name, tensor in (("logits", logits), ("labels", labels), ("valid_mask", valid_mask)):
         expect_tensor(name, tensor)
@@ -184,6 +189,7 @@ def _loss_of_labels(logits: Any, labels: Any, valid_mask: Any) -> Tensor:
                 f"{name}: expected the shape of logits, {list(tensors[0].shape)}, "
                 f"got {list(tensor.shape)}"
             )
+        expect_device(name, tensor, tensors[0].device, "logits")
     scores, targets, weights = tensors
     if not scores.is_floating_point():
         raise TypeError(f"logits: expected a floating dtype, got {scores.dtype}")

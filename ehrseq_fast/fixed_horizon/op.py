@@ -11,11 +11,11 @@ from .. import backend
 from ..autograd import transformed
 from ..backend import must_check_values
 from ..batch import PackedVisits
-from ..checks import expect_option
+from ..checks import INTEGER, expect_option
 from ..rows import PackedRows
 from ..rows.beside import values_beside, with_batch
 from ..survival_nll.checks import check_hazards, require_outcomes, vmapped
-from ..survival_nll.fused import PADDED, nll
+from ..survival_nll.fused import PADDED, nll, nll_on_host
 from ..survival_nll.operators import REDUCTIONS
 from ..visitwise import Visits, check_companions, check_weights, layout_of
 from . import (
@@ -60,6 +60,9 @@ class HorizonBCE(NamedTuple):
 
 class MaskedBCE(NamedTuple):
     """Of labels that are given; inputs are logits, labels and weights ``[B, V]``."""
+
+    def check(self) -> None:
+        """There are no options."""
 
     def define(self, inputs: Any) -> Tensor:
         return reference.masked_bce(*inputs)
@@ -157,13 +160,21 @@ def fixed_horizon_bce(
             times = batch.event_times
         event_indicators = batch.event_indicators if event_indicators is None else event_indicators
     logits, visits, patients = layout_of(logits, sequence_mask)
+    loss = HorizonBCE(horizon, 1.0 if pos_weight is None else pos_weight, reduction)
+    of_visits = (visit_times, visit_weight, sample_weight)
+    inputs: Any = (logits, times, event_indicators, *visits, *of_visits)
+    if visit_times is not None or (isinstance(times, Tensor) and times.dtype in INTEGER):
+        dims = 1 if visits.packed else 2
+        weights = (visit_weight, sample_weight)
+        value = nll_on_host("fixed_horizon_bce", dims, loss, PADDED, inputs, weights)
+        if value is not None:
+            return value
     times, event_indicators = require_outcomes(event_times=times, event_indicators=event_indicators)
     check_hazards(logits, ("n_visits",) if visits.packed else ("B", "V"), "logits")
     patients = logits.shape[0] if patients is None else patients
     outcomes = (times, event_indicators, visit_times)
     check_outcomes(logits, "logits", visits, patients, *outcomes)
     check_companions(logits, visits, patients, visit_weight, sample_weight)
-    loss = HorizonBCE(horizon, 1.0 if pos_weight is None else pos_weight, reduction)
     loss.check()
     device = logits.device.type
     chosen = backend.choose("fixed_horizon_bce", device, logits.dtype)
@@ -172,13 +183,4 @@ def fixed_horizon_bce(
     if must_check_values(chosen, device, validate) and not vmapped():
         check_values(visits, *outcomes)
         check_weights(visits, visit_weight, sample_weight)
-    inputs: Any = (
-        logits,
-        times,
-        event_indicators,
-        *visits,
-        visit_times,
-        visit_weight,
-        sample_weight,
-    )
     return nll(chosen, PADDED, inputs, loss)

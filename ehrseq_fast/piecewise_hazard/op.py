@@ -26,9 +26,9 @@ from ..survival_nll.checks import (
     require_outcomes,
     visits_read,
 )
-from ..survival_nll.fused import PADDED, Rows, as_padded, nll
+from ..survival_nll.fused import PADDED, Rows, as_padded, nll, nll_on_host
 from ..survival_nll.operators import REDUCTIONS
-from ..survival_nll.visit_weight import check_weight, weight_of_rows
+from ..survival_nll.visit_weight import check_weight, is_accumulated, weight_of_rows
 from . import reference
 from .operators import LINKS
 
@@ -132,7 +132,6 @@ def piecewise_hazard_nll(
         tensor([1.4062, 0.8664])
     """
     loss = PiecewiseHazard(link, reduction)
-    loss.check()
     rows: Rows = PADDED
     batch = None
     given: Any
@@ -144,6 +143,15 @@ def piecewise_hazard_nll(
         event_indicators = batch.event_indicators if event_indicators is None else event_indicators
         rows = (batch.row_starts, batch.unsorted_indices, batch.last_rows)
         logits = logits.values
+    weights: Any = (sample_weight, fraction, visit_weight)
+    dims = 2 if batch is None else 1
+    if visit_weight is None or is_accumulated(visit_weight, logits):
+        inputs: Any = (logits, given, event_indicators, sequence_mask, entry_times, *weights)
+        value = nll_on_host("piecewise_hazard", dims, loss, rows, inputs, weights)
+        if value is not None:
+            return value
+    loss.check()
+    if batch is not None:
         check_hazards(logits, ("n_visits",), "logits")
     times, indicators = require_outcomes(event_times=given, event_indicators=event_indicators)
     # weights and fractions may have a gradient here: check_column does not refuse it
@@ -166,7 +174,7 @@ def piecewise_hazard_nll(
         check_weight(rows, logits, of_visits, "logits")
         of_visits = of_visits.to(accumulator(logits.dtype))
     weights = (sample_weight, fraction, of_visits)
-    inputs: Any = (logits, times, indicators, sequence_mask, entry_times, *weights)
+    inputs = (logits, times, indicators, sequence_mask, entry_times, *weights)
     chosen = backend.choose("piecewise_hazard", logits.device.type, logits.dtype)
     if transformed(logits, *weights) or _learns(*weights):
         chosen = "reference"

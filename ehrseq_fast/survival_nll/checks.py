@@ -49,6 +49,14 @@ def check_link(hazards: Tensor, link: str, from_logits: bool) -> None:
         )
 
 
+def fits_link(link: object, from_logits: bool, *others: str) -> bool:
+    """Whether the link is one of ``sigmoid``, ``cloglog`` and ``others`` that may be asked for:
+    without ``from_logits`` the first alone."""
+    if not isinstance(link, str):
+        return False
+    return link == "sigmoid" or (from_logits and (link == "cloglog" or link in others))
+
+
 def check_single_link(link: str, from_logits: bool) -> None:
     """Refuse an unknown link of one hazard per visit."""
     if type(link) is str and link == "sigmoid":

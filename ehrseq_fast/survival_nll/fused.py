@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
-from ..autograd import transformed
+from .. import backend
+from ..autograd import nothing_watches, transformed
 from ..backend import operators
 from . import reference
 from .options import Options
@@ -29,6 +31,9 @@ class Loss(Protocol):
     A class that takes more rows of visits than its hazards has ``of_visits``, their positions among
     the inputs, which may be None there.
     """
+
+    def check(self) -> None:
+        """``ValueError`` or ``TypeError`` for options that there are not."""
 
     def define(self, inputs: Inputs) -> Tensor:
         """The definition, of padded inputs."""
@@ -77,9 +82,53 @@ def nll(chosen: str, rows: Rows, inputs: Inputs, loss: Loss) -> Tensor:
         return loss.define(as_padded(rows, inputs, loss))
     if hazards.requires_grad and torch.is_grad_enabled():
         if chosen == "cpu" and not torch.compiler.is_compiling():
-            return _NllOnHost.apply(hazards, loss, rows, inputs)
+            return _NllOnHost.apply(hazards, operators("cpu"), loss, rows, inputs)
         return _Nll.apply(chosen, loss, *rows, *inputs)
     return loss.compute(operators(chosen), rows, inputs, False)[0]
+
+
+def nll_on_host(
+    operation: str,
+    dims: int,
+    loss: Loss,
+    rows: Rows,
+    inputs: Any,
+    weights: tuple[Tensor | None, ...] = (),
+) -> Tensor | None:
+    """The loss of arguments that nobody has checked, by the ``cpu`` kernels: their operator refuses
+    what the checks of the public functions refuse of tensors, which take longer than the loss of a
+    small batch. It cannot know of how many ``dims`` hazards are to be, nor that ``weights`` get no
+    gradient.
+
+    None where more has to be looked at, and where something is refused: the caller then goes the
+    long way, by those checks, which say what is wrong in the words of the public functions. So
+    nothing that is allowed may be refused here for long: it would be computed twice.
+    """
+    hazards = inputs[0]
+    if type(hazards) is not Tensor or not nothing_watches() or hazards.dim() != dims:
+        return None
+    if not _are_plain(rows, inputs, weights):
+        return None
+    try:
+        if not backend.is_cpu(operation, hazards.dtype):
+            return None
+        loss.check()
+        ops = backend.unwatched_operators
+        if hazards.requires_grad and torch.is_grad_enabled():
+            return _apply_on_host(unwrap_if_dead(hazards), ops, loss, rows, inputs)
+        return loss.compute(ops, rows, inputs, False)[0]
+    except Exception:  # whatever it is, the long way meets it again
+        return None
+
+
+def _are_plain(rows: Rows, inputs: Any, weights: tuple[Tensor | None, ...]) -> bool:
+    """Whether all are tensors on the host, of no class derived from Tensor, or None; ``weights``
+    without a gradient. (With one on the meta device, an operator computes nothing.)"""
+    for tensor in (*rows, *inputs):
+        if tensor is not None and (type(tensor) is not Tensor or not tensor.is_cpu):
+            return False
+    learned = [weight for weight in weights if weight is not None and weight.requires_grad]
+    return not learned
 
 
 def as_padded(rows: Rows, inputs: Any, loss: Loss | None = None) -> Any:
@@ -135,8 +184,8 @@ class _NllOnHost(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hazards: Tensor, loss: Loss, rows: Any, inputs: Any) -> Tensor:
-        value, grad = loss.compute(operators("cpu"), rows, (hazards, *inputs[1:]), True)
+    def forward(ctx: Any, hazards: Tensor, ops: Any, loss: Loss, rows: Any, inputs: Any) -> Tensor:
+        value, grad = loss.compute(ops, rows, (hazards, *inputs[1:]), True)
         ctx.save_for_backward(hazards, *rows, *inputs[1:])
         ctx.once, ctx.loss = [grad], loss
         return value
@@ -147,12 +196,17 @@ class _NllOnHost(torch.autograd.Function):
         hazards, *tensors = ctx.saved_tensors
         rows, inputs = tuple(tensors[:3]), (hazards, *tensors[3:])
         if torch.is_grad_enabled() or transformed(grad_nll):
-            return _by_definition(ctx.loss, rows, inputs, grad_nll), None, None, None
+            return _by_definition(ctx.loss, rows, inputs, grad_nll), None, None, None, None
         try:
             own = ctx.once.pop()
         except IndexError:
             _, own = ctx.loss.compute(operators("cpu"), rows, inputs, True)
-        return _scaled_in_place(own, grad_nll, rows, hazards.dtype), None, None, None
+        return _scaled_in_place(own, grad_nll, rows, hazards.dtype), None, None, None, None
+
+
+# What Function.apply() calls where no transform of torch.func is active. What it does before takes
+# half as long again: it takes arguments out of the wrappers of transforms that have ended.
+_apply_on_host = super(torch.autograd.Function, _NllOnHost).apply
 
 
 def _by_definition(loss: Loss, rows: Any, inputs: Any, grad_nll: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .checks import (
     refuse_mask,
     require_outcomes,
 )
-from .fused import PADDED, Inputs, Loss, Rows, as_padded, nll
+from .fused import PADDED, Inputs, Loss, Rows, as_padded, nll, nll_on_host
 
 
 class LossOfLogits(Loss, Protocol):
@@ -51,14 +51,12 @@ def loss_of_logits(
     Weights that require a gradient get it, by the definition, where ``weight_has_gradient``, and
     are refused elsewhere.
     """
-    loss.check()
     mask, entry_times, sample_weight = more
     name = "event_types" if loss.competing else "event_indicators"
-    allowed = INTEGER | {torch.bool} if loss.competing else REAL
-    checked_weight = None if weight_has_gradient else sample_weight
     rows: Rows = PADDED
+    batch = None
     logits, times = with_batch(logits, event_times, "logits")
-    types = event_types
+    types: Any = event_types
     if isinstance(logits, PackedRows):
         refuse_mask(mask)
         batch, logits = logits.batch, logits.values
@@ -70,6 +68,15 @@ def loss_of_logits(
                 f"event_times and {name}: expected with the batch or the call, got None"
             )
         rows = (fields[0], fields[1], fields[2])
+    given: Any = (logits, times, types, mask, entry_times, sample_weight)
+    dims = (2 if batch is None else 1) + loss.competing
+    value = nll_on_host(operation, dims, loss, rows, given, (sample_weight,))
+    if value is not None:
+        return value
+    loss.check()
+    allowed = INTEGER | {torch.bool} if loss.competing else REAL
+    checked_weight = None if weight_has_gradient else sample_weight
+    if batch is not None:
         patients = len(batch)
         check_hazards(logits, ("n_visits", "K") if loss.competing else ("n_visits",), "logits")
         kinds = (name, types, allowed)

@@ -14,13 +14,14 @@ from ..batch import PackedVisits
 from ..checks import INTEGER, REAL
 from ..rows import PackedRows
 from ..rows.beside import with_batch
-from ..visit_weighted_nll.op import weighted_nll
+from ..visit_weighted_nll.op import survival_on_host, weighted_nll
 from .checks import (
     check_link,
     check_outcomes,
     check_probabilities,
     check_single_link,
     check_tensors,
+    fits_link,
     refuse_mask,
     require_outcomes,
 )
@@ -127,6 +128,12 @@ def discrete_time_survival_nll(
             reduction=reduction,
             validate=validate,
         )
+    options = SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction)
+    inputs: Any = (hazards, times, event_indicators, sequence_mask, entry_times, sample_weight)
+    if fits_link(link, from_logits):
+        value = survival_on_host("survival_nll", 2, options, PADDED, inputs, visit_weight)
+        if value is not None:
+            return value
     times, event_indicators = require_outcomes(event_times=times, event_indicators=event_indicators)
     check_tensors(
         hazards,
@@ -138,12 +145,7 @@ def discrete_time_survival_nll(
         sample_weight,
     )
     check_single_link(link, from_logits)
-    return _nll(
-        (hazards, times, event_indicators, sequence_mask, entry_times, sample_weight),
-        SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction),
-        visit_weight,
-        validate,
-    )
+    return _nll(inputs, options, visit_weight, validate)
 
 
 def competing_risks_nll(
@@ -217,6 +219,12 @@ def competing_risks_nll(
             reduction=reduction,
             validate=validate,
         )
+    options = SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction)
+    inputs: Any = (hazards, times, event_types, sequence_mask, entry_times, sample_weight)
+    if fits_link(link, from_logits, "softmax"):
+        value = survival_on_host("survival_nll", 3, options, PADDED, inputs, visit_weight)
+        if value is not None:
+            return value
     times, event_types = require_outcomes(event_times=times, event_types=event_types)
     check_tensors(
         hazards,
@@ -228,12 +236,7 @@ def competing_risks_nll(
         sample_weight,
     )
     check_link(hazards, link, from_logits)
-    return _nll(
-        (hazards, times, event_types, sequence_mask, entry_times, sample_weight),
-        SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction),
-        visit_weight,
-        validate,
-    )
+    return _nll(inputs, options, visit_weight, validate)
 
 
 def _nll(

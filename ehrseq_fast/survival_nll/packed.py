@@ -13,7 +13,7 @@ from ..batch import PackedVisits
 from ..checks import INTEGER, REAL
 from ..rows import PackedRows
 from ..rows.beside import ROWS, fields_of
-from ..visit_weighted_nll.op import weighted_nll
+from ..visit_weighted_nll.op import survival_on_host, weighted_nll
 from .checks import (
     check_companions,
     check_entries_and_weights,
@@ -22,11 +22,13 @@ from .checks import (
     check_outcomes,
     check_probabilities,
     check_single_link,
+    fits_link,
 )
 from .fused import Inputs, Rows, SurvivalNll, as_padded, nll
 from .visit_weight import weight_of_rows
 
 _KINDS = INTEGER | {torch.bool}
+_Types = tuple[str, Tensor | None, frozenset[torch.dtype]]
 
 
 def packed_survival_nll(
@@ -72,11 +74,16 @@ def packed_survival_nll(
         tensor([2.3026, 0.2231])
     """
     hazards, batch = _rows_and_batch(hazards, batch)
+    options = SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction)
     given = ("event_indicators", event_indicators, REAL)
-    rows, inputs = _inputs(hazards, batch, (), event_times, given, entry_times, sample_weight)
+    rows, inputs = _inputs(hazards, batch, event_times, given, entry_times, sample_weight)
+    if fits_link(link, from_logits) and isinstance(batch, PackedVisits):
+        value = survival_on_host("packed_survival_nll", 1, options, rows, inputs, visit_weight)
+        if value is not None:
+            return value
+    is_own = event_times is None and event_indicators is None
+    _check_inputs(batch, (), rows, inputs, given, is_own)
     check_single_link(link, from_logits)
-    link = link if from_logits else "probabilities"
-    options = SurvivalNll(link, censored_visit, eps, reduction)
     return _packed_nll(batch, rows, inputs, options, visit_weight, validate)
 
 
@@ -113,12 +120,17 @@ def packed_competing_risks_nll(
         tensor(1.0217)
     """
     hazards, batch = _rows_and_batch(hazards, batch)
-    trailing = ("K + 1",) if link == "softmax" else ("K",)
+    options = SurvivalNll(link if from_logits else "probabilities", censored_visit, eps, reduction)
     given = ("event_types", event_types, _KINDS)
-    rows, inputs = _inputs(hazards, batch, trailing, event_times, given, entry_times, sample_weight)
+    rows, inputs = _inputs(hazards, batch, event_times, given, entry_times, sample_weight)
+    if fits_link(link, from_logits, "softmax") and isinstance(batch, PackedVisits):
+        value = survival_on_host("packed_survival_nll", 2, options, rows, inputs, visit_weight)
+        if value is not None:
+            return value
+    is_own = event_times is None and event_types is None
+    trailing = ("K + 1",) if link == "softmax" else ("K",)
+    _check_inputs(batch, trailing, rows, inputs, given, is_own)
     check_link(hazards, link, from_logits)
-    link = link if from_logits else "probabilities"
-    options = SurvivalNll(link, censored_visit, eps, reduction)
     return _packed_nll(batch, rows, inputs, options, visit_weight, validate)
 
 
@@ -144,21 +156,36 @@ def _rows_and_batch(
 def _inputs(
     hazards: Tensor,
     batch: PackedVisits,
-    trailing: tuple[str, ...],
     event_times: Tensor | None,
-    event_types: tuple[str, Tensor | None, frozenset[torch.dtype]],
+    event_types: _Types,
     entry_times: Tensor | None,
     sample_weight: Tensor | None,
 ) -> tuple[Rows, Inputs]:
-    """What the loss is computed of, with the batch's outcomes where none are given; checked."""
-    name, types, allowed = event_types
+    """What the loss is computed of, with the batch's outcomes where none are given."""
+    name, types, _ = event_types
     names = (*ROWS, "event_times", name)
     row_starts, ranks, last_rows, own_times, own_types = fields_of(batch, *names)
     times = own_times if event_times is None else event_times
     kinds = own_types if types is None else types
-    is_own = event_times is None and types is None
     if times is None or kinds is None:
         raise ValueError(f"event_times and {name}: expected with the batch or the call, got None")
+    rows = (row_starts, ranks, last_rows)
+    return rows, (hazards, times, kinds, None, entry_times, sample_weight)
+
+
+def _check_inputs(
+    batch: PackedVisits,
+    trailing: tuple[str, ...],
+    rows: Rows,
+    inputs: Inputs,
+    event_types: _Types,
+    is_own: bool,
+) -> None:
+    """Refuse inputs whose kind, dtype, shape or device does not fit the batch; ``is_own`` says that
+    the outcomes are its own."""
+    hazards, times, kinds, _, entry_times, sample_weight = inputs
+    row_starts = rows[0]
+    assert row_starts is not None
     check_hazards(hazards, ("n_visits", *trailing))
     if hazards.shape[0] != batch.n_visits:
         raise ValueError(
@@ -173,10 +200,9 @@ def _inputs(
     if is_own and isinstance(batch, PackedVisits):  # whose outcomes were checked when it was made
         check_entries_and_weights(hazards, len(batch), entry_times, sample_weight)
     else:
+        name, _, allowed = event_types
         given = (name, kinds, allowed)
         check_companions(hazards, len(batch), times, given, entry_times, sample_weight)
-    rows = (row_starts, ranks, last_rows)
-    return rows, (hazards, times, kinds, None, entry_times, sample_weight)
 
 
 def _packed_nll(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import FLOATING
+from ..checks import FLOATING, accumulator
 from ..rows import PackedRows
 from ..rows.beside import values_beside
 from .checks import check_companion
@@ -20,6 +20,15 @@ def check_weight(rows: Rows, hazards: Tensor, visit_weight: Any, name: str) -> N
     shape = tuple(hazards.shape[: len(dims)])
     of_weight = ("visit_weight", visit_weight, FLOATING, "a floating-point")
     check_companion(hazards, name, shape, *of_weight, dims)
+
+
+def is_accumulated(visit_weight: Any, hazards: Any) -> bool:
+    """Whether weights have the dtype that the operators take, which is that of the loss."""
+    return (
+        isinstance(visit_weight, Tensor)
+        and isinstance(hazards, Tensor)
+        and visit_weight.dtype == accumulator(hazards.dtype)
+    )
 
 
 def weight_of_rows(hazards: Tensor, batch: Any, visit_weight: Any) -> Any:

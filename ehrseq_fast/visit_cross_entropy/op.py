@@ -13,7 +13,7 @@ from ..checks import INTEGER, REAL, expect_option
 from ..rows import PackedRows
 from ..rows.beside import values_beside
 from ..survival_nll.checks import check_companion, check_hazards, vmapped
-from ..survival_nll.fused import PADDED, nll
+from ..survival_nll.fused import PADDED, nll, nll_on_host
 from ..survival_nll.operators import REDUCTIONS
 from ..visitwise import (
     Visits,
@@ -131,6 +131,13 @@ def visit_cross_entropy(
     classes_of: Any = values_beside(logits, labels, "labels")
     visit_weight = values_beside(logits, visit_weight, "visit_weight")
     logits, visits, patients = layout_of(logits, sequence_mask)
+    loss = CrossEntropy(ignore_index, label_smoothing, reduction)
+    weights = (class_weight, visit_weight, sample_weight)
+    inputs: Any = (logits, classes_of, *visits, *weights)
+    dims = 2 if visits.packed else 3
+    value = nll_on_host("visit_cross_entropy", dims, loss, PADDED, inputs, weights)
+    if value is not None:
+        return value
     check_hazards(logits, ("n_visits", "K") if visits.packed else ("B", "V", "K"), "logits")
     check_of_visits(logits, visits, "labels", classes_of, INTEGER, "an integer")
     patients = logits.shape[0] if patients is None else patients
@@ -143,7 +150,6 @@ def visit_cross_entropy(
         shape = (classes,)
         check_companion(logits, "logits", shape, "class_weight", class_weight, *kind, ("K",))
         refuse_learned(logits, class_weight=class_weight)
-    loss = CrossEntropy(ignore_index, label_smoothing, reduction)
     loss.check()
     device = logits.device.type
     chosen = backend.choose("visit_cross_entropy", device, logits.dtype)
@@ -152,7 +158,6 @@ def visit_cross_entropy(
     if must_check_values(chosen, device, validate) and not vmapped():
         _check_values(visits, classes_of, classes, ignore_index, class_weight)
         check_weights(visits, visit_weight, sample_weight)
-    inputs: Any = (logits, classes_of, *visits, class_weight, visit_weight, sample_weight)
     return nll(chosen, PADDED, inputs, loss)
 
 

@@ -17,8 +17,8 @@ from ..survival_nll.checks import (
     refuse_visit_weight,
     visits_read,
 )
-from ..survival_nll.fused import Rows, SurvivalNll, as_padded, nll
-from ..survival_nll.visit_weight import check_weight
+from ..survival_nll.fused import Rows, SurvivalNll, as_padded, nll, nll_on_host
+from ..survival_nll.visit_weight import check_weight, is_accumulated
 from . import operators as _operators  # noqa: F401  registers
 
 
@@ -33,6 +33,27 @@ class VisitWeightedNll(SurvivalNll):
         competing = inputs[0].dim() == (3 if rows[0] is None else 2)
         numbered = (competing, *self.numbered(), needs_grad)
         return ops.visit_weighted_nll.default(*inputs[:4], *rows, *inputs[4:], *numbered)
+
+
+def survival_on_host(
+    operation: str,
+    dims: int,
+    options: SurvivalNll,
+    rows: Rows,
+    inputs: Any,
+    visit_weight: Any,
+) -> Tensor | None:
+    """:func:`~..survival_nll.fused.nll_on_host` of the survival losses, with weights of visits
+    where there are any."""
+    hazards, sample_weight = inputs[0], inputs[5]
+    if visit_weight is None:
+        return nll_on_host(operation, dims, options, rows, inputs, (sample_weight,))
+    if not is_accumulated(visit_weight, hazards):
+        return None
+    weights = (sample_weight, visit_weight)
+    loss = VisitWeightedNll(*options)
+    inputs = (*inputs, visit_weight)
+    return nll_on_host("visit_weighted_nll", dims, loss, rows, inputs, weights)
 
 
 def weighted_nll(
