@@ -99,8 +99,10 @@ def build(
         _run([*command, "-c", str(source), "-o", str(made)])
         return str(made)
 
+    # the longest first, so that no compiler is left alone with one of them at the end
+    ordered = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compiled, sources))
+        objects = list(pool.map(compiled, ordered))
     library.parent.mkdir(parents=True, exist_ok=True)
     _run(
         [

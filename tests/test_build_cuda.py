@@ -75,7 +75,8 @@ def test_an_nvcc_that_fails_is_quoted(build_cuda, nvcc, tmp_path):
         'case "$1" in --version) echo V13.0.88; exit;; --list-gpu-code) echo sm_90; exit;; esac',
         'echo "kernels.cuh(7): error: there is no such thing"; exit 2',
     )
-    source = tmp_path / "room" / "cuda.cu"
+    source = tmp_path / "cuda.cu"
+    source.touch()
     with pytest.raises(build_cuda.CudaBuildError, match=r"nvcc failed \(kernels\.cuh\(7\): error"):
         build_cuda.build([source], tmp_path / "lib.so", tmp_path / "scratch", tmp_path, [])
 

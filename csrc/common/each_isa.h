@@ -90,7 +90,10 @@
 
 #else
 
-#define EHRSEQ_BEST_ISA(scope, name) ((void)::ehrseq::best_isa(), &scope::baseline::name)
+// Not a comma after best_isa(): GCC 12 does not resolve the address of a template's instance there.
+#define EHRSEQ_BEST_ISA(scope, name)                                         \
+  (::ehrseq::best_isa() >= ::ehrseq::Isa::kBaseline ? &scope::baseline::name \
+                                                    : &scope::baseline::name)
 
 #endif
 
