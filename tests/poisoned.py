@@ -4,6 +4,10 @@
 memory with 0xFF and freed memory with another pattern (``native/poisoning_allocator.c``), in
 PyTorch, in NumPy and in the compiled libraries alike: what reads a value before it was written gets
 a NaN or an index below 0, always and not one time in a hundred. Without arguments, the whole suite.
+
+``python -m tests.poisoned beside-sanitizers [pytest's arguments]``: those tests of operations,
+batches, models and threads that ``python -m tests.sanitized address`` leaves out. What that runs is
+in memory filled in the same way there.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from . import marked, sanitized
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "native" / "poisoning_allocator.c"
@@ -57,9 +63,22 @@ def environment() -> dict[str, str]:
     return os.environ | {"LD_PRELOAD": preload, "EHRSEQ_FAST_POISONED": "1"}
 
 
+def beside_sanitizers() -> list[str]:
+    """pytest's arguments for what the sanitized run leaves out, and what it has no files of."""
+    more = [*HERE.glob("test_*model*.py"), HERE / "test_threads.py"]
+    files = {*marked.of_operations(), *sanitized.BATCHES}
+    files |= {str(path.relative_to(HERE.parent)) for path in more}
+    kept = " or ".join(("model", "threads", *sanitized.LEFT_OUT))
+    others = " and ".join(f"not {word}" for word in sanitized.ELSEWHERE)
+    return [*sorted(files), "-k", f"{others} and ({kept})"]
+
+
 if __name__ == "__main__":
     reason = why_not()
     if reason is not None:
         sys.exit(f"python -m tests.poisoned: {reason}")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[1:]]
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["beside-sanitizers"]:
+        arguments = [*beside_sanitizers(), *arguments[1:]]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     sys.exit(subprocess.run(command, env=environment(), check=False).returncode)

@@ -11,7 +11,7 @@ from . import poisoned
 
 pytestmark = pytest.mark.skipif(poisoned.why_not() is not None, reason=str(poisoned.why_not()))
 
-PROGRAM = """
+FRESH = """
 import ctypes
 import numpy as np
 import torch
@@ -41,6 +41,10 @@ assert bytes_at(libc.realloc(word(0), word(24)), 24) == [0xFF] * 24
 aligned = libc.aligned_alloc(word(64), word(128))
 assert aligned % 64 == 0
 assert bytes_at(aligned, 128) == [0xFF] * 128
+assert bytes_at(libc.calloc(word(1), word(5000)), 5000) == [0] * 5000
+"""
+
+FREED = """
 seen = (ctypes.c_uint8 * 4900)()  # before: anything allocated after free may land there
 freed = libc.malloc(word(5000))
 libc.malloc(word(64))  # so that what was freed is not handed back to the end of the heap
@@ -54,7 +58,7 @@ print("poisoned")
 
 def test_fresh_memory_is_full_of_nan_and_zeros_stay_zeros():
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", FRESH + FREED],
         env=poisoned.environment(),
         capture_output=True,
         text=True,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from . import sanitized
+from . import sanitized, test_poisoned
 
 KIND = os.environ.get("EHRSEQ_FAST_SANITIZED")
 pytestmark = pytest.mark.skipif(KIND is None, reason="run by python -m tests.sanitized")
@@ -72,3 +72,16 @@ def test_what_is_right_is_let_through(library, call):
     done = run(library, call)
     assert done.returncode == 0, done.stderr
     assert "called" in done.stdout
+
+
+@pytest.mark.skipif(KIND != "address", reason="the other sanitizers leave memory as it is")
+def test_memory_is_filled_as_in_the_poisoned_run():
+    """Which leaves out what runs here."""
+    freed = """
+freed = libc.malloc(word(5000))
+libc.free(word(freed))
+assert bytes_at(freed + 64, 4900) == [0x5A] * 4900
+"""
+    program = test_poisoned.FRESH + freed
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
