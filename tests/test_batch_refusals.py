@@ -33,6 +33,18 @@ BAD = {
         "Found 1 sequences with zero length. All sequences must have at least 1 visit. "
         "The first is patient 1 (record 1).",
     ),
+    "offsets of patients without their first": (
+        lambda: from_flat(FLAT[0], FLAT[1], FLAT[2][1:]),
+        ValueError,
+        f"patient_offsets: expected to begin with 0 and to end with {len(FLAT[1]) - 1}, the number "
+        f"of visits, got {FLAT[2][1]} and {FLAT[2][-1]}",
+    ),
+    "offsets of visits without their last": (
+        lambda: from_flat(FLAT[0], FLAT[1][:-1], [0, 2], [0]),
+        ValueError,
+        f"visit_offsets: expected to begin with 0 and to end with {len(FLAT[0])}, the number of "
+        f"codes, got 0 and {FLAT[1][-2]}",
+    ),
     "no visits in the mask": (
         lambda: from_padded(*masks(holes=[(1, 0)])),
         ValueError,

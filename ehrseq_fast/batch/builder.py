@@ -21,6 +21,7 @@ from . import reference
 from .checks import (
     check_padded,
     code_limit,
+    expect_all_rows,
     host_lengths,
     listed,
     mask_states,
@@ -152,6 +153,8 @@ def from_flat(
         *longs,
         per_visit,
     )
+    expect_all_rows("visit_offsets", visit_offsets, codes.shape[0], "codes")
+    expect_all_rows("patient_offsets", patient_offsets, n_rows, "visits")
     layout = layout_of(sizes, longs)
     weights = None
     if weighted:

@@ -43,6 +43,16 @@ def offsets(name: str, values: ArrayLike) -> Array:
     return array
 
 
+def expect_all_rows(name: str, offsets: Array, rows: int, of: str) -> None:
+    """Offsets without their leading 0 would give every patient, or visit, the rows of the next."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    if (first, last) != (0, rows):
+        raise ValueError(
+            f"{name}: expected to begin with 0 and to end with {rows}, the number of {of}, "
+            f"got {first} and {last}"
+        )
+
+
 def patient_numbers(patients: ArrayLike, n_records: int) -> Array:
     """A copy, as int64; whether the numbers are those of records is the builder's to check."""
     array = as_array("patients", patients)

@@ -181,7 +181,8 @@ class PackedVisits(Sources):
             code_weights: floats ``[all codes]``. See :attr:`code_weights`.
 
         Raises:
-            ValueError: as :meth:`from_lists`, and offsets that fall or point outside.
+            ValueError: as :meth:`from_lists`, and offsets that fall, point outside, do not begin
+                with 0 or do not end with the number of codes, or of visits.
             IndexError: a code outside the vocabulary, or a patient number outside the data set.
             TypeError: a dtype other than those above.
 
