@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ehrseq_fast import (
     PackedRows,
@@ -204,6 +205,33 @@ def test_a_call_that_nothing_watches_goes_to_the_operator_at_once(at, monkeypatc
             assert not function(**given).requires_grad
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     assert gradient.shape == leaf.shape
+
+
+class Stopped(Exception):
+    """What a hook raises, as that of a checkpoint which has computed all that it needs."""
+
+
+@each_call
+def test_what_hooks_of_saved_tensors_raise_is_theirs(at):
+    function, given = CALLS[at]
+    leaf = _with_gradient(given := {**given})
+    (expected,) = torch.autograd.grad(function(**given).sum(), leaf)
+
+    def of_leaf(again: Tensor) -> Tensor:
+        return function(**{k: again if v is leaf else v for k, v in given.items()}).sum()
+
+    loss = checkpoint(of_leaf, leaf, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected)
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        raise Stopped
+
+    packed: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, pytest.raises(Stopped):
+        function(**given)
+    assert len(packed) == 1
 
 
 class Watching(TorchFunctionMode):

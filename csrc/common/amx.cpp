@@ -20,7 +20,7 @@ namespace ehrseq::amx_tiles {
 namespace detail {
 
 bool in_memory = false;
-thread_local Shapes shapes = {0, 0};
+__thread Shapes shapes = {0, 0};
 
 namespace {
 

@@ -105,20 +105,27 @@ def nll_on_host(
     nothing that is allowed may be refused here for long: it would be computed twice.
     """
     hazards = inputs[0]
-    if type(hazards) is not Tensor or not nothing_watches() or hazards.dim() != dims:
+    is_usual = type(hazards) is Tensor and hazards.dim() == dims and nothing_watches()
+    if not is_usual or not _are_plain(rows, inputs, weights):
         return None
-    if not _are_plain(rows, inputs, weights):
-        return None
+    ops = backend.unwatched_operators
+    is_graph = hazards.requires_grad and torch.is_grad_enabled()
     try:
         if not backend.is_cpu(operation, hazards.dtype):
             return None
         loss.check()
-        ops = backend.unwatched_operators
-        if hazards.requires_grad and torch.is_grad_enabled():
-            return _apply_on_host(unwrap_if_dead(hazards), ops, loss, rows, inputs)
-        return loss.compute(ops, rows, inputs, False)[0]
+        if not is_graph:
+            return loss.compute(ops, rows, inputs, False)[0]
     except Exception:  # whatever it is, the long way meets it again
         return None
+    try:
+        return _apply_on_host(unwrap_if_dead(hazards), ops, loss, rows, inputs)
+    except _Refused:  # no other: what hooks of saved tensors raise is theirs (checkpoints stop so)
+        return None
+
+
+class _Refused(Exception):
+    """What an operator raised of arguments that nobody has checked."""
 
 
 def _are_plain(rows: Rows, inputs: Any, weights: tuple[Tensor | None, ...]) -> bool:
@@ -185,7 +192,12 @@ class _NllOnHost(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hazards: Tensor, ops: Any, loss: Loss, rows: Any, inputs: Any) -> Tensor:
-        value, grad = loss.compute(ops, rows, (hazards, *inputs[1:]), True)
+        try:
+            value, grad = loss.compute(ops, rows, (hazards, *inputs[1:]), True)
+        except Exception as error:
+            if ops is backend.unwatched_operators:
+                raise _Refused from error
+            raise
         ctx.save_for_backward(hazards, *rows, *inputs[1:])
         ctx.once, ctx.loss = [grad], loss
         return value
