@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ehrseq_fast import PackedVisits
+from ehrseq_fast.backend import why_not_loaded
 from ehrseq_fast.models import DiscreteTimeSurvivalLSTM, LSTMBaseline
 from ehrseq_fast.models.base import PATHS
 
@@ -87,6 +88,8 @@ def test_biases_may_change_before_the_backward_pass(name, keep_gates):
                 weight.add_(1)
     actual = torch.autograd.grad(loss, weights, retain_graph=True)
     assert all(map(torch.equal, actual, expected))
+    if why_not_loaded("cpu") is not None:
+        return  # PyTorch's own layers, which can be differentiated again
     biases = [weight for key, weight in zip(names, weights, strict=True) if "bias" in key]
     once = torch.autograd.grad(loss, biases, create_graph=True)
     for gradient, bias in zip(once, biases, strict=True):
