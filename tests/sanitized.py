@@ -34,8 +34,6 @@ FLAGS = {
         # An empty tensor is a null pointer, and memset of no bytes there is what every C library
         # allows, and the next C standard too.
         "-fno-sanitize=vptr,nonnull-attribute",
-        # the same checks as calls: a fifth less to compile
-        "--param=asan-instrumentation-with-call-threshold=0",
     ],
     "thread": [
         *_COMMON,
