@@ -235,6 +235,7 @@ const char* found_out() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kBFloat16) || !(edx & kTiles)) {
     return "this CPU has none";
   }
+  if (!__builtin_cpu_supports("avx512bf16")) return "this CPU has it without AVX512-BF16";
   // The state of the tiles is large, and Linux gives it to those that ask: see "Using XSTATE
   // features in user space applications" in its documentation.
   constexpr long kAskForState = 0x1023, kTileData = 18;

@@ -37,7 +37,7 @@ extern bool in_memory;
 struct Shapes {
   int64_t rows, rest;
 };
-extern __thread Shapes shapes;  // needs no call to be made, as thread_local would
+extern __thread Shapes shapes;  // thread_local would be read by a call
 
 void set_shapes(int64_t rows, int64_t rest);
 void release();

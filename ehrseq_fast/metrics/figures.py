@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..data.records import spans
 from .calibration import Calibration
 from .report import Metric
 from .values import Ints
@@ -37,7 +38,11 @@ class Figures:
 
     def __init__(self, patients: int, groups: Ints | None = None) -> None:
         self.patients = patients
-        self._groups = None if groups is None else np.unique(groups, return_inverse=True)[1]
+        self._order: Ints | None = None
+        self._sizes = np.ones(patients, np.int64)
+        if groups is not None:  # their rows one behind the other
+            self._order = np.argsort(groups, kind="stable")
+            self._sizes = np.unique(groups, return_counts=True)[1]
         self.everybody = np.arange(patients)
         self.metrics: list[Metric] = []
         self.calibrations: dict[tuple[float | str, float, str | None], Calibration] = {}
@@ -81,13 +86,11 @@ class Figures:
 
     def _draw(self, rng: np.random.Generator) -> Ints:
         """The rows of as many persons as there are, drawn with replacement."""
-        if self._groups is None:
-            return rng.integers(0, self.patients, self.patients)
-        order = np.argsort(self._groups, kind="stable")
-        sizes = np.bincount(self._groups)
-        drawn = rng.integers(0, len(sizes), len(sizes))
-        first, n = (sizes.cumsum() - sizes)[drawn], sizes[drawn]
-        return order[np.arange(n.sum()) + np.repeat(first - (n.cumsum() - n), n)]
+        drawn = rng.integers(0, len(self._sizes), len(self._sizes))
+        if self._order is None:
+            return drawn
+        first = self._sizes.cumsum() - self._sizes
+        return self._order[spans(first[drawn], self._sizes[drawn])[2]]
 
 
 def key_of(metric: Metric) -> Key:

@@ -147,7 +147,6 @@ class Scorer:
         store: the records.
         device: where to compute.
         outcomes: of a task; an item is then one of its rows, otherwise a patient of the store.
-
     """
 
     def __init__(
